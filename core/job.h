@@ -1,0 +1,23 @@
+/* core/job.h - this process's place in the job, and the job's shared memory.
+ *
+ * phx__job_open: in a rank started by the launcher (PHALANX_RANK and friends, an inherited memfd), else a job of one
+ * rank with memory of its own.  The launcher side is in launcher.h. */
+#ifndef PHX__JOB_H
+#define PHX__JOB_H
+#include <phalanx/job.h>
+#include <stdbool.h>
+
+/* [main] once per process; stays until the process ends. */
+phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err);
+bool phx__job_is_rank(void); /* started as a rank by a launcher? */
+/* [main][collective] every rank arrives within the timeout, and all gave the same value, else an error that names a
+ * rank that differs and says `what`.  Before any allocation: the hash of the configuration goes through it. */
+phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, phx_error *err);
+/* [main][collective] the largest of all ranks' values. */
+phx_status phx__job_max(const phx_job *job, int64_t value, int64_t *out, phx_error *err);
+void phx__job_state(const phx_job *job, int32_t state, int64_t step); /* [main] this rank's liveness page */
+void phx__job_heartbeat(const phx_job *job);                          /* [main] */
+
+/* job_segment.c, shared with the launcher: the layout of the job's memfd. */
+int phx__job_create_segment(int32_t size, phx_error *err); /* a sealed-name memfd, or -1 */
+#endif

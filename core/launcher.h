@@ -1,0 +1,17 @@
+/* core/launcher.h - starts N ranks on this machine and watches them: a death, a stop or a missing rank ends them all,
+ * with a table of who was where.  [main] only. */
+#ifndef PHX__LAUNCHER_H
+#define PHX__LAUNCHER_H
+#include <phalanx/base.h>
+
+typedef struct phx__launch {
+  int32_t ranks;
+  int32_t threads;         /* per rank, for pinning; 0: do not pin */
+  double timeout_s;
+  const char *run_dir;     /* rank r > 0 writes stdout and stderr to run_dir/rank-R.log; rank 0 inherits */
+  char *const *argv;       /* of a rank: argv[0] is the command's own path */
+} phx__launch;
+
+/* Returns the exit status of the job: 0, or what the ranks agreed on (2: refused), or 3 after a failure. */
+int phx__launch_run(const phx__launch *launch);
+#endif

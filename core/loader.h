@@ -1,0 +1,31 @@
+/* core/loader.h - finding and loading plugins.  The only module that knows libltdl.  [main] only.
+ *
+ * A name is looked for as phx_<kind>_<name>.so in: [plugins] path, PHALANX_PLUGIN_PATH (not when AT_SECURE),
+ * <directory of the command>/../lib/phalanx, the compiled-in directory.  A strategy may also be the path of a .so (it
+ * holds a '/' ).  Trust and provenance rules: see loader.c.  Plugins are never unloaded. */
+#ifndef PHX__LOADER_H
+#define PHX__LOADER_H
+#include <phalanx/plugin.h>
+#include <stdbool.h>
+
+typedef struct phx__plugin {
+  const phx_plugin *descriptor;
+  char path[4096];   /* real path */
+  char sha256[65];   /* of the file, hex */
+} phx__plugin;
+
+/* search: colon-separated directories of [plugins] path, or NULL.  name_or_path as above.  Loads and validates the
+ * descriptor for this kind; the same file loaded twice gives the same plugin.  [static] */
+phx_status phx__loader_open(const char *search, uint32_t kind, const char *name_or_path, const phx__plugin **out,
+                            phx_error *err);
+/* One file in the search path, for `phalanx plugins` and for "nearest name" hints. */
+typedef struct phx__found {
+  uint32_t kind;
+  char name[40];
+  char path[4096];
+  bool shadowed; /* a directory searched earlier has the same kind and name */
+} phx__found;
+/* Everything found, sorted by kind, name and search order; freed with phx__free. Nothing is loaded. */
+phx_status phx__loader_list(const char *search, phx__found **out, size_t *n, phx_error *err);
+const char *phx__kind_name(uint32_t kind); /* "strategy", "device", "comm", "model" */
+#endif

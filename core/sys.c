@@ -1,0 +1,29 @@
+/* core/sys.c - see sys.h. */
+#include "sys.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static int sys_open(const char *path, int flags, mode_t mode) { return open(path, flags | O_CLOEXEC, mode); }
+
+phx__sys_table phx__sys = {
+    .calloc = calloc, .realloc = realloc, .free = free, .open = sys_open, .close = close, .read = read, .write = write,
+    .pwrite = pwrite, .fsync = fsync, .rename = rename, .ftruncate = ftruncate, .mkdir = mkdir, .mmap = mmap,
+    .munmap = munmap, .memfd_create = memfd_create,
+};
+
+void *phx__calloc(size_t n, size_t bytes) { return phx__sys.calloc(n ? n : 1, bytes ? bytes : 1); }
+
+char *phx__strdup(const char *text) {
+  size_t bytes = strlen(text) + 1;
+  char *copy = phx__calloc(1, bytes);
+  if (copy) memcpy(copy, text, bytes);
+  return copy;
+}
+
+void phx__free(void *p) { phx__sys.free(p); }

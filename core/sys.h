@@ -1,0 +1,32 @@
+/* core/sys.h - every system call and allocation of the core, through one table, so that a test can fail any of them.
+ *
+ * phx__sys is the process's table; tests replace members (one thread, before use).  [any] otherwise. */
+#ifndef PHX__SYS_H
+#define PHX__SYS_H
+#include <stddef.h>
+#include <sys/types.h>
+
+typedef struct phx__sys_table {
+  void *(*calloc)(size_t n, size_t bytes);
+  void *(*realloc)(void *p, size_t bytes);
+  void (*free)(void *p);
+  int (*open)(const char *path, int flags, mode_t mode);
+  int (*close)(int fd);
+  ssize_t (*read)(int fd, void *buffer, size_t bytes);
+  ssize_t (*write)(int fd, const void *buffer, size_t bytes);
+  ssize_t (*pwrite)(int fd, const void *buffer, size_t bytes, off_t at);
+  int (*fsync)(int fd);
+  int (*rename)(const char *from, const char *to);
+  int (*ftruncate)(int fd, off_t bytes);
+  int (*mkdir)(const char *path, mode_t mode);
+  void *(*mmap)(void *at, size_t bytes, int prot, int flags, int fd, off_t offset);
+  int (*munmap)(void *p, size_t bytes);
+  int (*memfd_create)(const char *name, unsigned flags);
+} phx__sys_table;
+extern phx__sys_table phx__sys;
+
+/* phx__sys.calloc, never of 0 bytes. */
+void *phx__calloc(size_t n, size_t bytes);
+char *phx__strdup(const char *text); /* NULL when out of memory */
+void phx__free(void *p);
+#endif

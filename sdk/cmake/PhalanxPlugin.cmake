@@ -1,0 +1,18 @@
+# phalanx_add_plugin(KIND ID SOURCES... [LIBS ...] [DIR path]): phx_<kind>_<id>.so with one exported symbol, every
+# symbol resolved at link and load time.  Plugins see <phalanx/...> and the kit, nothing else.
+set(PHALANX_EXPORT_MAP ${CMAKE_CURRENT_LIST_DIR}/plugin.map)
+function(phalanx_add_plugin kind id)
+  cmake_parse_arguments(P "" "DIR" "SOURCES;LIBS" ${ARGN})
+  set(target phx_${kind}_${id})
+  add_library(${target} MODULE ${P_SOURCES})
+  target_link_libraries(${target} PRIVATE phalanx_sdk ${P_LIBS})
+  set_target_properties(${target} PROPERTIES PREFIX "" C_VISIBILITY_PRESET hidden LINK_DEPENDS ${PHALANX_EXPORT_MAP})
+  if(NOT P_DIR)
+    set(P_DIR ${CMAKE_BINARY_DIR}/lib/phalanx)
+  endif()
+  set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${P_DIR})
+  target_link_options(${target} PRIVATE -Wl,--version-script=${PHALANX_EXPORT_MAP} -Wl,-z,now -Wl,-z,nodelete)
+  if(NOT PHALANX_SANITIZE)
+    target_link_options(${target} PRIVATE -Wl,-z,defs)
+  endif()
+endfunction()

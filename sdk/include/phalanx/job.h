@@ -1,0 +1,57 @@
+/* phalanx/job.h - ranks that find each other: shared memory, deadlines, the flight record.  Provisional (providers).
+ *
+ * "phx.job/1" is what a communicator is built from.  The launcher made one memory object for the job; every rank maps
+ * it, and nothing of it has a name in the file system. */
+#ifndef PHALANX_JOB_H
+#define PHALANX_JOB_H
+#include <phalanx/base.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PHX_EXT_JOB "phx.job/1"
+#define PHX_RANKS_MAX 64
+#define PHX_FLIGHT_RING 64
+
+/* One collective in the flight record; fields are written with relaxed atomics (__atomic), `sequence` last, released. */
+typedef struct phx_flight {
+  uint64_t sequence; /* from 1, per communicator; 0: empty */
+  uint64_t comm;     /* id of the communicator, equal on its ranks */
+  int64_t bytes;     /* of this rank's buffer */
+  int64_t begin_ns, end_ns; /* CLOCK_MONOTONIC; end 0: still in it */
+  int32_t op, unit;  /* PHX_OP_*, unit or -1 */
+} phx_flight;
+
+/* A rank's page in the job's memory: written by that rank only, read by all and by the launcher. */
+typedef struct phx_liveness {
+  uint64_t heartbeat_ns; /* CLOCK_MONOTONIC, stamped at every collective and every stage */
+  uint64_t start_ns;
+  int64_t step;
+  int32_t pid;
+  int32_t state;         /* 0 not come, 1 joined, 2 running, 3 done, 4 failed */
+  uint64_t n_flights;    /* collectives begun so far; the record of number k is ring[k % PHX_FLIGHT_RING] */
+  phx_flight ring[PHX_FLIGHT_RING];
+  char message[512];     /* what failed, with state 4 */
+} phx_liveness;
+
+typedef struct phx_job {
+  size_t struct_size;
+  void *ctx;
+  int32_t rank, size, local_rank, local_size;
+  double timeout_s;            /* a rank may be missing from a collective this long; 0: for ever */
+  phx_liveness *mine;
+  phx_liveness *const *ranks;  /* (size) everybody's, read-only */
+  const uint32_t *failed;      /* nonzero once any rank failed or the launcher ends the job; futex word (shared) */
+  int32_t may_spin;            /* 1: this rank has a core to itself for waiting; 0: go to sleep at once */
+  int32_t reserved0;
+  /* [main][collective] bytes (equal on all ranks) of shared memory per rank, page-aligned, zero, mapped by everybody
+   * and pre-faulted by its owner; bases[r] is rank r's part in this process.  It lives as long as the process. */
+  phx_status (*share)(void *ctx, const char *name, int64_t bytes, void **bases /* (size) */, phx_error *err);
+  /* [any] sets *failed and wakes every sleeper; the message goes to this rank's page (the first one counts). */
+  void (*fail)(void *ctx, const char *message);
+} phx_job;
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,50 @@
+/* phalanx/plugin.h - the one exported symbol and the descriptor behind it.
+ *
+ * A plugin is a shared object phx_<kind>_<id>.so that exports exactly one function.  The descriptor is constant data:
+ * listing, help and validation need no device and no create().  A plugin is never unloaded. */
+#ifndef PHALANX_PLUGIN_H
+#define PHALANX_PLUGIN_H
+#include <phalanx/base.h>
+#include <phalanx/option.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PHX_ENTRY_SYMBOL "phx_plugin_v1"
+
+enum { PHX_KIND_STRATEGY = 1, PHX_KIND_DEVICE = 2, PHX_KIND_COMM = 3, PHX_KIND_MODEL = 4 };
+
+/* provides: the core ignores bits it does not know. */
+#define PHX_CAP_SHARDS_WEIGHTS (1ull << 0)
+#define PHX_CAP_SHARDS_GRADIENTS (1ull << 1)
+#define PHX_CAP_SHARDS_OPTIMIZER (1ull << 2)
+#define PHX_CAP_DETERMINISTIC (1ull << 3) /* same bits as every other strategy that says so */
+#define PHX_CAP_RUNS_STEP (1ull << 4)     /* takes over the schedule (run_step) */
+
+/* needs: the core refuses a plugin whose bit it does not know, or cannot meet, with the bit's number or name. */
+#define PHX_NEED_HOST_MEMORY (1ull << 0) /* device memory must be readable by the CPU */
+#define PHX_NEED_TWO_RANKS (1ull << 1)   /* makes no sense at world size 1 */
+
+typedef struct phx_plugin {
+  size_t struct_size;
+  uint32_t kind;                      /* PHX_KIND_* */
+  uint32_t table_major, table_minor;  /* of the table below, as compiled: PHX_ABI_MAJOR, PHX_ABI_MINOR */
+  uint32_t reserved0;                 /* 0 */
+  const char *id;                     /* [a-z0-9_]{1,32}; must equal the file's name */
+  const char *version, *summary, *vendor, *license, *build;
+  uint64_t provides, needs;           /* PHX_CAP_*, PHX_NEED_* */
+  const char *const *extensions;      /* host extensions it cannot run without, NULL-terminated, or NULL */
+  const phx_option *options;          /* or NULL */
+  uint32_t n_options, option_stride;
+  size_t config_size;                 /* the core zero-fills this many bytes, then applies options[] */
+  const void *table;                  /* phx_strategy_table, phx_device_table, phx_comm_table or phx_model_table */
+} phx_plugin;
+
+/* Pure: no allocation, thread, device call or output; the same pointer each time.  [any] [static] */
+PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
+typedef const phx_plugin *phx_plugin_entry(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

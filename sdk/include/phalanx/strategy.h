@@ -1,0 +1,188 @@
+/* phalanx/strategy.h - what a strategy implements: where weights, gradients and states live, and when they move.
+ *
+ * Call order:  layout, estimate (pure, any number of times, before anything is opened)
+ *              create, visit_state(init), state_changed,
+ *              { begin_micro_batch, { acquire, release } per stage forward then backward }  x micro-batches,
+ *              finish_gradients (or discard_gradients), gradient_norm, update }  x steps,
+ *              destroy.    Evaluation: acquire/release with PHX_PASS_EVALUATE between steps.
+ * A strategy with run_step replaces the part from begin_micro_batch to the last release. */
+#ifndef PHALANX_STRATEGY_H
+#define PHALANX_STRATEGY_H
+#include <phalanx/comm.h>
+#include <phalanx/device.h>
+#include <phalanx/host.h>
+#include <phalanx/model.h>
+#include <phalanx/optim.h>
+#include <phalanx/plugin.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- the run, as a strategy must know it before anything is opened ---- */
+enum { PHX_REDUCE_STEP = 0, PHX_REDUCE_MICRO_BATCH = 1 };
+
+typedef struct phx_topology {
+  size_t struct_size;
+  int32_t rank, world_size, local_rank, local_size;
+  int32_t accumulate;            /* micro-batches per step, >= 1 */
+  int32_t reduce;                /* PHX_REDUCE_* */
+  int32_t compute_dtype;         /* of weights as the model reads them: PHX_F32 or PHX_BF16 */
+  int32_t reduce_dtype;          /* of gradients on the wire */
+  int32_t overlaps;              /* 1: the communicator works beside the compute stream */
+  uint32_t n_optim_states;
+  int32_t optim_dtype[PHX_OPTIM_STATES_MAX];
+  /* Pure: payload bytes that `rank` of `size` moves for one call (see phx_comm_stats.bytes); numel as in the call.
+   * root is for reduce and broadcast. */
+  int64_t (*payload)(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
+} phx_topology;
+
+typedef struct phx_axis {
+  char name[24]; /* "data", "pipeline", ... */
+  int32_t size, index;
+} phx_axis;
+
+/* Prefilled by the host with plain data parallelism: one axis "data", data_rank = rank, data_size = world_size, one
+ * activation slot, everything owned.  The arrays belong to the host. */
+typedef struct phx_layout {
+  size_t struct_size;
+  int32_t data_rank, data_size;   /* which part of each step's batch this rank reads */
+  int32_t activation_slots;       /* micro-batches whose activations live at once, >= 1 */
+  uint32_t n_axes;
+  phx_axis axes[4];
+  uint8_t *stage_owned;           /* (n_stages) 1: this rank runs the stage */
+  uint8_t *unit_owned;            /* (n_units) 1: this rank holds (part of) the unit */
+} phx_layout;
+
+typedef struct phx_estimate {
+  size_t struct_size;
+  int64_t bytes[PHX_MEM_KINDS];   /* what create() will hold through host->alloc, aligned as accounted */
+  int64_t arena_bytes;            /* the part of the above that is allocated with a communicator */
+  int64_t sent[PHX_OPS];          /* payload bytes of this rank in one training step, by collective, norm excluded */
+  int64_t calls[PHX_OPS];         /* collective calls in one training step */
+} phx_estimate;
+
+/* ---- state: who holds what, in canonical coordinates ---- */
+enum {
+  PHX_STATE_WEIGHT = 0,  /* fp32 weights where there is no master, else the low-precision ones (derived: not saved) */
+  PHX_STATE_MASTER = 1,
+  PHX_STATE_OPTIM = 2,   /* state_index says which optimizer state */
+  PHX_STATE_BUFFER = 3,  /* state without gradient */
+  PHX_STATE_PRIVATE = 4  /* the strategy's own; restored at equal strategy and world size */
+};
+enum { PHX_MAP_READ = 1, PHX_MAP_WRITE = 2 };
+
+typedef struct phx_slice {
+  size_t struct_size;
+  int32_t kind;         /* PHX_STATE_* */
+  uint32_t state_index; /* with PHX_STATE_OPTIM */
+  const char *name;     /* with PHX_STATE_PRIVATE, else NULL */
+  uint32_t unit;
+  uint32_t flat;        /* PHX_FLAT_* */
+  int64_t first_block, blocks; /* within the unit's flat; blocks > 0 */
+  int32_t dtype;
+  int32_t place;        /* PHX_SPACE_* of the mapped pointer */
+  void *where;          /* the strategy's own, for map and unmap; or NULL */
+} phx_slice;
+
+typedef struct phx_visitor {
+  size_t struct_size;
+  void *ctx;
+  phx_status (*slice)(void *ctx, const phx_slice *slice, phx_error *err); /* [main] [borrow:call] */
+} phx_visitor;
+
+/* ---- what a stage computes with ---- */
+enum { PHX_PASS_FORWARD = 0, PHX_PASS_RECOMPUTE = 1, PHX_PASS_BACKWARD = 2, PHX_PASS_EVALUATE = 3 };
+enum { PHX_GRAD_NONE = 0, PHX_GRAD_WRITE = 1, PHX_GRAD_ADD = 2 };
+enum {
+  PHX_RELEASE_LAST_USE = 1u << 0,   /* BACKWARD: gradients of the units whose use has PHX_USE_LAST are complete */
+  PHX_RELEASE_NO_GRADIENT = 1u << 1 /* BACKWARD: the stage was not run; what it would write is zero, still reduced */
+};
+
+typedef struct phx_param_view {
+  const void *weight;   /* (shape) of weight_dtype; NULL where the pass does not read it */
+  void *gradient;       /* (shape) of gradient_dtype; NULL without PHX_USE_GRADIENT, when frozen, or not BACKWARD */
+  int32_t weight_dtype, gradient_dtype;
+  int32_t gradient_mode; /* PHX_GRAD_*: the first use in a step writes, later ones add */
+  uint32_t param;       /* index into phx_model.params */
+} phx_param_view;
+
+typedef struct phx_view { /* [borrow:self] until release of the same stage */
+  size_t struct_size;
+  const phx_param_view *params; /* per use of the stage in order, the unit's params in order */
+  uint32_t n_params, param_stride;
+  phx_event *ready; /* what the pass reads is valid after it; NULL: now.  The host makes its stream wait. */
+} phx_view;
+
+/* ---- the norm: each canonical block of gradients is added by exactly one rank of the world ---- */
+typedef struct phx_accumulator {
+  size_t struct_size;
+  void *ctx;
+  /* [main] blocks [first_block, first_block + blocks) of the unit's trainable flat; gradient (blocks * PHX_BLOCK) fp32,
+   * in the device's space, complete on the stream */
+  phx_status (*add)(void *ctx, uint32_t unit, int64_t first_block, int64_t blocks, const float *gradient,
+                    phx_stream *stream, phx_error *err);
+} phx_accumulator;
+
+/* ---- taking over the schedule ---- */
+typedef struct phx_executor { /* [borrow:call] of run_step */
+  size_t struct_size;
+  void *ctx;
+  int32_t micro_batches;
+  uint32_t n_stages;
+  /* Bytes of the tensor between stage and stage + 1 for one micro-batch (residual stream), and its place in a slot.
+   * gradient = 0: the stage's output; 1: the loss gradient with respect to it. */
+  int64_t (*boundary_bytes)(void *ctx, uint32_t stage);
+  void *(*boundary)(void *ctx, uint32_t stage, int32_t slot, int32_t gradient);
+  /* [main] run one stage of one micro-batch with the activations of a slot, on the compute stream.  The caller
+   * acquires and releases itself.  The last stage's forward adds the micro-batch's loss. */
+  phx_status (*forward)(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
+                        phx_error *err);
+  phx_status (*backward)(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
+                         phx_error *err);
+} phx_executor;
+
+/* ---- the table ---- */
+typedef struct phx_strategy phx_strategy; /* opaque to the core */
+
+typedef struct phx_strategy_table {
+  size_t struct_size;
+  /* [main] pure.  NULL: plain data parallelism. */
+  phx_status (*layout)(const void *config, const phx_topology *topology, const phx_model *model, phx_layout *out,
+                       phx_error *err);
+  /* [main] pure: bytes and traffic, following the declared order of stages; options that do not fit are refused here.
+   * out is zero-filled. */
+  phx_status (*estimate)(const void *config, const phx_topology *topology, const phx_model *model, phx_estimate *out,
+                         phx_error *err);
+  /* [main][collective] allocates this rank's part only; config, topology and model are [borrow:self] */
+  phx_status (*create)(const phx_host *host, const void *config, const phx_topology *topology, const phx_model *model,
+                       phx_strategy **out, phx_error *err);
+  void (*destroy)(phx_strategy *self); /* [main] from any state after create; NULL is fine; never fails */
+  /* [main] names every slice this rank is the writer of: over the world, each block of each state exactly once */
+  phx_status (*visit_state)(phx_strategy *self, const phx_visitor *visitor, phx_error *err);
+  /* [main] a slice's (blocks * PHX_BLOCK) elements, in slice->place, until unmap; several may be mapped at once */
+  phx_status (*map)(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err);
+  phx_status (*unmap)(phx_strategy *self, const phx_slice *slice, int32_t mode, void *p, phx_error *err);
+  /* [main][collective] after initialisation or load: rebuild what is derived (whole weights, low-precision copies) */
+  phx_status (*state_changed)(phx_strategy *self, phx_error *err);
+  /* [main] index from 0; last = 1 on the step's last micro-batch */
+  phx_status (*begin_micro_batch)(phx_strategy *self, int32_t index, int32_t last, phx_error *err);
+  /* [main][collective] the stage's view for a pass (PHX_PASS_*) on a stream */
+  phx_status (*acquire)(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, phx_stream *stream,
+                        const phx_view **out, phx_error *err);
+  phx_status (*release)(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
+                        phx_stream *stream, phx_error *err); /* [main][collective] */
+  phx_status (*finish_gradients)(phx_strategy *self, phx_error *err);  /* [main][collective] waits for what is in flight */
+  phx_status (*discard_gradients)(phx_strategy *self, phx_error *err); /* [main][collective] drops it: a skipped step */
+  phx_status (*gradient_norm)(phx_strategy *self, const phx_accumulator *acc, phx_error *err); /* [main] */
+  /* [main][collective] one ticket per owned slice, then weights whole where they are kept whole.  step from 1 */
+  phx_status (*update)(phx_strategy *self, int64_t step, float scale, phx_error *err);
+  /* [main][collective] optional: run the micro-batches of a step; gradients complete when it returns */
+  phx_status (*run_step)(phx_strategy *self, const phx_executor *executor, phx_error *err);
+  phx_status (*health)(phx_strategy *self, phx_error *err); /* [any] never blocks; optional */
+  void (*abort)(phx_strategy *self);                        /* [any] unblocks [main]; optional */
+} phx_strategy_table;
+
+#ifdef __cplusplus
+}
+#endif
+#endif
