@@ -17,12 +17,18 @@ typedef struct command {
 
 /* One row per command, in the order of --help. */
 static const command commands[] = {
+    {"train", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K]",
+     "one run; without another launcher it starts the ranks itself", phx__command_train},
+    {"compare", "FILE.ini --strategies ddp,fsdp.sharding=grad_op,zero.stage=1,... [-n RANKS] [--steps K] [--set ...]",
+     "the same run under several strategies: memory, speed, traffic, loss, equal bits", phx__command_compare},
     {"check", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]...",
      "the effective configuration and where each value came from; no run", phx__command_check},
     {"plugins", "", "plugins found: kind, name, version, ABI, path, and whether they can run here",
      phx__command_plugins},
     {"help", "[NAME|PATH.so]", "options of a plugin or of one of the core's sections, as a table and as a sample",
      phx__command_help},
+    {"sample", "RUNDIR [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",
+     "text from a run's final weights", phx__command_sample},
 };
 enum { COMMANDS = sizeof commands / sizeof commands[0] };
 
