@@ -13,6 +13,17 @@
 
 enum { PHX__CPU_BASE = 0, PHX__CPU_AVX2 = 1, PHX__CPU_AVX512 = 2 };
 
+/* One instruction set's functions (ops_table.c). */
+typedef struct phx__cpu_kernels {
+  phx_ops ops; /* without ctx and scratch_bytes */
+  int64_t (*attention_scratch)(int32_t threads); /* bytes */
+  /* Elementwise on one thread, any slicing, any alignment of whole elements.  dtypes: F32, F16, BF16. */
+  void (*cast)(void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype, int64_t numel);
+  void (*add)(float *out, const float *a, const float *b, int64_t numel); /* out may be a or b */
+  void (*scale)(float *x, float by, int64_t numel);
+} phx__cpu_kernels;
+extern const phx__cpu_kernels phx__cpu_kernels_base, phx__cpu_kernels_avx2, phx__cpu_kernels_avx512;
+
 typedef struct phx__cpu {
   const phx_host *host;
   int32_t threads; /* of operations, >= 1 */
@@ -20,6 +31,7 @@ typedef struct phx__cpu {
   void *scratch;   /* NULL before the first use: ask phx__cpu_scratch */
   int64_t scratch_bytes;
   int32_t page_size_logged;
+  const phx__cpu_kernels *kernels;
   char name[96];
   phx_device device;
   phx_ops ops;
@@ -47,12 +59,19 @@ phx_status phx__cpu_product(const phx__cpu *cpu, int32_t a_t, int32_t b_t, int64
                             const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
                             int32_t accumulate, phx_error *err);
 
+void phx__cpu_product_version(int32_t version[3]);
+/* [main] before the first product of the process: keeps oneDNN at PHX__CPU_BASE or PHX__CPU_AVX2. */
+phx_status phx__cpu_product_isa(int32_t isa, phx_error *err);
+
 /* Fills err (may be NULL) and returns code. */
 phx_status phx__cpu_fail(phx_error *err, phx_status code, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
 /* ---- stream.c ---- */
-void phx__cpu_device_init(phx__cpu *cpu); /* fills cpu->device but its elementwise operations */
+void phx__cpu_device_init(phx__cpu *cpu); /* fills cpu->device */
+/* The first call of every operation: operations run inline, so on a thread stream they first wait for what is queued there
+ * (and return its failure).  At once on the compute stream. */
+phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err);
 
 /* ---- kernel files: every name below has a suffix in the object file ---- */
 #define PHX__CPU_JOIN_(name, isa) name##_##isa
@@ -74,19 +93,30 @@ void phx__cpu_device_init(phx__cpu *cpu); /* fills cpu->device but its elementwi
 #define phx__cpu_adamw PHX__CPU_NAME(phx__cpu_adamw)
 #define phx__cpu_sgd PHX__CPU_NAME(phx__cpu_sgd)
 #define phx__cpu_block_norms PHX__CPU_NAME(phx__cpu_block_norms)
+#define phx__cpu_this_kernels PHX__CPU_JOIN(phx__cpu_kernels, PHX__CPU_ISA)
 #define phx__cpu_slice_cast PHX__CPU_NAME(phx__cpu_slice_cast)
 #define phx__cpu_slice_add PHX__CPU_NAME(phx__cpu_slice_add)
 #define phx__cpu_slice_scale PHX__CPU_NAME(phx__cpu_slice_scale)
 
-/* attention.c */
-phx_status phx__cpu_attention(void *ctx, float *out, float *lse, const float *qkv, int64_t b, int64_t t, int64_t c,
-                              int64_t heads, phx_stream *s, phx_error *err);
-phx_status phx__cpu_attention_backward(void *ctx, float *dqkv, const float *dout, const float *qkv, const float *out,
-                                       const float *lse, float *work, int64_t b, int64_t t, int64_t c, int64_t heads,
-                                       phx_stream *s, phx_error *err);
-int64_t phx__cpu_attention_scratch(int32_t threads); /* bytes of scratch that both need */
-/* cross_entropy.c */
-phx_status phx__cpu_cross_entropy(void *ctx, float *logits, float *losses, const int32_t *targets, int64_t n, int64_t v,
-                                  int64_t vp, int32_t gradient, float scale, phx_stream *s, phx_error *err);
+/* An operation has the type of its member in phx_ops. */
+#define PHX__CPU_OP(name) extern __typeof__(*((phx_ops *)0)->name) phx__cpu_##name
+PHX__CPU_OP(linear);
+PHX__CPU_OP(linear_backward_input);
+PHX__CPU_OP(linear_backward_weight);
+PHX__CPU_OP(embedding);
+PHX__CPU_OP(embedding_backward);
+PHX__CPU_OP(layer_norm);
+PHX__CPU_OP(layer_norm_backward);
+PHX__CPU_OP(add);
+PHX__CPU_OP(attention);          /* attention.c */
+PHX__CPU_OP(attention_backward); /* attention.c */
+PHX__CPU_OP(cross_entropy);      /* cross_entropy.c */
+PHX__CPU_OP(adamw);
+PHX__CPU_OP(sgd);
+PHX__CPU_OP(block_norms);
+int64_t phx__cpu_attention_scratch(int32_t threads); /* bytes of scratch that attention and its backward need */
+void phx__cpu_slice_cast(void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype, int64_t numel);
+void phx__cpu_slice_add(float *out, const float *a, const float *b, int64_t numel);
+void phx__cpu_slice_scale(float *x, float by, int64_t numel);
 #endif
 #endif
