@@ -33,8 +33,9 @@ typedef struct phx_kit_services {
   const phx_optim *optim;
   phx_stream *stream; /* the communication stream: every gather and every reduction, in one order */
 } phx_kit_services;
-/* Looks the extensions up, checks that the optimizer takes slices of elements, and creates the stream. */
-phx_status phx_kit_services_open(const phx_host *host, phx_kit_services *out, phx_error *err);
+/* Looks the extensions up, creates the stream, and refuses an optimizer whose finest whole is coarser than `grain`
+ * (PHX_GRAIN_*): what the strategy can promise to keep together. */
+phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_services *out, phx_error *err);
 void phx_kit_services_close(phx_kit_services *s);
 /* What the in-tree strategies cannot do yet, refused with the reason: compute and reduce other than fp32. */
 phx_status phx_kit_check_topology(const phx_topology *topology, phx_error *err);
@@ -87,18 +88,18 @@ typedef struct phx_kit_views {
   const phx_model *model;
   phx_kit_place *places;  /* (n_units) set by the strategy before phx_kit_view */
   uint8_t *written;       /* (n_units) 1: the gradient has something, the next use adds */
-  uint8_t *wrote;         /* (n_uses) 1: this use was told to write */
+  uint8_t *told;          /* (n_uses) in this micro-batch: 0 not asked, else the PHX_GRAD_* it was told */
   phx_param_view *params; /* all stages' */
   phx_view *views;        /* (n_stages) */
 } phx_kit_views;
 phx_status phx_kit_views_create(const phx_model *model, phx_kit_views *out, phx_error *err);
 void phx_kit_views_destroy(phx_kit_views *v);
-/* Begins a gradient anew: with each step, or with each micro-batch where those are reduced (phx_kit_adds_reduced). */
-void phx_kit_views_begin(phx_kit_views *v);
+/* A micro-batch begins; anew: its first uses write (the first of a step, or each where each is reduced). */
+void phx_kit_views_begin(phx_kit_views *v, bool anew);
 /* The stage's view for a pass, from the places; ready is NULL or what the pass must wait for. */
 const phx_view *phx_kit_view(phx_kit_views *v, uint32_t stage, int32_t pass, phx_event *ready);
 /* A backward pass that was not run (PHX_RELEASE_NO_GRADIENT): what it would have written becomes zero.  Works whether
- * or not the view was asked for. */
+ * or not the view was asked for in this micro-batch. */
 phx_status phx_kit_view_unused(phx_kit_views *v, const phx_device *device, uint32_t stage, phx_stream *stream,
                                phx_error *err);
 /* Zeroes the padding inside a unit's gradient: recycled memory, of which the model writes the parameters only. */
@@ -139,7 +140,8 @@ typedef struct phx_kit_action {
   int64_t offset;  /* elements from the start of the pool */
 } phx_kit_action;
 typedef struct phx_kit_policy {
-  const int64_t *weight_numel;   /* (n_units) elements of a gathered unit, multiples of 64; 0: needs no gather */
+  const int64_t *weight_numel;   /* (n_units) elements of a gathered unit, multiples of 64; 0: needs no gather;
+                                    NULL: none does */
   const int64_t *gradient_numel; /* (n_units) elements of its gradient window; 0: its gradient lives elsewhere;
                                     NULL: all do (REDUCE is still listed, OPEN and CLOSE are not) */
   int64_t ahead_units;  /* the next units in the order of use are gathered ahead: at most so many ... */
