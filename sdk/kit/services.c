@@ -4,6 +4,7 @@
 #include <phalanx/kit.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...) {
@@ -37,6 +38,33 @@ phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_se
 void phx_kit_services_close(phx_kit_services *s) {
   if (s->stream) s->device->stream_destroy(s->device->ctx, s->stream);
   memset(s, 0, sizeof *s);
+}
+
+phx_status phx_kit_events_create(const phx_kit_services *s, uint32_t n, phx_event ***out, phx_error *err) {
+  phx_event **events = calloc(n + 1u, sizeof *events);
+  if (!events) return phx_kit_fail(err, PHX_NOMEM, "no memory for %u events", n);
+  for (uint32_t i = 0; i < n; i++) {
+    phx_status status = s->device->event_create(s->device->ctx, &events[i], err);
+    if (status != PHX_OK) {
+      phx_kit_events_destroy(s, i, events);
+      return status;
+    }
+  }
+  *out = events;
+  return PHX_OK;
+}
+
+void phx_kit_events_destroy(const phx_kit_services *s, uint32_t n, phx_event **events) {
+  if (!events) return;
+  s->device->stream_synchronize(s->device->ctx, s->stream, NULL); /* no wait is pending after it */
+  while (n--) s->device->event_destroy(s->device->ctx, events[n]);
+  free(events);
+}
+
+phx_status phx_kit_after(const phx_kit_services *s, phx_event *event, phx_stream *first, phx_stream *then,
+                         phx_error *err) {
+  phx_status status = s->device->event_record(s->device->ctx, event, first, err);
+  return status == PHX_OK ? s->device->stream_wait(s->device->ctx, then, event, err) : status;
 }
 
 phx_status phx_kit_check_topology(const phx_topology *t, phx_error *err) {

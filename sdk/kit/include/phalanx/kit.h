@@ -37,6 +37,12 @@ typedef struct phx_kit_services {
  * (PHX_GRAIN_*): what the strategy can promise to keep together. */
 phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_services *out, phx_error *err);
 void phx_kit_services_close(phx_kit_services *s);
+/* n events, and what must be done before they go: the stream's work is over (a failure of it is not told again). */
+phx_status phx_kit_events_create(const phx_kit_services *s, uint32_t n, phx_event ***out, phx_error *err);
+void phx_kit_events_destroy(const phx_kit_services *s, uint32_t n, phx_event **events);
+/* Later work of `then` runs after all that `first` has been given; through the event, which may be used again. */
+phx_status phx_kit_after(const phx_kit_services *s, phx_event *event, phx_stream *first, phx_stream *then,
+                         phx_error *err);
 /* What the in-tree strategies cannot do yet, refused with the reason: compute and reduce other than fp32. */
 phx_status phx_kit_check_topology(const phx_topology *topology, phx_error *err);
 /* True when gradients are reduced more than once a step and the sums are added up. */
