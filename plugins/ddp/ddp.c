@@ -25,7 +25,17 @@ static const phx_option options[] = {
             "Every so many steps ranks compare hashes of all weights and optimizer states; 0 never does."),
 };
 
-enum { WEIGHT, FROZEN, GRADIENT, REDUCED, STAGING, HASHES, STATES, N_REGIONS = STATES + PHX_OPTIM_STATES_MAX };
+enum {
+  WEIGHT,   /* the whole model's trainable flat, units in order */
+  FROZEN,
+  GRADIENT, /* in the order of completion; between steps also the buffer that states are gathered through */
+  REDUCED,  /* what later micro-batches are reduced in, when each is reduced on its own */
+  STAGING,  /* device memory comes here to be hashed */
+  HASHES,
+  EXCHANGE, /* hashes on their way between ranks */
+  STATES,
+  N_REGIONS = STATES + PHX_OPTIM_STATES_MAX
+};
 #define STAGING_BYTES (256 << 10)
 
 /* What config, topology and model decide; the same code plans and allocates. */
@@ -69,17 +79,24 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
   PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
   PHX_KIT_TRY(phx_kit_buckets_create(m, &p.order, c->first_bucket_bytes / 4, c->bucket_bytes / 4, &p.buckets,
                                      &p.n_buckets, err));
+  for (uint32_t k = 0; k < t->n_optim_states; k++)
+    if (phx_dtype_bytes(t->optim_dtype[k]) > 4) { /* states are gathered through the gradients' memory */
+      status = phx_kit_fail(err, PHX_UNSUPPORTED, "optimizer state %u has elements of more than 4 bytes", k);
+      goto done;
+    }
   /* whole, and padded to equal parts per rank, so that the writers' parts are gathered in place */
   int64_t trainable = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_TRAINABLE], t->world_size);
   int64_t frozen = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_FROZEN], t->world_size);
   p.regions[WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = trainable * 4};
   p.regions[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = frozen * 4};
-  p.regions[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p.order.numel * 4};
-  if (phx_kit_adds_reduced(t)) p.regions[REDUCED] = p.regions[GRADIENT]; /* what later micro-batches are reduced in */
+  p.regions[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = trainable * 4};
+  if (phx_kit_adds_reduced(t))
+    p.regions[REDUCED] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p.order.numel * 4};
   p.regions[STAGING] =
       (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = STAGING_BYTES};
   p.regions[HASHES] =
       (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = 2 * p.n_hashes * 8};
+  p.regions[EXCHANGE] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = 2 * p.n_hashes * 8};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
     p.regions[STATES + k] = (phx_kit_region){
         .kind = PHX_MEM_OPTIMIZER, .bytes = trainable * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
@@ -236,16 +253,20 @@ static phx_status hash_one(phx_strategy *self, int64_t i, uint64_t *out, phx_err
 /* [collective] Are all replicas equal?  One all_reduce of hashes and of their complements gives least and greatest. */
 static phx_status compare_replicas(phx_strategy *self, const char *when, phx_error *err) {
   const phx_comm *c = self->s.comm;
+  const phx_device *d = self->s.device;
   int64_t n = self->plan.n_hashes, different = 0, first = 0;
   uint64_t *hashes = self->plan.regions[HASHES].at;
+  void *exchange = self->plan.regions[EXCHANGE].at;
   phx_status status;
   for (int64_t i = 0; i < n; i++) {
     PHX_KIT_TRY(hash_one(self, i, &hashes[i], err));
     hashes[n + i] = ~hashes[i];
   }
   c->annotate(c->ctx, -1);
-  PHX_KIT_TRY(c->all_reduce(c->ctx, hashes, hashes, 2 * n, PHX_U64, PHX_MIN, self->s.stream, err));
-  PHX_KIT_TRY(self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err));
+  PHX_KIT_TRY(d->copy(d->ctx, exchange, hashes, 2 * n * 8, self->s.stream, err));
+  PHX_KIT_TRY(c->all_reduce(c->ctx, exchange, exchange, 2 * n, PHX_U64, PHX_MIN, self->s.stream, err));
+  PHX_KIT_TRY(d->copy(d->ctx, hashes, exchange, 2 * n * 8, self->s.stream, err));
+  PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
   for (int64_t i = n; i-- > 0;)
     if (hashes[i] != ~hashes[n + i]) {
       different++;
@@ -263,21 +284,36 @@ done:
   return status;
 }
 
+/* [collective] Every rank's part of a flat becomes everybody's: in place, or through memory that peers reach. */
+static phx_status make_whole(phx_strategy *self, int flat, void *base, void *through, int32_t dtype, phx_error *err) {
+  const phx_device *d = self->s.device;
+  int64_t numel = my_part(self, flat).per * PHX_BLOCK, bytes = numel * (int64_t)phx_dtype_bytes(dtype);
+  int64_t at = self->topology->rank * bytes;
+  phx_status status = PHX_OK;
+  if (!base) return PHX_OK;
+  if (through != base)
+    PHX_KIT_TRY(d->copy(d->ctx, (char *)through + at, (char *)base + at, bytes, self->s.stream, err));
+  PHX_KIT_TRY(self->s.comm->all_gather(self->s.comm->ctx, (char *)through + at, through, numel, dtype, self->s.stream,
+                                       err));
+  if (through != base)
+    PHX_KIT_TRY(d->copy(d->ctx, base, through, bytes * self->topology->world_size, self->s.stream, err));
+done:
+  return status;
+}
+
 static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
+  const phx_device *d = self->s.device;
+  phx_kit_region *r = self->plan.regions;
   phx_status status;
+  self->s.comm->annotate(self->s.comm->ctx, -1);
   PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
-  for (uint32_t region = 0; region < N_REGIONS; region++) {
-    bool state = region >= STATES;
-    if ((!state && region != WEIGHT && region != FROZEN) || !self->plan.regions[region].at) continue;
-    int32_t dtype = state ? self->topology->optim_dtype[region - STATES] : PHX_F32;
-    phx_kit_shard mine = my_part(self, region == FROZEN);
-    int64_t numel = mine.per * PHX_BLOCK;
-    char *base = self->plan.regions[region].at;
-    PHX_KIT_TRY(self->s.comm->all_gather(
-        self->s.comm->ctx, base + self->topology->rank * numel * (int64_t)phx_dtype_bytes(dtype), base, numel, dtype,
-        self->s.stream, err));
-  }
-  PHX_KIT_TRY(self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err));
+  PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, r[WEIGHT].at, PHX_F32, err));
+  PHX_KIT_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, r[FROZEN].at, PHX_F32, err));
+  for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
+    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, r[GRADIENT].at, self->topology->optim_dtype[k],
+                           err));
+  if (r[GRADIENT].bytes > 0) PHX_KIT_TRY(d->zero(d->ctx, r[GRADIENT].at, r[GRADIENT].bytes, self->s.stream, err));
+  PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
   return compare_replicas(self, "at start", err);
 done:
   return status;
@@ -426,8 +462,8 @@ const phx_plugin *phx_plugin_v1(void) {
       .version = "0.1.0",
       .summary = "Whole replicas, gradients summed in buckets beside backward",
       .vendor = "Phalanx",
-      .license = "",
-      .build = "",
+      .license = "MIT",
+      .build = __VERSION__,
       .provides = PHX_CAP_DETERMINISTIC,
       .extensions = extensions,
       .options = options,
