@@ -644,6 +644,7 @@ static void *rank_main(void *arg) {
 
 /* ---- the whole ---- */
 static void check_coverage(run *r) {
+  int want = r->c->replicas ? r->c->ranks : 1;
   for (int64_t s = 0; s < r->what.steps; s++) {
     bool skipped = s + 1 == r->c->discard_step;
     for (int64_t b = 0; b < r->blocks && !(skipped && r->c->discard_early); b++)
@@ -651,7 +652,7 @@ static void check_coverage(run *r) {
         note(r, "step %lld: block %lld of the model was added to the norm %d times", (long long)s + 1, (long long)b,
              r->norm_cover[s * r->blocks + b]);
     for (int64_t e = 0; e < r->t->elements[0] && !skipped; e++)
-      if (r->t->owner[0][e] >= 0 && r->update_cover[s * r->t->elements[0] + e] != 1)
+      if (r->t->owner[0][e] >= 0 && r->update_cover[s * r->t->elements[0] + e] != want)
         note(r, "step %lld: element %lld of the model was updated %d times", (long long)s + 1, (long long)e,
              r->update_cover[s * r->t->elements[0] + e]);
   }

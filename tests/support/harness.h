@@ -41,6 +41,7 @@ typedef struct harness_config {
   bool discard_early;        /* instead of finish_gradients, else after the norm */
   bool evaluate;             /* an evaluation after each step */
   bool recompute;            /* acquire and release with PHX_PASS_RECOMPUTE before each backward stage */
+  bool replicas;             /* every rank updates every element, instead of one rank each */
   double tolerance;          /* 0: bits; else weights may differ so much (absolute), and gradients are not compared */
   bool ignore_plan;          /* do not compare planned with measured */
   uint64_t seed;
