@@ -12,7 +12,7 @@
 
 #define ARENA (48 << 20)
 #define GUARD 64
-enum { NULL_STREAM = 0 };
+
 typedef struct config { int64_t staging, spin, communicators; int32_t huge_pages, reserved0; } config; /* as shm.h */
 
 static const phx_plugin *plugin;
@@ -240,7 +240,7 @@ static void try_shape(rig *g, const shape *s, uint64_t seed) {
   }
   fill(src, s->dtype, seed, me, 0, in / e);
   g->comm->stats(g->comm->ctx, &before);
-  phx_status status = call(g, s, src, dst, root, NULL_STREAM);
+  phx_status status = call(g, s, src, dst, root, NULL);
   g->comm->stats(g->comm->ctx, &after);
   if (status != PHX_OK) BAD(g, "%s: %s", shape_text(s), g->err.message);
   if (g->bad) return;
