@@ -27,6 +27,8 @@ static const command commands[] = {
      phx__command_plugins},
     {"help", "[NAME|PATH.so]", "options of a plugin or of one of the core's sections, as a table and as a sample",
      phx__command_help},
+    {"data", "tokenize TEXT... -o OUT.bin [--valid FRACTION VALID.bin] [--force]", "token files from text (bytes)",
+     phx__command_data},
     {"sample", "RUNDIR [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",
      "text from a run's final weights", phx__command_sample},
 };

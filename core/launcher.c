@@ -1,6 +1,6 @@
 /* core/launcher.c - starts the ranks of a job on this machine, watches them, and ends all when one goes wrong.
  *
- * What it is for: no rank hangs.  A death is seen at once (pidfd), a stopped rank after 4 s, a rank that never joins
+ * What it is for: no rank hangs.  A death is seen at once (pidfd), a stopped rank after 3.8 s, a rank that never joins
  * after the timeout, and ranks that wait for one that left with status 0 after the timeout too.  Then all others are
  * told (`failed`), given 0.3 s to report, asked (SIGTERM) and killed, so that a second after a death nothing is left.
  * What it does not do: restart anything, or look into what the ranks compute.
@@ -28,7 +28,7 @@
 #define MS UINT64_C(1000000)
 #define TICK_MS 50
 #define SUSPENDED_NS (1000 * MS) /* a tick this late: we did not run */
-#define STOPPED_NS (4000 * MS)
+#define STOPPED_NS (3800 * MS) /* with the end of the others below it: within 5 s */
 #define REPORT_NS (300 * MS) /* from the failure: the others may report */
 #define TERM_NS (300 * MS)   /* from SIGTERM to SIGKILL */
 #define GIVE_UP_NS (10000 * MS)

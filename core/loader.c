@@ -40,7 +40,10 @@ static lt_module vtable_open(lt_user_data data, const char *path, lt_dladvise ad
   void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (module) return module;
   const char *text = dlerror();
-  snprintf(dlopen_error, sizeof dlopen_error, "%s", text ? text : "the dynamic loader gives no reason");
+  if (!text) text = "the dynamic loader gives no reason";
+  size_t length = strlen(path); /* it begins with the path, which the caller says too */
+  if (strncmp(text, path, length) == 0 && strncmp(text + length, ": ", 2) == 0) text += length + 2;
+  snprintf(dlopen_error, sizeof dlopen_error, "%s", text);
   for (char *p = dlopen_error; *p; p++)
     if (*p == '\n') *p = ' ';
   return NULL;

@@ -99,7 +99,7 @@ static phx_status open_text(const char *path, int *fd, struct stat *st, phx_erro
 static bool exists(const char *path, struct stat *st) {
   memset(st, 0, sizeof *st);
   const int fd = phx__sys.open(path, O_RDONLY, 0);
-  if (fd < 0) return errno != ENOENT;
+  if (fd < 0) return errno != ENOENT && errno != ENOTDIR;
   const bool ok = !phx__sys.fstat(fd, st);
   phx__sys.close(fd);
   return ok;
@@ -110,6 +110,8 @@ static phx_status survey(const arguments *a, int64_t *total, phx_error *err) {
   const char *outputs[2] = {a->out, a->valid};
   struct stat made[2] = {0};
   for (int k = 0; k < 2 && outputs[k]; k++) {
+    if (strlen(outputs[k]) > PATH_BYTES - 32)
+      return phx__fail(err, PHX_INVALID, "the name of an output is longer than %d characters", PATH_BYTES - 32);
     if (exists(outputs[k], &made[k]) && !a->force)
       return phx__fail(err, PHX_INVALID, "%s exists: choose another name, or give --force to replace it", outputs[k]);
     if (made[k].st_mode && !S_ISREG(made[k].st_mode))
@@ -151,11 +153,7 @@ static phx_status output_open(output *o, const char *path, int64_t expected, phx
   int32_t header[PHX__TOKENS_HEADER / 4] = {PHX__TOKENS_MAGIC, PHX__TOKENS_VERSION, (int32_t)expected};
   o->path = path;
   o->expected = expected;
-  const int n = snprintf(o->temporary, sizeof o->temporary, "%s.%ld.tmp", path, (long)getpid());
-  if (n < 0 || (size_t)n >= sizeof o->temporary) {
-    o->temporary[0] = 0;
-    return phx__fail(err, PHX_INVALID, "the name of the token file is longer than %d characters", PATH_BYTES - 32);
-  }
+  snprintf(o->temporary, sizeof o->temporary, "%s.%ld.tmp", path, (long)getpid());
   o->fd = phx__sys.open(o->temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
   if (o->fd < 0) {
     const int number = errno;
@@ -175,6 +173,7 @@ static phx_status flush(output *o, phx_error *err) {
 /* The first output takes what it expects, the second the rest. */
 static phx_status put(output *o, uint16_t token, phx_error *err) {
   if (o->tokens == o->expected) o++;
+  if (o->fd < 0) return phx__fail(err, PHX_IO, "the texts became longer while they were read");
   o->buffer[o->used++] = token;
   o->tokens++;
   return o->used == CHUNK ? flush(o, err) : PHX_OK;

@@ -201,6 +201,33 @@ static int dead(int rank, int size) {
 }
 Test(job, a_dead_rank_is_found_before_the_timeout, .timeout = 60) { run_ranks(3, dead); }
 
+/* Stopped for longer than its timeout, a waiting rank goes on waiting: Ctrl-Z, then fg. */
+static int suspended(int rank, int size) {
+  phx_error err = PHX_ERROR_INIT;
+  const phx_job *job = open_job(rank == 0 ? 1.5 : 20);
+  pid_t me = getpid();
+  (void)size;
+  if (rank == 1) {
+    usleep(2600000);
+    NEED(phx__job_agree(job, 1, "configuration", &err) == PHX_OK);
+    return 0;
+  }
+  pid_t helper = fork();
+  NEED(helper >= 0);
+  if (helper == 0) {
+    usleep(300000);
+    kill(me, SIGSTOP);
+    usleep(2000000);
+    kill(me, SIGCONT);
+    _exit(0);
+  }
+  phx_status status = phx__job_agree(job, 1, "configuration", &err);
+  waitpid(helper, NULL, 0);
+  NEED(status == PHX_OK);
+  return 0;
+}
+Test(job, time_in_suspension_does_not_count, .timeout = 60) { run_ranks(2, suspended); }
+
 static int fails(int rank, int size) {
   const phx_job *job = open_job(30);
   phx_error err = PHX_ERROR_INIT;
