@@ -47,9 +47,14 @@ static void collective(const phx_job *job, uint64_t number) {
   __atomic_store_n(&f->end_ns, (int64_t)phx__now_ns(), __ATOMIC_RELEASE);
 }
 
+static int own_rank(void) {
+  const char *text = getenv("PHALANX_RANK");
+  return atoi(text ? text : getenv("OMPI_COMM_WORLD_RANK"));
+}
+
 static void note_pid(const char *dir) {
   char path[512], text[32];
-  snprintf(path, sizeof path, "%s/pid-%s", dir, getenv("PHALANX_RANK"));
+  snprintf(path, sizeof path, "%s/pid-%d", dir, own_rank());
   int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644), n = snprintf(text, sizeof text, "%d", (int)getpid());
   if (fd < 0 || write(fd, text, (size_t)n) != n) _exit(97);
   close(fd);
@@ -57,7 +62,7 @@ static void note_pid(const char *dir) {
 
 static int rank_main(char **argv) {
   const char *mode = argv[1];
-  int who = atoi(argv[2]), steps = atoi(argv[3]), mine = atoi(getenv("PHALANX_RANK"));
+  int who = atoi(argv[2]), steps = atoi(argv[3]), mine = own_rank();
   useconds_t pause = (useconds_t)atoi(argv[4]);
   const phx_job *job = NULL;
   phx_error err = PHX_ERROR_INIT;
@@ -249,15 +254,16 @@ Test(launcher, a_status_ends_all, .timeout = 60) {
   clean(&t);
 }
 
-Test(launcher, kill_9_of_any_rank_at_any_moment, .timeout = 120) {
+/* PHX_TEST_KILLS: more rounds, for a night. */
+Test(launcher, kill_9_of_any_rank_at_any_moment, .timeout = 3600) {
   unsigned seed = 12345;
-  for (int i = 0; i < 10; i++) {
+  int rounds = getenv("PHX_TEST_KILLS") ? atoi(getenv("PHX_TEST_KILLS")) : 10;
+  for (int i = 0; i < rounds; i++) {
     int ranks = 2 + i % 3, victim = rand_r(&seed) % ranks;
     char text[64];
     struct trial t = launch((struct plan){.ranks = ranks, .timeout = 20, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
     pid_t pid = pid_of(&t, victim);
-    for (int r = 0; r < ranks; r++) pid_of(&t, r);
-    usleep((useconds_t)(rand_r(&seed) % 150000));
+    usleep((useconds_t)(rand_r(&seed) % (i % 2 ? 5000 : 150000))); /* while they start, and while they run */
     double killed = now();
     kill(pid, SIGKILL);
     cr_expect_eq(wait_for(&t, 10), 3);
@@ -449,6 +455,24 @@ Test(launcher, ranks_get_cores_of_their_own, .timeout = 60) {
   t = launch((struct plan){.ranks = 2, .threads = CPU_COUNT(&mask), .timeout = 20, .mode = "pinned", .who = -1, .steps = 1});
   cr_expect_eq(wait_for(&t, 10), 0);
   cr_expect_null(strstr(content(&t, "out"), "cpus 1\n")); /* too few for all: not pinned */
+  clean(&t);
+}
+
+Test(launcher, ranks_of_a_real_mpirun_meet, .timeout = 60) {
+  char dir[] = "/tmp/phx-launcher-XXXXXX", command[1400], self[512];
+  if (system("command -v mpirun >/dev/null 2>&1") != 0) cr_skip_test("mpirun is not installed");
+  ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+  cr_assert(n > 0);
+  self[n] = 0;
+  cr_assert_not_null(mkdtemp(dir));
+  snprintf(command, sizeof command,
+           "timeout 30 mpirun --allow-run-as-root --oversubscribe -n 3 '%s' --rank %s run -1 20 0 >%s/out 2>%s/err", self,
+           dir, dir, dir);
+  struct trial t = {.launcher = -1};
+  memcpy(t.dir, dir, sizeof dir);
+  cr_expect_eq(system(command), 0, "%s", content(&t, "err"));
+  EXPECT_SAYS(&t, "out", "rank 0 of 3 speaks");
+  EXPECT_SAYS(&t, "out", "rank 2 of 3 speaks");
   clean(&t);
 }
 

@@ -2,6 +2,7 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -252,6 +253,30 @@ static int fails(int rank, int size) {
   return 0;
 }
 Test(job, a_failure_wakes_the_waiters, .timeout = 60) { run_ranks(3, fails); }
+
+static void *fail_from_thread(void *job) {
+  ((const phx_job *)job)->fail(((const phx_job *)job)->ctx, "a thread's failure");
+  return NULL;
+}
+static int threads_fail(int rank, int size) {
+  const phx_job *job = open_job(30);
+  phx_error err = PHX_ERROR_INIT;
+  pthread_t threads[4];
+  (void)size;
+  if (rank == 0) {
+    for (int i = 0; i < 4; i++) NEED(pthread_create(&threads[i], NULL, fail_from_thread, (void *)job) == 0);
+    for (int i = 0; i < 1000; i++) phx__job_state(job, 2, i);
+    NEED(phx__job_agree(job, 1, "configuration", &err) == PHX_COMM);
+    for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
+    phx__job_state(job, 2, 1);
+    NEED(job->mine->state == 4);
+  } else {
+    while (!__atomic_load_n(job->failed, __ATOMIC_ACQUIRE)) usleep(1000);
+  }
+  NEED(*job->failed == 1 && strcmp(job->ranks[0]->message, "a thread's failure") == 0);
+  return 0;
+}
+Test(job, any_thread_may_fail, .timeout = 60) { run_ranks(2, threads_fail); }
 
 static int twice(int rank, int size) {
   const phx_job *job = NULL;
