@@ -20,7 +20,7 @@ Test(ddp, bits_equal_the_reference, .timeout = 120) {
   for (size_t i = 0; i < sizeof all_ranks / sizeof *all_ranks; i++)
     for (int mode = 0; mode < 3; mode++)
       for (int deferred = 0; deferred < 2; deferred++)
-        expect_good(&(harness_config){.strategy = "ddp", .toy = t, .ranks = all_ranks[i], .steps = 2,
+        expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = all_ranks[i], .steps = 2,
                                       .options = "bucket_bytes=20000 first_bucket_bytes=4096",
                                       .accumulate = mode ? 3 : 1, .reduce = mode == 2, .evaluate = mode == 0,
                                       .recompute = mode == 1,
