@@ -1,0 +1,35 @@
+/* core/command_train.c - `phalanx train`: one run.  Started by a launcher, this process is one of its ranks; else it
+ * checks the run, makes its directory and starts the ranks.  [main] only. */
+#include <stdio.h>
+#include <unistd.h>
+
+#include "cli.h"
+#include "commands.h"
+#include "job.h"
+#include "status.h"
+#include "sys.h"
+#include "train.h"
+
+int phx__command_train(int argc, char **argv) {
+  phx__arguments arguments;
+  phx__config *config = NULL;
+  if (!phx__arguments_parse(argc, argv, PHX__ACCEPT_STEPS, &arguments)) return PHX__EXIT_REFUSED;
+  int exit_status = PHX__EXIT_REFUSED;
+  char command[4096];
+  char **again = phx__calloc((size_t)argc + 2, sizeof *again);
+  const ssize_t length = readlink("/proc/self/exe", command, sizeof command - 1);
+  if (!again || length <= 0) {
+    fprintf(stderr, "phalanx: cannot find the path of this command\n");
+    goto done;
+  }
+  command[length] = 0;
+  again[0] = command;
+  for (int i = 0; i < argc; i++) again[i + 1] = argv[i];
+  if (phx__config_load(arguments.file, arguments.overrides, arguments.n_overrides, stderr, &config)) goto done;
+  exit_status = phx__job_is_rank() ? phx__train_rank(config) : phx__train_launch(config, again);
+done:
+  phx__config_free(config);
+  phx__free(again);
+  phx__arguments_free(&arguments);
+  return exit_status;
+}
