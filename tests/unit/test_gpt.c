@@ -104,6 +104,23 @@ Test(gpt, gradients_match_with_dropped_layers, .timeout = 120) {
   }
 }
 
+/* Guard bytes show that no more is used; this shows that no less is. */
+Test(gpt, announced_memory_is_all_used, .timeout = 60) {
+  const char *const settings[] = {"layers=1 heads=3 width=30 context=33 vocab=257",
+                                  "layers=1 heads=2 width=96 context=8 vocab=33",
+                                  "layers=1 heads=2 width=10 context=8 vocab=300 freeze=h.*.weight"};
+  for (size_t i = 0; i < sizeof settings / sizeof settings[0]; i++) {
+    gpt_rig *r = gpt_rig_open(settings[i], 2, 8, plain_extension);
+    phx_error err = {.struct_size = sizeof err};
+    double loss = 0;
+    make_tokens(r->facts.vocabulary, 0);
+    cr_assert_eq(gpt_rig_step(r, tokens, targets, 2, 8, 1, NULL, &loss, &err), PHX_OK, "%s", err.message);
+    for (uint32_t stage = 0; stage < r->model.n_stages; stage++) cr_expect_eq(gpt_rig_unused_saved(r, stage), 0);
+    cr_expect_eq(r->workspace_used, r->workspace.bytes);
+    gpt_rig_close(r);
+  }
+}
+
 /* The cpu plugin's operations, where it is built. */
 static const phx_device_table *cpu_table;
 static phx_device_self *cpu_self;
