@@ -197,8 +197,7 @@ Test(config, settings_that_do_not_go_together) {
   expect_report("[run]\nranks = 2\n[batch]\nmicro = 3\naccumulate = 5\ntotal = 32\n" DATA,
                 ":6: [batch] total = 32, but ranks x micro x accumulate = 2 x 3 x 5 = 30\n");
   phx__config_free(expect_good("[run]\nranks = 2\n[batch]\nmicro = 3\naccumulate = 5\ntotal = 30\n" DATA));
-  expect_report("[run]\nsteps = 9\n[optimizer]\nwarmup = 10\n" DATA,
-                ":4: [optimizer] warmup = 10 is more than [run] steps = 9\n");
+  phx__config_free(expect_good("[run]\nsteps = 9\n[optimizer]\nwarmup = 10\n" DATA)); /* a short trial of a long run */
   expect_report(DATA "[precision]\ncompute = bf16\n",
                 ":4: [precision] compute = bf16 is not offered by device cpu in this version: use fp32\n");
   expect_report(DATA "[precision]\nreduce = bf16\n",
