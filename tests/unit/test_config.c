@@ -151,7 +151,7 @@ Test(config, strategy_by_path) {
   phx__config_free(c);
   const phx__override missing = {"run.strategy=/nonexistent/mine.so", "--strategy"};
   cr_assert_eq(load(DATA "[mine]\nx = 1\n", &missing, 1, &c), PHX_INVALID);
-  cr_expect(strstr(report, "--strategy run.strategy=/nonexistent/mine.so: [run] strategy: "), "%s", report);
+  cr_expect(strstr(report, "--strategy /nonexistent/mine.so: [run] strategy: "), "%s", report);
   cr_expect_null(strstr(report, "[mine]"), "its section cannot be judged: %s", report);
 }
 
