@@ -205,7 +205,7 @@ Test(cpu_ops, numerical_gradient_of_linear_and_gelu) {
 }
 
 /* ---- layer norm ---- */
-enum { LN = 21, LC = 30 }; /* more rows than one block of column sums, no multiple of it; C no multiple of 16 */
+enum { LN = 69, LC = 30 }; /* more rows than one chunk and one block of column sums; C no multiple of 16 */
 static const float eps = 1e-5f;
 static void ref_norm(const double *x, const double *w, const double *bias, int64_t n, int64_t c, double *out) {
   for (int64_t i = 0; i < n; i++) {
@@ -351,6 +351,29 @@ Test(cpu_ops, adamw_and_sgd_follow_their_formulas) {
     cr_assert_eq(low[i], w[i]);
   }
   free(w), free(s), free(m), free(v);
+}
+
+/* To the last bit: the formula in fp32, one operation after the other (the tests too are compiled without contraction). */
+Test(cpu_ops, adamw_and_sgd_are_the_formula_to_the_last_bit) {
+  enum { M = 1031 };
+  const float b1 = 0.9f, b2 = 0.95f, c1 = 0.271f, c2 = 0.142625f, lr = 3e-4f, e = 1e-8f, decay = 0.1f, by = 0.37f;
+  float *w = random_array(M, 1, &state), *g = random_array(M, 1e-2f, &state), *m = random_array(M, 1e-2f, &state);
+  float *v = random_array(M, 1e-4f, &state), *s = random_array(M, 1, &state), want_w[M], want_m[M], want_v[M], want_s[M];
+  for (int i = 0; i < M; i++) {
+    v[i] = fabsf(v[i]);
+    const float gs = g[i] * by;
+    want_m[i] = b1 * m[i] + (1.0f - b1) * gs;
+    want_v[i] = b2 * v[i] + (1.0f - b2) * (gs * gs);
+    want_w[i] = w[i] - lr * (want_m[i] / c1 / (sqrtf(want_v[i] / c2) + e) + decay * w[i]);
+    want_s[i] = s[i] - lr * (gs + decay * s[i]);
+  }
+  OK(ops->adamw(ops->ctx, w, g, m, v, NULL, 0, M, by, lr, b1, b2, c1, c2, e, decay, NULL, &f.err));
+  OK(ops->sgd(ops->ctx, s, g, NULL, 0, M, by, lr, decay, NULL, &f.err));
+  cr_assert_eq(memcmp(w, want_w, sizeof want_w), 0);
+  cr_assert_eq(memcmp(m, want_m, sizeof want_m), 0);
+  cr_assert_eq(memcmp(v, want_v, sizeof want_v), 0);
+  cr_assert_eq(memcmp(s, want_s, sizeof want_s), 0);
+  free(w), free(g), free(m), free(v), free(s);
 }
 
 Test(cpu_ops, add_and_block_norms) {
