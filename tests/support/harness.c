@@ -104,7 +104,7 @@ static phx_status parse_scalar(const phx_option *o, const char *text, void *conf
     while (*end == ' ') end++;
     if (o->type == PHX_OPT_BYTES && *end) {
       x *= *end == 'K' ? 1 << 10 : *end == 'M' ? 1 << 20 : *end == 'G' ? 1 << 30 : 1;
-      end = "";
+      while (*end) end++;
     }
     if (*end || x < o->imin || x > o->imax)
       return phx__fail(err, PHX_INVALID, "%s = %s is outside %lld .. %lld", o->name, text, (long long)o->imin,
@@ -659,10 +659,10 @@ static void check_coverage(run *r) {
   for (int row = 0; row < 4; row++)
     for (int f = 0; f < PHX_FLATS; f++)
       for (int64_t b = 0; b < r->t->model.total_blocks[f]; b++) {
-        int want = row == 0 || (row >= 2 && f == 0 && !r->c->sgd);
-        if (r->state_cover[row][f][b] != want)
+        const int visits = row == 0 || (row >= 2 && f == 0 && !r->c->sgd);
+        if (r->state_cover[row][f][b] != visits)
           note(r, "state %d, flat %d, block %lld was visited %d times, expected %d", row, f, (long long)b,
-               r->state_cover[row][f][b], want);
+               r->state_cover[row][f][b], visits);
       }
 }
 
