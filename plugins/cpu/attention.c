@@ -24,6 +24,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define VL PHX__LANES
 #define UNROLL _Pragma("GCC unroll 4")
+typedef uint32_t vbits __attribute__((vector_size(4 * PHX__LANES)));
 #define TILE 64         /* queries and keys per tile; a multiple of VL and ROWS */
 #define WIDEST 256      /* largest head size */
 #define ROWS 4          /* rows of the micro-kernel */
@@ -72,20 +73,25 @@ INLINE phx__vf larger(phx__vf x, phx__vf y) {
 /* 2^x within 1.5 ulp for x <= 126; exactly 0 below -120, so that nothing downstream meets a denormal number; NaN stays
  * NaN.  x = n + f with |f| <= 1/2; 2^f by a polynomial of degree 6 (relative error 2.6e-9). */
 INLINE phx__vf exp2_lanes(phx__vf x) {
-  const float magic = 12582912.0f, least = -120.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
-  const phx__vf shifted = x + magic;
-  const phx__vf f = x - (shifted - magic);
+  const float least = -120.0f;
+#if defined(__AVX512F__)
+  const phx__vf n = (phx__vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+  const phx__vf shifted = x + magic, n = shifted - magic;
+#endif
+  const phx__vf f = x - n;
   phx__vf p = f * 1.546144469856913e-4f + 1.3400428177615838e-3f;
   p = p * f + 9.618056678524637e-3f;
   p = p * f + 5.550327226670302e-2f;
   p = p * f + 2.4022650922288757e-1f;
   p = p * f + 6.931472067028326e-1f;
   p = p * f + 1.0f;
-  const phx__vf y = p * (phx__vf)(((phx__vi)shifted << 23) + 0x3f800000);
 #if defined(__AVX512F__)
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return (phx__vf)_mm512_maskz_mov_ps(kept, (__m512)y);
+  return (phx__vf)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
 #else
+  const phx__vf y = p * (phx__vf)(((vbits)shifted << 23) + 0x3f800000u);
   return (phx__vf)((phx__vi)y & ~(x < least));
 #endif
 }
@@ -170,17 +176,43 @@ static void pack(float *dst, int64_t dp, const float *src, int64_t ld, int64_t r
   for (; rows % ROWS; rows++, dst += dp) memset(dst, 0, (size_t)dp * sizeof *dst);
 }
 
+/* One round of a transposition: the lanes of x and y in turn, from the lower and from the upper halves. */
+#if VL == 16
+#define LOWER(x, y) __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define UPPER(x, y) __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif VL == 8
+#define LOWER(x, y) __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11)
+#define UPPER(x, y) __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define LOWER(x, y) __builtin_shufflevector(x, y, 0, 4, 1, 5)
+#define UPPER(x, y) __builtin_shufflevector(x, y, 2, 6, 3, 7)
+#endif
+
 /* dst(d, TILE) = factor * src(rows, d; ld)^T, columns past rows 0 */
-static void pack_transposed(float *restrict dst, const float *restrict src, int64_t ld, int64_t rows, int64_t d,
-                            float factor) {
-  float block[VL][VL];
+static void pack_transposed(float *dst, const float *src, int64_t ld, int64_t rows, int64_t d, float factor) {
   for (int64_t r = 0; r < TILE; r += VL)
     for (int64_t i = 0; i < d; i += VL) {
       const int64_t width = d - i < VL ? d - i : VL;
-      for (int64_t y = 0; y < VL; y++)
-        for (int64_t x = 0; x < width; x++) block[x][y] = r + y < rows ? src[(r + y) * ld + i + x] * factor : 0.0f;
-      for (int64_t x = 0; x < width; x++) phx__store(dst + (i + x) * TILE + r, phx__load(block[x]));
+      phx__vf x[VL], y[VL];
+      for (int64_t j = 0; j < VL; j++) {
+        const float *at = src + (r + j) * ld + i;
+        x[j] = r + j >= rows ? (phx__vf){0} : width == VL ? phx__load(at) : phx__load_part(at, width);
+      }
+      for (int step = 1; step < VL; step *= 2) { /* a perfect shuffle, log2(VL) times */
+        for (int j = 0; j < VL / 2; j++) {
+          y[2 * j] = LOWER(x[j], x[j + VL / 2]);
+          y[2 * j + 1] = UPPER(x[j], x[j + VL / 2]);
+        }
+        memcpy(x, y, sizeof x);
+      }
+      for (int64_t j = 0; j < width; j++) phx__store(dst + (i + j) * TILE + r, x[j] * factor);
     }
+}
+
+/* Asks for the next rows(rows, d; ld) early: they are far apart, which no hardware prefetcher follows. */
+static void prefetch(const float *src, int64_t ld, int64_t rows, int64_t d) {
+  for (int64_t r = 0; r < rows; r++, src += ld)
+    for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(src + i, 0, 2);
 }
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -246,6 +278,11 @@ static void forward_tile(const job *a, tiles *w, int64_t batch, int64_t head, in
     const int diagonal = k0 == q0;
     const int64_t keys = diagonal ? rows : TILE;
     operand keys_at = {k + k0 * ld, ld, 1};
+    if (!diagonal) {
+      const int64_t next = k0 + TILE == q0 ? rows : TILE;
+      prefetch(k + (k0 + TILE) * ld, ld, next, d);
+      prefetch(v + (k0 + TILE) * ld, ld, next, d);
+    }
     if (keys % ROWS) {
       pack(w->k, dp, k + k0 * ld, ld, keys, d);
       keys_at = (operand){w->k, dp, 1};
@@ -315,10 +352,12 @@ static void row_dots(const job *a, int64_t batch, int64_t head, float *dots) {
     phx__vf acc = {0};
     int64_t i = 0;
     for (; i + VL <= a->d; i += VL) acc += phx__load(x + i) * phx__load(y + i);
-    float sum = 0.0f;
-    for (; i < a->d; i++) sum += x[i] * y[i];
-    for (int l = 0; l < VL; l++) sum += acc[l];
-    dots[t] = sum;
+    if (i < a->d) acc += phx__load_part(x + i, a->d - i) * phx__load_part(y + i, a->d - i);
+    float lane[VL];
+    phx__store(lane, acc);
+    for (int width = VL / 2; width; width /= 2)
+      for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+    dots[t] = lane[0];
   }
 }
 
@@ -334,12 +373,17 @@ static void unpack(float *dst, int64_t ld, const float *src, int64_t dp, int64_t
 
 /* The tile of queries q0 against the keys that w holds: adds to w->dk and w->dv, and to dq in memory. */
 static void backward_tile(const job *a, tiles *w, const float *q, const float *dout, float *dq, const float *lse,
-                          const float *dots, int64_t rows, int64_t keys, int diagonal, int add_dq) {
+                          const float *dots, int64_t rows, int64_t next, int64_t keys, int diagonal, int add_dq) {
   const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL);
   const int dvecs = (int)(dp / VL);
   const enum mask upper = diagonal ? COLS_UPTO : WHOLE;
   pack(w->q, dp, q, ld, rows, d);
   pack(w->o, dp, dout, a->c, rows, d);
+  if (next > 0) {
+    prefetch(q + TILE * ld, ld, next, d);
+    prefetch(dout + TILE * a->c, a->c, next, d);
+    prefetch(dq + TILE * ld, ld, next, d);
+  }
   product(upper, rows, TV, d, (operand){w->q, dp, 1}, w->kt, TILE, w->s, TILE, 0);
   product(upper, rows, TV, d, (operand){w->o, dp, 1}, w->v, TILE, w->dp, TILE, 0);
   probabilities(w->s, w->dp, rows, keys, diagonal, lse, dots);
@@ -367,7 +411,8 @@ static void backward_head(const job *a, tiles *w, int64_t batch, int64_t head) {
     memset(w->dv, 0, (size_t)(TILE * dp) * sizeof *w->dv);
     for (int64_t q0 = k0; q0 < t; q0 += TILE) {
       const int64_t rows = t - q0 < TILE ? t - q0 : TILE;
-      backward_tile(a, w, q + q0 * ld, dout + q0 * a->c, dq + q0 * ld, lse + q0, dots + q0, rows, keys, q0 == k0,
+      const int64_t left = t - q0 - rows, next = left < TILE ? left : TILE;
+      backward_tile(a, w, q + q0 * ld, dout + q0 * a->c, dq + q0 * ld, lse + q0, dots + q0, rows, next, keys, q0 == k0,
                     k0 > 0);
     }
     unpack(dq + a->c + k0 * ld, ld, w->dk, dp, keys, d, a->scale, 0);

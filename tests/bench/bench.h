@@ -21,12 +21,16 @@ typedef struct bench_line {
 } bench_line;
 
 /* --json: a line of JSON instead of a table row; --pairs N (at least 7 unless --quick); --only WORD: names that
- * contain it; --threads N.  Ends the program with status 2 on anything else. */
+ * contain it; --threads N: of the device, and OMP_NUM_THREADS of the comparator.  Call it first: it may start the program
+ * again.  Ends the program with status 2 on anything else. */
 void bench_init(int argc, char **argv);
 int bench_wanted(const char *name); /* by --only */
 int bench_threads(void);            /* 1 unless --threads */
 
 double bench_now(void); /* seconds, monotonic */
+/* The same for work that never waits: with one thread, the processor's time that the process got, so that neighbours on a
+ * shared machine count only by what they take from caches and memory. */
+double bench_busy(void);
 /* Runs each once to warm up, then A B, B A, A B ...  Nothing where the name is not wanted. */
 void bench_compare(bench_line *line, bench_run *run_a, void *arg_a, bench_run *run_b, void *arg_b);
 void bench_print(const bench_line *line); /* one row: name, A, B, rates, ratio, spread, limit, met or not */
