@@ -66,8 +66,7 @@ void phx__cpu_slice_cast(void *dst, int32_t dst_dtype, const void *src, int32_t 
 }
 
 void phx__cpu_slice_add(float *out, const float *a, const float *b, int64_t numel) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < numel; i++) out[i] = a[i] + b[i];
+  PHX__IVDEP for (int64_t i = 0; i < numel; i++) out[i] = a[i] + b[i];
 }
 
 void phx__cpu_slice_scale(float *x, float by, int64_t numel) {

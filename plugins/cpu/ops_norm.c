@@ -39,8 +39,7 @@ static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker)
       float *sum = f->sum + row * c;
       if (f->b) {
         const float *b = f->b + row * c;
-#pragma GCC ivdep
-        for (int64_t j = 0; j < c; j++) sum[j] = x[j] + b[j];
+        PHX__IVDEP for (int64_t j = 0; j < c; j++) sum[j] = x[j] + b[j];
       } else if (sum != x) {
         memcpy(sum, x, (size_t)c * sizeof *sum);
       }
@@ -49,8 +48,7 @@ static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker)
     const float mean = row_sum(x, c, 0.0f, 0) / (float)c;
     const float rstd = 1.0f / sqrtf(row_sum(x, c, mean, 1) / (float)c + f->eps);
     float *out = f->out + row * c;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < c; j++) out[j] = (x[j] - mean) * rstd * w[j] + bias[j];
+    PHX__IVDEP for (int64_t j = 0; j < c; j++) out[j] = (x[j] - mean) * rstd * w[j] + bias[j];
     f->mean[row] = mean;
     f->rstd[row] = rstd;
   }
@@ -112,12 +110,10 @@ static void rows_body(void *arg, int64_t first, int64_t last, int32_t worker) {
     sum /= (float)c;
     dot /= (float)c;
     if (add) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < c; j++)
+      PHX__IVDEP for (int64_t j = 0; j < c; j++)
         dx[j] = add[j] + (dout[j] * w[j] - sum - (x[j] - mean) * rstd * dot) * rstd;
     } else {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < c; j++) dx[j] = (dout[j] * w[j] - sum - (x[j] - mean) * rstd * dot) * rstd;
+      PHX__IVDEP for (int64_t j = 0; j < c; j++) dx[j] = (dout[j] * w[j] - sum - (x[j] - mean) * rstd * dot) * rstd;
     }
   }
 }

@@ -7,6 +7,13 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Before a loop whose arrays may be the same, but never overlap otherwise. */
+#if defined(__clang__)
+#define PHX__IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define PHX__IVDEP _Pragma("GCC ivdep")
+#endif
+
 #if defined(__AVX512F__)
 #define PHX__LANES 16
 #elif defined(__AVX2__)

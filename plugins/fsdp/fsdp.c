@@ -1,0 +1,511 @@
+/* plugins/fsdp/fsdp.c - fully sharded data parallelism: a unit's weights, gradients and states are cut in equal shards,
+ * weights are gathered when a stage comes, gradients are reduced and scattered when a unit's last stage has gone.
+ * Zhao et al., "PyTorch FSDP", VLDB 2023 (arXiv 2304.11277).
+ *
+ * The order of a micro-batch is written down in a program (kit: program.c): each acquire and each release is a position
+ * of it, with the gathers, drops and reductions to issue there.  So all ranks issue the same collectives in the same
+ * order, whatever a rank skips, and every window has its fixed place in the pool.
+ *
+ *   acquire   [gather what the stage needs, and the next `prefetch` units]  [open windows for gradients]  -> view
+ *   release   [drop what the next position does not want]  [reduce what is complete]  [close windows of the one before]
+ *
+ * Two streams.  The host computes on its stream; gathers and reductions run on the communication stream in the order of
+ * issue.  Before a batch of them it waits for what the compute stream has been given so far; the compute stream waits
+ * for a gather through view->ready, and for a reduction only when its window is opened for another unit.
+ *
+ * sharding = none keeps everything whole on every rank, in the same structure: nothing is gathered, and a reduction is
+ * an all_reduce.  With one rank all is whole anyway and is run so.  [main] only.  Does not: keep low-precision weights,
+ * offload, shard within groups (fsdp_plan.group is where it comes). */
+#include "fsdp.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *const shardings[] = {"full", "grad_op", "none", NULL};
+static const phx_option options[] = {
+    PHX_ENUM(fsdp_config, sharding, "full", shardings,
+             "What is sharded: full (weights, gradients, states; ZeRO-3), grad_op (the same, but weights stay gathered "
+             "from forward to backward; ZeRO-2), none (nothing)."),
+    PHX_INT(fsdp_config, prefetch, "1", 0, 16, "units", 0,
+            "Units gathered ahead of the stage that runs, in forward and in backward."),
+    PHX_BOOL(fsdp_config, reshard_after_forward, "yes",
+             "With sharding = full: free a unit's gathered weights after its forward, and gather them again for "
+             "backward; grad_op implies no."),
+    PHX_INT(fsdp_config, max_gathered, "0", 0, 1 << 20, "units", 0,
+            "The most units gathered at once, what prefetch gathers included; 0: as many as the other options need."),
+};
+
+struct phx_strategy {
+  phx_kit_services s;
+  const phx_topology *topology;
+  const phx_model *model;
+  fsdp_plan plan;
+  phx_kit_views views;
+  phx_event **gathered, **reduced; /* (n_units) each */
+  phx_event **mark;                /* (1) a point of the compute stream */
+  int64_t *gather_number;          /* (n_units) order of issue of the last gather; 0: not gathered */
+  int64_t *reduce_number, *reduce_offset; /* (n_units) of the last reduction that ran in a window; number 0: none */
+  int64_t issued;
+  const phx_kit_program *program;  /* NULL: between steps */
+  uint32_t position;               /* next in the program */
+  bool open;                       /* its acquire is done */
+  int32_t micro_batch;
+  bool reducing;                   /* this micro-batch's gradients are reduced */
+};
+
+/* ---- life ---- */
+
+static void fsdp_destroy(phx_strategy *self) {
+  if (!self) return;
+  uint32_t n = self->model->n_units;
+  phx_kit_events_destroy(&self->s, n, self->gathered);
+  phx_kit_events_destroy(&self->s, n, self->reduced);
+  phx_kit_events_destroy(&self->s, 1, self->mark);
+  phx_kit_regions_release(&self->s, self->plan.regions, FSDP_REGIONS);
+  phx_kit_services_close(&self->s);
+  phx_kit_views_destroy(&self->views);
+  fsdp_plan_destroy(&self->plan);
+  free(self->gather_number);
+  free(self->reduce_number);
+  free(self->reduce_offset);
+  free(self);
+}
+
+static phx_kit_shard held(const phx_strategy *self, uint32_t unit, uint32_t flat) {
+  return fsdp_held(&self->plan, self->topology, phx_model_unit(self->model, unit), flat);
+}
+
+static float *held_weight(const phx_strategy *self, uint32_t unit, uint32_t flat) {
+  return (float *)self->plan.regions[FSDP_WEIGHT + flat].at + self->plan.at[flat][unit];
+}
+
+/* The unit's gradients in the region: the held part, or the whole that it lies in. */
+static float *kept_gradient(const phx_strategy *self, uint32_t unit) {
+  int64_t copies = self->plan.windows ? 1 : self->plan.group;
+  return (float *)self->plan.regions[FSDP_GRADIENT].at + self->plan.at[PHX_FLAT_TRAINABLE][unit] * copies;
+}
+
+static float *held_gradient(const phx_strategy *self, uint32_t unit) {
+  int64_t before = !self->plan.windows && self->plan.group > 1 ? self->topology->rank : 0;
+  return kept_gradient(self, unit) + before * held(self, unit, PHX_FLAT_TRAINABLE).per * PHX_BLOCK;
+}
+
+/* Everything that is not in a window is where it always is. */
+static void place_at_rest(phx_strategy *self) {
+  for (uint32_t u = 0; u < self->model->n_units; u++) {
+    const phx_unit *unit = phx_model_unit(self->model, u);
+    phx_kit_place *place = &self->views.places[u];
+    *place = (phx_kit_place){{NULL, NULL}, NULL};
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
+      if (self->plan.group == 1 && unit->blocks[flat] > 0) place->weight[flat] = held_weight(self, u, flat);
+    if (!self->plan.windows && unit->blocks[PHX_FLAT_TRAINABLE] > 0) place->gradient = kept_gradient(self, u);
+    self->gather_number[u] = self->reduce_number[u] = 0;
+  }
+}
+
+static void say_what_accumulation_costs(const phx_strategy *self) {
+  const phx_topology *t = self->topology;
+  char text[320];
+  if (t->accumulate == 1 || self->plan.group == 1) return;
+  if (self->plan.adds)
+    snprintf(text, sizeof text,
+             "[batch] reduce = micro_batch: gradients stay sharded, and are sent %d times a step; reduce = step would "
+             "send them once, and keep whole gradients on every rank",
+             t->accumulate);
+  else
+    snprintf(text, sizeof text,
+             "[batch] reduce = step with accumulate = %d: every rank keeps whole gradients, %.1f MiB (4 bytes a "
+             "parameter); reduce = micro_batch would keep them sharded, and send %d times as much",
+             t->accumulate, (double)self->plan.regions[FSDP_GRADIENT].bytes / (1 << 20), t->accumulate);
+  self->s.host->log(self->s.host->ctx, PHX_LOG_INFO, text);
+}
+
+static phx_status fsdp_create(const phx_host *host, const void *config, const phx_topology *topology,
+                              const phx_model *model, phx_strategy **out, phx_error *err) {
+  phx_strategy *self = calloc(1, sizeof *self);
+  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  *self = (phx_strategy){.topology = topology, .model = model};
+  size_t n = model->n_units + 1u;
+  phx_status status;
+  PHX_KIT_TRY(fsdp_plan_create(config, topology, model, &self->plan, err));
+  PHX_KIT_TRY(
+      phx_kit_services_open(host, self->plan.group > 1 ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err));
+  PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
+  PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err));
+  PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->reduced, err));
+  PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->mark, err));
+  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->plan.regions, FSDP_REGIONS, err));
+  self->gather_number = calloc(n, sizeof *self->gather_number);
+  self->reduce_number = calloc(n, sizeof *self->reduce_number);
+  self->reduce_offset = calloc(n, sizeof *self->reduce_offset);
+  if (!self->gather_number || !self->reduce_number || !self->reduce_offset) {
+    status = phx_kit_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
+    goto done;
+  }
+  place_at_rest(self);
+  say_what_accumulation_costs(self);
+  *out = self;
+  return PHX_OK;
+done:
+  fsdp_destroy(self);
+  return status;
+}
+
+/* ---- state ---- */
+
+/* The part of a unit that this rank is the writer of: its shard; where all ranks hold all, its share of the work. */
+static phx_kit_shard mine(const phx_strategy *self, uint32_t unit, uint32_t flat) {
+  return phx_kit_shard_of(phx_model_unit(self->model, unit)->blocks[flat], self->topology->rank,
+                          self->topology->world_size);
+}
+
+static phx_status fsdp_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
+  phx_status status = PHX_OK;
+  for (uint32_t u = 0; u < self->model->n_units; u++)
+    for (uint32_t flat = 0; status == PHX_OK && flat < PHX_FLATS; flat++) {
+      phx_kit_shard part = mine(self, u, flat);
+      status = phx_kit_visit(visitor, self->s.optim, u, flat, part.first, part.blocks, err);
+    }
+  return status;
+}
+
+static char *held_state(const phx_strategy *self, uint32_t unit, uint32_t k) {
+  int64_t size = (int64_t)phx_dtype_bytes(self->topology->optim_dtype[k]);
+  return (char *)self->plan.regions[FSDP_STATES + k].at + self->plan.at[PHX_FLAT_TRAINABLE][unit] * size;
+}
+
+static phx_status fsdp_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
+  (void)mode;
+  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
+    return phx_kit_fail(err, PHX_INVALID, "fsdp keeps no state of kind %d", slice->kind);
+  char *base = slice->kind == PHX_STATE_OPTIM ? held_state(self, slice->unit, slice->state_index)
+                                              : (char *)held_weight(self, slice->unit, slice->flat);
+  int64_t block = slice->first_block - held(self, slice->unit, slice->flat).first;
+  *out = base + block * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype);
+  return PHX_OK;
+}
+
+static phx_status fsdp_unmap(phx_strategy *self, const phx_slice *slice, int32_t mode, void *p, phx_error *err) {
+  (void)self, (void)slice, (void)mode, (void)p, (void)err;
+  return PHX_OK;
+}
+
+/* [collective] Every rank's part becomes everybody's: in place, or through memory that peers reach. */
+static phx_status make_whole(phx_strategy *self, void *base, void *through, int64_t numel, int32_t dtype,
+                             phx_error *err) {
+  const phx_device *d = self->s.device;
+  int64_t bytes = numel * (int64_t)phx_dtype_bytes(dtype), at = self->topology->rank * bytes;
+  phx_status status = PHX_OK;
+  if (through != base)
+    PHX_KIT_TRY(d->copy(d->ctx, (char *)through + at, (char *)base + at, bytes, self->s.stream, err));
+  PHX_KIT_TRY(self->s.comm->all_gather(self->s.comm->ctx, (char *)through + at, through, numel, dtype, self->s.stream,
+                                       err));
+  if (through != base)
+    PHX_KIT_TRY(d->copy(d->ctx, base, through, bytes * self->topology->world_size, self->s.stream, err));
+done:
+  return status;
+}
+
+static phx_status forget_windows(phx_strategy *self, phx_error *err) {
+  self->program = NULL;
+  self->open = false;
+  place_at_rest(self);
+  return self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err);
+}
+
+static phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
+  phx_status status = forget_windows(self, err);
+  if (status != PHX_OK || self->plan.group > 1) return status; /* a shard is all there is */
+  const phx_device *d = self->s.device;
+  const phx_kit_region *gradients = &self->plan.regions[FSDP_GRADIENT];
+  PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
+  for (uint32_t u = 0; u < self->model->n_units; u++) {
+    self->s.comm->annotate(self->s.comm->ctx, (int32_t)u);
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
+      phx_kit_shard part = mine(self, u, flat);
+      if (part.per == 0) continue;
+      float *weight = held_weight(self, u, flat);
+      PHX_KIT_TRY(make_whole(self, weight, weight, part.per * PHX_BLOCK, PHX_F32, err));
+      for (uint32_t k = 0; flat == PHX_FLAT_TRAINABLE && k < self->topology->n_optim_states; k++)
+        PHX_KIT_TRY(make_whole(self, held_state(self, u, k), kept_gradient(self, u), part.per * PHX_BLOCK,
+                               self->topology->optim_dtype[k], err));
+    }
+  }
+  if (gradients->bytes > 0) PHX_KIT_TRY(d->zero(d->ctx, gradients->at, gradients->bytes, self->s.stream, err));
+  PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
+done:
+  return status;
+}
+
+/* ---- actions ---- */
+
+static phx_status gather(phx_strategy *self, const phx_kit_action *a, phx_error *err) {
+  const phx_comm *c = self->s.comm;
+  float *window = (float *)self->plan.regions[FSDP_POOL].at + a->offset;
+  c->annotate(c->ctx, (int32_t)a->unit);
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
+    int64_t numel = held(self, a->unit, flat).per * PHX_BLOCK;
+    if (numel == 0) continue;
+    phx_status status =
+        c->all_gather(c->ctx, held_weight(self, a->unit, flat), window, numel, PHX_F32, self->s.stream, err);
+    if (status != PHX_OK) return status;
+    self->views.places[a->unit].weight[flat] = window;
+    window += numel * self->plan.group;
+  }
+  self->gather_number[a->unit] = ++self->issued;
+  return self->s.device->event_record(self->s.device->ctx, self->gathered[a->unit], self->s.stream, err);
+}
+
+/* The window may still be on its way to peers for another unit: the stream waits for the latest such reduction. */
+static phx_status open_gradient(phx_strategy *self, const phx_kit_action *a, phx_stream *stream, phx_error *err) {
+  int64_t end = a->offset + self->plan.gradient_numel[a->unit];
+  uint32_t latest = a->unit;
+  phx_status status = PHX_OK;
+  for (uint32_t u = 0; u < self->model->n_units; u++)
+    if (self->reduce_number[u] > self->reduce_number[latest] && self->reduce_offset[u] < end &&
+        self->reduce_offset[u] + self->plan.gradient_numel[u] > a->offset)
+      latest = u;
+  if (self->reduce_number[latest] > 0)
+    PHX_KIT_TRY(self->s.device->stream_wait(self->s.device->ctx, stream, self->reduced[latest], err));
+  float *window = (float *)self->plan.regions[FSDP_POOL].at + a->offset;
+  self->views.places[a->unit].gradient = window;
+  status = phx_kit_zero_gaps(self->s.device, self->model, a->unit, window, stream, err);
+done:
+  return status;
+}
+
+/* Nothing of the stream may touch the window before the gather has: a stage that was skipped did not wait for it. */
+static phx_status drop(phx_strategy *self, const phx_kit_action *a, phx_stream *stream, phx_error *err) {
+  phx_kit_place *place = &self->views.places[a->unit];
+  place->weight[0] = place->weight[1] = NULL;
+  self->gather_number[a->unit] = 0;
+  return self->s.device->stream_wait(self->s.device->ctx, stream, self->gathered[a->unit], err);
+}
+
+static phx_status reduce(phx_strategy *self, const phx_kit_action *a, phx_error *err) {
+  const phx_comm *c = self->s.comm;
+  const phx_device *d = self->s.device;
+  float *source = self->views.places[a->unit].gradient, *total = held_gradient(self, a->unit), *target = total;
+  bool adds = self->plan.adds && self->micro_batch > 0;
+  phx_kit_shard part = held(self, a->unit, PHX_FLAT_TRAINABLE);
+  int64_t numel = (self->plan.group > 1 ? part.per : part.blocks) * PHX_BLOCK;
+  phx_status status;
+  c->annotate(c->ctx, (int32_t)a->unit);
+  if (self->plan.group > 1) {
+    if (adds) target = self->plan.regions[FSDP_REDUCED].at;
+    PHX_KIT_TRY(c->reduce_scatter(c->ctx, source, target, numel, PHX_F32, PHX_SUM, self->s.stream, err));
+  } else {
+    if (adds) target = source;
+    PHX_KIT_TRY(c->all_reduce(c->ctx, source, target, numel, PHX_F32, PHX_SUM, self->s.stream, err));
+  }
+  if (adds) PHX_KIT_TRY(d->add(d->ctx, total, target, numel, self->s.stream, err));
+  PHX_KIT_TRY(d->event_record(d->ctx, self->reduced[a->unit], self->s.stream, err));
+  if (self->plan.windows) {
+    self->reduce_number[a->unit] = ++self->issued;
+    self->reduce_offset[a->unit] = a->offset;
+  }
+done:
+  return status;
+}
+
+/* All actions of one acquire or release.  skipped: the host passed the stage over. */
+static phx_status run_actions(phx_strategy *self, uint32_t index, bool skipped, phx_stream *stream, phx_error *err) {
+  const phx_kit_program *p = self->program;
+  bool marked = false;
+  phx_status status = PHX_OK;
+  for (uint32_t i = p->first[index]; status == PHX_OK && i < p->first[index + 1]; i++) {
+    const phx_kit_action *a = &p->actions[i];
+    if (a->what == PHX_KIT_REDUCE && !self->reducing) continue;
+    if (a->what == PHX_KIT_REDUCE && skipped)
+      return phx_kit_fail(err, PHX_STATE,
+                          "the gradient of unit '%s' is not complete: its last backward stage was not released with "
+                          "LAST_USE",
+                          phx_model_unit(self->model, a->unit)->name);
+    if (!marked && (a->what == PHX_KIT_GATHER || a->what == PHX_KIT_REDUCE)) {
+      status = phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err);
+      if (status != PHX_OK) return status;
+      marked = true;
+    }
+    switch (a->what) {
+      case PHX_KIT_GATHER: status = gather(self, a, err); break;
+      case PHX_KIT_OPEN: status = open_gradient(self, a, stream, err); break;
+      case PHX_KIT_DROP: status = drop(self, a, stream, err); break;
+      case PHX_KIT_REDUCE: status = reduce(self, a, err); break;
+      case PHX_KIT_CLOSE: self->views.places[a->unit].gradient = NULL; break;
+    }
+  }
+  return status;
+}
+
+/* ---- the step ---- */
+
+/* Brings the program to a position: what the host passes over is still done, so that all ranks stay in step. */
+static phx_status go_to(phx_strategy *self, uint32_t position, phx_stream *stream, phx_error *err) {
+  phx_status status = PHX_OK;
+  for (; status == PHX_OK && self->position < position; self->position++) {
+    if (!self->open) status = run_actions(self, 2 * self->position, true, stream, err);
+    if (status == PHX_OK) status = run_actions(self, 2 * self->position + 1, true, stream, err);
+    self->open = false;
+  }
+  return status;
+}
+
+static phx_status open_position(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream,
+                                phx_error *err) {
+  uint32_t position = phx_kit_position(self->model, stage, pass);
+  phx_status status = PHX_OK;
+  if (pass == PHX_PASS_EVALUATE && (self->program != &self->plan.evaluate || position < self->position)) {
+    PHX_KIT_TRY(forget_windows(self, err));
+    self->program = &self->plan.evaluate;
+    self->position = 0;
+  }
+  if (!self->program || position < self->position || (pass != PHX_PASS_EVALUATE && self->program != &self->plan.train))
+    return phx_kit_fail(err, PHX_STATE, "stage '%s' comes out of order: forward goes up, backward comes down",
+                        phx_model_stage(self->model, stage)->name);
+  PHX_KIT_TRY(go_to(self, position, stream, err));
+  if (!self->open) PHX_KIT_TRY(run_actions(self, 2 * position, false, stream, err));
+  self->open = true;
+done:
+  return status;
+}
+
+static phx_status fsdp_begin_micro_batch(phx_strategy *self, int32_t index, int32_t last, phx_error *err) {
+  phx_status status = PHX_OK;
+  if (self->program == &self->plan.train) PHX_KIT_TRY(go_to(self, self->program->n_positions, NULL, err));
+  else if (self->program) PHX_KIT_TRY(forget_windows(self, err)); /* an evaluation, maybe not to its end */
+  self->program = &self->plan.train;
+  self->position = 0;
+  self->micro_batch = index;
+  self->reducing = self->plan.adds || last;
+  phx_kit_views_begin(&self->views, self->plan.adds || index == 0);
+done:
+  return status;
+}
+
+/* The pass may run after the last issued gather among those it reads; earlier ones are complete before it. */
+static phx_status last_gather(phx_strategy *self, uint32_t s, int32_t pass, phx_event **out, phx_error *err) {
+  const phx_stage *stage = phx_model_stage(self->model, s);
+  uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD;
+  int64_t number = 0;
+  *out = NULL;
+  for (uint32_t i = 0; self->plan.group > 1 && i < stage->n_uses; i++) {
+    const phx_use *use = phx_model_use(self->model, stage->first_use + i);
+    if (!(use->flags & reads)) continue;
+    if (self->gather_number[use->unit] == 0 && self->plan.weight_numel[use->unit] > 0)
+      return phx_kit_fail(err, PHX_UNSUPPORTED,
+                          "stage '%s' is recomputed, but declares no backward use of unit '%s', so nothing gathers its "
+                          "weights then; do not checkpoint this stage",
+                          phx_model_stage(self->model, s)->name, phx_model_unit(self->model, use->unit)->name);
+    if (self->gather_number[use->unit] > number) {
+      number = self->gather_number[use->unit];
+      *out = self->gathered[use->unit];
+    }
+  }
+  return PHX_OK;
+}
+
+static phx_status fsdp_acquire(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch,
+                               phx_stream *stream, const phx_view **out, phx_error *err) {
+  (void)micro_batch;
+  phx_event *ready;
+  phx_status status;
+  PHX_KIT_TRY(open_position(self, stage, pass, stream, err));
+  PHX_KIT_TRY(last_gather(self, stage, pass, &ready, err));
+  *out = phx_kit_view(&self->views, stage, pass, ready);
+done:
+  return status;
+}
+
+static phx_status fsdp_release(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
+                               phx_stream *stream, phx_error *err) {
+  (void)micro_batch;
+  phx_status status;
+  if (pass == PHX_PASS_RECOMPUTE) return PHX_OK; /* backward of the same stage follows */
+  PHX_KIT_TRY(open_position(self, stage, pass, stream, err));
+  bool backward = pass == PHX_PASS_BACKWARD;
+  if (backward && (flags & PHX_RELEASE_NO_GRADIENT))
+    PHX_KIT_TRY(phx_kit_view_unused(&self->views, self->s.device, stage, stream, err));
+  bool incomplete = backward && !(flags & PHX_RELEASE_LAST_USE);
+  PHX_KIT_TRY(run_actions(self, 2 * self->position + 1, incomplete, stream, err));
+  self->position++;
+  self->open = false;
+done:
+  return status;
+}
+
+static phx_status fsdp_finish_gradients(phx_strategy *self, phx_error *err) {
+  if (self->program != &self->plan.train)
+    return phx_kit_fail(err, PHX_STATE, "gradients are to be finished, but no micro-batch was begun");
+  phx_status status = go_to(self, self->program->n_positions, NULL, err);
+  return status == PHX_OK ? forget_windows(self, err) : status;
+}
+
+static phx_status fsdp_discard_gradients(phx_strategy *self, phx_error *err) { return forget_windows(self, err); }
+
+static phx_status fsdp_gradient_norm(phx_strategy *self, const phx_accumulator *acc, phx_error *err) {
+  phx_status status = PHX_OK;
+  for (uint32_t u = 0; status == PHX_OK && u < self->model->n_units; u++) {
+    phx_kit_shard part = mine(self, u, PHX_FLAT_TRAINABLE);
+    int64_t before = part.first - held(self, u, PHX_FLAT_TRAINABLE).first;
+    if (part.blocks > 0)
+      status = acc->add(acc->ctx, u, part.first, part.blocks, held_gradient(self, u) + before * PHX_BLOCK, NULL, err);
+  }
+  return status;
+}
+
+static phx_status fsdp_update(phx_strategy *self, int64_t step, float scale, phx_error *err) {
+  (void)step;
+  phx_status status = PHX_OK;
+  for (uint32_t u = 0; status == PHX_OK && u < self->model->n_units; u++) {
+    phx_kit_shard part = held(self, u, PHX_FLAT_TRAINABLE);
+    if (part.blocks == 0) continue;
+    phx_kit_slice slice = {.unit = u, .place = PHX_SPACE_DEVICE, .first = part.first, .blocks = part.blocks,
+                           .weight = held_weight(self, u, PHX_FLAT_TRAINABLE), .gradient = held_gradient(self, u)};
+    for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = held_state(self, u, k);
+    status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
+  }
+  return status;
+}
+
+static const phx_strategy_table table = {
+    .struct_size = sizeof table,
+    .estimate = fsdp_estimate,
+    .create = fsdp_create,
+    .destroy = fsdp_destroy,
+    .visit_state = fsdp_visit_state,
+    .map = fsdp_map,
+    .unmap = fsdp_unmap,
+    .state_changed = fsdp_state_changed,
+    .begin_micro_batch = fsdp_begin_micro_batch,
+    .acquire = fsdp_acquire,
+    .release = fsdp_release,
+    .finish_gradients = fsdp_finish_gradients,
+    .discard_gradients = fsdp_discard_gradients,
+    .gradient_norm = fsdp_gradient_norm,
+    .update = fsdp_update,
+};
+
+static const char *const extensions[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, NULL};
+
+const phx_plugin *phx_plugin_v1(void) {
+  static const phx_plugin plugin = {
+      .struct_size = sizeof plugin,
+      .kind = PHX_KIND_STRATEGY,
+      .table_major = PHX_ABI_MAJOR,
+      .table_minor = PHX_ABI_MINOR,
+      .id = "fsdp",
+      .version = "0.1.0",
+      .summary = "Flat shards per unit, gathered before use, gradients reduced and scattered beside backward",
+      .vendor = "Phalanx",
+      .license = "MIT",
+      .build = __VERSION__,
+      .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
+      .extensions = extensions,
+      .options = options,
+      .n_options = sizeof options / sizeof *options,
+      .option_stride = sizeof *options,
+      .config_size = sizeof(fsdp_config),
+      .table = &table,
+  };
+  return &plugin;
+}

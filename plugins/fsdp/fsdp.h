@@ -1,0 +1,43 @@
+/* plugins/fsdp/fsdp.h - options and plan of fully sharded data parallelism; see fsdp.c. */
+#ifndef FSDP_H
+#define FSDP_H
+#include <phalanx/kit.h>
+
+/* A hybrid (sharded in a group, replicated across groups) is a shard group smaller than the world: fsdp_plan.group. */
+enum { FSDP_FULL = 0, FSDP_GRAD_OP = 1, FSDP_NONE = 2 };
+typedef struct fsdp_config {
+  int32_t sharding, reshard_after_forward;
+  int64_t prefetch, max_gathered;
+} fsdp_config;
+
+enum {
+  FSDP_WEIGHT,   /* held weights of the trainable flats, unit after unit */
+  FSDP_FROZEN,   /* the same of the frozen flats */
+  FSDP_GRADIENT, /* held gradients, or whole ones where they wait for the step's last micro-batch */
+  FSDP_REDUCED,  /* one unit's reduced shard, before it is added to what earlier micro-batches gave */
+  FSDP_POOL,     /* windows */
+  FSDP_STATES,
+  FSDP_REGIONS = FSDP_STATES + PHX_OPTIM_STATES_MAX
+};
+
+/* What config, topology and model decide; the same code plans and allocates.  A rank *holds* blocks [first, first +
+ * blocks) of each flat, in `per` blocks of memory: its shard, or everything where nothing is sharded. */
+typedef struct fsdp_plan {
+  int32_t group;           /* ranks that share one copy: the world, or 1 */
+  bool windows;            /* gradients pass through the pool; else they are whole and stay */
+  bool adds;               /* reduced gradients of micro-batches are added up */
+  int64_t *at[PHX_FLATS];  /* (n_units) elements from the start of the region to the unit's held part */
+  int64_t *weight_numel;   /* (n_units) of a gather window; 0: never gathered */
+  int64_t *gradient_numel; /* (n_units) of a gradient window */
+  phx_kit_program train, evaluate;
+  phx_kit_region regions[FSDP_REGIONS];
+} fsdp_plan;
+
+phx_status fsdp_plan_create(const fsdp_config *c, const phx_topology *t, const phx_model *m, fsdp_plan *out,
+                            phx_error *err);
+void fsdp_plan_destroy(fsdp_plan *p);
+phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
+                         phx_error *err);
+/* Blocks of a unit's flat that this rank holds and updates, and their size in memory (per). */
+phx_kit_shard fsdp_held(const fsdp_plan *p, const phx_topology *t, const phx_unit *unit, uint32_t flat);
+#endif

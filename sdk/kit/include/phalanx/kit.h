@@ -1,0 +1,198 @@
+/* phalanx/kit.h - what strategies have in common: shards, views, buckets, gather windows, memory that is planned once.
+ *
+ * A static library (phalanx_kit) for strategy writers; nothing here is needed to speak the ABI, and the core does not
+ * know it.  Everything is pure arithmetic over (model, topology) or a thin call into the host; no function keeps state
+ * of its own.  All [main].
+ *
+ * The idea that carries the rest: what a strategy holds is a table of *regions*, and what it does in a step is a
+ * *program* of actions.  estimate() adds them up, create() allocates them and the step executes them, so that the plan
+ * equals the run by construction. */
+#ifndef PHALANX_KIT_H
+#define PHALANX_KIT_H
+#include <phalanx/strategy.h>
+#include <stdbool.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- errors ---- */
+phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* Goes to `done` with `status` set when a call fails. */
+#define PHX_KIT_TRY(call)            \
+  do {                               \
+    status = (call);                 \
+    if (status != PHX_OK) goto done; \
+  } while (0)
+
+/* ---- the host's services ---- */
+typedef struct phx_kit_services {
+  const phx_host *host;
+  const phx_device *device;
+  const phx_comm *comm;
+  const phx_optim *optim;
+  phx_stream *stream; /* the communication stream: every gather and every reduction, in one order */
+} phx_kit_services;
+/* Looks the extensions up, creates the stream, and refuses an optimizer whose finest whole is coarser than `grain`
+ * (PHX_GRAIN_*): what the strategy can promise to keep together. */
+phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_services *out, phx_error *err);
+void phx_kit_services_close(phx_kit_services *s);
+/* n events, and what must be done before they go: the stream's work is over (a failure of it is not told again). */
+phx_status phx_kit_events_create(const phx_kit_services *s, uint32_t n, phx_event ***out, phx_error *err);
+void phx_kit_events_destroy(const phx_kit_services *s, uint32_t n, phx_event **events);
+/* Later work of `then` runs after all that `first` has been given; through the event, which may be used again. */
+phx_status phx_kit_after(const phx_kit_services *s, phx_event *event, phx_stream *first, phx_stream *then,
+                         phx_error *err);
+/* What the in-tree strategies cannot do yet, refused with the reason: compute and reduce other than fp32. */
+phx_status phx_kit_check_topology(const phx_topology *topology, phx_error *err);
+/* True when gradients are reduced more than once a step and the sums are added up. */
+static inline bool phx_kit_adds_reduced(const phx_topology *t) {
+  return t->accumulate > 1 && t->reduce == PHX_REDUCE_MICRO_BATCH;
+}
+
+/* ---- regions: one table for the plan and for the allocation ---- */
+typedef struct phx_kit_region {
+  int32_t kind, space; /* PHX_MEM_*, PHX_SPACE_* */
+  int32_t shared;      /* 1: with the communicator (peers read it, or it is reduced) */
+  int32_t reserved0;
+  int64_t bytes;       /* 0: nothing is allocated, at stays NULL */
+  void *at;
+} phx_kit_region;
+void phx_kit_regions_estimate(const phx_kit_region *regions, uint32_t n, phx_estimate *out); /* adds */
+/* In the order of the table, all or nothing. */
+phx_status phx_kit_regions_alloc(const phx_kit_services *s, phx_kit_region *regions, uint32_t n, phx_error *err);
+void phx_kit_regions_release(const phx_kit_services *s, phx_kit_region *regions, uint32_t n);
+/* Adds `times` calls of a collective to the traffic of a step (payload of this rank in the world). */
+void phx_kit_estimate_call(phx_estimate *out, const phx_topology *t, int32_t op, int64_t numel, int32_t dtype,
+                           int32_t root, int64_t times);
+
+/* ---- shards ---- */
+typedef struct phx_kit_shard {
+  int64_t per;           /* blocks of every rank's shard, padding included: ceil(blocks / ranks) */
+  int64_t first, blocks; /* this rank's blocks that are not padding (blocks may be 0) */
+} phx_kit_shard;
+phx_kit_shard phx_kit_shard_of(int64_t blocks, int32_t rank, int32_t ranks);
+/* Elements of a flat of `blocks` blocks, padded so that every rank's shard has the same size. */
+int64_t phx_kit_whole_numel(int64_t blocks, int32_t ranks);
+
+/* Cuts blocks [first, first + blocks) of the whole model's flat at unit borders.  Begin with a zeroed part:
+ *   for (phx_kit_part p = {0}; phx_kit_part_next(model, flat, first, blocks, &p);) ... */
+typedef struct phx_kit_part {
+  uint32_t unit, reserved0;
+  int64_t first, blocks; /* within the unit's flat */
+  int64_t at;            /* blocks from the start of the range that was cut */
+  int64_t next;          /* the iterator's own */
+} phx_kit_part;
+bool phx_kit_part_next(const phx_model *model, uint32_t flat, int64_t first, int64_t blocks, phx_kit_part *part);
+
+/* ---- views of stages ---- */
+typedef struct phx_kit_place {     /* where a unit is now; NULL: nowhere */
+  const float *weight[PHX_FLATS];  /* its first element */
+  float *gradient;                 /* of the trainable flat */
+} phx_kit_place;
+typedef struct phx_kit_views {
+  const phx_model *model;
+  phx_kit_place *places;  /* (n_units) set by the strategy before phx_kit_view */
+  uint8_t *written;       /* (n_units) 1: the gradient has something, the next use adds */
+  uint8_t *told;          /* (n_uses) in this micro-batch: 0 not asked, else the PHX_GRAD_* it was told */
+  phx_param_view *params; /* all stages' */
+  phx_view *views;        /* (n_stages) */
+} phx_kit_views;
+phx_status phx_kit_views_create(const phx_model *model, phx_kit_views *out, phx_error *err);
+void phx_kit_views_destroy(phx_kit_views *v);
+/* A micro-batch begins; anew: its first uses write (the first of a step, or each where each is reduced). */
+void phx_kit_views_begin(phx_kit_views *v, bool anew);
+/* The stage's view for a pass, from the places; ready is NULL or what the pass must wait for. */
+const phx_view *phx_kit_view(phx_kit_views *v, uint32_t stage, int32_t pass, phx_event *ready);
+/* A backward pass that was not run (PHX_RELEASE_NO_GRADIENT): what it would have written becomes zero.  Works whether
+ * or not the view was asked for in this micro-batch. */
+phx_status phx_kit_view_unused(phx_kit_views *v, const phx_device *device, uint32_t stage, phx_stream *stream,
+                               phx_error *err);
+/* Zeroes the padding inside a unit's gradient: recycled memory, of which the model writes the parameters only. */
+phx_status phx_kit_zero_gaps(const phx_device *device, const phx_model *model, uint32_t unit, float *gradient,
+                             phx_stream *stream, phx_error *err);
+
+/* ---- the order in which gradients become complete, and buckets over it ---- */
+typedef struct phx_kit_order {
+  uint32_t n;       /* units with trainable blocks */
+  uint32_t *units;  /* (n) first complete first */
+  int64_t *offset;  /* (n_units) elements from the start of a gradient flat laid out in this order */
+  int64_t numel;    /* of that flat; a unit takes blocks * PHX_BLOCK */
+} phx_kit_order;
+/* Refuses a unit with trainable parameters whose gradient no stage writes, by name. */
+phx_status phx_kit_order_create(const phx_model *model, phx_kit_order *out, phx_error *err);
+void phx_kit_order_destroy(phx_kit_order *o);
+
+typedef struct phx_kit_bucket {
+  int64_t first, numel; /* elements of the flat in the order above: contiguous, may begin and end inside a unit */
+  uint32_t last;        /* index in order.units: the bucket is complete when this unit is */
+  uint32_t reserved0;
+} phx_kit_bucket;
+/* The first bucket has first_numel elements, the others numel (both rounded up to blocks).  *out is free()d. */
+phx_status phx_kit_buckets_create(const phx_model *model, const phx_kit_order *order, int64_t first_numel,
+                                  int64_t numel, phx_kit_bucket **out, uint32_t *n_out, phx_error *err);
+
+/* ---- windows: gathers and gradients that pass through one pool, as a fixed program ---- */
+enum {
+  PHX_KIT_GATHER = 1, /* acquire: the unit's weights go to pool + offset */
+  PHX_KIT_OPEN = 2,   /* acquire: its gradient lives at pool + offset */
+  PHX_KIT_DROP = 3,   /* release: its weights are no longer there */
+  PHX_KIT_REDUCE = 4, /* release: its gradient is complete */
+  PHX_KIT_CLOSE = 5   /* release: the gradient's window returns to the pool (one reduction after it was reduced) */
+};
+typedef struct phx_kit_action {
+  int32_t what;    /* PHX_KIT_GATHER, ... */
+  uint32_t unit;
+  int64_t offset;  /* elements from the start of the pool */
+} phx_kit_action;
+typedef struct phx_kit_policy {
+  const int64_t *weight_numel;   /* (n_units) elements of a gathered unit, multiples of 64; 0: needs no gather;
+                                    NULL: none does */
+  const int64_t *gradient_numel; /* (n_units) elements of its gradient window; 0: its gradient lives elsewhere;
+                                    NULL: all do (REDUCE is still listed, OPEN and CLOSE are not) */
+  int64_t ahead_units;  /* the next units in the order of use are gathered ahead: at most so many ... */
+  int64_t ahead_numel;  /* ... and so many elements (INT64_MAX: no bound) */
+  int64_t live_units;   /* units gathered at once, at most (INT64_MAX: no bound); too small for a stage is refused */
+  int64_t live_numel;   /* elements gathered at once, at most, for gathers ahead only: what a stage needs, it gets */
+  int32_t keep;         /* 1: what forward gathered stays until backward has used it */
+  int32_t evaluate;     /* 1: a program of forward passes only */
+} phx_kit_policy;
+/* Positions: forward passes of the stages in order, then backward passes in reverse: one micro-batch. */
+typedef struct phx_kit_program {
+  uint32_t n_positions, n_actions;
+  uint32_t *first;         /* (2 * n_positions + 1) acquire of p: actions [first[2p], first[2p+1]);
+                              release of p: [first[2p+1], first[2p+2]) */
+  phx_kit_action *actions;
+  int64_t pool_numel;      /* elements of the pool that all windows fit in, at their offsets */
+  int64_t most_units;      /* units gathered at once */
+} phx_kit_program;
+phx_status phx_kit_program_create(const phx_model *model, const phx_kit_policy *policy, phx_kit_program *out,
+                                  phx_error *err);
+void phx_kit_program_destroy(phx_kit_program *p);
+static inline uint32_t phx_kit_position(const phx_model *m, uint32_t stage, int32_t pass) {
+  return pass == PHX_PASS_FORWARD || pass == PHX_PASS_EVALUATE ? stage : 2 * m->n_stages - 1 - stage;
+}
+
+/* ---- state, norm, update: blocks [first, first + blocks) of one unit's flat ---- */
+/* Names the weights, and for the trainable flat every optimizer state.  Nothing when blocks is 0. */
+phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, uint32_t unit, uint32_t flat,
+                         int64_t first, int64_t blocks, phx_error *err);
+/* One ticket.  The pointers are those of the first block; states in the optimizer's order. */
+typedef struct phx_kit_slice {
+  uint32_t unit;
+  int32_t place;
+  int64_t first, blocks;
+  float *weight;
+  const float *gradient;
+  void *states[PHX_OPTIM_STATES_MAX];
+} phx_kit_slice;
+phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *slice, float scale, phx_stream *stream,
+                          phx_error *err);
+
+/* ---- a hash of bytes, for comparing replicas; not the state hash ---- */
+uint64_t phx_kit_hash(uint64_t seed, const void *data, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,118 @@
+/* sdk/kit/services.c - the host's services, planned memory, planned traffic.
+ *
+ * Invariant: a table of regions gives the same bytes to the plan and to the allocation.  [main] only. */
+#include <phalanx/kit.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...) {
+  if (!err) return code;
+  va_list args;
+  va_start(args, format);
+  err->code = code;
+  err->cause = 0;
+  vsnprintf(err->message, sizeof err->message, format, args);
+  va_end(args);
+  return code;
+}
+
+phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_services *out, phx_error *err) {
+  static const char *const grains[] = {"elements", "blocks", "rows", "tensors"};
+  phx_kit_services s = {.host = host,
+                        .device = host->extension(host->ctx, PHX_EXT_DEVICE),
+                        .comm = host->extension(host->ctx, PHX_EXT_COMM),
+                        .optim = host->extension(host->ctx, PHX_EXT_OPTIM)};
+  if (!s.device || !s.comm || !s.optim)
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "the host offers no \"%s\", which the strategy needs",
+                        !s.device ? PHX_EXT_DEVICE : !s.comm ? PHX_EXT_COMM : PHX_EXT_OPTIM);
+  if (s.optim->grain > grain)
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "optimizer '%s' needs whole %s, this strategy cuts to %s; use ddp",
+                        s.optim->name, grains[s.optim->grain & 3], grains[grain & 3]);
+  phx_status status = s.device->stream_create(s.device->ctx, "communication", &s.stream, err);
+  if (status == PHX_OK) *out = s;
+  return status;
+}
+
+void phx_kit_services_close(phx_kit_services *s) {
+  if (s->stream) s->device->stream_destroy(s->device->ctx, s->stream);
+  memset(s, 0, sizeof *s);
+}
+
+phx_status phx_kit_events_create(const phx_kit_services *s, uint32_t n, phx_event ***out, phx_error *err) {
+  phx_event **events = calloc(n + 1u, sizeof *events);
+  if (!events) return phx_kit_fail(err, PHX_NOMEM, "no memory for %u events", n);
+  for (uint32_t i = 0; i < n; i++) {
+    phx_status status = s->device->event_create(s->device->ctx, &events[i], err);
+    if (status != PHX_OK) {
+      phx_kit_events_destroy(s, i, events);
+      return status;
+    }
+  }
+  *out = events;
+  return PHX_OK;
+}
+
+void phx_kit_events_destroy(const phx_kit_services *s, uint32_t n, phx_event **events) {
+  if (!events) return;
+  s->device->stream_synchronize(s->device->ctx, s->stream, NULL); /* no wait is pending after it */
+  while (n--) s->device->event_destroy(s->device->ctx, events[n]);
+  free(events);
+}
+
+phx_status phx_kit_after(const phx_kit_services *s, phx_event *event, phx_stream *first, phx_stream *then,
+                         phx_error *err) {
+  phx_status status = s->device->event_record(s->device->ctx, event, first, err);
+  return status == PHX_OK ? s->device->stream_wait(s->device->ctx, then, event, err) : status;
+}
+
+phx_status phx_kit_check_topology(const phx_topology *t, phx_error *err) {
+  if (t->compute_dtype != PHX_F32)
+    return phx_kit_fail(err, PHX_UNSUPPORTED,
+                        "[precision] compute is not fp32: this strategy keeps fp32 weights without master copies; "
+                        "set compute = fp32");
+  if (t->reduce_dtype != PHX_F32)
+    return phx_kit_fail(err, PHX_UNSUPPORTED,
+                        "[precision] reduce is not fp32: this strategy reduces gradients as they are; "
+                        "set reduce = fp32");
+  return PHX_OK;
+}
+
+void phx_kit_regions_estimate(const phx_kit_region *regions, uint32_t n, phx_estimate *out) {
+  for (uint32_t i = 0; i < n; i++) {
+    int64_t bytes = phx_align_bytes(regions[i].bytes);
+    out->bytes[regions[i].kind] += bytes;
+    if (regions[i].shared) out->arena_bytes += bytes;
+  }
+}
+
+phx_status phx_kit_regions_alloc(const phx_kit_services *s, phx_kit_region *regions, uint32_t n, phx_error *err) {
+  for (uint32_t i = 0; i < n; i++) {
+    phx_kit_region *r = &regions[i];
+    if (r->bytes == 0) continue;
+    phx_memory what = {.struct_size = sizeof what, .bytes = r->bytes, .kind = r->kind, .space = r->space,
+                       .comm = r->shared ? (struct phx_comm *)(uintptr_t)s->comm : NULL};
+    void *at = NULL;
+    phx_status status = s->host->alloc(s->host->ctx, &what, &at, err);
+    if (status != PHX_OK) {
+      phx_kit_regions_release(s, regions, n);
+      return status;
+    }
+    r->at = at;
+  }
+  return PHX_OK;
+}
+
+void phx_kit_regions_release(const phx_kit_services *s, phx_kit_region *regions, uint32_t n) {
+  while (n--) {
+    if (regions[n].at) s->host->release(s->host->ctx, regions[n].at);
+    regions[n].at = NULL;
+  }
+}
+
+void phx_kit_estimate_call(phx_estimate *out, const phx_topology *t, int32_t op, int64_t numel, int32_t dtype,
+                           int32_t root, int64_t times) {
+  out->calls[op] += times;
+  out->sent[op] += times * t->payload(op, numel, dtype, t->rank, t->world_size, root);
+}

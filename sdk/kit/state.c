@@ -1,0 +1,50 @@
+/* sdk/kit/state.c - naming state slices, handing out tickets, hashing replicas. */
+#include <phalanx/kit.h>
+#include <string.h>
+
+phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, uint32_t unit, uint32_t flat,
+                         int64_t first, int64_t blocks, phx_error *err) {
+  if (blocks == 0) return PHX_OK;
+  phx_slice slice = {.struct_size = sizeof slice, .kind = PHX_STATE_WEIGHT, .unit = unit, .flat = flat,
+                     .first_block = first, .blocks = blocks, .dtype = PHX_F32, .place = PHX_SPACE_DEVICE};
+  phx_status status = visitor->slice(visitor->ctx, &slice, err);
+  slice.kind = PHX_STATE_OPTIM;
+  for (uint32_t k = 0; status == PHX_OK && flat == PHX_FLAT_TRAINABLE && k < optim->n_states; k++) {
+    slice.state_index = k;
+    slice.dtype = optim->states[k].dtype;
+    status = visitor->slice(visitor->ctx, &slice, err);
+  }
+  return status;
+}
+
+phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *s, float scale, phx_stream *stream,
+                          phx_error *err) {
+  if (s->blocks == 0) return PHX_OK;
+  phx_ticket t = {.struct_size = sizeof t, .unit = s->unit, .place = s->place, .first = s->first * PHX_BLOCK,
+                  .numel = s->blocks * PHX_BLOCK, .weight = s->weight, .gradient = s->gradient,
+                  .weight_dtype = PHX_F32, .gradient_dtype = PHX_F32, .stream = stream};
+  memcpy(t.states, s->states, sizeof t.states);
+  return optim->update(optim->ctx, &t, scale, err);
+}
+
+/* Four lanes, so that the multiplications overlap; splitmix64's finish. */
+uint64_t phx_kit_hash(uint64_t seed, const void *data, size_t bytes) {
+  const uint64_t odd = 0x9E3779B97F4A7C15u;
+  uint64_t lane[4] = {seed, seed + odd, seed ^ odd, seed - odd};
+  const unsigned char *p = data;
+  size_t left = bytes;
+  for (; left >= 32; left -= 32, p += 32)
+    for (int i = 0; i < 4; i++) {
+      uint64_t word;
+      memcpy(&word, p + 8 * i, 8);
+      lane[i] = (lane[i] ^ word) * 0xBF58476D1CE4E5B9u;
+      lane[i] ^= lane[i] >> 29;
+    }
+  uint64_t h = bytes;
+  for (; left > 0; left--) h = (h ^ *p++) * 0x100000001B3u;
+  for (int i = 0; i < 4; i++) {
+    h = (h ^ lane[i]) * 0x94D049BB133111EBu;
+    h ^= h >> 31;
+  }
+  return h;
+}
