@@ -29,7 +29,8 @@ static void must(phx_status status, const phx_error *err) {
 static double fma_peak(void *arg) {
   const int64_t rounds = 4000000;
   const phx__vf by = phx__splat(0.999f);
-  phx__vf a = by, b = by * 2, c = by * 3, d = by * 4, e = by * 5, f = by * 6, g = by * 7, h = by * 8, i = by * 9, j = by * 10;
+  phx__vf a = by, b = by * 2, c = by * 3, d = by * 4, e = by * 5, f = by * 6, g = by * 7, h = by * 8, i = by * 9,
+          j = by * 10;
   (void)arg;
   const double start = bench_busy();
   for (int64_t r = 0; r < rounds; r++) {
@@ -55,7 +56,8 @@ static double adamw_rate(void *arg) {
   phx_error err = {.struct_size = sizeof err};
   const double start = bench_busy();
   must(ops->adamw(ops->ctx, u->w, u->g, u->m, u->v, NULL, PHX_F32, u->n, 1.0f, 1e-4f, 0.9f, 0.999f, 0.1f, 0.001f, 1e-8f,
-                  0.1f, NULL, &err), &err);
+                  0.1f, NULL, &err),
+       &err);
   return 28.0 * (double)u->n / (bench_busy() - start);
 }
 
@@ -105,7 +107,11 @@ static void bench_adamw(void) {
   bench_fill(u.w, u.n, 0.1f, 1);
   update other = u; /* the triad's target is not AdamW's weights: it would feed them numbers of no meaning */
   other.w = bench_memory(u.n * 4);
-  bench_line line = {.name = name, .a = "28 bytes per parameter, 16 Mi parameters", .unit = "GB/s", .divisor = 1e9, .limit = 0.95,
+  bench_line line = {.name = name,
+                     .a = "28 bytes per parameter, 16 Mi parameters",
+                     .unit = "GB/s",
+                     .divisor = 1e9,
+                     .limit = 0.95,
                      .b = u.stream ? "triad, non-temporal stores" : "triad, plain stores"};
   bench_compare(&line, adamw_rate, &u, triad_rate, &other);
   bench_print(&line);
@@ -131,8 +137,9 @@ static double fused_rate(void *arg) {
   if (a->passes & 1)
     must(ops->attention(ops->ctx, a->out, a->lse, a->qkv, a->b, a->t, a->c, a->heads, NULL, &err), &err);
   if (a->passes & 2)
-    must(ops->attention_backward(ops->ctx, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, a->b, a->t, a->c, a->heads,
-                                 NULL, &err), &err);
+    must(ops->attention_backward(ops->ctx, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, a->b, a->t, a->c,
+                                 a->heads, NULL, &err),
+         &err);
   return flops(a) / (bench_busy() - start);
 }
 
@@ -188,7 +195,11 @@ static void bench_attention(int64_t batch, int least_passes, double limit) {
   snprintf(fused, sizeof fused, "fused, B = %d, T = 1024, C = 768, 12 heads", (int)batch);
   snprintf(unfused, sizeof unfused, "unfused, %s, blocks of %d rows", versions, (int)a.rows);
   for (a.passes = 3; a.passes >= least_passes; a.passes--) {
-    bench_line line = {.name = names[a.passes], .a = fused, .b = unfused, .unit = "GFLOP/s", .divisor = 1e9,
+    bench_line line = {.name = names[a.passes],
+                       .a = fused,
+                       .b = unfused,
+                       .unit = "GFLOP/s",
+                       .divisor = 1e9,
                        .limit = a.passes == 3 ? limit : 0.0};
     bench_compare(&line, fused_rate, &a, unfused_rate, &a);
     bench_print(&line);
@@ -226,7 +237,9 @@ typedef struct shape {
   float *x, *w, *out;
 } shape;
 
-static double product_flops(const shape *s) { return 2.0 * (double)s->n * (double)s->ic * (double)s->oc; }
+static double product_flops(const shape *s) {
+  return 2.0 * (double)s->n * (double)s->ic * (double)s->oc;
+}
 
 static double op_seconds(const shape *s) {
   phx_error err = {.struct_size = sizeof err};
@@ -235,10 +248,12 @@ static double op_seconds(const shape *s) {
     must(ops->linear(ops->ctx, s->out, s->ld, NULL, s->x, s->w, NULL, s->n, s->ic, s->oc, 0, NULL, &err), &err);
   if (s->pass == 1)
     must(ops->linear_backward_input(ops->ctx, s->x, s->out, s->ld, s->w, NULL, s->n, s->ic, s->oc, PHX_GRAD_WRITE, NULL,
-                                    &err), &err);
+                                    &err),
+         &err);
   if (s->pass == 2)
     must(ops->linear_backward_weight(ops->ctx, s->w, NULL, s->out, s->ld, s->x, s->n, s->ic, s->oc, PHX_GRAD_WRITE,
-                                     PHX_GRAD_WRITE, NULL, &err), &err);
+                                     PHX_GRAD_WRITE, NULL, &err),
+         &err);
   return bench_busy() - start;
 }
 
@@ -250,17 +265,28 @@ static double plain_seconds(const shape *s) {
   return bench_busy() - start;
 }
 
-static double op_rate(void *arg) { return product_flops(arg) / op_seconds(arg); }
-static double plain_rate(void *arg) { return product_flops(arg) / plain_seconds(arg); }
+static double op_rate(void *arg) {
+  return product_flops(arg) / op_seconds(arg);
+}
+static double plain_rate(void *arg) {
+  return product_flops(arg) / plain_seconds(arg);
+}
 
 static void bench_products(void) {
   enum { C = 768, V = 50257, VP = 50304, N = 1024 };
-  static const struct { const char *name; int64_t ic, oc, ld; double times; } layers[] = {
-    {"products C to 3C", C, 3 * C, 3 * C, 12}, {"products C to C", C, C, C, 12}, {"products C to 4C", C, 4 * C, 4 * C, 12},
-    {"products 4C to C", 4 * C, C, C, 12}, {"products head", C, V, VP, 1}};
+  static const struct {
+    const char *name;
+    int64_t ic, oc, ld;
+    double times;
+  } layers[] = {{"products C to 3C", C, 3 * C, 3 * C, 12},
+                {"products C to C", C, C, C, 12},
+                {"products C to 4C", C, 4 * C, 4 * C, 12},
+                {"products 4C to C", 4 * C, C, C, 12},
+                {"products head", C, V, VP, 1}};
   static const char *const passes[] = {"forward", "dX", "dW"};
   if (!bench_wanted("products") && !bench_wanted("head")) return;
-  float *x = bench_memory(N * 4 * C * 4), *w = bench_memory((int64_t)V * C * 4), *out = bench_memory((int64_t)N * VP * 4);
+  float *x = bench_memory(N * 4 * C * 4), *w = bench_memory((int64_t)V * C * 4),
+        *out = bench_memory((int64_t)N * VP * 4);
   double a = 0, b = 0, work = 0;
   for (size_t i = 0; i < sizeof layers / sizeof *layers; i++)
     for (int pass = 0; pass < 3; pass++) {
@@ -278,8 +304,10 @@ static void bench_products(void) {
       work += f, a += f / line.rate_a, b += f / line.rate_b;
     }
   if (work > 0)
-    bench_note("products", "all of GPT-2 124M's (12 layers and the head, weighted): cpu device %.1f GFLOP/s, plain %s %.1f, ratio %.3f",
-               work / a / 1e9, versions, work / b / 1e9, b / a);
+    bench_note(
+        "products",
+        "all of GPT-2 124M's (12 layers and the head, weighted): cpu device %.1f GFLOP/s, plain %s %.1f, ratio %.3f",
+        work / a / 1e9, versions, work / b / 1e9, b / a);
 }
 
 int main(int argc, char **argv) {
