@@ -37,16 +37,18 @@ static void add_core_sections(phx__config *config) {
                             NULL, true);
 }
 
-static void list_plugins(loading *l) {
+/* false: it is not known which plugins there are, so nothing can be said about their sections. */
+static bool list_plugins(loading *l) {
   store *p = l->config->priv;
   phx_error err = PHX_ERROR_INIT;
   const phx__setting *path = phx__config_setting(p, "plugins", "path");
   if (*l->config->s.plugins.path) l->search = l->config->s.plugins.path;
   if (path->bad) l->search = NULL;
-  if (phx__loader_list(l->search, &l->found, &l->n_found, &err) == PHX_OK) return;
+  if (phx__loader_list(l->search, &l->found, &l->n_found, &err) == PHX_OK) return true;
   phx__config_error(p, l->search ? path->entry : NULL, "%s", err.message);
-  l->n_found = 0;
-  l->found = NULL;
+  l->strategy_unknown = true;
+  l->excused[l->n_excused++] = "model";
+  return false;
 }
 
 static void warn_shadowed(loading *l, const phx__plugin *plugin, const phx__entry *at) {
@@ -164,15 +166,19 @@ static void judge_sections(loading *l) {
     if (e->flag && !e->taken) judge_section(l, e->section, e);
 }
 
-static void fill(loading *l) {
+static void select_plugins(loading *l) {
   phx__config *c = l->config;
-  add_core_sections(c);
-  if (c->priv->oom) return;
-  list_plugins(l);
   select_plugin(l, PHX_KIND_STRATEGY, "run", "strategy", NULL, &c->s.run.strategy, &c->strategy);
   select_plugin(l, PHX_KIND_DEVICE, "device", "plugin", "cpu", &c->s.device.plugin, &c->device);
   select_plugin(l, PHX_KIND_COMM, "comm", "plugin", "shm", &c->s.comm.plugin, &c->comm);
   select_plugin(l, PHX_KIND_MODEL, "model", "plugin", NULL, &c->s.model.plugin, &c->model);
+}
+
+static void fill(loading *l) {
+  phx__config *c = l->config;
+  add_core_sections(c);
+  if (c->priv->oom) return;
+  if (list_plugins(l)) select_plugins(l);
   if (c->priv->oom) return;
   judge_sections(l);
   phx__config_check_unknown(c->priv, l->excused);

@@ -26,13 +26,6 @@ static void check_batch(store *p, const phx__settings *s) {
                       (long long)s->batch.accumulate, (long long)total);
 }
 
-static void check_schedule(store *p, const phx__settings *s) {
-  if (!good(p, "optimizer", "warmup") || !good(p, "run", "steps")) return;
-  if (s->optimizer.warmup > s->run.steps)
-    phx__config_error(p, at(p, "optimizer", "warmup"), "[optimizer] warmup = %lld is more than [run] steps = %lld",
-                      (long long)s->optimizer.warmup, (long long)s->run.steps);
-}
-
 static void check_not_offered(store *p, const phx__settings *s) {
   if (s->precision.compute == 1)
     phx__config_error(p, at(p, "precision", "compute"),
@@ -67,7 +60,6 @@ static void check_strategy(store *p, const phx__settings *s, const phx_plugin *s
 void phx__config_check_together(phx__config *config) {
   store *p = config->priv;
   check_batch(p, &config->s);
-  check_schedule(p, &config->s);
   check_not_offered(p, &config->s);
   if (config->strategy.plugin) check_strategy(p, &config->s, config->strategy.plugin->descriptor);
 }

@@ -14,6 +14,10 @@ static void print_setting(const phx__config *config, const phx__setting *s, FILE
   char scratch[PHX__VALUE_TEXT], source[512];
   const char *value = phx__option_text(s->option, s->value, scratch);
   size_t length = strlen(s->option->name) + strlen(value) + 3;
+  if (!s->entry && (s->option->flags & PHX_OPTF_REQUIRED)) { /* of a plugin that is not selected */
+    fprintf(out, "; %s = must be given\n", s->option->name);
+    return;
+  }
   if (!sources) {
     fprintf(out, "%s = %s\n", s->option->name, value);
     return;

@@ -171,6 +171,7 @@ static void apply_entry(store *p, phx__setting *s, phx__entry *entry) {
   entry->taken = true;
   if (phx__option_parse(s->option, entry->value, &s->value, why, sizeof why)) {
     s->entry = entry;
+    if (s->option->dflt && strcmp(entry->value, s->option->dflt) == 0) return; /* nothing was asked for */
     if (s->option->flags & PHX_OPTF_DEPRECATED) phx__config_warn(p, entry, "%s is deprecated", entry->key);
     if (s->option->flags & PHX_OPTF_EXPERIMENTAL) phx__config_warn(p, entry, "%s is experimental", entry->key);
   } else {

@@ -36,19 +36,31 @@ static void put(text *t, const char *format, ...) {
 
 const char *phx__signal_name(int number, char *buffer, size_t bytes) {
   const char *name = sigabbrev_np(number);
-  if (name) snprintf(buffer, bytes, "SIG%s", name);
-  else snprintf(buffer, bytes, "signal %d", number);
+  if (name)
+    snprintf(buffer, bytes, "SIG%s", name);
+  else
+    snprintf(buffer, bytes, "signal %d", number);
   return buffer;
 }
 
 void phx__rank_end_text(const phx__rank_end *end, char *buffer, size_t bytes) {
   char name[32];
   switch (end->condition) {
-    case PHX__RANK_NEVER: snprintf(buffer, bytes, "never came"); break;
-    case PHX__RANK_STOPPED: snprintf(buffer, bytes, "is stopped (%s)", phx__signal_name(end->number, name, sizeof name)); break;
-    case PHX__RANK_EXITED: snprintf(buffer, bytes, "exited with status %d", end->number); break;
-    case PHX__RANK_KILLED: snprintf(buffer, bytes, "was killed by %s", phx__signal_name(end->number, name, sizeof name)); break;
-    default: snprintf(buffer, bytes, "alive"); break;
+    case PHX__RANK_NEVER:
+      snprintf(buffer, bytes, "never came");
+      break;
+    case PHX__RANK_STOPPED:
+      snprintf(buffer, bytes, "is stopped (%s)", phx__signal_name(end->number, name, sizeof name));
+      break;
+    case PHX__RANK_EXITED:
+      snprintf(buffer, bytes, "exited with status %d", end->number);
+      break;
+    case PHX__RANK_KILLED:
+      snprintf(buffer, bytes, "was killed by %s", phx__signal_name(end->number, name, sizeof name));
+      break;
+    default:
+      snprintf(buffer, bytes, "alive");
+      break;
   }
 }
 
@@ -120,8 +132,10 @@ static void put_absent(text *t, const phx__flight_report *report, int32_t who, b
     if (other && other->op != f->op)
       put(t, "  diverged: rank %d is in %s where rank %d is in %s (number %llu)\n", r, phx_op_name(other->op), who,
           phx_op_name(f->op), (unsigned long long)f->sequence);
-    else if (other && !other->end_ns) waiting[r] = told[r] = true;
-    else if (!other && knows_comm) absent[r] = true;
+    else if (other && !other->end_ns)
+      waiting[r] = told[r] = true;
+    else if (!other && knows_comm)
+      absent[r] = true;
     n_absent += absent[r];
   }
   if (n_absent == 0) return;

@@ -13,12 +13,12 @@ typedef struct phx__rank_end {
 
 typedef struct phx__flight_report {
   int32_t size;
-  const phx__rank_end *ends;  /* (size) */
-  const phx_liveness *pages;  /* (size) copies, taken when the job failed */
-  uint64_t now_ns;            /* when they were taken */
-  const char *cause;          /* one line: what ended the job */
-  int32_t first_failed;       /* rank whose message counts, or -1 */
-  const char *run_dir;        /* where the ranks' logs are, or NULL */
+  const phx__rank_end *ends; /* (size) */
+  const phx_liveness *pages; /* (size) copies, taken when the job failed */
+  uint64_t now_ns;           /* when they were taken */
+  const char *cause;         /* one line: what ended the job */
+  int32_t first_failed;      /* rank whose message counts, or -1 */
+  const char *run_dir;       /* where the ranks' logs are, or NULL */
 } phx__flight_report;
 
 /* [main] The table, as text owned by the caller (phx__free), or NULL when out of memory. */

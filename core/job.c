@@ -56,7 +56,9 @@ static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **b
   return status;
 }
 
-bool phx__job_is_rank(void) { return phx__identity_kind() != PHX__ALONE; }
+bool phx__job_is_rank(void) {
+  return phx__identity_kind() != PHX__ALONE;
+}
 
 /* Takes this rank's page; a second process with the same number is refused. */
 static phx_status join(struct job *job, phx_error *err) {
@@ -77,9 +79,18 @@ static void fill_shown(struct job *job, const phx__identity *me, double timeout_
   phx__segment *segment = job->member.segment;
   for (int32_t r = 0; r < me->size; r++) job->pages[r] = &segment->pages[r].alive;
   job->shown = (phx_job){
-      .struct_size = sizeof(phx_job), .ctx = job, .rank = me->rank, .size = me->size, .local_rank = me->local_rank,
-      .local_size = me->local_size, .timeout_s = timeout_s, .mine = job->pages[me->rank], .ranks = job->pages,
-      .failed = &segment->failed, .may_spin = decide_spin(segment, me->local_size), .share = job_share,
+      .struct_size = sizeof(phx_job),
+      .ctx = job,
+      .rank = me->rank,
+      .size = me->size,
+      .local_rank = me->local_rank,
+      .local_size = me->local_size,
+      .timeout_s = timeout_s,
+      .mine = job->pages[me->rank],
+      .ranks = job->pages,
+      .failed = &segment->failed,
+      .may_spin = decide_spin(segment, me->local_size),
+      .share = job_share,
       .fail = job_fail,
   };
   job->member.rank = me->rank;
@@ -135,7 +146,9 @@ done:
   return status;
 }
 
-static struct job *inner(const phx_job *job) { return job->ctx; }
+static struct job *inner(const phx_job *job) {
+  return job->ctx;
+}
 
 /* The value that most ranks have; of equally frequent ones, the lowest rank's. */
 static int32_t most_common(const phx__post *all, int32_t size) {
@@ -159,10 +172,11 @@ phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, 
   int32_t usual = most_common(all, job->size);
   for (int32_t r = 0; r < job->size; r++)
     if (all[r].value != all[usual].value)
-      return phx__fail(err, PHX_INVALID,
-                       "the ranks disagree about %s: rank %d has %016llx, rank %d has %016llx; start all ranks with the "
-                       "same files and options",
-                       what, r, (unsigned long long)all[r].value, usual, (unsigned long long)all[usual].value);
+      return phx__fail(
+          err, PHX_INVALID,
+          "the ranks disagree about %s: rank %d has %016llx, rank %d has %016llx; start all ranks with the "
+          "same files and options",
+          what, r, (unsigned long long)all[r].value, usual, (unsigned long long)all[usual].value);
   return PHX_OK;
 }
 
@@ -181,8 +195,8 @@ void phx__job_state(const phx_job *job, int32_t state, int64_t step) {
   int32_t old = __atomic_load_n(&job->mine->state, __ATOMIC_ACQUIRE);
   __atomic_store_n(&job->mine->step, step, __ATOMIC_RELAXED);
   /* A failure stays: fail() may come from another thread at this very moment. */
-  while (old != 4 && !__atomic_compare_exchange_n(&job->mine->state, &old, state, false, __ATOMIC_RELEASE,
-                                                  __ATOMIC_ACQUIRE)) {
+  while (old != 4 &&
+         !__atomic_compare_exchange_n(&job->mine->state, &old, state, false, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE)) {
   }
   phx__job_heartbeat(job);
 }

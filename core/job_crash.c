@@ -26,13 +26,18 @@ static const phx_job *crash_job;
 
 static const char *describe(int number) {
   switch (number) {
-    case SIGSEGV: return "crashed: SIGSEGV, a bad memory access; the backtrace is on stderr or in the rank's log\n";
-    case SIGBUS: return "crashed: SIGBUS, a mapped file became shorter or memory ran out; the backtrace is on stderr "
-                        "or in the rank's log\n";
-    case SIGFPE: return "crashed: SIGFPE, an integer division; the backtrace is on stderr or in the rank's log\n";
-    case SIGILL: return "crashed: SIGILL, an instruction this CPU lacks; the backtrace is on stderr or in the rank's "
-                        "log\n";
-    default: return "crashed: SIGABRT, an assertion; the backtrace is on stderr or in the rank's log\n";
+    case SIGSEGV:
+      return "crashed: SIGSEGV, a bad memory access; the backtrace is on stderr or in the rank's log\n";
+    case SIGBUS:
+      return "crashed: SIGBUS, a mapped file became shorter or memory ran out; the backtrace is on stderr "
+             "or in the rank's log\n";
+    case SIGFPE:
+      return "crashed: SIGFPE, an integer division; the backtrace is on stderr or in the rank's log\n";
+    case SIGILL:
+      return "crashed: SIGILL, an instruction this CPU lacks; the backtrace is on stderr or in the rank's "
+             "log\n";
+    default:
+      return "crashed: SIGABRT, an assertion; the backtrace is on stderr or in the rank's log\n";
   }
 }
 
@@ -42,7 +47,8 @@ static void on_crash(int number) {
   char message[200];
   size_t length = strlen(text);
   /* Handlers may not print through stdio; a failed write changes nothing here. */
-  if (write(STDERR_FILENO, "phalanx: this rank ", 19) < 0 || write(STDERR_FILENO, text, length) < 0) length = length + 0;
+  if (write(STDERR_FILENO, "phalanx: this rank ", 19) < 0 || write(STDERR_FILENO, text, length) < 0)
+    length = length + 0;
   backtrace_symbols_fd(frames, backtrace(frames, 64), STDERR_FILENO);
   memcpy(message, text, length - 1);
   message[length - 1] = 0;

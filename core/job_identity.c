@@ -39,10 +39,11 @@ static phx_status read_local(phx__identity *me, const char *rank, const char *si
 
 static phx_status check_one_host(const phx__identity *me, const char *launcher, phx_error *err) {
   if (me->local_size == me->size) return PHX_OK;
-  return phx__fail(err, PHX_UNSUPPORTED,
-                   "%s placed %d of %d ranks on this machine: the shm communicator is one machine's; start all ranks on "
-                   "one machine",
-                   launcher, me->local_size, me->size);
+  return phx__fail(
+      err, PHX_UNSUPPORTED,
+      "%s placed %d of %d ranks on this machine: the shm communicator is one machine's; start all ranks on "
+      "one machine",
+      launcher, me->local_size, me->size);
 }
 
 /* Identities go into a socket's name: printable and short. */
@@ -78,10 +79,11 @@ static phx_status read_torchrun(phx__identity *me, phx_error *err) {
     PHX__TRY(read_number("LOCAL_RANK", 0, me->size - 1, &me->local_rank, err));
     me->local_size = me->size;
     if (me->local_rank != me->rank) {
-      status = phx__fail(err, PHX_UNSUPPORTED,
-                         "RANK=%d and LOCAL_RANK=%d: the ranks are on several machines, and the shm communicator is one "
-                         "machine's",
-                         me->rank, me->local_rank);
+      status =
+          phx__fail(err, PHX_UNSUPPORTED,
+                    "RANK=%d and LOCAL_RANK=%d: the ranks are on several machines, and the shm communicator is one "
+                    "machine's",
+                    me->rank, me->local_rank);
       goto done;
     }
   }
@@ -105,12 +107,12 @@ done:
 
 static phx_status read_srun(phx__identity *me, phx_error *err) {
   phx_status status;
-  PHX__TRY(read_place(me, "SLURM_PROCID", getenv("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS",
-                      err));
+  PHX__TRY(
+      read_place(me, "SLURM_PROCID", getenv("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS", err));
   int32_t hosts = 1;
   if (getenv(getenv("SLURM_STEP_NUM_NODES") ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES"))
-    PHX__TRY(read_number(getenv("SLURM_STEP_NUM_NODES") ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", 1, INT_MAX, &hosts,
-                         err));
+    PHX__TRY(
+        read_number(getenv("SLURM_STEP_NUM_NODES") ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", 1, INT_MAX, &hosts, err));
   if (hosts > 1) {
     status = phx__fail(err, PHX_UNSUPPORTED,
                        "srun placed %d ranks on %d machines: the shm communicator is one machine's; use --nodes=1",
@@ -134,9 +136,10 @@ int32_t phx__identity_kind(void) {
 }
 
 phx_status phx__identity_read(phx__identity *out, phx_error *err) {
-  static phx_status (*const readers[])(phx__identity *, phx_error *) = {
-      [PHX__BY_PHALANX] = read_own, [PHX__BY_TORCHRUN] = read_torchrun, [PHX__BY_MPIRUN] = read_mpirun,
-      [PHX__BY_SRUN] = read_srun};
+  static phx_status (*const readers[])(phx__identity *, phx_error *) = {[PHX__BY_PHALANX] = read_own,
+                                                                        [PHX__BY_TORCHRUN] = read_torchrun,
+                                                                        [PHX__BY_MPIRUN] = read_mpirun,
+                                                                        [PHX__BY_SRUN] = read_srun};
   phx__identity me = {.by = phx__identity_kind(), .size = 1, .local_size = 1, .fd = -1};
   phx_status status = readers[me.by] ? readers[me.by](&me, err) : PHX_OK;
   if (status == PHX_OK) *out = me;

@@ -53,8 +53,8 @@ static bool send_fd(int to, int fd) {
   memset(&control, 0, sizeof control);
   char byte = 1;
   struct iovec data = {&byte, 1};
-  struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = control.bytes,
-                           .msg_controllen = sizeof control.bytes};
+  struct msghdr message = {
+      .msg_iov = &data, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
   struct cmsghdr *head = CMSG_FIRSTHDR(&message);
   head->cmsg_level = SOL_SOCKET;
   head->cmsg_type = SCM_RIGHTS;
@@ -70,11 +70,12 @@ static int receive_fd(int from) {
   } control;
   char byte = 0;
   struct iovec data = {&byte, 1};
-  struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = control.bytes,
-                           .msg_controllen = sizeof control.bytes};
+  struct msghdr message = {
+      .msg_iov = &data, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
   if (recvmsg(from, &message, MSG_CMSG_CLOEXEC) != 1) return -1;
   struct cmsghdr *head = CMSG_FIRSTHDR(&message);
-  if (!head || head->cmsg_level != SOL_SOCKET || head->cmsg_type != SCM_RIGHTS || head->cmsg_len != CMSG_LEN(sizeof(int)))
+  if (!head || head->cmsg_level != SOL_SOCKET || head->cmsg_type != SCM_RIGHTS ||
+      head->cmsg_len != CMSG_LEN(sizeof(int)))
     return -1;
   int fd;
   memcpy(&fd, CMSG_DATA(head), sizeof fd);
@@ -121,8 +122,10 @@ static phx_status serve(const phx__identity *me, double timeout_s, int *fd_out, 
   listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
   if (listener < 0 || bind(listener, (struct sockaddr *)&address, make_address(me, &address)) != 0 ||
       listen(listener, PHX_RANKS_MAX) != 0) {
-    status = phx__fail_errno(err, PHX_COMM, errno, "rank 0 cannot listen for the ranks of job %s; is another job of "
-                             "that name starting?", me->key);
+    status = phx__fail_errno(err, PHX_COMM, errno,
+                             "rank 0 cannot listen for the ranks of job %s; is another job of "
+                             "that name starting?",
+                             me->key);
     goto done;
   }
   for (int32_t come = 1; come < me->size;) {

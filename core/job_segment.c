@@ -43,7 +43,9 @@ void phx__futex_wait(const uint32_t *word, uint32_t seen, uint64_t ns) {
   syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0);
 }
 
-void phx__futex_wake(const uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); }
+void phx__futex_wake(const uint32_t *word) {
+  syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
 
 void phx__segment_fail(phx__segment *segment, uint32_t who) {
   uint32_t none = 0;
@@ -124,7 +126,28 @@ void phx__segment_unmap(phx__segment *segment) {
   if (segment) phx__sys.munmap(segment, sizeof *segment);
 }
 
-/* Pages now, so that the first step is not the slow one, and so that a lack of memory is an error here, not SIGBUS. */
+/* The value of a line of /proc/meminfo in bytes, or 0. */
+static int64_t meminfo(const char *text, const char *name) {
+  long long kib = 0;
+  const char *at = strstr(text, name);
+  return at && sscanf(at + strlen(name), "%lld", &kib) == 1 ? (int64_t)kib * 1024 : 0;
+}
+
+/* Shared memory that does not fit is not refused by the kernel: it kills somebody when the pages are touched.  True
+ * also where the kernel does not say. */
+static bool fits_memory(int64_t bytes) {
+  char text[4096];
+  int fd = phx__sys.open("/proc/meminfo", O_RDONLY, 0);
+  if (fd < 0) return true;
+  ssize_t n = phx__sys.read(fd, text, sizeof text - 1);
+  phx__sys.close(fd);
+  if (n <= 0) return true;
+  text[n] = 0;
+  int64_t available = meminfo(text, "MemAvailable:") + meminfo(text, "SwapFree:");
+  return available == 0 || bytes <= available;
+}
+
+/* Pages now, so that the first step is not the slow one, and so that a lack of memory shows here. */
 static int prefault(void *part, size_t bytes) {
   if (madvise(part, bytes, MADV_POPULATE_WRITE) == 0) return 0;
   if (errno != EINVAL) return errno; /* EINVAL: a kernel before 5.14 */
@@ -138,8 +161,10 @@ static phx_status check_causes(const phx__member *me, const phx__post *all, cons
                                int64_t bytes, phx_error *err) {
   for (int32_t r = 0; r < me->size; r++)
     if (all[r].cause)
-      return phx__fail_errno(err, PHX_NOMEM, all[r].cause, "rank %d cannot %s shared memory '%s', %lld bytes for each "
-                             "of %d ranks", r, step, name, (long long)bytes, me->size);
+      return phx__fail_errno(err, PHX_NOMEM, all[r].cause,
+                             "rank %d cannot %s shared memory '%s', %lld bytes for each "
+                             "of %d ranks",
+                             r, step, name, (long long)bytes, me->size);
   return PHX_OK;
 }
 
@@ -177,8 +202,12 @@ phx_status phx__segment_share(phx__member *me, const char *name, int64_t bytes, 
   mine.value = 0;
   if (me->rank == 0) {
     int64_t at = page_up(segment->end);
-    if (at > INT64_MAX - whole) mine.cause = EOVERFLOW;
-    else if (phx__sys.ftruncate(me->fd, (off_t)(at + whole)) != 0) mine.cause = errno;
+    if (at > INT64_MAX - whole)
+      mine.cause = EOVERFLOW;
+    else if (!fits_memory(whole))
+      mine.cause = ENOMEM;
+    else if (phx__sys.ftruncate(me->fd, (off_t)(at + whole)) != 0)
+      mine.cause = errno;
     mine.value = (uint64_t)at;
   }
   status = phx__exchange(me, &mine, all, err);

@@ -44,12 +44,12 @@ typedef struct phx__segment {
   uint64_t nonce;      /* random: tells one job's memory from another's */
   uint64_t created_ns; /* CLOCK_MONOTONIC */
   int32_t launcher_pid;
-  int32_t pinned;      /* each rank's affinity mask is its own */
+  int32_t pinned;       /* each rank's affinity mask is its own */
   uint64_t launcher_ns; /* the launcher's heartbeat; 0 under another launcher */
-  uint32_t failed;     /* futex: 0, 1 + first failed rank, or PHX__FAILED_BY_LAUNCHER */
-  uint32_t bell;       /* futex: rung whenever a slot or `failed` changes */
-  int64_t end;         /* bytes of the file in use; rank 0 only */
-  char message[512];   /* the launcher's reason, written before `failed` */
+  uint32_t failed;      /* futex: 0, 1 + first failed rank, or PHX__FAILED_BY_LAUNCHER */
+  uint32_t bell;        /* futex: rung whenever a slot or `failed` changes */
+  int64_t end;          /* bytes of the file in use; rank 0 only */
+  char message[512];    /* the launcher's reason, written before `failed` */
   int32_t n_shares;
   int32_t reserved0;
   phx__slot slots[PHX_RANKS_MAX];

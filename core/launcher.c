@@ -28,9 +28,9 @@
 #define MS UINT64_C(1000000)
 #define TICK_MS 50
 #define SUSPENDED_NS (1000 * MS) /* a tick this late: we did not run */
-#define STOPPED_NS (3800 * MS) /* with the end of the others below it: within 5 s */
-#define REPORT_NS (300 * MS) /* from the failure: the others may report */
-#define TERM_NS (300 * MS)   /* from SIGTERM to SIGKILL */
+#define STOPPED_NS (3800 * MS)   /* with the end of the others below it: within 5 s */
+#define REPORT_NS (300 * MS)     /* from the failure: the others may report */
+#define TERM_NS (300 * MS)       /* from SIGTERM to SIGKILL */
 #define GIVE_UP_NS (10000 * MS)
 
 struct rank {
@@ -77,7 +77,9 @@ static void note_change(struct launch *l, struct rank *rank, const siginfo_t *in
       rank->stop_signal = info->si_status;
       rank->stopped_ns = now;
       return;
-    case CLD_CONTINUED: rank->stop_signal = 0; return;
+    case CLD_CONTINUED:
+      rank->stop_signal = 0;
+      return;
     case CLD_EXITED:
     case CLD_KILLED:
     case CLD_DUMPED:
@@ -89,7 +91,8 @@ static void note_change(struct launch *l, struct rank *rank, const siginfo_t *in
       if (rank->pidfd >= 0) phx__sys.close(rank->pidfd);
       rank->pidfd = -1;
       return;
-    default: return;
+    default:
+      return;
   }
 }
 
@@ -98,7 +101,8 @@ static void reap(struct launch *l, uint64_t now) {
     struct rank *rank = &l->ranks[r];
     while (rank->running) {
       siginfo_t info = {0};
-      if (waitid(P_PID, (id_t)rank->pid, &info, WEXITED | WSTOPPED | WCONTINUED | WNOHANG) != 0 || info.si_pid == 0) break;
+      if (waitid(P_PID, (id_t)rank->pid, &info, WEXITED | WSTOPPED | WCONTINUED | WNOHANG) != 0 || info.si_pid == 0)
+        break;
       note_change(l, rank, &info, now);
     }
   }
@@ -118,7 +122,8 @@ static uint64_t look(struct launch *l, int ms) {
   struct pollfd ready[PHX_RANKS_MAX + 1] = {{.fd = l->signals, .events = POLLIN}};
   nfds_t n = 1;
   for (int32_t r = 0; r < l->started; r++)
-    if (l->ranks[r].running && l->ranks[r].pidfd >= 0) ready[n++] = (struct pollfd){.fd = l->ranks[r].pidfd, .events = POLLIN};
+    if (l->ranks[r].running && l->ranks[r].pidfd >= 0)
+      ready[n++] = (struct pollfd){.fd = l->ranks[r].pidfd, .events = POLLIN};
   poll(ready, n, ms);
   uint64_t now = phx__now_ns();
   if (now - l->last_ns > SUSPENDED_NS) { /* timers start anew */
@@ -182,7 +187,8 @@ static void judge_progress(struct launch *l, uint64_t now) {
       continue;
     }
     const phx_liveness *page = &l->segment->pages[r].alive;
-    uint64_t beat = __atomic_load_n(&page->heartbeat_ns, __ATOMIC_RELAXED) + __atomic_load_n(&page->n_flights, __ATOMIC_RELAXED);
+    uint64_t beat =
+        __atomic_load_n(&page->heartbeat_ns, __ATOMIC_RELAXED) + __atomic_load_n(&page->n_flights, __ATOMIC_RELAXED);
     if (beat != rank->beat) rank->moved_ns = now;
     rank->beat = beat;
     if (rank->moved_ns > moved) moved = rank->moved_ns;
@@ -218,9 +224,9 @@ static void take_pictures(struct launch *l, uint64_t now) {
     memcpy(&l->pages[r], &l->segment->pages[r].alive, sizeof l->pages[r]);
     l->ends[r] = rank->end;
     if (rank->running || r >= l->started) {
-      l->ends[r].condition = rank->stop_signal         ? PHX__RANK_STOPPED
-                             : state_of(l, r) == 0     ? PHX__RANK_NEVER
-                                                       : PHX__RANK_ALIVE;
+      l->ends[r].condition = rank->stop_signal     ? PHX__RANK_STOPPED
+                             : state_of(l, r) == 0 ? PHX__RANK_NEVER
+                                                   : PHX__RANK_ALIVE;
       l->ends[r].number = rank->stop_signal;
     }
     l->ends[r].pid = (int32_t)rank->pid;
@@ -289,8 +295,13 @@ static void report(struct launch *l) {
   }
   for (int32_t i = 0; i < l->asked->ranks; i++) /* what they said in the meantime */
     memcpy(l->pages[i].message, l->segment->pages[i].alive.message, sizeof l->pages[i].message);
-  phx__flight_report flight = {.size = l->asked->ranks, .ends = l->ends, .pages = l->pages, .now_ns = l->failed_ns,
-                               .cause = cause, .first_failed = r, .run_dir = l->asked->run_dir};
+  phx__flight_report flight = {.size = l->asked->ranks,
+                               .ends = l->ends,
+                               .pages = l->pages,
+                               .now_ns = l->failed_ns,
+                               .cause = cause,
+                               .first_failed = r,
+                               .run_dir = l->asked->run_dir};
   char *text = phx__flight_text(&flight);
   fputs(text ? text : "phalanx: the job failed, and there is no memory for the report\n", stderr);
   fflush(stderr);
@@ -303,7 +314,8 @@ static int finish(struct launch *l) {
   const struct rank *cause = l->cause_rank >= 0 ? &l->ranks[l->cause_rank] : NULL;
   /* Ctrl-C reaches the ranks too, and may be seen there first.  One that comes after a failure hides no report. */
   if (l->interrupt && l->interrupt_ns < l->failed_ns + 50 * MS) {
-    fprintf(stderr, "phalanx: stopped by %s; all ranks have ended\n", phx__signal_name(l->interrupt, name, sizeof name));
+    fprintf(stderr, "phalanx: stopped by %s; all ranks have ended\n",
+            phx__signal_name(l->interrupt, name, sizeof name));
     return PHX__EXIT_RANK;
   }
   if (cause && !cause->running && cause->end.condition == PHX__RANK_EXITED &&

@@ -58,8 +58,8 @@ typedef struct surroundings { /* of one rank */
 } surroundings;
 
 static bool is_own(const char *variable) {
-  static const char *const names[N_OWN] = {"PHALANX_RANK=", "PHALANX_WORLD_SIZE=", "PHALANX_LOCAL_RANK=",
-                                           "PHALANX_LOCAL_SIZE=", "PHALANX_JOB_FD="};
+  static const char *const names[N_OWN] = {
+      "PHALANX_RANK=", "PHALANX_WORLD_SIZE=", "PHALANX_LOCAL_RANK=", "PHALANX_LOCAL_SIZE=", "PHALANX_JOB_FD="};
   for (int i = 0; i < N_OWN; i++)
     if (strncmp(variable, names[i], strlen(names[i])) == 0) return true;
   return false;
@@ -88,7 +88,8 @@ static phx_status open_log(surroundings *around, int32_t rank, const char *run_d
   if (used < 0 || (size_t)used >= sizeof path)
     return phx__fail(err, PHX_INVALID, "the run directory's name has more than %zu bytes", sizeof path - 20);
   around->log = phx__sys.open(path, O_WRONLY | O_CREAT | O_APPEND, 0644);
-  if (around->log < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot write %.300s, the log of rank %d", path, rank);
+  if (around->log < 0)
+    return phx__fail_errno(err, PHX_IO, errno, "cannot write %.300s, the log of rank %d", path, rank);
   around->null = phx__sys.open("/dev/null", O_RDONLY, 0);
   if (around->null < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open /dev/null for rank %d", rank);
   return PHX_OK;
@@ -112,7 +113,8 @@ static void say_in_page(const phx__spawn *spawn, int32_t rank, int cause) {
 static _Noreturn void run_child(const phx__spawn *spawn, int32_t rank, pid_t launcher, const surroundings *around) {
   if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != launcher) _exit(127);
   if (spawn->cpus) pin(spawn, rank);
-  if (around->log >= 0 && (dup2(around->null, 0) < 0 || dup2(around->log, 1) < 0 || dup2(around->log, 2) < 0)) _exit(127);
+  if (around->log >= 0 && (dup2(around->null, 0) < 0 || dup2(around->log, 1) < 0 || dup2(around->log, 2) < 0))
+    _exit(127);
   if (fcntl(spawn->memfd, F_SETFD, 0) != 0) _exit(127);
   sigprocmask(SIG_SETMASK, &spawn->mask, NULL);
   execve(spawn->launch->argv[0], spawn->launch->argv, around->variables);

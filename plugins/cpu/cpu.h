@@ -45,6 +45,8 @@ typedef void phx__cpu_body(void *arg, int64_t first, int64_t last, int32_t worke
  * not depend on the cut. */
 void phx__cpu_parallel(const phx__cpu *cpu, int64_t items, int64_t grain, phx__cpu_body *body, void *arg);
 
+void phx__cpu_parallel_end(const phx__cpu *cpu); /* ends the threads; a later loop starts new ones */
+
 /* ---- memory.c ---- */
 phx_status phx__cpu_alloc(phx__cpu *cpu, int64_t bytes, void **out, phx_error *err);
 void phx__cpu_free(void *p, int64_t bytes);

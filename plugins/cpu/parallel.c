@@ -23,6 +23,10 @@ void phx__cpu_parallel(const phx__cpu *cpu, int64_t items, int64_t grain, phx__c
   }
 }
 
+void phx__cpu_parallel_end(const phx__cpu *cpu) {
+  if (cpu->threads > 1) omp_pause_resource_all(omp_pause_hard);
+}
+
 phx_status phx__cpu_fail(phx_error *err, phx_status code, const char *format, ...) {
   if (err) {
     va_list args;

@@ -80,6 +80,7 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
 
 static void device_destroy(phx_device_self *self) {
   if (!self) return;
+  phx__cpu_parallel_end(&self->cpu);
   phx__cpu_free(self->cpu.scratch, self->cpu.scratch_bytes);
   free(self);
 }

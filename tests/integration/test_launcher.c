@@ -47,9 +47,14 @@ static void collective(const phx_job *job, uint64_t number) {
   __atomic_store_n(&f->end_ns, (int64_t)phx__now_ns(), __ATOMIC_RELEASE);
 }
 
+static int own_rank(void) {
+  const char *text = getenv("PHALANX_RANK");
+  return atoi(text ? text : getenv("OMPI_COMM_WORLD_RANK"));
+}
+
 static void note_pid(const char *dir) {
   char path[512], text[32];
-  snprintf(path, sizeof path, "%s/pid-%s", dir, getenv("PHALANX_RANK"));
+  snprintf(path, sizeof path, "%s/pid-%d", dir, own_rank());
   int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644), n = snprintf(text, sizeof text, "%d", (int)getpid());
   if (fd < 0 || write(fd, text, (size_t)n) != n) _exit(97);
   close(fd);
@@ -57,7 +62,7 @@ static void note_pid(const char *dir) {
 
 static int rank_main(char **argv) {
   const char *mode = argv[1];
-  int who = atoi(argv[2]), steps = atoi(argv[3]), mine = atoi(getenv("PHALANX_RANK"));
+  int who = atoi(argv[2]), steps = atoi(argv[3]), mine = own_rank();
   useconds_t pause = (useconds_t)atoi(argv[4]);
   const phx_job *job = NULL;
   phx_error err = PHX_ERROR_INIT;
@@ -88,7 +93,8 @@ static int rank_main(char **argv) {
       if (!strcmp(mode, "exit7")) return 7;
       if (!strcmp(mode, "leave")) return 0;
       if (!strcmp(mode, "crash")) raise(SIGSEGV);
-      if (!strcmp(mode, "deaf")) for (;;) usleep(1000);
+      if (!strcmp(mode, "deaf"))
+        for (;;) usleep(1000);
     }
     collective(job, (uint64_t)step);
     usleep(pause);
@@ -117,7 +123,9 @@ struct plan {
   void (*prepare)(void); /* in the launcher's process */
 };
 
-static double now(void) { return (double)phx__now_ns() * 1e-9; }
+static double now(void) {
+  return (double)phx__now_ns() * 1e-9;
+}
 
 static struct trial launch(struct plan plan) {
   struct trial t = {.dir = "/tmp/phx-launcher-XXXXXX"};
@@ -131,8 +139,8 @@ static struct trial launch(struct plan plan) {
   snprintf(steps, sizeof steps, "%d", plan.steps);
   snprintf(pause, sizeof pause, "%d", plan.pause_us);
   char *argv[] = {self, (char *)"--rank", t.dir, (char *)plan.mode, who, steps, pause, NULL};
-  phx__launch asked = {.ranks = plan.ranks, .threads = plan.threads, .timeout_s = plan.timeout, .run_dir = t.dir,
-                       .argv = argv};
+  phx__launch asked = {
+      .ranks = plan.ranks, .threads = plan.threads, .timeout_s = plan.timeout, .run_dir = t.dir, .argv = argv};
   t.begin = now();
   t.launcher = fork();
   cr_assert_geq(t.launcher, 0);
@@ -236,7 +244,8 @@ Test(launcher, a_job_ends_well, .timeout = 60) {
 }
 
 Test(launcher, a_status_ends_all, .timeout = 60) {
-  struct trial t = launch((struct plan){.ranks = 3, .timeout = 20, .mode = "exit7", .who = 1, .steps = 1000, .pause_us = 1000});
+  struct trial t =
+      launch((struct plan){.ranks = 3, .timeout = 20, .mode = "exit7", .who = 1, .steps = 1000, .pause_us = 1000});
   cr_expect_eq(wait_for(&t, 10), 3);
   expect_nothing_left(&t, 3, 0);
   EXPECT_SAYS(&t, "err", "the job of 3 ranks failed: rank 1 (pid");
@@ -249,15 +258,17 @@ Test(launcher, a_status_ends_all, .timeout = 60) {
   clean(&t);
 }
 
-Test(launcher, kill_9_of_any_rank_at_any_moment, .timeout = 120) {
+/* PHX_TEST_KILLS: more rounds, for a night. */
+Test(launcher, kill_9_of_any_rank_at_any_moment, .timeout = 3600) {
   unsigned seed = 12345;
-  for (int i = 0; i < 10; i++) {
+  int rounds = getenv("PHX_TEST_KILLS") ? atoi(getenv("PHX_TEST_KILLS")) : 10;
+  for (int i = 0; i < rounds; i++) {
     int ranks = 2 + i % 3, victim = rand_r(&seed) % ranks;
     char text[64];
-    struct trial t = launch((struct plan){.ranks = ranks, .timeout = 20, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
+    struct trial t = launch(
+        (struct plan){.ranks = ranks, .timeout = 20, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
     pid_t pid = pid_of(&t, victim);
-    for (int r = 0; r < ranks; r++) pid_of(&t, r);
-    usleep((useconds_t)(rand_r(&seed) % 150000));
+    usleep((useconds_t)(rand_r(&seed) % (i % 2 ? 5000 : 150000))); /* while they start, and while they run */
     double killed = now();
     kill(pid, SIGKILL);
     cr_expect_eq(wait_for(&t, 10), 3);
@@ -296,7 +307,8 @@ Test(launcher, a_crash_says_where, .timeout = 60) {
 }
 
 Test(launcher, a_stopped_rank_is_named_within_5_s, .timeout = 60) {
-  struct trial t = launch((struct plan){.ranks = 3, .timeout = 60, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
+  struct trial t =
+      launch((struct plan){.ranks = 3, .timeout = 60, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
   pid_t pid = pid_of(&t, 1);
   char text[64];
   usleep(200000);
@@ -313,7 +325,8 @@ Test(launcher, a_stopped_rank_is_named_within_5_s, .timeout = 60) {
 }
 
 Test(launcher, a_stopped_rank_may_go_on, .timeout = 60) {
-  struct trial t = launch((struct plan){.ranks = 2, .timeout = 60, .mode = "run", .who = -1, .steps = 200, .pause_us = 5000});
+  struct trial t =
+      launch((struct plan){.ranks = 2, .timeout = 60, .mode = "run", .who = -1, .steps = 200, .pause_us = 5000});
   pid_t pid = pid_of(&t, 1);
   for (int i = 0; i < 2; i++) {
     usleep(200000);
@@ -327,7 +340,8 @@ Test(launcher, a_stopped_rank_may_go_on, .timeout = 60) {
 
 Test(launcher, ctrl_z_of_all_is_no_failure, .timeout = 60) {
   /* longer than the launcher's limit for a stopped rank, and than the timeout */
-  struct trial t = launch((struct plan){.ranks = 2, .timeout = 3, .mode = "run", .who = -1, .steps = 200, .pause_us = 5000});
+  struct trial t =
+      launch((struct plan){.ranks = 2, .timeout = 3, .mode = "run", .who = -1, .steps = 200, .pause_us = 5000});
   pid_of(&t, 0);
   pid_of(&t, 1);
   usleep(200000);
@@ -378,12 +392,15 @@ Test(launcher, ctrl_c_ends_all, .timeout = 60) {
   static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
   static const char *const names[] = {"stopped by SIGINT", "stopped by SIGTERM", "stopped by SIGHUP"};
   for (int i = 0; i < 3; i++) {
-    struct trial t = launch((struct plan){.ranks = 3, .timeout = 20, .mode = "deaf", .who = 1, .steps = 100000, .pause_us = 300});
+    struct trial t =
+        launch((struct plan){.ranks = 3, .timeout = 20, .mode = "deaf", .who = 1, .steps = 100000, .pause_us = 300});
     for (int r = 0; r < 3; r++) pid_of(&t, r);
     usleep(100000);
     double sent = now();
-    if (i == 0) kill(-t.launcher, signals[i]); /* as the terminal does */
-    else kill(t.launcher, signals[i]);
+    if (i == 0)
+      kill(-t.launcher, signals[i]); /* as the terminal does */
+    else
+      kill(t.launcher, signals[i]);
     cr_expect_eq(wait_for(&t, 10), 3);
     cr_expect_lt(now() - sent, 1.0);
     expect_nothing_left(&t, 3, 0);
@@ -395,7 +412,8 @@ Test(launcher, ctrl_c_ends_all, .timeout = 60) {
 
 Test(launcher, kill_9_of_the_launcher_leaves_nothing, .timeout = 60) {
   for (int i = 0; i < 3; i++) {
-    struct trial t = launch((struct plan){.ranks = 3, .timeout = 20, .mode = "deaf", .who = 1, .steps = 100000, .pause_us = 300});
+    struct trial t =
+        launch((struct plan){.ranks = 3, .timeout = 20, .mode = "deaf", .who = 1, .steps = 100000, .pause_us = 300});
     for (int r = 0; r < 3; r++) pid_of(&t, r);
     usleep((useconds_t)(i * 50000));
     kill(t.launcher, SIGKILL);
@@ -414,7 +432,8 @@ static int count_shm(void) {
 }
 
 Test(launcher, kill_9_of_everything_leaves_nothing, .timeout = 60) {
-  struct trial t = launch((struct plan){.ranks = 4, .timeout = 20, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
+  struct trial t =
+      launch((struct plan){.ranks = 4, .timeout = 20, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
   for (int r = 0; r < 4; r++) pid_of(&t, r);
   usleep(100000);
   kill(-t.launcher, SIGKILL); /* the launcher's group: everything */
@@ -441,14 +460,34 @@ Test(launcher, ranks_get_cores_of_their_own, .timeout = 60) {
   cpu_set_t mask;
   sched_getaffinity(0, sizeof mask, &mask);
   if (CPU_COUNT(&mask) < 2) cr_skip_test("needs 2 CPUs");
-  struct trial t = launch((struct plan){.ranks = 2, .threads = 1, .timeout = 20, .mode = "pinned", .who = -1, .steps = 1});
+  struct trial t =
+      launch((struct plan){.ranks = 2, .threads = 1, .timeout = 20, .mode = "pinned", .who = -1, .steps = 1});
   cr_expect_eq(wait_for(&t, 10), 0);
   EXPECT_SAYS(&t, "out", "cpus 1\n");
   EXPECT_SAYS(&t, "rank-1.log", "cpus 1\n");
   clean(&t);
-  t = launch((struct plan){.ranks = 2, .threads = CPU_COUNT(&mask), .timeout = 20, .mode = "pinned", .who = -1, .steps = 1});
+  t = launch(
+      (struct plan){.ranks = 2, .threads = CPU_COUNT(&mask), .timeout = 20, .mode = "pinned", .who = -1, .steps = 1});
   cr_expect_eq(wait_for(&t, 10), 0);
   cr_expect_null(strstr(content(&t, "out"), "cpus 1\n")); /* too few for all: not pinned */
+  clean(&t);
+}
+
+Test(launcher, ranks_of_a_real_mpirun_meet, .timeout = 60) {
+  char dir[] = "/tmp/phx-launcher-XXXXXX", command[1400], self[512];
+  if (system("command -v mpirun >/dev/null 2>&1") != 0) cr_skip_test("mpirun is not installed");
+  ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+  cr_assert(n > 0);
+  self[n] = 0;
+  cr_assert_not_null(mkdtemp(dir));
+  snprintf(command, sizeof command,
+           "timeout 30 mpirun --allow-run-as-root --oversubscribe -n 3 '%s' --rank %s run -1 20 0 >%s/out 2>%s/err",
+           self, dir, dir, dir);
+  struct trial t = {.launcher = -1};
+  memcpy(t.dir, dir, sizeof dir);
+  cr_expect_eq(system(command), 0, "%s", content(&t, "err"));
+  EXPECT_SAYS(&t, "out", "rank 0 of 3 speaks");
+  EXPECT_SAYS(&t, "out", "rank 2 of 3 speaks");
   clean(&t);
 }
 
@@ -475,14 +514,22 @@ static int fail_second_log(const char *path, int flags, mode_t mode) {
   errno = EACCES;
   return -1;
 }
-static void break_memfd(void) { phx__sys.memfd_create = fail_memfd; }
-static void break_ftruncate(void) { phx__sys.ftruncate = fail_ftruncate; }
-static void break_mmap(void) { phx__sys.mmap = fail_mmap; }
+static void break_memfd(void) {
+  phx__sys.memfd_create = fail_memfd;
+}
+static void break_ftruncate(void) {
+  phx__sys.ftruncate = fail_ftruncate;
+}
+static void break_mmap(void) {
+  phx__sys.mmap = fail_mmap;
+}
 static void break_log(void) {
   real_open = phx__sys.open;
   phx__sys.open = fail_second_log;
 }
-static void ignore_children(void) { signal(SIGCHLD, SIG_IGN); }
+static void ignore_children(void) {
+  signal(SIGCHLD, SIG_IGN);
+}
 
 Test(launcher, failing_calls_are_clear_errors, .timeout = 60) {
   static const struct {
@@ -494,8 +541,8 @@ Test(launcher, failing_calls_are_clear_errors, .timeout = 60) {
                {break_mmap, "mmap): Cannot allocate memory", 3},
                {break_log, "rank-2.log, the log of rank 2: Permission denied", 2}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-    struct trial t = launch((struct plan){.ranks = 3, .timeout = 5, .mode = "run", .who = -1, .steps = 100,
-                                          .prepare = cases[i].prepare});
+    struct trial t = launch(
+        (struct plan){.ranks = 3, .timeout = 5, .mode = "run", .who = -1, .steps = 100, .prepare = cases[i].prepare});
     cr_expect_eq(wait_for(&t, 5), cases[i].status);
     EXPECT_SAYS(&t, "err", cases[i].says);
     expect_nothing_left(&t, 3, 0);
@@ -504,8 +551,8 @@ Test(launcher, failing_calls_are_clear_errors, .timeout = 60) {
 }
 
 Test(launcher, ignored_sigchld_is_no_trap, .timeout = 60) {
-  struct trial t = launch((struct plan){.ranks = 2, .timeout = 20, .mode = "exit7", .who = 1, .steps = 100,
-                                        .prepare = ignore_children});
+  struct trial t = launch(
+      (struct plan){.ranks = 2, .timeout = 20, .mode = "exit7", .who = 1, .steps = 100, .prepare = ignore_children});
   cr_expect_eq(wait_for(&t, 10), 3);
   EXPECT_SAYS(&t, "err", "exited with status 7");
   clean(&t);

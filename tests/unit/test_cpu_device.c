@@ -1,4 +1,5 @@
-/* The cpu device: creation, memory, streams, events, errors, elementwise operations. */
+/* The cpu device: creation, memory, streams, events, errors, elementwise operations.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <float.h>
 #include <math.h>

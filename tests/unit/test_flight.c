@@ -15,13 +15,18 @@ static phx__rank_end ends[PHX_RANKS_MAX];
 
 static void record(int rank, uint64_t comm, uint64_t sequence, int op, int64_t begin, int64_t end) {
   phx_liveness *p = &pages[rank];
-  p->ring[p->n_flights++ % PHX_FLIGHT_RING] = (phx_flight){.sequence = sequence, .comm = comm, .bytes = 512,
-                                                           .begin_ns = begin, .end_ns = end, .op = op, .unit = -1};
+  p->ring[p->n_flights++ % PHX_FLIGHT_RING] = (phx_flight){
+      .sequence = sequence, .comm = comm, .bytes = 512, .begin_ns = begin, .end_ns = end, .op = op, .unit = -1};
 }
 
 static char *text_of(int size, int first_failed) {
-  phx__flight_report report = {.size = size, .ends = ends, .pages = pages, .now_ns = NOW, .cause = "a cause",
-                               .first_failed = first_failed, .run_dir = "runs/x"};
+  phx__flight_report report = {.size = size,
+                               .ends = ends,
+                               .pages = pages,
+                               .now_ns = NOW,
+                               .cause = "a cause",
+                               .first_failed = first_failed,
+                               .run_dir = "runs/x"};
   char *text = phx__flight_text(&report);
   cr_assert_not_null(text);
   return text;

@@ -2,6 +2,7 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,12 +18,12 @@
 #include "sys.h"
 
 /* In a rank: Criterion's assertions belong to the test's own process. */
-#define NEED(x)                                                                                    \
-  do {                                                                                             \
-    if (!(x)) {                                                                                    \
-      fprintf(stderr, "%s:%d: rank of pid %d: %s\n", __FILE__, __LINE__, (int)getpid(), #x);        \
-      _exit(99);                                                                                   \
-    }                                                                                              \
+#define NEED(x)                                                                              \
+  do {                                                                                       \
+    if (!(x)) {                                                                              \
+      fprintf(stderr, "%s:%d: rank of pid %d: %s\n", __FILE__, __LINE__, (int)getpid(), #x); \
+      _exit(99);                                                                             \
+    }                                                                                        \
   } while (0)
 
 static void set_number(const char *name, long value) {
@@ -60,7 +61,8 @@ static void run_ranks(int size, rank_body body) {
   for (int r = 0; r < size; r++) {
     int status = 0;
     cr_assert_eq(waitpid(pids[r], &status, 0), pids[r]);
-    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "rank %d of %d ended with wait status %x", r, size, status);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "rank %d of %d ended with wait status %x", r, size,
+              status);
   }
 }
 
@@ -139,10 +141,14 @@ static int disagree_bytes(int rank, int size) {
   NEED(strstr(err.message, "rank 1 asks for shared memory 'gradients', rank 0 for 'weights'"));
   NEED(job->share(job->ctx, "none", 0, bases, &err) == PHX_INVALID);
   NEED(job->share(job->ctx, "much", INT64_MAX, bases, &err) == PHX_INVALID);
+  NEED(job->share(job->ctx, "more than there is", INT64_C(1) << 45, bases, &err) == PHX_NOMEM);
+  NEED(strstr(err.message, "rank 0 cannot grow the file of shared memory 'more than there is', 35184372088832 bytes"));
   NEED(job->share(job->ctx, "fine", 64, bases, &err) == PHX_OK); /* a refused request leaves the job usable */
   return 0;
 }
-Test(job, share_names_the_rank_that_differs, .timeout = 60) { run_ranks(3, disagree_bytes); }
+Test(job, share_names_the_rank_that_differs, .timeout = 60) {
+  run_ranks(3, disagree_bytes);
+}
 
 static int disagree_value(int rank, int size) {
   const phx_job *job = open_job(20);
@@ -157,7 +163,9 @@ static int disagree_value(int rank, int size) {
   NEED(status == PHX_COMM && strstr(err.message, "rank 1 is in max"));
   return 0;
 }
-Test(job, agree_names_the_rank_that_differs, .timeout = 60) { run_ranks(4, disagree_value); }
+Test(job, agree_names_the_rank_that_differs, .timeout = 60) {
+  run_ranks(4, disagree_value);
+}
 
 static int absent(int rank, int size) {
   const phx_job *job = open_job(0.5);
@@ -174,7 +182,9 @@ static int absent(int rank, int size) {
   NEED(strstr(err.message, "rank 1 (") && strstr(err.message, "'configuration' within 0.5 s"));
   return 0;
 }
-Test(job, an_absent_rank_is_named_in_time, .timeout = 60) { run_ranks(3, absent); }
+Test(job, an_absent_rank_is_named_in_time, .timeout = 60) {
+  run_ranks(3, absent);
+}
 
 static int never_came(int rank, int size) {
   (void)size;
@@ -185,7 +195,9 @@ static int never_came(int rank, int size) {
   NEED(strstr(err.message, "rank 2 (never came) did not come"));
   return 0;
 }
-Test(job, a_rank_that_never_came_is_named, .timeout = 60) { run_ranks(3, never_came); }
+Test(job, a_rank_that_never_came_is_named, .timeout = 60) {
+  run_ranks(3, never_came);
+}
 
 static int dead(int rank, int size) {
   const phx_job *job = open_job(30);
@@ -199,7 +211,9 @@ static int dead(int rank, int size) {
   NEED(phx__now_ns() - start < UINT64_C(5000000000)); /* far from the timeout */
   return 0;
 }
-Test(job, a_dead_rank_is_found_before_the_timeout, .timeout = 60) { run_ranks(3, dead); }
+Test(job, a_dead_rank_is_found_before_the_timeout, .timeout = 60) {
+  run_ranks(3, dead);
+}
 
 /* Stopped for longer than its timeout, a waiting rank goes on waiting: Ctrl-Z, then fg. */
 static int suspended(int rank, int size) {
@@ -226,7 +240,9 @@ static int suspended(int rank, int size) {
   NEED(status == PHX_OK);
   return 0;
 }
-Test(job, time_in_suspension_does_not_count, .timeout = 60) { run_ranks(2, suspended); }
+Test(job, time_in_suspension_does_not_count, .timeout = 60) {
+  run_ranks(2, suspended);
+}
 
 static int fails(int rank, int size) {
   const phx_job *job = open_job(30);
@@ -251,7 +267,35 @@ static int fails(int rank, int size) {
   NEED(*job->failed == 2);
   return 0;
 }
-Test(job, a_failure_wakes_the_waiters, .timeout = 60) { run_ranks(3, fails); }
+Test(job, a_failure_wakes_the_waiters, .timeout = 60) {
+  run_ranks(3, fails);
+}
+
+static void *fail_from_thread(void *job) {
+  ((const phx_job *)job)->fail(((const phx_job *)job)->ctx, "a thread's failure");
+  return NULL;
+}
+static int threads_fail(int rank, int size) {
+  const phx_job *job = open_job(30);
+  phx_error err = PHX_ERROR_INIT;
+  pthread_t threads[4];
+  (void)size;
+  if (rank == 0) {
+    for (int i = 0; i < 4; i++) NEED(pthread_create(&threads[i], NULL, fail_from_thread, (void *)job) == 0);
+    for (int i = 0; i < 1000; i++) phx__job_state(job, 2, i);
+    NEED(phx__job_agree(job, 1, "configuration", &err) == PHX_COMM);
+    for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
+    phx__job_state(job, 2, 1);
+    NEED(job->mine->state == 4);
+  } else {
+    while (!__atomic_load_n(job->failed, __ATOMIC_ACQUIRE)) usleep(1000);
+  }
+  NEED(*job->failed == 1 && strcmp(job->ranks[0]->message, "a thread's failure") == 0);
+  return 0;
+}
+Test(job, any_thread_may_fail, .timeout = 60) {
+  run_ranks(2, threads_fail);
+}
 
 static int twice(int rank, int size) {
   const phx_job *job = NULL;
@@ -261,7 +305,9 @@ static int twice(int rank, int size) {
   (void)rank, (void)size;
   return 0;
 }
-Test(job, a_process_has_one_job, .timeout = 60) { run_ranks(1, twice); }
+Test(job, a_process_has_one_job, .timeout = 60) {
+  run_ranks(1, twice);
+}
 
 static int same_number(int rank, int size) {
   const phx_job *job = NULL;
@@ -275,7 +321,9 @@ static int same_number(int rank, int size) {
   if (rank == 0) usleep(600000);
   return 0;
 }
-Test(job, two_processes_cannot_be_one_rank, .timeout = 60) { run_ranks(2, same_number); }
+Test(job, two_processes_cannot_be_one_rank, .timeout = 60) {
+  run_ranks(2, same_number);
+}
 
 Test(job, alone, .timeout = 20) {
   const phx_job *job = NULL;
@@ -301,8 +349,10 @@ static phx_status open_with(const char *name, const char *value, phx_error *err)
   const phx_job *job = NULL;
   int fd = phx__job_create_segment(2, err);
   set_rank(0, 2, fd);
-  if (value) setenv(name, value, 1);
-  else unsetenv(name);
+  if (value)
+    setenv(name, value, 1);
+  else
+    unsetenv(name);
   phx_status status = phx__job_open(1, &job, err);
   close(fd);
   return status;
@@ -376,7 +426,9 @@ static int by_mpirun(int rank, int size) {
   set_number("OMPI_MCA_ess_base_jobid", (long)getppid());
   return share_parts(rank, size);
 }
-Test(job, mpirun_ranks_meet, .timeout = 60) { run_ranks(4, by_mpirun); }
+Test(job, mpirun_ranks_meet, .timeout = 60) {
+  run_ranks(4, by_mpirun);
+}
 
 static int by_srun(int rank, int size) {
   forget_phalanx();
@@ -387,7 +439,9 @@ static int by_srun(int rank, int size) {
   set_number("SLURM_STEP_ID", 0);
   return share_parts(rank, size);
 }
-Test(job, srun_ranks_meet, .timeout = 60) { run_ranks(2, by_srun); }
+Test(job, srun_ranks_meet, .timeout = 60) {
+  run_ranks(2, by_srun);
+}
 
 static int one_short(int rank, int size) {
   phx_error err = PHX_ERROR_INIT;
@@ -399,11 +453,15 @@ static int one_short(int rank, int size) {
   set_number("MASTER_PORT", (long)getppid());
   if (rank == 1) return 0;
   phx_status status = phx__job_open(0.6, &job, &err);
-  if (rank == 0) NEED(status == PHX_COMM && strstr(err.message, "rank(s) 1 of job"));
-  else if (status == PHX_OK) NEED(phx__job_agree(job, 1, "configuration", &err) == PHX_COMM);
+  if (rank == 0)
+    NEED(status == PHX_COMM && strstr(err.message, "rank(s) 1 of job"));
+  else if (status == PHX_OK)
+    NEED(phx__job_agree(job, 1, "configuration", &err) == PHX_COMM);
   return 0;
 }
-Test(job, a_missing_rank_of_torchrun_is_named, .timeout = 60) { run_ranks(3, one_short); }
+Test(job, a_missing_rank_of_torchrun_is_named, .timeout = 60) {
+  run_ranks(3, one_short);
+}
 
 static int no_leader(int rank, int size) {
   phx_error err = PHX_ERROR_INIT;
@@ -417,7 +475,9 @@ static int no_leader(int rank, int size) {
   NEED(phx__job_open(0.4, &job, &err) == PHX_COMM && strstr(err.message, "rank 0 of job torchrun-"));
   return 0;
 }
-Test(job, a_missing_rank_0_of_torchrun_is_named, .timeout = 60) { run_ranks(2, no_leader); }
+Test(job, a_missing_rank_0_of_torchrun_is_named, .timeout = 60) {
+  run_ranks(2, no_leader);
+}
 
 Test(job, several_hosts_are_refused, .timeout = 20) {
   const phx_job *job = NULL;
@@ -518,4 +578,6 @@ static int share_fails(int rank, int size) {
   NEED(job->share(job->ctx, "arena", 4096, bases, &err) == PHX_OK);
   return 0;
 }
-Test(job, share_fails_on_all_when_it_fails_on_one, .timeout = 60) { run_ranks(3, share_fails); }
+Test(job, share_fails_on_all_when_it_fails_on_one, .timeout = 60) {
+  run_ranks(3, share_fails);
+}
