@@ -52,6 +52,7 @@ static phx_status begin(shm_call *call, phx_error *err) {
 }
 static phx_status end(shm_call *call, phx_status status) {
   shm_comm *c = call->comm;
+  int32_t on_stream = call->on_stream; /* once `done` is stored, the record belongs to [main] again */
   if (status == PHX_OK) {
     shm_flight_end(call);
     count(c, call);
@@ -60,7 +61,7 @@ static phx_status end(shm_call *call, phx_status status) {
     __atomic_store_n(&c->broken, 1, __ATOMIC_RELEASE);
   }
   __atomic_store_n(&c->done, __atomic_load_n(&c->done, __ATOMIC_RELAXED) + 1, __ATOMIC_RELEASE);
-  if (call->on_stream) { /* only then can [main] be waiting */
+  if (on_stream) { /* only then can [main] be waiting */
     __atomic_fetch_add(&c->done_word, 1, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&c->main_waits, __ATOMIC_SEQ_CST)) shm_wake(&c->done_word);
   }
