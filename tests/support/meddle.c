@@ -106,6 +106,10 @@ static phx_status m_acquire(phx_strategy *m, uint32_t stage, int32_t pass, int32
     if (status == PHX_OK) status = inner->release(m->self, 1, pass, mb, 0, s, err);
     if (status != PHX_OK) return status;
   }
+  if (how.recompute_all && pass == PHX_PASS_BACKWARD) {
+    phx_status status = inner->acquire(m->self, stage, PHX_PASS_RECOMPUTE, mb, s, out, err);
+    if (status != PHX_OK) return status;
+  }
   return inner->acquire(m->self, stage, pass, mb, s, out, err);
 }
 static phx_status m_release(phx_strategy *m, uint32_t stage, int32_t pass, int32_t mb, uint32_t flags, phx_stream *s,

@@ -12,6 +12,7 @@ typedef struct meddle {
   int32_t lost_stage;        /* ... of this stage; -1: of all */
   bool swap_forward;         /* stage 1's forward is acquired in the place of stage 0's */
   bool skip_backward;        /* stages of frozen units are not passed in backward */
+  bool recompute_all;        /* a recomputation before every backward, also of stages whose backward reads no weights */
   bool bad_gather;           /* rank 1's all_gathers change a bit of the first element */
 } meddle;
 

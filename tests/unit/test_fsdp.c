@@ -89,7 +89,8 @@ Test(fsdp, recompute, .timeout = 60) {
   toy_free(t);
   t = toy_plain(3, 40);
   harness_result r;
-  harness_config c = {.strategy = "fsdp", .toy = t, .ranks = 2, .recompute = true};
+  meddle how = {.recompute_all = true, .lost_stage = -1};
+  harness_config c = {.plugin = meddle_plugin("fsdp", &how), .toy = t, .ranks = 2};
   cr_assert_not(harness_run(&c, &r));
   cr_assert_eq(r.status, PHX_UNSUPPORTED);
   cr_assert(strstr(r.message, "'embed'"), "%s", r.message);
