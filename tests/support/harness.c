@@ -104,7 +104,7 @@ static phx_status parse_scalar(const phx_option *o, const char *text, void *conf
     while (*end == ' ') end++;
     if (o->type == PHX_OPT_BYTES && *end) {
       x *= *end == 'K' ? 1 << 10 : *end == 'M' ? 1 << 20 : *end == 'G' ? 1 << 30 : 1;
-      end = "";
+      end += strlen(end);
     }
     if (*end || x < o->imin || x > o->imax)
       return phx__fail(err, PHX_INVALID, "%s = %s is outside %lld .. %lld", o->name, text, (long long)o->imin,
@@ -464,6 +464,14 @@ static void run_stage(rank_state *k, uint32_t stage, int32_t pass, int32_t mb, i
   if (!runs && !back) memcpy(out[0], in[0], sizeof in[0]);
 }
 
+static void count_in_flight(rank_state *k) {
+  phx_comm_stats stats = {.struct_size = sizeof stats};
+  int64_t n = (int64_t)k->out->n_trace;
+  k->comm->stats(k->comm->ctx, &stats);
+  for (int i = 0; i < PHX_OPS; i++) n -= stats.calls[i];
+  if (n > k->out->most_in_flight) k->out->most_in_flight = n;
+}
+
 static phx_status pass_stage(rank_state *k, uint32_t stage, int32_t pass, int32_t mb, phx_error *err) {
   run *r = k->run;
   const phx_view *view = NULL;
@@ -473,13 +481,28 @@ static phx_status pass_stage(rank_state *k, uint32_t stage, int32_t pass, int32_
   k->pass = pass, k->stage = (int32_t)stage, k->in_acquire = true;
   PHX__TRY(r->table->acquire(k->strategy, stage, pass, mb, NULL, &view, err));
   k->in_acquire = false;
+  if (!view) {
+    status = phx__fail(err, PHX_INTERNAL, "acquire of stage %u gave no view", stage);
+    goto done;
+  }
   if (view->ready) PHX__TRY(k->device->stream_wait(k->device->ctx, NULL, view->ready, err));
   check_view(k, stage, pass, view);
   if (pass != PHX_PASS_RECOMPUTE) run_stage(k, stage, pass, mb, 0, view);
   PHX__TRY(r->table->release(k->strategy, stage, pass, mb, flags, NULL, err));
+  if (pass == PHX_PASS_BACKWARD) count_in_flight(k);
 done:
   k->pass = k->stage = -1;
   return status;
+}
+
+/* A stage is worth recomputing when its backward pass reads what its forward pass reads (not an embedding). */
+static bool recomputes(const run *r, uint32_t stage) {
+  const phx_stage *s = &r->t->stages[stage];
+  for (uint32_t i = 0; i < s->n_uses; i++) {
+    uint32_t flags = r->t->uses[s->first_use + i].flags;
+    if ((flags & PHX_USE_FORWARD) && !(flags & PHX_USE_BACKWARD)) return false;
+  }
+  return r->c->recompute;
 }
 
 static phx_status micro_batches(rank_state *k, phx_error *err) {
@@ -490,7 +513,7 @@ static phx_status micro_batches(rank_state *k, phx_error *err) {
     PHX__TRY(r->table->begin_micro_batch(k->strategy, mb, mb + 1 == r->what.accumulate, err));
     for (uint32_t s = 0; s < n; s++) PHX__TRY(pass_stage(k, s, PHX_PASS_FORWARD, mb, err));
     for (uint32_t s = n; s-- > 0;) {
-      if (r->c->recompute) PHX__TRY(pass_stage(k, s, PHX_PASS_RECOMPUTE, mb, err));
+      if (recomputes(r, s)) PHX__TRY(pass_stage(k, s, PHX_PASS_RECOMPUTE, mb, err));
       PHX__TRY(pass_stage(k, s, PHX_PASS_BACKWARD, mb, err));
     }
   }
@@ -659,10 +682,10 @@ static void check_coverage(run *r) {
   for (int row = 0; row < 4; row++)
     for (int f = 0; f < PHX_FLATS; f++)
       for (int64_t b = 0; b < r->t->model.total_blocks[f]; b++) {
-        int want = row == 0 || (row >= 2 && f == 0 && !r->c->sgd);
-        if (r->state_cover[row][f][b] != want)
+        int visits = row == 0 || (row >= 2 && f == 0 && !r->c->sgd);
+        if (r->state_cover[row][f][b] != visits)
           note(r, "state %d, flat %d, block %lld was visited %d times, expected %d", row, f, (long long)b,
-               r->state_cover[row][f][b], want);
+               r->state_cover[row][f][b], visits);
       }
 }
 

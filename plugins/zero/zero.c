@@ -1,0 +1,306 @@
+/* plugins/zero/zero.c - ZeRO: the whole model is one flat, cut in equal shares; stage 1 shares optimizer states, stage 2
+ * also gradients, stage 3 also weights.  Rajbhandari et al., arXiv 1910.02054; options named as DeepSpeed's.
+ *
+ *            weights                          gradients                             states
+ *   stage 1  whole, gathered after update     whole, reduced to their owners        share
+ *   stage 2  whole, gathered after update     until reduced, then the share         share
+ *   stage 3  share, gathered for each pass    until reduced, then the share         share
+ *
+ * Reading order: zero.h (words), zero_plan.c (who owns what, when), zero_gather.c, zero_reduce.c, and here what the core
+ * calls.  Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is
+ * on the communication stream, in one order that every rank derives from the declared stages.
+ * Does not: low precision, offload.  [main] only; the stream's thread runs what is enqueued. */
+#include "zero.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ROW(f, dflt, low, high, flags, doc) PHX_INT(zero_config, f, dflt, low, high, "elements", flags, doc)
+static const phx_option options[] = {
+    PHX_INT(zero_config, stage, "2", 1, 3, NULL, 0,
+            "What is partitioned: 1 optimizer states, 2 also gradients, 3 also weights."),
+    ROW(reduce_bucket_size, "5000000", 1, INT64_MAX, 0,
+        "Gradients are reduced in buckets of this many elements, rounded up to blocks of 1024 (DeepSpeed's 5e8 would "
+        "leave little to overlap)."),
+    ROW(allgather_bucket_size, "500000000", 1, INT64_MAX, 0,
+        "Stages 1 and 2: updated weights are gathered this many elements at a time; at once, by one all_gather, where "
+        "the model is smaller."),
+    PHX_BOOL(zero_config, overlap_comm, "yes",
+             "Reduce buckets beside the backward pass; no: wait for each bucket, which needs less memory."),
+    ROW(stage3_param_persistence_threshold, "100000", 0, INT64_MAX, 0,
+        "Stage 3: parameters smaller than this stay whole on every rank and are refreshed after each update."),
+    ROW(stage3_prefetch_bucket_size, "10000000", 0, INT64_MAX, 0,
+        "Stage 3: units are gathered ahead of their use while fewer elements than this wait for theirs; 0: never."),
+    ROW(stage3_max_live_parameters, "auto", 1, INT64_MAX, PHX_OPTF_AUTO,
+        "Stage 3: at most this many gathered elements at once; what is needed last leaves first, and what fits stays "
+        "from forward to backward; auto: a stage's own and its prefetch."),
+    ROW(sub_group_size, "1000000000", PHX_BLOCK, INT64_MAX, 0,
+        "The update works through the share in groups of this many elements, rounded down to blocks of 1024."),
+};
+
+/* ---- life ---- */
+
+static phx_status zero_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
+                                phx_error *err) {
+  zero_plan p;
+  phx_status status = zero_plan_create(config, t, m, &p, err);
+  if (status != PHX_OK) return status;
+  phx_kit_regions_estimate(p.regions, ZERO_REGIONS, out);
+  zero_gather_traffic(&p, out);
+  zero_reduce_traffic(&p, out);
+  zero_make_whole_traffic(&p, PHX_FLAT_TRAINABLE, out);
+  zero_plan_destroy(&p);
+  return PHX_OK;
+}
+
+static void zero_destroy(phx_strategy *self) {
+  if (!self) return;
+  if (self->s.stream) self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, NULL);
+  phx_kit_events_destroy(&self->s, self->plan.n_buckets, self->reduced);
+  if (self->gathered) phx_kit_events_destroy(&self->s, self->plan.model->n_units, self->gathered);
+  phx_kit_events_destroy(&self->s, 1, self->whole);
+  phx_kit_events_destroy(&self->s, 1, self->mark);
+  phx_kit_regions_release(&self->s, self->plan.regions, ZERO_REGIONS);
+  phx_kit_services_close(&self->s);
+  phx_kit_views_destroy(&self->views);
+  zero_plan_destroy(&self->plan);
+  free(self->gather_no);
+  free(self->open);
+  free(self->complete);
+  free(self);
+}
+
+/* A run that accumulates chooses between memory and traffic; say what it chose. */
+static void tell_cost_of_accumulation(const phx_strategy *self) {
+  const phx_topology *t = self->plan.topology;
+  const phx_host *h = self->s.host;
+  char line[320];
+  if (t->accumulate == 1 || self->plan.config->stage == 1 || t->world_size == 1) return;
+  if (self->plan.whole)
+    snprintf(line, sizeof line,
+             "accumulate = %d with reduce = step keeps whole gradients on every rank: %.1f MiB; reduce = micro_batch "
+             "keeps shares, and sends %d times as much",
+             t->accumulate, (double)self->plan.regions[ZERO_GRADIENT].bytes / (1 << 20), t->accumulate);
+  else
+    snprintf(line, sizeof line,
+             "accumulate = %d with reduce = micro_batch reduces %d times a step; reduce = step sends once, and keeps "
+             "whole gradients on every rank: %.1f MiB",
+             t->accumulate, t->accumulate, (double)self->plan.order.numel * 4 / (1 << 20));
+  h->log(h->ctx, PHX_LOG_INFO, line);
+}
+
+static phx_status zero_create(const phx_host *host, const void *config, const phx_topology *topology,
+                              const phx_model *model, phx_strategy **out, phx_error *err) {
+  phx_strategy *self = calloc(1, sizeof *self);
+  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  phx_status status;
+  PHX_KIT_TRY(zero_plan_create(config, topology, model, &self->plan, err));
+  PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &self->s, err));
+  PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
+  PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->mark, err));
+  PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->whole, err));
+  PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err));
+  PHX_KIT_TRY(phx_kit_events_create(&self->s, self->plan.n_buckets, &self->reduced, err));
+  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->plan.regions, ZERO_REGIONS, err));
+  self->gather_no = calloc(model->n_units + 1u, sizeof *self->gather_no);
+  self->open = calloc(model->n_units + 1u, 1);
+  self->complete = calloc(model->n_units + 1u, 1);
+  if (!self->gather_no || !self->open || !self->complete) {
+    status = phx_kit_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
+    goto done;
+  }
+  zero_place_weights(self);
+  zero_begin_program(self, &self->plan.train);
+  tell_cost_of_accumulation(self);
+  *out = self;
+  return PHX_OK;
+done:
+  zero_destroy(self);
+  return status;
+}
+
+/* ---- state: this rank's share ---- */
+
+static phx_status zero_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
+    for (phx_kit_part part = {0};
+         phx_kit_part_next(p->model, flat, p->shard[flat].first, p->shard[flat].blocks, &part);) {
+      phx_status status = phx_kit_visit(visitor, self->s.optim, part.unit, flat, part.first, part.blocks, err);
+      if (status != PHX_OK) return status;
+    }
+  return PHX_OK;
+}
+
+/* An owned element's place in a region of weights. */
+static float *weight_at(const phx_strategy *self, uint32_t flat, int64_t at) {
+  const zero_plan *p = &self->plan;
+  if (p->config->stage == 3) at -= zero_share(p, flat) * p->topology->rank;
+  return zero_region(self, ZERO_WEIGHT + flat) + at;
+}
+static void *state_at(const phx_strategy *self, uint32_t state, int64_t at) {
+  int64_t inside = at - zero_share(&self->plan, PHX_FLAT_TRAINABLE) * self->plan.topology->rank;
+  return (char *)self->plan.regions[ZERO_STATES + state].at +
+         inside * (int64_t)phx_dtype_bytes(self->plan.topology->optim_dtype[state]);
+}
+
+static phx_status zero_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
+  (void)mode;
+  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
+    return phx_kit_fail(err, PHX_INVALID, "zero keeps no state of kind %d", slice->kind);
+  int64_t at = zero_unit_first(&self->plan, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
+  *out = slice->kind == PHX_STATE_WEIGHT ? weight_at(self, slice->flat, at) : state_at(self, slice->state_index, at);
+  return PHX_OK;
+}
+
+static phx_status zero_unmap(phx_strategy *self, const phx_slice *slice, int32_t mode, void *p, phx_error *err) {
+  (void)self, (void)slice, (void)mode, (void)p, (void)err;
+  return PHX_OK;
+}
+
+static phx_status zero_state_changed(phx_strategy *self, phx_error *err) {
+  phx_status status = zero_make_whole(self, PHX_FLAT_TRAINABLE, err);
+  return status == PHX_OK ? zero_make_whole(self, PHX_FLAT_FROZEN, err) : status;
+}
+
+/* ---- the step ---- */
+
+static phx_status zero_begin_micro_batch(phx_strategy *self, int32_t index, int32_t last, phx_error *err) {
+  (void)err;
+  zero_begin_program(self, &self->plan.train);
+  zero_begin_gradients(self, index, last != 0);
+  return PHX_OK;
+}
+
+/* Small parameters are read where they are whole. */
+static void point_to_persistent(phx_strategy *self, uint32_t stage, int32_t pass) {
+  const zero_plan *p = &self->plan;
+  const phx_stage *s = phx_model_stage(p->model, stage);
+  phx_param_view *view = self->views.params + (self->views.views[stage].params - self->views.params);
+  for (uint32_t i = 0; i < s->n_uses; i++) {
+    const phx_use *use = phx_model_use(p->model, s->first_use + i);
+    bool reads = use->flags & (pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD);
+    for (uint32_t k = 0; k < phx_model_unit(p->model, use->unit)->n_params; k++, view++) {
+      uint32_t flat = phx_model_param(p->model, view->param)->flags & PHX_PARAM_FROZEN ? PHX_FLAT_FROZEN : 0;
+      if (reads && p->persist[view->param] >= 0)
+        view->weight = zero_region(self, ZERO_PERSIST + flat) + p->persist[view->param];
+    }
+  }
+}
+
+static phx_status zero_acquire(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch,
+                               phx_stream *stream, const phx_view **out, phx_error *err) {
+  (void)micro_batch;
+  phx_event *ready = NULL;
+  phx_status status = zero_gather(self, stage, pass, stream, &ready, err);
+  if (status == PHX_OK && pass == PHX_PASS_BACKWARD) status = zero_open_gradients(self, stage, stream, err);
+  if (status != PHX_OK) return status;
+  *out = phx_kit_view(&self->views, stage, pass, ready);
+  point_to_persistent(self, stage, pass);
+  return PHX_OK;
+}
+
+static phx_status zero_release(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
+                               phx_stream *stream, phx_error *err) {
+  (void)micro_batch;
+  phx_status status = PHX_OK;
+  if (pass != PHX_PASS_BACKWARD) return PHX_OK;
+  if (flags & PHX_RELEASE_NO_GRADIENT)
+    PHX_KIT_TRY(phx_kit_view_unused(&self->views, self->s.device, stage, stream, err));
+  if ((flags & PHX_RELEASE_LAST_USE) && self->reducing) PHX_KIT_TRY(zero_complete(self, stage, stream, err));
+done:
+  return status;
+}
+
+static phx_status zero_finish_gradients(phx_strategy *self, phx_error *err) { return zero_finish(self, err); }
+
+static phx_status zero_discard_gradients(phx_strategy *self, phx_error *err) {
+  self->next_bucket = 0;
+  self->reducing = false;
+  return self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err);
+}
+
+static phx_status zero_gradient_norm(phx_strategy *self, const phx_accumulator *acc, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_kit_shard *mine = &p->shard[PHX_FLAT_TRAINABLE];
+  for (phx_kit_part part = {0}; phx_kit_part_next(p->model, PHX_FLAT_TRAINABLE, mine->first, mine->blocks, &part);) {
+    phx_status status = acc->add(acc->ctx, part.unit, part.first, part.blocks,
+                                 zero_reduced(self, (mine->first + part.at) * PHX_BLOCK), NULL, err);
+    if (status != PHX_OK) return status;
+  }
+  return PHX_OK;
+}
+
+/* Blocks [first, first + blocks) of the model: one group, cut at units. */
+static phx_status update_group(phx_strategy *self, int64_t first, int64_t blocks, float scale, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  for (phx_kit_part part = {0}; phx_kit_part_next(p->model, PHX_FLAT_TRAINABLE, first, blocks, &part);) {
+    int64_t at = (first + part.at) * PHX_BLOCK;
+    phx_kit_slice slice = {.unit = part.unit, .place = PHX_SPACE_DEVICE, .first = part.first, .blocks = part.blocks,
+                           .weight = weight_at(self, PHX_FLAT_TRAINABLE, at), .gradient = zero_reduced(self, at)};
+    for (uint32_t k = 0; k < p->topology->n_optim_states; k++) slice.states[k] = state_at(self, k, at);
+    phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
+    if (status != PHX_OK) return status;
+  }
+  return PHX_OK;
+}
+
+static phx_status zero_update(phx_strategy *self, int64_t step, float scale, phx_error *err) {
+  (void)step;
+  const phx_kit_shard *mine = &self->plan.shard[PHX_FLAT_TRAINABLE];
+  int64_t group = self->plan.config->sub_group_size / PHX_BLOCK;
+  for (int64_t at = 0; at < mine->blocks; at += group) {
+    int64_t blocks = mine->blocks - at < group ? mine->blocks - at : group;
+    phx_status status = update_group(self, mine->first + at, blocks, scale, err);
+    if (status != PHX_OK) return status;
+  }
+  return zero_make_whole(self, PHX_FLAT_TRAINABLE, err);
+}
+
+static phx_status zero_health(phx_strategy *self, phx_error *err) {
+  return self->s.comm->health(self->s.comm->ctx, err);
+}
+static void zero_abort(phx_strategy *self) { self->s.comm->abort(self->s.comm->ctx); }
+
+static const phx_strategy_table table = {
+    .struct_size = sizeof table,
+    .estimate = zero_estimate,
+    .create = zero_create,
+    .destroy = zero_destroy,
+    .visit_state = zero_visit_state,
+    .map = zero_map,
+    .unmap = zero_unmap,
+    .state_changed = zero_state_changed,
+    .begin_micro_batch = zero_begin_micro_batch,
+    .acquire = zero_acquire,
+    .release = zero_release,
+    .finish_gradients = zero_finish_gradients,
+    .discard_gradients = zero_discard_gradients,
+    .gradient_norm = zero_gradient_norm,
+    .update = zero_update,
+    .health = zero_health,
+    .abort = zero_abort,
+};
+
+static const char *const extensions[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, NULL};
+static const phx_plugin plugin = {
+    .struct_size = sizeof plugin,
+    .kind = PHX_KIND_STRATEGY,
+    .table_major = PHX_ABI_MAJOR,
+    .table_minor = PHX_ABI_MINOR,
+    .id = "zero",
+    .version = "0.1.0",
+    .summary = "ZeRO stages 1, 2 and 3: the whole model's states, gradients, weights cut in equal shares",
+    .vendor = "Phalanx",
+    .license = "Apache-2.0",
+    .build = "in tree",
+    .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
+    .extensions = extensions,
+    .options = options,
+    .n_options = sizeof options / sizeof *options,
+    .option_stride = sizeof *options,
+    .config_size = sizeof(zero_config),
+    .table = &table,
+};
+PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
+const phx_plugin *phx_plugin_v1(void) { return &plugin; }

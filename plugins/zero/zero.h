@@ -1,0 +1,130 @@
+/* plugins/zero/zero.h - what the files of the strategy share.
+ *
+ * Coordinates: an element's place in the model is its place in the whole model's flat (trainable or frozen), units in
+ * order.  Rank r owns elements [r * share, (r + 1) * share) of it.  A piece is a range of elements inside one unit (or,
+ * where gradients are whole, across units) that has one owner: what one broadcast or one reduce moves. */
+#ifndef ZERO_H
+#define ZERO_H
+#include <phalanx/kit.h>
+
+typedef struct zero_config {
+  int64_t stage;
+  int64_t reduce_bucket_size, allgather_bucket_size;
+  int64_t stage3_param_persistence_threshold, stage3_prefetch_bucket_size, stage3_max_live_parameters;
+  int64_t sub_group_size;
+  int32_t overlap_comm;
+  int32_t reserved0;
+} zero_config;
+
+typedef struct zero_piece {
+  int64_t at, numel; /* elements of the whole model's flat */
+  uint32_t unit, flat;
+  int32_t owner;
+  int32_t reserved0;
+} zero_piece;
+typedef struct zero_pieces { /* of many lists, one after the other: list i is of [first[i], first[i + 1]) */
+  zero_piece *of;
+  uint32_t *first;
+  uint32_t n, room;
+} zero_pieces;
+
+/* Stage 3: what is gathered and what is dropped before each pass.  Position p: actions [first[p], first[p + 1]). */
+typedef struct zero_action {
+  uint32_t unit, reserved0;
+  int64_t offset; /* gather to this element of the pool; -1: drop */
+} zero_action;
+typedef struct zero_program {
+  zero_action *actions;
+  uint32_t *first;
+  uint32_t n_positions, n_actions, room, reserved0;
+} zero_program;
+
+enum {
+  ZERO_WEIGHT = 0,  /* + flat; stages 1 and 2: whole; stage 3: the share */
+  ZERO_PERSIST = 2, /* + flat; stage 3: small parameters, whole on every rank */
+  ZERO_GRADIENT = 4, /* whole gradients: stage 1, one rank, or micro-batches that are added before they are reduced */
+  ZERO_SHARE = 5,    /* reduced gradients of the share, where they are not reduced in place */
+  ZERO_STAGING = 6,  /* one reduced piece on its way to be added to the share */
+  ZERO_POOL = 7,     /* stage 3: windows of gathered weights */
+  ZERO_WINDOWS = 8,  /* stages 2 and 3: windows of gradients until they are reduced */
+  ZERO_STATES = 9,
+  ZERO_REGIONS = 9 + PHX_OPTIM_STATES_MAX
+};
+
+typedef struct zero_plan {
+  const zero_config *config;
+  const phx_topology *topology;
+  const phx_model *model;
+  phx_kit_region regions[ZERO_REGIONS];
+  phx_kit_shard shard[PHX_FLATS];
+  bool whole;                 /* gradients are kept whole (ZERO_GRADIENT) */
+  /* weights of stage 3 */
+  int64_t *persist;           /* (n_params) element of its flat's pack, or -1: partitioned */
+  int64_t pack[PHX_FLATS];    /* elements of the packs */
+  int64_t *window;            /* (n_units) elements of a gathered unit; 0: nothing to gather */
+  zero_pieces gathers;        /* lists: by unit */
+  int64_t max_live;           /* elements gathered at once, at most */
+  zero_program train, evaluate;
+  int64_t pool;               /* elements of the pool that both programs need */
+  /* gradients */
+  phx_kit_order order;
+  phx_kit_bucket *buckets;
+  uint32_t n_buckets, reserved0;
+  zero_pieces reduces;        /* lists: by bucket */
+  int64_t *gradient_at;       /* (n_units) element of ZERO_WINDOWS */
+  int32_t *gradient_after;    /* (n_units) the bucket whose windows it takes over, -1: none */
+  int64_t windows;            /* elements of ZERO_WINDOWS */
+} zero_plan;
+
+/* zero_plan.c */
+phx_status zero_plan_create(const zero_config *config, const phx_topology *topology, const phx_model *model,
+                            zero_plan *out, phx_error *err);
+void zero_plan_destroy(zero_plan *p);
+static inline int64_t zero_share(const zero_plan *p, uint32_t flat) { return p->shard[flat].per * PHX_BLOCK; }
+static inline int64_t zero_unit_first(const zero_plan *p, uint32_t unit, uint32_t flat) {
+  return phx_model_unit(p->model, unit)->first_block[flat] * PHX_BLOCK;
+}
+/* Elements [*first, *first + n) of a flat's pack that a rank owns. */
+int64_t zero_pack_part(const zero_plan *p, uint32_t flat, int32_t rank, int64_t *first);
+
+struct phx_strategy {
+  zero_plan plan;
+  phx_kit_services s;
+  phx_kit_views views;
+  phx_event **mark;     /* (1) the compute stream's progress */
+  phx_event **gathered; /* (n_units) */
+  phx_event **reduced;  /* (n_buckets) */
+  phx_event **whole;    /* (1) weights after an update */
+  /* gathers */
+  const zero_program *program;
+  uint32_t next;        /* the position whose actions come next */
+  uint32_t n_gathers;   /* so far in this program; gives gathers their order */
+  uint32_t *gather_no;  /* (n_units) its place in that order */
+  /* gradients */
+  int32_t micro_batch;
+  uint32_t next_bucket;
+  bool reducing;        /* buckets are reduced in this micro-batch */
+  bool settled;         /* nothing of the micro-batch before is still being reduced */
+  uint8_t *open;        /* (n_units) its gradient window is in use */
+  uint8_t *complete;    /* (n_units) */
+};
+static inline float *zero_region(const phx_strategy *self, uint32_t region) { return self->plan.regions[region].at; }
+
+/* zero_gather.c */
+phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err); /* after init, load or update */
+void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *out);
+void zero_begin_program(phx_strategy *self, const zero_program *program);
+/* The unit's weights for this pass; ready: what it must wait for, or NULL. */
+phx_status zero_gather(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream, phx_event **ready,
+                       phx_error *err);
+void zero_gather_traffic(const zero_plan *p, phx_estimate *out);
+void zero_place_weights(phx_strategy *self);
+
+/* zero_reduce.c */
+void zero_begin_gradients(phx_strategy *self, int32_t index, bool last);
+phx_status zero_open_gradients(phx_strategy *self, uint32_t stage, phx_stream *stream, phx_error *err);
+phx_status zero_complete(phx_strategy *self, uint32_t stage, phx_stream *stream, phx_error *err);
+phx_status zero_finish(phx_strategy *self, phx_error *err);
+void zero_reduce_traffic(const zero_plan *p, phx_estimate *out);
+const float *zero_reduced(const phx_strategy *self, int64_t at); /* an owned element's reduced gradient */
+#endif

@@ -1,0 +1,205 @@
+/* plugins/zero/zero_gather.c - making weights whole: after an update (stages 1 and 2, small parameters of stage 3), and
+ * unit by unit for a pass (stage 3).
+ *
+ * Every gather runs on the communication stream, after what compute was given before it (its memory may have been a
+ * window that compute still reads), and compute waits for exactly the last gather that a pass needs.  A piece comes from
+ * its owner by broadcast, straight from the owner's share; a unit that lies in one share is never copied there. */
+#include "zero.h"
+
+/* ---- after an update ---- */
+
+/* The whole flat in one all_gather where the bucket holds it; else from owner after owner, a bucket at a time (a part of
+ * every share is not contiguous, so there is nothing an all_gather could fill in place). */
+static phx_status gather_whole(phx_strategy *self, uint32_t flat, phx_error *err) {
+  const phx_comm *c = self->s.comm;
+  const zero_plan *p = &self->plan;
+  float *base = zero_region(self, ZERO_WEIGHT + flat);
+  int64_t share = zero_share(p, flat), bucket = p->config->allgather_bucket_size;
+  if (share * c->size <= bucket)
+    return c->all_gather(c->ctx, base + c->rank * share, base, share, PHX_F32, self->s.stream, err);
+  for (int64_t at = 0; at < share; at += bucket)
+    for (int32_t owner = 0; owner < c->size; owner++) {
+      int64_t numel = share - at < bucket ? share - at : bucket;
+      phx_status status = c->broadcast(c->ctx, base + owner * share + at, numel, PHX_F32, owner, self->s.stream, err);
+      if (status != PHX_OK) return status;
+    }
+  return PHX_OK;
+}
+
+static phx_status copy_owned_to_pack(phx_strategy *self, uint32_t flat, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_device *d = self->s.device;
+  int64_t share = zero_share(p, flat), border = share * self->s.comm->rank;
+  for (uint32_t i = 0; i < p->model->n_params; i++) {
+    const phx_param *param = phx_model_param(p->model, i);
+    if (p->persist[i] < 0 || ((param->flags & PHX_PARAM_FROZEN) != 0) != (flat == PHX_FLAT_FROZEN)) continue;
+    int64_t begin = zero_unit_first(p, param->unit, flat) + param->offset, end = begin + param->numel;
+    int64_t from = begin > border ? begin : border, to = end < border + share ? end : border + share;
+    if (from >= to) continue;
+    phx_status status =
+        d->copy(d->ctx, zero_region(self, ZERO_PERSIST + flat) + p->persist[i] + from - begin,
+                zero_region(self, ZERO_WEIGHT + flat) + from - border, (to - from) * 4, self->s.stream, err);
+    if (status != PHX_OK) return status;
+  }
+  return PHX_OK;
+}
+
+/* What a rank owns of a pack is contiguous in it: one broadcast from each. */
+static phx_status refresh_pack(phx_strategy *self, uint32_t flat, phx_error *err) {
+  const phx_comm *c = self->s.comm;
+  phx_status status = copy_owned_to_pack(self, flat, err);
+  for (int32_t owner = 0; owner < c->size && status == PHX_OK; owner++) {
+    int64_t first, numel = zero_pack_part(&self->plan, flat, owner, &first);
+    if (numel == 0) continue;
+    status = c->broadcast(c->ctx, zero_region(self, ZERO_PERSIST + flat) + first, numel, PHX_F32, owner,
+                          self->s.stream, err);
+  }
+  return status;
+}
+
+phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  phx_status status = PHX_OK;
+  bool sharded = p->config->stage == 3;
+  if (self->s.comm->size == 1 || p->model->total_blocks[flat] == 0 || (sharded && p->pack[flat] == 0)) return PHX_OK;
+  self->s.comm->annotate(self->s.comm->ctx, -1);
+  PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
+  PHX_KIT_TRY(sharded ? refresh_pack(self, flat, err) : gather_whole(self, flat, err));
+  PHX_KIT_TRY(phx_kit_after(&self->s, self->whole[0], self->s.stream, NULL, err));
+done:
+  return status;
+}
+
+void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *out) {
+  const phx_topology *t = p->topology;
+  int64_t share = zero_share(p, flat), bucket = p->config->allgather_bucket_size;
+  if (t->world_size == 1 || p->model->total_blocks[flat] == 0) return;
+  if (p->config->stage < 3 && share * t->world_size <= bucket) {
+    phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, share, PHX_F32, 0, 1);
+    return;
+  }
+  for (int32_t owner = 0; owner < t->world_size; owner++) {
+    int64_t first, numel = zero_pack_part(p, flat, owner, &first);
+    if (p->config->stage == 3 && numel > 0) phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, numel, PHX_F32, owner, 1);
+    for (int64_t at = 0; p->config->stage < 3 && at < share; at += bucket)
+      phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, share - at < bucket ? share - at : bucket, PHX_F32, owner, 1);
+  }
+}
+
+/* ---- unit by unit ---- */
+
+/* Where the owner keeps the unit's flat, if all of it is this rank's; else NULL. */
+static float *owned(phx_strategy *self, uint32_t unit, uint32_t flat) {
+  const zero_plan *p = &self->plan;
+  const phx_kit_shard *mine = &p->shard[flat];
+  const phx_unit *u = phx_model_unit(p->model, unit);
+  int64_t first = u->first_block[flat] - mine->first;
+  if (u->blocks[flat] == 0 || first < 0 || first + u->blocks[flat] > mine->blocks) return NULL;
+  return zero_region(self, ZERO_WEIGHT + flat) + first * PHX_BLOCK;
+}
+
+void zero_place_weights(phx_strategy *self) {
+  const phx_model *m = self->plan.model;
+  for (uint32_t u = 0; u < m->n_units; u++)
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
+      if (phx_model_unit(m, u)->blocks[flat] == 0) continue;
+      self->views.places[u].weight[flat] =
+          self->plan.config->stage == 3 ? owned(self, u, flat)
+                                        : zero_region(self, ZERO_WEIGHT + flat) + zero_unit_first(&self->plan, u, flat);
+    }
+}
+
+static phx_status gather_unit(phx_strategy *self, uint32_t u, int64_t offset, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_comm *c = self->s.comm;
+  const phx_device *d = self->s.device;
+  float *window[PHX_FLATS], *home[PHX_FLATS];
+  phx_status status = PHX_OK;
+  window[PHX_FLAT_TRAINABLE] = zero_region(self, ZERO_POOL) + offset;
+  window[PHX_FLAT_FROZEN] =
+      window[PHX_FLAT_TRAINABLE] + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++) home[flat] = owned(self, u, flat);
+  c->annotate(c->ctx, (int32_t)u);
+  for (uint32_t i = p->gathers.first[u]; i < p->gathers.first[u + 1]; i++) {
+    const zero_piece *piece = &p->gathers.of[i];
+    float *here = window[piece->flat] + (piece->at - zero_unit_first(p, u, piece->flat)), *from = here;
+    if (piece->owner == c->rank) {
+      from = zero_region(self, ZERO_WEIGHT + piece->flat) + (piece->at - zero_share(p, piece->flat) * c->rank);
+      if (!home[piece->flat]) PHX_KIT_TRY(d->copy(d->ctx, here, from, piece->numel * 4, self->s.stream, err));
+    }
+    PHX_KIT_TRY(c->broadcast(c->ctx, from, piece->numel, PHX_F32, piece->owner, self->s.stream, err));
+  }
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
+    self->views.places[u].weight[flat] = home[flat] ? home[flat] : window[flat];
+  self->gather_no[u] = ++self->n_gathers;
+  PHX_KIT_TRY(d->event_record(d->ctx, self->gathered[u], self->s.stream, err));
+done:
+  return status;
+}
+
+static void drop_unit(phx_strategy *self, uint32_t u) {
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++) self->views.places[u].weight[flat] = owned(self, u, flat);
+  self->gather_no[u] = 0;
+}
+
+void zero_begin_program(phx_strategy *self, const zero_program *program) {
+  self->program = program;
+  self->next = self->n_gathers = 0;
+  for (uint32_t u = 0; self->plan.config->stage == 3 && u < self->plan.model->n_units; u++) drop_unit(self, u);
+}
+
+static phx_status run_actions(phx_strategy *self, uint32_t position, phx_stream *stream, phx_error *err) {
+  const zero_program *g = self->program;
+  phx_status status = PHX_OK;
+  if (g->first[position] < g->first[position + 1])
+    PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
+  for (uint32_t i = g->first[position]; i < g->first[position + 1]; i++) {
+    if (g->actions[i].offset < 0) drop_unit(self, g->actions[i].unit);
+    else PHX_KIT_TRY(gather_unit(self, g->actions[i].unit, g->actions[i].offset, err));
+  }
+done:
+  return status;
+}
+
+phx_status zero_gather(phx_strategy *self, uint32_t s, int32_t pass, phx_stream *stream, phx_event **ready,
+                       phx_error *err) {
+  const phx_model *m = self->plan.model;
+  uint32_t position = phx_kit_position(m, s, pass), last = 0;
+  *ready = NULL;
+  if (self->plan.config->stage < 3) return PHX_OK;
+  if (pass == PHX_PASS_EVALUATE && s == 0) zero_begin_program(self, &self->plan.evaluate);
+  if (position > self->next || position + 1 < self->next || position >= self->program->n_positions)
+    return phx_kit_fail(err, PHX_STATE,
+                        "stage '%s' came out of order: its weights are gathered in the declared order of stages",
+                        phx_model_stage(m, s)->name);
+  if (position == self->next) { /* else a recomputation has done it */
+    phx_status status = run_actions(self, position, stream, err);
+    if (status != PHX_OK) return status;
+    self->next++;
+  }
+  const phx_stage *stage = phx_model_stage(m, s);
+  for (uint32_t i = 0; i < stage->n_uses; i++) { /* one stream, one order: the latest gather stands for all */
+    const phx_use *use = phx_model_use(m, stage->first_use + i);
+    uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD;
+    if (!(use->flags & reads) || self->plan.window[use->unit] == 0) continue;
+    if (self->gather_no[use->unit] == 0)
+      return phx_kit_fail(err, PHX_UNSUPPORTED,
+                          "stage '%s' recomputes with unit '%s', which its backward pass does not read: do not "
+                          "checkpoint this stage",
+                          stage->name, phx_model_unit(m, use->unit)->name);
+    if (self->gather_no[use->unit] <= last) continue;
+    last = self->gather_no[use->unit];
+    *ready = self->gathered[use->unit];
+  }
+  return PHX_OK;
+}
+
+void zero_gather_traffic(const zero_plan *p, phx_estimate *out) {
+  for (uint32_t a = 0; a < p->train.n_actions; a++) {
+    uint32_t u = p->train.actions[a].unit;
+    if (p->train.actions[a].offset < 0) continue;
+    for (uint32_t i = p->gathers.first[u]; i < p->gathers.first[u + 1]; i++)
+      phx_kit_estimate_call(out, p->topology, PHX_OP_BROADCAST, p->gathers.of[i].numel, PHX_F32,
+                            p->gathers.of[i].owner, p->topology->accumulate);
+  }
+}

@@ -1,0 +1,436 @@
+/* plugins/zero/zero_plan.c - who owns what, what is gathered when and where, which gradients are reduced together.
+ *
+ * Pure arithmetic over (model, topology, options): estimate() adds it up, create() allocates it, the step follows it.
+ * Invariants: every rank makes the same plan; windows that are in use at once do not overlap; every block is in exactly
+ * one bucket.
+ * The partition is ZeRO's (Rajbhandari et al., arXiv 1910.02054, 5): the whole model as one flat, cut in equal shares.
+ * What leaves the pool first is what is needed last (Belady): the declared order of stages makes that known. */
+#include "zero.h"
+#include <stdlib.h>
+#include <string.h>
+
+static phx_status piece_add(zero_pieces *p, zero_piece piece, phx_error *err) {
+  if (p->n == p->room) {
+    uint32_t room = p->room ? 2 * p->room : 64;
+    zero_piece *more = realloc(p->of, room * sizeof *more);
+    if (!more) return phx_kit_fail(err, PHX_NOMEM, "no memory for %u pieces", room);
+    p->of = more;
+    p->room = room;
+  }
+  p->of[p->n++] = piece;
+  return PHX_OK;
+}
+
+/* Cuts a range at the owners' borders.  With merge, a piece that ends where an earlier one of the list begins joins it. */
+static phx_status pieces_cut(const zero_plan *plan, zero_pieces *p, uint32_t list_first, zero_piece range, bool merge,
+                             phx_error *err) {
+  int64_t share = zero_share(plan, range.flat), end = range.at + range.numel;
+  while (end > range.at) { /* from the end down, as gradients become complete */
+    zero_piece piece = range;
+    piece.owner = (int32_t)((end - 1) / share);
+    int64_t border = piece.owner * share;
+    piece.at = border > range.at ? border : range.at;
+    piece.numel = end - piece.at;
+    end = piece.at;
+    zero_piece *before = merge && p->n > list_first ? &p->of[p->n - 1] : NULL;
+    if (before && before->owner == piece.owner && before->at == piece.at + piece.numel) {
+      before->at = piece.at;
+      before->numel += piece.numel;
+      continue;
+    }
+    phx_status status = piece_add(p, piece, err);
+    if (status != PHX_OK) return status;
+  }
+  return PHX_OK;
+}
+
+/* ---- weights of stage 3 ---- */
+
+static uint32_t param_flat(const phx_param *param) {
+  return param->flags & PHX_PARAM_FROZEN ? PHX_FLAT_FROZEN : PHX_FLAT_TRAINABLE;
+}
+
+static void choose_persistent(zero_plan *p) {
+  for (uint32_t i = 0; i < p->model->n_params; i++) {
+    const phx_param *param = phx_model_param(p->model, i);
+    int64_t *pack = &p->pack[param_flat(param)];
+    p->persist[i] = -1;
+    if (param->numel >= p->config->stage3_param_persistence_threshold) continue;
+    p->persist[i] = *pack;
+    *pack += (param->numel + 63) / 64 * 64;
+  }
+}
+
+/* The runs of partitioned parameters of a unit's flat. */
+static phx_status gather_flat(zero_plan *p, uint32_t u, uint32_t flat, phx_error *err) {
+  const phx_unit *unit = phx_model_unit(p->model, u);
+  int64_t base = zero_unit_first(p, u, flat);
+  zero_piece run = {.unit = u, .flat = flat};
+  for (uint32_t k = 0; k <= unit->n_params; k++) {
+    const phx_param *param = k < unit->n_params ? phx_model_param(p->model, unit->first_param + k) : NULL;
+    if (param && param_flat(param) != flat) continue;
+    if (param && p->persist[unit->first_param + k] < 0) {
+      if (run.numel == 0) run.at = base + param->offset;
+      run.numel = base + param->offset + param->numel - run.at;
+      continue;
+    }
+    if (run.numel == 0) continue;
+    phx_status status = pieces_cut(p, &p->gathers, 0, run, false, err);
+    if (status != PHX_OK) return status;
+    run.numel = 0;
+  }
+  return PHX_OK;
+}
+
+static phx_status plan_gathers(zero_plan *p, phx_error *err) {
+  const phx_model *m = p->model;
+  phx_status status = PHX_OK;
+  for (uint32_t u = 0; u < m->n_units; u++) {
+    const phx_unit *unit = phx_model_unit(m, u);
+    p->gathers.first[u] = p->gathers.n;
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) PHX_KIT_TRY(gather_flat(p, u, flat, err));
+    p->gathers.first[u + 1] = p->gathers.n;
+    if (p->gathers.n > p->gathers.first[u])
+      p->window[u] = (unit->blocks[PHX_FLAT_TRAINABLE] + unit->blocks[PHX_FLAT_FROZEN]) * PHX_BLOCK;
+  }
+done:
+  return status;
+}
+
+/* ---- the program of gathers: played once ---- */
+
+typedef struct player {
+  const zero_plan *plan;
+  zero_program *out;
+  int64_t *offset;   /* (n_units) in the pool, -1: not gathered */
+  uint8_t *ahead;    /* (n_units) gathered ahead and not yet used */
+  int64_t live, ahead_numel, pool;
+} player;
+
+static bool needs(const zero_plan *p, const zero_program *out, uint32_t position, uint32_t unit) {
+  uint32_t n = p->model->n_stages;
+  bool backward = position >= n;
+  if (position >= out->n_positions || p->window[unit] == 0) return false;
+  const phx_stage *stage = phx_model_stage(p->model, backward ? 2 * n - 1 - position : position);
+  for (uint32_t i = 0; i < stage->n_uses; i++) {
+    const phx_use *use = phx_model_use(p->model, stage->first_use + i);
+    if (use->unit == unit && (use->flags & (backward ? PHX_USE_BACKWARD : PHX_USE_FORWARD))) return true;
+  }
+  return false;
+}
+
+static uint32_t next_use(const player *p, uint32_t unit, uint32_t position) {
+  while (position < p->out->n_positions && !needs(p->plan, p->out, position, unit)) position++;
+  return position;
+}
+
+static int64_t first_fit(const player *p, int64_t numel) {
+  int64_t at = 0;
+  for (bool moved = true; moved;) { /* past every window that is in the way */
+    moved = false;
+    for (uint32_t u = 0; u < p->plan->model->n_units; u++) {
+      int64_t begin = p->offset[u], end = begin + p->plan->window[u];
+      if (begin < 0 || begin >= at + numel || end <= at) continue;
+      at = end;
+      moved = true;
+    }
+  }
+  return at;
+}
+
+static phx_status act(player *p, uint32_t unit, int64_t offset, phx_error *err) {
+  zero_program *out = p->out;
+  if (out->n_actions == out->room) {
+    uint32_t room = out->room ? 2 * out->room : 64;
+    zero_action *more = realloc(out->actions, room * sizeof *more);
+    if (!more) return phx_kit_fail(err, PHX_NOMEM, "no memory for the program of gathers");
+    out->actions = more;
+    out->room = room;
+  }
+  out->actions[out->n_actions++] = (zero_action){.unit = unit, .offset = offset};
+  p->live += offset < 0 ? -p->plan->window[unit] : p->plan->window[unit];
+  p->offset[unit] = offset;
+  if (offset + p->plan->window[unit] > p->pool) p->pool = offset + p->plan->window[unit];
+  return PHX_OK;
+}
+
+/* Drops what is needed last until `numel` elements may be gathered; only what is needed after position `before`. */
+static phx_status make_room(player *p, int64_t numel, uint32_t position, uint32_t before, bool *made, phx_error *err) {
+  *made = false;
+  while (p->live > p->plan->max_live - numel) {
+    uint32_t victim = UINT32_MAX, farthest = before;
+    for (uint32_t u = 0; u < p->plan->model->n_units; u++) {
+      if (p->offset[u] < 0 || needs(p->plan, p->out, position, u)) continue;
+      uint32_t use = next_use(p, u, position);
+      if (use > farthest) farthest = use, victim = u;
+    }
+    if (victim == UINT32_MAX) return PHX_OK;
+    if (p->ahead[victim]) p->ahead_numel -= p->plan->window[victim];
+    p->ahead[victim] = 0;
+    phx_status status = act(p, victim, -1, err);
+    if (status != PHX_OK) return status;
+  }
+  *made = true;
+  return PHX_OK;
+}
+
+static phx_status play_position(player *p, uint32_t position, phx_error *err) {
+  const zero_plan *plan = p->plan;
+  uint32_t n_units = plan->model->n_units, end = p->out->n_positions;
+  phx_status status = PHX_OK;
+  bool made = true;
+  for (uint32_t u = 0; u < n_units; u++)
+    if (p->offset[u] >= 0 && next_use(p, u, position) == end) PHX_KIT_TRY(act(p, u, -1, err));
+  for (uint32_t u = 0; u < n_units; u++) {
+    if (!needs(plan, p->out, position, u)) continue;
+    if (p->ahead[u]) p->ahead_numel -= plan->window[u];
+    p->ahead[u] = 0;
+    if (p->offset[u] >= 0) continue;
+    PHX_KIT_TRY(make_room(p, plan->window[u], position, position, &made, err));
+    if (!made)
+      return phx_kit_fail(err, PHX_INVALID,
+                          "stage3_max_live_parameters = %lld is too small: stage '%s' alone gathers more elements at "
+                          "once; make it larger, or auto",
+                          (long long)plan->max_live,
+                          phx_model_stage(plan->model, position < plan->model->n_stages
+                                                           ? position
+                                                           : 2 * plan->model->n_stages - 1 - position)->name);
+    PHX_KIT_TRY(act(p, u, first_fit(p, plan->window[u]), err));
+  }
+  for (uint32_t q = position + 1; q < end; q++)
+    for (uint32_t u = 0; u < n_units; u++) {
+      if (!needs(plan, p->out, q, u) || p->offset[u] >= 0) continue;
+      if (p->ahead_numel >= plan->config->stage3_prefetch_bucket_size) return PHX_OK;
+      PHX_KIT_TRY(make_room(p, plan->window[u], position, q, &made, err));
+      if (!made) return PHX_OK; /* nothing that is used later overtakes */
+      PHX_KIT_TRY(act(p, u, first_fit(p, plan->window[u]), err));
+      p->ahead[u] = 1;
+      p->ahead_numel += plan->window[u];
+    }
+done:
+  return status;
+}
+
+static phx_status plan_program(zero_plan *plan, uint32_t n_positions, zero_program *out, phx_error *err) {
+  uint32_t n_units = plan->model->n_units;
+  player p = {.plan = plan, .out = out, .offset = calloc(n_units + 1u, sizeof *p.offset),
+              .ahead = calloc(n_units + 1u, 1)};
+  phx_status status = PHX_OK;
+  out->n_positions = n_positions;
+  out->first = calloc(n_positions + 1u, sizeof *out->first);
+  if (!p.offset || !p.ahead || !out->first) {
+    status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the gathers of %u units", n_units);
+    goto done;
+  }
+  for (uint32_t u = 0; u < n_units; u++) p.offset[u] = -1;
+  for (uint32_t position = 0; position < n_positions; position++) {
+    out->first[position] = out->n_actions;
+    PHX_KIT_TRY(play_position(&p, position, err));
+  }
+  out->first[n_positions] = out->n_actions;
+  if (p.pool > plan->pool) plan->pool = p.pool;
+done:
+  free(p.offset);
+  free(p.ahead);
+  return status;
+}
+
+/* auto: the fewest elements with which no gather ahead is held up: a stage's own, and what its prefetch wants. */
+static int64_t enough_live(const zero_plan *p) {
+  const zero_program all = {.n_positions = 2 * p->model->n_stages};
+  int64_t most = 0;
+  for (uint32_t position = 0; position < all.n_positions; position++) {
+    int64_t own = 0, ahead = 0;
+    for (uint32_t u = 0; u < p->model->n_units; u++)
+      if (needs(p, &all, position, u)) own += p->window[u];
+    for (uint32_t q = position + 1; q < all.n_positions; q++)
+      for (uint32_t u = 0; u < p->model->n_units && ahead < p->config->stage3_prefetch_bucket_size; u++) {
+        bool seen = !needs(p, &all, q, u);
+        for (uint32_t before = position; before < q && !seen; before++) seen = needs(p, &all, before, u);
+        if (!seen) ahead += p->window[u];
+      }
+    if (own + ahead > most) most = own + ahead;
+  }
+  return most;
+}
+
+/* ---- gradients ---- */
+
+/* The elements of a bucket, cut by unit and owner.  A unit is taken from its end: what backward completes one after the
+ * other then adjoins in the model, and where gradients are whole it is reduced as one. */
+static phx_status plan_bucket(zero_plan *p, uint32_t b, phx_error *err) {
+  const phx_kit_bucket *bucket = &p->buckets[b];
+  uint32_t list = p->reduces.n;
+  p->reduces.first[b] = list;
+  for (uint32_t i = 0; i < p->order.n; i++) {
+    uint32_t u = p->order.units[i];
+    int64_t numel = phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK, first = p->order.offset[u];
+    int64_t from = bucket->first > first ? bucket->first : first;
+    int64_t to = bucket->first + bucket->numel < first + numel ? bucket->first + bucket->numel : first + numel;
+    if (from >= to) continue;
+    zero_piece range = {.unit = u, .flat = PHX_FLAT_TRAINABLE, .numel = to - from,
+                        .at = zero_unit_first(p, u, PHX_FLAT_TRAINABLE) + numel - (to - first)};
+    phx_status status = pieces_cut(p, &p->reduces, list, range, p->whole, err);
+    if (status != PHX_OK) return status;
+  }
+  p->reduces.first[b + 1] = p->reduces.n;
+  return PHX_OK;
+}
+
+/* The last bucket that has elements of the unit. */
+static int32_t last_bucket(const zero_plan *p, uint32_t unit) {
+  int64_t end = p->order.offset[unit] + phx_model_unit(p->model, unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+  uint32_t b = 0;
+  while (p->buckets[b].first + p->buckets[b].numel < end) b++;
+  return (int32_t)b;
+}
+
+/* First fit among the open windows. */
+static int64_t window_fit(const zero_plan *p, const uint8_t *open, int64_t numel) {
+  int64_t at = 0;
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (uint32_t u = 0; u < p->model->n_units; u++) {
+      int64_t begin = p->gradient_at[u], end = begin + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+      if (!open[u] || begin >= at + numel || end <= at) continue;
+      at = end;
+      moved = true;
+    }
+  }
+  return at;
+}
+
+/* Plays backward once.  A window is free when its last bucket was reduced: at once where reductions are waited for, else
+ * when the next bucket is started, so that one reduction always runs beside backward. */
+static phx_status plan_windows(zero_plan *p, phx_error *err) {
+  const phx_model *m = p->model;
+  uint8_t *open = calloc(m->n_units + 1u, 1), *complete = calloc(m->n_units + 1u, 1);
+  uint32_t next = 0;
+  int32_t freed = -1;
+  if (!open || !complete) {
+    free(open), free(complete);
+    return phx_kit_fail(err, PHX_NOMEM, "no memory to plan the gradients of %u units", m->n_units);
+  }
+  for (uint32_t s = m->n_stages; s-- > 0;) {
+    const phx_stage *stage = phx_model_stage(m, s);
+    for (uint32_t i = 0; i < stage->n_uses; i++) {
+      const phx_use *use = phx_model_use(m, stage->first_use + i);
+      int64_t numel = phx_model_unit(m, use->unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+      if (!(use->flags & PHX_USE_GRADIENT) || numel == 0 || open[use->unit]) continue;
+      p->gradient_at[use->unit] = window_fit(p, open, numel);
+      p->gradient_after[use->unit] = freed;
+      open[use->unit] = 1;
+      if (p->gradient_at[use->unit] + numel > p->windows) p->windows = p->gradient_at[use->unit] + numel;
+    }
+    for (uint32_t i = 0; i < stage->n_uses; i++) {
+      const phx_use *use = phx_model_use(m, stage->first_use + i);
+      if (use->flags & PHX_USE_LAST) complete[use->unit] = 1;
+    }
+    for (; next < p->n_buckets && complete[p->order.units[p->buckets[next].last]]; next++)
+      freed = (int32_t)next - (p->config->overlap_comm ? 1 : 0);
+    for (uint32_t u = 0; u < m->n_units; u++)
+      if (open[u] && complete[u] && last_bucket(p, u) <= freed) open[u] = 0;
+  }
+  free(open), free(complete);
+  return PHX_OK;
+}
+
+/* ---- the whole ---- */
+
+int64_t zero_pack_part(const zero_plan *p, uint32_t flat, int32_t rank, int64_t *first) {
+  int64_t low = p->pack[flat], high = 0, border = zero_share(p, flat) * rank;
+  for (uint32_t i = 0; i < p->model->n_params; i++) {
+    const phx_param *param = phx_model_param(p->model, i);
+    if (p->persist[i] < 0 || param_flat(param) != flat) continue;
+    int64_t begin = zero_unit_first(p, param->unit, flat) + param->offset, end = begin + param->numel;
+    int64_t from = begin > border ? begin : border;
+    int64_t to = end < border + zero_share(p, flat) ? end : border + zero_share(p, flat);
+    if (from >= to) continue;
+    if (p->persist[i] + from - begin < low) low = p->persist[i] + from - begin;
+    if (p->persist[i] + to - begin > high) high = p->persist[i] + to - begin;
+  }
+  *first = low;
+  return high > low ? high - low : 0;
+}
+
+static void plan_regions(zero_plan *p) {
+  const phx_topology *t = p->topology;
+  bool sharded = p->config->stage == 3, adds = phx_kit_adds_reduced(t);
+  int64_t piece = 0, share = zero_share(p, PHX_FLAT_TRAINABLE);
+  for (uint32_t i = 0; i < p->reduces.n; i++)
+    if (p->reduces.of[i].numel > piece) piece = p->reduces.of[i].numel;
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
+    p->regions[ZERO_WEIGHT + flat] = (phx_kit_region){
+        .kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = zero_share(p, flat) * (sharded ? 1 : t->world_size) * 4};
+    p->regions[ZERO_PERSIST + flat] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = p->pack[flat] * 4};
+  }
+  p->regions[ZERO_GRADIENT] = (phx_kit_region){
+      .kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p->whole ? share * t->world_size * 4 : 0};
+  p->regions[ZERO_SHARE] = (phx_kit_region){
+      .kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = !p->whole || adds ? share * 4 : 0};
+  p->regions[ZERO_STAGING] = (phx_kit_region){
+      .kind = PHX_MEM_BUFFER, .shared = 1, .bytes = !p->whole && adds ? piece * 4 : 0};
+  p->regions[ZERO_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->pool * 4};
+  p->regions[ZERO_WINDOWS] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->windows * 4};
+  for (uint32_t k = 0; k < t->n_optim_states; k++)
+    p->regions[ZERO_STATES + k] = (phx_kit_region){
+        .kind = PHX_MEM_OPTIMIZER,
+        .bytes = p->shard[PHX_FLAT_TRAINABLE].blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
+}
+
+static phx_status plan_alloc(zero_plan *p, phx_error *err) {
+  const phx_model *m = p->model;
+  p->persist = calloc(m->n_params + 1u, sizeof *p->persist);
+  p->window = calloc(m->n_units + 1u, sizeof *p->window);
+  p->gathers.first = calloc(m->n_units + 1u, sizeof *p->gathers.first);
+  p->reduces.first = calloc(p->n_buckets + 1u, sizeof *p->reduces.first);
+  p->gradient_at = calloc(m->n_units + 1u, sizeof *p->gradient_at);
+  p->gradient_after = calloc(m->n_units + 1u, sizeof *p->gradient_after);
+  if (p->persist && p->window && p->gathers.first && p->reduces.first && p->gradient_at && p->gradient_after)
+    return PHX_OK;
+  return phx_kit_fail(err, PHX_NOMEM, "no memory to plan %u units", m->n_units);
+}
+
+phx_status zero_plan_create(const zero_config *config, const phx_topology *t, const phx_model *m, zero_plan *out,
+                            phx_error *err) {
+  zero_plan p = {.config = config, .topology = t, .model = m};
+  phx_status status = PHX_OK;
+  PHX_KIT_TRY(phx_kit_check_topology(t, err));
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
+    p.shard[flat] = phx_kit_shard_of(m->total_blocks[flat], t->rank, t->world_size);
+  p.whole = config->stage == 1 || t->world_size == 1 || (t->accumulate > 1 && t->reduce == PHX_REDUCE_STEP);
+  PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
+  PHX_KIT_TRY(phx_kit_buckets_create(m, &p.order, config->reduce_bucket_size, config->reduce_bucket_size, &p.buckets,
+                                     &p.n_buckets, err));
+  PHX_KIT_TRY(plan_alloc(&p, err));
+  for (uint32_t i = 0; i < m->n_params; i++) p.persist[i] = -1;
+  if (config->stage == 3 && t->world_size > 1) {
+    choose_persistent(&p);
+    PHX_KIT_TRY(plan_gathers(&p, err));
+    p.max_live = config->stage3_max_live_parameters;
+    if (p.max_live < 0) p.max_live = enough_live(&p);
+  }
+  PHX_KIT_TRY(plan_program(&p, 2 * m->n_stages, &p.train, err));
+  PHX_KIT_TRY(plan_program(&p, m->n_stages, &p.evaluate, err));
+  for (uint32_t b = 0; b < p.n_buckets; b++) PHX_KIT_TRY(plan_bucket(&p, b, err));
+  if (!p.whole) PHX_KIT_TRY(plan_windows(&p, err));
+  plan_regions(&p);
+  *out = p;
+  return PHX_OK;
+done:
+  zero_plan_destroy(&p);
+  return status;
+}
+
+void zero_plan_destroy(zero_plan *p) {
+  phx_kit_order_destroy(&p->order);
+  free(p->buckets);
+  free(p->persist);
+  free(p->window);
+  free(p->gathers.of), free(p->gathers.first);
+  free(p->reduces.of), free(p->reduces.first);
+  free(p->train.actions), free(p->train.first);
+  free(p->evaluate.actions), free(p->evaluate.first);
+  free(p->gradient_at), free(p->gradient_after);
+  memset(p, 0, sizeof *p);
+}

@@ -1,0 +1,129 @@
+/* plugins/zero/zero_reduce.c - gradients: where they are written, when they are reduced, and to whom.
+ *
+ * Gradients become complete in the order of the backward pass; every reduce_bucket_size elements are a bucket, and a
+ * bucket is reduced piece by piece to the owners of its pieces (reductions go to one rank: shares are cut across units,
+ * so a bucket is rarely an equal part of everybody's).  Where gradients are whole they are reduced in place; else they
+ * live in windows that are taken over once their bucket was reduced.
+ * Invariant: buckets are reduced in one order on one stream, so waiting for one waits for all before it. */
+#include "zero.h"
+#include <string.h>
+
+void zero_begin_gradients(phx_strategy *self, int32_t index, bool last) {
+  const phx_model *m = self->plan.model;
+  bool adds = phx_kit_adds_reduced(self->plan.topology);
+  self->micro_batch = index;
+  self->reducing = adds || last;
+  self->settled = index == 0; /* a step begins after the one before was finished or discarded */
+  self->next_bucket = 0;
+  memset(self->complete, 0, m->n_units);
+  memset(self->open, 0, m->n_units);
+  phx_kit_views_begin(&self->views, adds || index == 0);
+  for (uint32_t u = 0; u < m->n_units; u++) {
+    bool trainable = phx_model_unit(m, u)->blocks[PHX_FLAT_TRAINABLE] > 0;
+    self->views.places[u].gradient =
+        !trainable         ? NULL
+        : self->plan.whole ? zero_region(self, ZERO_GRADIENT) + zero_unit_first(&self->plan, u, PHX_FLAT_TRAINABLE)
+                           : zero_region(self, ZERO_WINDOWS) + self->plan.gradient_at[u];
+  }
+}
+
+phx_status zero_open_gradients(phx_strategy *self, uint32_t s, phx_stream *stream, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_device *d = self->s.device;
+  const phx_stage *stage = phx_model_stage(p->model, s);
+  phx_status status = PHX_OK;
+  if (!self->settled && p->n_buckets > 0 && phx_kit_adds_reduced(p->topology))
+    PHX_KIT_TRY(d->stream_wait(d->ctx, stream, self->reduced[p->n_buckets - 1], err));
+  self->settled = true;
+  for (uint32_t i = 0; i < stage->n_uses && !p->whole; i++) {
+    const phx_use *use = phx_model_use(p->model, stage->first_use + i);
+    float *gradient = self->views.places[use->unit].gradient;
+    if (!(use->flags & PHX_USE_GRADIENT) || !gradient || self->open[use->unit]) continue;
+    if (p->gradient_after[use->unit] >= 0)
+      PHX_KIT_TRY(d->stream_wait(d->ctx, stream, self->reduced[p->gradient_after[use->unit]], err));
+    PHX_KIT_TRY(phx_kit_zero_gaps(d, p->model, use->unit, gradient, stream, err));
+    self->open[use->unit] = 1;
+  }
+done:
+  return status;
+}
+
+static float *share_at(const phx_strategy *self, int64_t at) {
+  return zero_region(self, ZERO_SHARE) + (at - zero_share(&self->plan, PHX_FLAT_TRAINABLE) * self->plan.topology->rank);
+}
+
+const float *zero_reduced(const phx_strategy *self, int64_t at) {
+  return zero_region(self, ZERO_SHARE) ? share_at(self, at) : zero_region(self, ZERO_GRADIENT) + at;
+}
+
+/* The first sums of a step go where they stay; those of later micro-batches pass through memory of their own. */
+static phx_status reduce_piece(phx_strategy *self, const zero_piece *piece, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_comm *c = self->s.comm;
+  const phx_device *d = self->s.device;
+  phx_status status = PHX_OK;
+  bool mine = piece->owner == c->rank, later = phx_kit_adds_reduced(p->topology) && self->micro_batch > 0;
+  const phx_kit_place *place = &self->views.places[piece->unit];
+  float *from = p->whole ? zero_region(self, ZERO_GRADIENT) + piece->at
+                         : place->gradient + (piece->at - zero_unit_first(p, piece->unit, PHX_FLAT_TRAINABLE));
+  float *stays = !mine ? NULL : zero_region(self, ZERO_SHARE) ? share_at(self, piece->at) : from;
+  float *to = mine && later ? (p->whole ? from : zero_region(self, ZERO_STAGING)) : stays;
+  if (c->size > 1)
+    PHX_KIT_TRY(c->reduce(c->ctx, from, to, piece->numel, PHX_F32, PHX_SUM, piece->owner, self->s.stream, err));
+  else if (to != from)
+    PHX_KIT_TRY(d->copy(d->ctx, to, from, piece->numel * 4, self->s.stream, err));
+  if (mine && later) PHX_KIT_TRY(d->add(d->ctx, stays, to, piece->numel, self->s.stream, err));
+done:
+  return status;
+}
+
+static phx_status reduce_bucket(phx_strategy *self, uint32_t b, phx_stream *stream, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_device *d = self->s.device;
+  phx_status status = PHX_OK;
+  self->s.comm->annotate(self->s.comm->ctx, (int32_t)p->order.units[p->buckets[b].last]);
+  for (uint32_t i = p->reduces.first[b]; i < p->reduces.first[b + 1]; i++)
+    PHX_KIT_TRY(reduce_piece(self, &p->reduces.of[i], err));
+  PHX_KIT_TRY(d->event_record(d->ctx, self->reduced[b], self->s.stream, err));
+  if (!p->config->overlap_comm) PHX_KIT_TRY(d->stream_wait(d->ctx, stream, self->reduced[b], err));
+done:
+  return status;
+}
+
+phx_status zero_complete(phx_strategy *self, uint32_t s, phx_stream *stream, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_stage *stage = phx_model_stage(p->model, s);
+  phx_status status = PHX_OK;
+  bool marked = false;
+  for (uint32_t i = 0; i < stage->n_uses; i++) {
+    const phx_use *use = phx_model_use(p->model, stage->first_use + i);
+    if (use->flags & PHX_USE_LAST) self->complete[use->unit] = 1;
+  }
+  while (self->next_bucket < p->n_buckets && self->complete[p->order.units[p->buckets[self->next_bucket].last]]) {
+    if (!marked) PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
+    marked = true;
+    PHX_KIT_TRY(reduce_bucket(self, self->next_bucket, stream, err));
+    self->next_bucket++;
+  }
+done:
+  return status;
+}
+
+phx_status zero_finish(phx_strategy *self, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_device *d = self->s.device;
+  if (self->next_bucket < p->n_buckets)
+    return phx_kit_fail(err, PHX_STATE,
+                        "gradients are to be finished, but bucket %u of %u waits for unit '%s': its last stage was not "
+                        "released with LAST_USE in the step's last micro-batch",
+                        self->next_bucket, p->n_buckets,
+                        phx_model_unit(p->model, p->order.units[p->buckets[self->next_bucket].last])->name);
+  return p->n_buckets > 0 ? d->stream_wait(d->ctx, NULL, self->reduced[p->n_buckets - 1], err) : PHX_OK;
+}
+
+void zero_reduce_traffic(const zero_plan *p, phx_estimate *out) {
+  const phx_topology *t = p->topology;
+  for (uint32_t i = 0; i < p->reduces.n && t->world_size > 1; i++)
+    phx_kit_estimate_call(out, t, PHX_OP_REDUCE, p->reduces.of[i].numel, PHX_F32, p->reduces.of[i].owner,
+                          phx_kit_adds_reduced(t) ? t->accumulate : 1);
+}
