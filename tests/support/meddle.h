@@ -16,6 +16,8 @@ typedef struct meddle {
   bool bad_gather;           /* rank 1's all_gathers change a bit of the first element */
 } meddle;
 
+/* What strategies logged since meddle_plugin, one line each; cut where it gets long. */
+const char *meddle_log(void);
 /* [static] until the next call; the plugin is PHX_TEST_PLUGINS/phx_strategy_NAME.so. */
 const phx_plugin *meddle_plugin(const char *strategy, const meddle *how);
 #endif

@@ -227,6 +227,23 @@ Test(fsdp, one_rank_gathers_nothing, .timeout = 60) {
   toy_free(t);
 }
 
+Test(fsdp, what_accumulation_costs_is_said_once, .timeout = 60) {
+  toy *t = toy_plain(6, 40); /* 64 KiB of gradients */
+  meddle how = {.lost_stage = -1};
+  static const char *const want[2] = {"keeps whole gradients, 0.1 MiB (4 bytes a parameter)", "are sent 3 times a step"};
+  for (int reduce = 0; reduce < 2; reduce++) {
+    harness_config c = {.plugin = meddle_plugin("fsdp", &how), .toy = t, .ranks = 3, .accumulate = 3,
+                        .reduce = reduce};
+    expect_good(&c);
+    cr_assert(strstr(meddle_log(), want[reduce]), "%s", meddle_log());
+    cr_assert_eq(strchr(meddle_log(), '\n')[1], 0, "more than one line: %s", meddle_log());
+  }
+  harness_config quiet = {.plugin = meddle_plugin("fsdp", &how), .toy = t, .ranks = 3};
+  expect_good(&quiet);
+  cr_assert_str_eq(meddle_log(), "");
+  toy_free(t);
+}
+
 /* ---- hosts that break the rules, and one that does not pass frozen stages in backward ---- */
 
 Test(fsdp, frozen_stages_may_be_passed_over_in_backward, .timeout = 60) {
