@@ -24,9 +24,9 @@
 enum { VARIANTS_MAX = 32, ARGS_MAX = 256 };
 
 typedef struct variant {
-  char label[128];       /* as the user wrote it */
+  char label[512];       /* as the user wrote it */
   char strategy[128];
-  char sets[8][160];     /* "fsdp.sharding=grad_op" */
+  char sets[16][192];    /* "fsdp.sharding=grad_op" */
   int n_sets;
   char dir[4200];
   cJSON *run;            /* run.json */
@@ -43,7 +43,7 @@ static int parse_variant(variant *v, const char *text, size_t length) {
   if (is_path || !v->label[name]) return 1;
   for (const char *at = v->label + name + 1; at[-1]; ) {
     const size_t part = strcspn(at, "+");
-    if (v->n_sets == 8 || !memchr(at, '=', part)) return 0;
+    if (v->n_sets == 16 || !memchr(at, '=', part)) return 0;
     snprintf(v->sets[v->n_sets++], sizeof v->sets[0], "%s.%.*s", v->strategy, (int)part, at);
     at += part + 1;
   }
@@ -71,7 +71,7 @@ static int run_variant(const char *command, char *const *common, variant *v) {
   int n = 0;
   args[n++] = (char *)(uintptr_t)command;
   args[n++] = (char *)(uintptr_t) "train";
-  for (char *const *c = common; *c && n < ARGS_MAX - 24; c++) args[n++] = *c;
+  for (char *const *c = common; *c && n < ARGS_MAX - 40; c++) args[n++] = *c;
   args[n++] = (char *)(uintptr_t) "--strategy";
   args[n++] = v->strategy;
   for (int i = 0; i < v->n_sets; i++) {
@@ -260,11 +260,8 @@ static int write_json(const variant *v, int n, int same, const char *base) {
 }
 
 static void directory_name(variant *v, const char *base, int index) {
-  char label[128];
-  snprintf(label, sizeof label, "%s", v->label);
-  for (char *c = label; *c; c++)
-    if (*c == '/' || *c == '=' || *c == '+') *c = '_';
-  snprintf(v->dir, sizeof v->dir, "%.4000s/compare/%02d-%s", base, index, label);
+  const char *slash = strrchr(v->strategy, '/');
+  snprintf(v->dir, sizeof v->dir, "%.4000s/compare/%02d-%s", base, index + 1, slash ? slash + 1 : v->strategy);
 }
 
 int phx__compare(const char *command, char *const *common, const char *variants, const char *base, int deterministic) {

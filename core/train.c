@@ -84,6 +84,18 @@ static void sample_pss(void *arg) {
   if (pss > mine->peak_pss) mine->peak_pss = pss;
 }
 
+/* What the strategy moved: all of the world, without the core's own losses, norms and hashes. */
+static void strategy_traffic(const phx__runtime *rt, phx_comm_stats *out) {
+  phx_comm_stats core = {.struct_size = sizeof core};
+  out->struct_size = sizeof *out;
+  rt->world->stats(rt->world->ctx, out);
+  rt->core->stats(rt->core->ctx, &core);
+  for (int op = 0; op < PHX_OPS; op++) {
+    out->bytes[op] -= core.bytes[op];
+    out->calls[op] -= core.calls[op];
+  }
+}
+
 static int64_t bytes_of(const phx_comm_stats *s) {
   int64_t sum = 0;
   for (int op = 0; op < PHX_OPS; op++) sum += s->bytes[op];
@@ -120,18 +132,18 @@ static phx_status gather_reports(run *r, phx_error *err) {
 /* ---- the loop ---- */
 static phx_status train_step(run *r, int64_t step, phx_error *err) {
   const phx__settings *s = &r->config->s;
-  phx_comm_stats before = {.struct_size = sizeof before}, after = {.struct_size = sizeof after};
+  phx_comm_stats before, after;
   phx__step_result result;
   const bool measured = step == (s->run.steps < MEASURED_STEP ? s->run.steps : MEASURED_STEP);
   const int64_t allocator_calls = r->rt->book.calls;
   r->engine->at_stage = measured ? sample_pss : NULL;
   r->engine->at_stage_arg = &r->mine;
-  r->rt->world->stats(r->rt->world->ctx, &before);
+  strategy_traffic(r->rt, &before);
   const double begin = phx__now();
   phx_status status = phx__engine_step(r->engine, r->train, step, &result, err);
   if (status) return status;
   const double seconds = phx__now() - begin;
-  r->rt->world->stats(r->rt->world->ctx, &after);
+  strategy_traffic(r->rt, &after);
   r->step_seconds[step - 1] = seconds;
   if (measured) keep_traffic(r, &before, &after);
   if (step > 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;

@@ -38,7 +38,7 @@ static inline const char *phx_op_name(int32_t op) {
   return op >= 0 && op < PHX_OPS ? names[op] : "none";
 }
 
-typedef struct phx_comm_stats { /* since create(), this rank */
+typedef struct phx_comm_stats { /* since create(), this rank; the world's count what was split off it, too */
   size_t struct_size;
   int64_t calls[PHX_OPS];
   int64_t bytes[PHX_OPS]; /* payload: bytes this rank read from or wrote into a peer's memory, or put on the wire */
