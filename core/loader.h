@@ -18,12 +18,16 @@ typedef struct phx__plugin {
  * descriptor for this kind; the same file loaded twice gives the same plugin.  [static] */
 phx_status phx__loader_open(const char *search, uint32_t kind, const char *name_or_path, const phx__plugin **out,
                             phx_error *err);
+/* One known file; name: what its id must be, or NULL.  [static] */
+phx_status phx__loader_open_file(uint32_t kind, const char *path, const char *name, const phx__plugin **out,
+                                 phx_error *err);
 /* One file in the search path, for `phalanx plugins` and for "nearest name" hints. */
 typedef struct phx__found {
   uint32_t kind;
   char name[40];
   char path[4096];
   bool shadowed; /* a directory searched earlier has the same kind and name */
+  int order;     /* of its directory in the search */
 } phx__found;
 /* Everything found, sorted by kind, name and search order; freed with phx__free. Nothing is loaded. */
 phx_status phx__loader_list(const char *search, phx__found **out, size_t *n, phx_error *err);

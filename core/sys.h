@@ -4,6 +4,7 @@
 #ifndef PHX__SYS_H
 #define PHX__SYS_H
 #include <stddef.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 
 typedef struct phx__sys_table {
@@ -22,6 +23,9 @@ typedef struct phx__sys_table {
   void *(*mmap)(void *at, size_t bytes, int prot, int flags, int fd, off_t offset);
   int (*munmap)(void *p, size_t bytes);
   int (*memfd_create)(const char *name, unsigned flags);
+  ssize_t (*pread)(int fd, void *buffer, size_t bytes, off_t at);
+  int (*fstat)(int fd, struct stat *out);
+  int (*unlink)(const char *path);
 } phx__sys_table;
 extern phx__sys_table phx__sys;
 

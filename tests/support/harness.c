@@ -485,8 +485,10 @@ static phx_status pass_stage(rank_state *k, uint32_t stage, int32_t pass, int32_
     status = phx__fail(err, PHX_INTERNAL, "acquire of stage %u gave no view", stage);
     goto done;
   }
-  if (view->ready) PHX__TRY(k->device->stream_wait(k->device->ctx, NULL, view->ready, err));
-  check_view(k, stage, pass, view);
+  if (runs || pass == PHX_PASS_EVALUATE) { /* a stage that does not run waits for nothing and reads nothing */
+    if (view->ready) PHX__TRY(k->device->stream_wait(k->device->ctx, NULL, view->ready, err));
+    check_view(k, stage, pass, view);
+  }
   if (pass != PHX_PASS_RECOMPUTE) run_stage(k, stage, pass, mb, 0, view);
   PHX__TRY(r->table->release(k->strategy, stage, pass, mb, flags, NULL, err));
   if (pass == PHX_PASS_BACKWARD) count_in_flight(k);

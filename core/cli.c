@@ -1,0 +1,167 @@
+/* core/cli.c - `phalanx COMMAND ...`: which command, and the arguments that several commands share.
+ *
+ * A mistake on the command line is one line on stderr and exit status 2; nothing was opened by then.  [main] only. */
+#include "cli.h"
+#include "commands.h"
+#include "nearest.h"
+#include "status.h"
+#include "sys.h"
+
+#include <stdio.h>
+#include <string.h>
+
+typedef struct command {
+  const char *name, *arguments, *summary;
+  int (*run)(int argc, char **argv);
+} command;
+
+/* One row per command, in the order of --help. */
+static const command commands[] = {
+    {"train", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K]",
+     "one run; without another launcher it starts the ranks itself", phx__command_train},
+    {"compare", "FILE.ini --strategies ddp,fsdp.sharding=grad_op,zero.stage=1,... [-n RANKS] [--steps K] [--set ...]",
+     "the same run under several strategies: memory, speed, traffic, loss, equal bits", phx__command_compare},
+    {"check", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]...",
+     "the effective configuration and where each value came from; no run", phx__command_check},
+    {"plugins", "", "plugins found: kind, name, version, ABI, path, and whether they can run here",
+     phx__command_plugins},
+    {"help", "[NAME|PATH.so]", "options of a plugin or of one of the core's sections, as a table and as a sample",
+     phx__command_help},
+    {"data", "tokenize TEXT... -o OUT.bin [--valid FRACTION VALID.bin] [--force]", "token files from text (bytes)",
+     phx__command_data},
+    {"sample", "RUNDIR [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",
+     "text from a run's final weights", phx__command_sample},
+};
+enum { COMMANDS = sizeof commands / sizeof commands[0] };
+
+static void print_usage(FILE *out) {
+  fprintf(out, "usage: phalanx COMMAND ...\n\n");
+  for (int i = 0; i < COMMANDS; i++)
+    fprintf(out, "  phalanx %s %s\n      %s\n", commands[i].name, commands[i].arguments, commands[i].summary);
+  fprintf(out, "  phalanx --version | --help\n\n"
+               "Exit status: 0 done, 2 refused, 3 a rank failed, 4 a file of weights is damaged.\n");
+}
+
+int phx__cli_unknown(const char *what, const char *word, const char *const *known) {
+  char hint[80];
+  phx__nearest nearest = {.word = word};
+  for (; *known; known++) phx__nearest_offer(&nearest, *known);
+  fprintf(stderr, "phalanx: unknown %s '%s'%s\n", what, word, phx__nearest_hint(&nearest, hint, sizeof hint));
+  return PHX__EXIT_REFUSED;
+}
+
+int phx__cli_main(int argc, char **argv) {
+  const char *known[COMMANDS + 3] = {"--version", "--help"};
+  if (argc < 2) {
+    print_usage(stderr);
+    return PHX__EXIT_REFUSED;
+  }
+  if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+    print_usage(stdout);
+    return PHX__EXIT_OK;
+  }
+  if (strcmp(argv[1], "--version") == 0) {
+    printf("phalanx %s (ABI %d.%d)\n", PHX__VERSION, PHX_ABI_MAJOR, PHX_ABI_MINOR);
+    return PHX__EXIT_OK;
+  }
+  for (int i = 0; i < COMMANDS; i++) {
+    if (strcmp(argv[1], commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
+    known[i + 2] = commands[i].name;
+  }
+  return phx__cli_unknown(argv[1][0] == '-' ? "flag" : "command", argv[1], known);
+}
+
+/* ---- arguments ---- */
+typedef struct flag_row {
+  const char *name, *key; /* NULL: the value is section.key=value itself */
+  unsigned accept;        /* 0: always */
+} flag_row;
+static const flag_row flags[] = {{"-n", "run.ranks", 0},
+                             {"--strategy", "run.strategy", 0},
+                             {"--set", NULL, 0},
+                             {"--steps", "run.steps", PHX__ACCEPT_STEPS},
+                             {"--strategies", NULL, PHX__ACCEPT_STRATEGIES}};
+enum { FLAGS = sizeof flags / sizeof flags[0] };
+
+static bool add_override(phx__arguments *a, const flag_row *flag, const char *value) {
+  size_t bytes = strlen(value) + (flag->key ? strlen(flag->key) + 1 : 0) + 1;
+  if (a->n_overrides == PHX__OVERRIDES_MOST) {
+    fprintf(stderr, "phalanx: more than %d flags\n", PHX__OVERRIDES_MOST);
+    return false;
+  }
+  char *text = phx__calloc(bytes, 1);
+  if (!text) {
+    fprintf(stderr, "phalanx: out of memory\n");
+    return false;
+  }
+  snprintf(text, bytes, "%s%s%s", flag->key ? flag->key : "", flag->key ? "=" : "", value);
+  a->texts[a->n_overrides] = text;
+  a->overrides[a->n_overrides++] = (phx__override){.text = text, .flag = flag->name};
+  return true;
+}
+
+static const flag_row *find_flag(const char *word, size_t length, unsigned accept) {
+  for (int i = 0; i < FLAGS; i++)
+    if (strlen(flags[i].name) == length && strncmp(flags[i].name, word, length) == 0 &&
+        (!flags[i].accept || (flags[i].accept & accept)))
+      return &flags[i];
+  return NULL;
+}
+
+static void refuse_flag(const char *word, unsigned accept) {
+  const char *known[FLAGS + 1] = {NULL};
+  size_t n = 0;
+  for (int i = 0; i < FLAGS; i++)
+    if (!flags[i].accept || (flags[i].accept & accept)) known[n++] = flags[i].name;
+  if (strncmp(word, "--resume", 8) == 0)
+    fprintf(stderr, "phalanx: unknown flag '%s': checkpoints are not part of this version\n", word);
+  else
+    phx__cli_unknown("flag", word, known);
+}
+
+/* One argument, or a flag and its value; returns how many were used, 0 when refused. */
+static int take(char **argv, unsigned accept, phx__arguments *out) {
+  const char *word = argv[0], *value;
+  if (word[0] != '-') {
+    if (out->file) fprintf(stderr, "phalanx: two files: '%s' and '%s'\n", out->file, word);
+    if (out->file) return 0;
+    out->file = word;
+    return 1;
+  }
+  size_t length = word[1] == '-' ? strcspn(word, "=") : strlen(word);
+  const flag_row *flag = find_flag(word, length, accept);
+  if (!flag) {
+    refuse_flag(word, accept);
+    return 0;
+  }
+  bool joined = word[length] == '=';
+  value = joined ? word + length + 1 : argv[1];
+  if (!value || !*value) {
+    fprintf(stderr, "phalanx: %s needs a value\n", flag->name);
+    return 0;
+  }
+  if (flag->accept == PHX__ACCEPT_STRATEGIES)
+    out->strategies = value;
+  else if (!add_override(out, flag, value))
+    return 0;
+  return joined ? 1 : 2;
+}
+
+bool phx__arguments_parse(int argc, char **argv, unsigned accept, phx__arguments *out) {
+  *out = (phx__arguments){0};
+  for (int i = 1; i < argc;) { /* argv[argc] is NULL */
+    int used = take(argv + i, accept, out);
+    if (!used) goto refused;
+    i += used;
+  }
+  if (out->file) return true;
+  fprintf(stderr, "phalanx: %s needs a FILE.ini\n", argv[0]);
+refused:
+  phx__arguments_free(out);
+  return false;
+}
+
+void phx__arguments_free(phx__arguments *arguments) {
+  for (size_t i = 0; i < arguments->n_overrides; i++) phx__free(arguments->texts[i]);
+  *arguments = (phx__arguments){0};
+}

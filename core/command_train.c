@@ -1,0 +1,48 @@
+/* core/command_train.c - `phalanx train`: one run.  Started by a launcher, this process is one of its ranks; else it
+ * checks the run, makes its directory and starts the ranks.  [main] only. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "cli.h"
+#include "commands.h"
+#include "job.h"
+#include "status.h"
+#include "sys.h"
+#include "train.h"
+
+/* What the launcher has said already, its ranks say only when it made them fail. */
+static phx_status load(const phx__arguments *a, phx__config **config) {
+  char *text = NULL;
+  size_t bytes = 0;
+  FILE *report = phx__job_is_rank() ? open_memstream(&text, &bytes) : NULL;
+  phx_status status = phx__config_load(a->file, a->overrides, a->n_overrides, report ? report : stderr, config);
+  if (report) fclose(report);
+  if (status && text) fputs(text, stderr);
+  free(text);
+  return status;
+}
+
+int phx__command_train(int argc, char **argv) {
+  phx__arguments arguments;
+  phx__config *config = NULL;
+  if (!phx__arguments_parse(argc, argv, PHX__ACCEPT_STEPS, &arguments)) return PHX__EXIT_REFUSED;
+  int exit_status = PHX__EXIT_REFUSED;
+  char command[4096];
+  char **again = phx__calloc((size_t)argc + 2, sizeof *again);
+  const ssize_t length = readlink("/proc/self/exe", command, sizeof command - 1);
+  if (!again || length <= 0) {
+    fprintf(stderr, "phalanx: cannot find the path of this command\n");
+    goto done;
+  }
+  command[length] = 0;
+  again[0] = command;
+  for (int i = 0; i < argc; i++) again[i + 1] = argv[i];
+  if (load(&arguments, &config)) goto done;
+  exit_status = phx__job_is_rank() ? phx__train_rank(config) : phx__train_launch(config, again);
+done:
+  phx__config_free(config);
+  phx__free(again);
+  phx__arguments_free(&arguments);
+  return exit_status;
+}

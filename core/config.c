@@ -1,0 +1,228 @@
+/* core/config.c - from an INI file and overrides to a checked phx__config with its plugins.
+ *
+ * Order: entries of the file and the overrides; the core's sections; plugins by [run] strategy, [device], [comm],
+ * [model] plugin; their sections; sections of plugins that are installed and not selected (validated all the same, so
+ * that one file can hold every strategy's); what is left is unknown; checks across settings.  Every problem is kept and
+ * all are reported together.  Does not open data and creates nothing.
+ * Invariant: *out is set only when there is no error.  [main] only. */
+#include "config.h"
+#include "config_core.h"
+#include "config_store.h"
+#include "descriptor.h"
+#include "nearest.h"
+#include "status.h"
+#include "sys.h"
+
+#include <string.h>
+
+typedef struct phx__config_private store;
+
+/* Plugins of this project that a build may lack (no toolkit): their sections may stand in a file anyway. */
+static const char *const house[] = {"ddp", "fsdp", "zero", "cpu", "cuda", "shm", "mpi", "nccl"};
+
+typedef struct loading {
+  phx__config *config;
+  const char *search;        /* [plugins] path or NULL */
+  phx__found *found;
+  size_t n_found;
+  const char *excused[8];    /* sections whose keys cannot be judged, because their plugin was refused */
+  size_t n_excused;
+  bool strategy_unknown;     /* a strategy's path was refused, so its section's name is not known */
+} loading;
+
+static void add_core_sections(phx__config *config) {
+  const phx__core_table *table;
+  for (uint32_t i = 0; (table = phx__core_table_at(i)); i++)
+    phx__config_add_section(config->priv, table->section, table->options, table->n, sizeof(phx_option), &config->s,
+                            NULL, true);
+}
+
+/* false: it is not known which plugins there are, so nothing can be said about their sections. */
+static bool list_plugins(loading *l) {
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  const phx__setting *path = phx__config_setting(p, "plugins", "path");
+  if (*l->config->s.plugins.path) l->search = l->config->s.plugins.path;
+  if (path->bad) l->search = NULL;
+  if (phx__loader_list(l->search, &l->found, &l->n_found, &err) == PHX_OK) return true;
+  phx__config_error(p, l->search ? path->entry : NULL, "%s", err.message);
+  l->strategy_unknown = true;
+  l->excused[l->n_excused++] = "model";
+  return false;
+}
+
+static void warn_shadowed(loading *l, const phx__plugin *plugin, const phx__entry *at) {
+  const phx_plugin *d = plugin->descriptor;
+  for (size_t i = 0; i < l->n_found; i++)
+    if (l->found[i].shadowed && l->found[i].kind == d->kind && strcmp(l->found[i].name, d->id) == 0)
+      phx__config_warn(l->config->priv, at, "%s %s is loaded from %s; %s is not used", phx__kind_name(d->kind), d->id,
+                       plugin->path, l->found[i].path);
+}
+
+/* The plugin's own options, under its id; a model's stand in [model]. */
+static void *add_plugin_section(loading *l, const phx__plugin *plugin, bool selected) {
+  const phx_plugin *d = plugin->descriptor;
+  void *base = phx__config_keep(l->config->priv, d->config_size);
+  if (!base) return NULL;
+  phx__config_add_section(l->config->priv, d->kind == PHX_KIND_MODEL ? "model" : d->id, d->options, d->n_options,
+                          d->option_stride, base, plugin, selected);
+  return base;
+}
+
+/* `wish` is the text of section.key; what `auto` comes to is stored back into it. */
+static void select_plugin(loading *l, uint32_t kind, const char *section, const char *key, const char *automatic,
+                          const char **wish, phx__selected *out) {
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  const phx__plugin *plugin = NULL;
+  phx__setting *setting = phx__config_setting(p, section, key);
+  if (setting->bad) goto refused;
+  if (automatic && strcmp(*wish, "auto") == 0) {
+    setting->was_auto = true;
+    setting->value.s = *wish = automatic;
+  }
+  if (phx__loader_open(l->search, kind, *wish, &plugin, &err) != PHX_OK) {
+    phx__config_error(p, setting->entry, "[%s] %s: %s", section, key, err.message);
+    goto refused;
+  }
+  if (phx__descriptor_probe(plugin->descriptor, &err) != PHX_OK) {
+    phx__config_error(p, setting->entry, "[%s] %s = %s cannot run here: %s", section, key, *wish, err.message);
+    goto refused;
+  }
+  if (!strchr(*wish, '/')) warn_shadowed(l, plugin, setting->entry);
+  const phx__section *twin = phx__config_section(p, plugin->descriptor->id, NULL);
+  if (twin && kind != PHX_KIND_MODEL)
+    phx__config_error(p, setting->entry, "[%s] %s: %s and %s have the same id '%s', hence the same section", section,
+                      key, plugin->path, twin->plugin ? twin->plugin->path : "the core", plugin->descriptor->id);
+  out->plugin = plugin;
+  out->config = add_plugin_section(l, plugin, true);
+  return;
+refused:
+  if (kind == PHX_KIND_STRATEGY && strchr(*wish, '/')) l->strategy_unknown = true;
+  l->excused[l->n_excused++] = kind == PHX_KIND_MODEL ? "model" : *wish;
+}
+
+static const phx__found *find_installed(const loading *l, const char *name) {
+  for (size_t i = 0; i < l->n_found; i++)
+    if (strcmp(l->found[i].name, name) == 0) return &l->found[i];
+  return NULL;
+}
+
+static void take_entries(store *p, const char *section) {
+  for (phx__entry *e = p->entries; e; e = e->next)
+    if (strcmp(e->section, section) == 0) e->taken = true;
+}
+
+static void unknown_section(loading *l, const char *name, const phx__entry *at) {
+  char hint[80];
+  phx__nearest nearest = {.word = name};
+  take_entries(l->config->priv, name);
+  for (size_t i = 0; i < l->n_excused; i++)
+    if (strcmp(l->excused[i], name) == 0) return;
+  if (l->strategy_unknown) return;
+  for (size_t i = 0; i < sizeof house / sizeof house[0]; i++)
+    if (strcmp(name, house[i]) == 0) {
+      phx__config_warn(l->config->priv, at, "[%s] is not checked: no plugin of that name is installed", name);
+      return;
+    }
+  for (uint32_t i = 0; phx__core_table_at(i); i++) phx__nearest_offer(&nearest, phx__core_table_at(i)->section);
+  for (const phx__section *s = l->config->priv->sections; s; s = s->next) phx__nearest_offer(&nearest, s->name);
+  for (size_t i = 0; i < l->n_found; i++)
+    if (l->found[i].kind != PHX_KIND_MODEL) phx__nearest_offer(&nearest, l->found[i].name);
+  phx__config_error(l->config->priv, at, "there is no section [%s], in the core or of an installed plugin%s", name,
+                    phx__nearest_hint(&nearest, hint, sizeof hint));
+}
+
+/* A section that nothing selected asks for: of an installed plugin, or unknown. */
+static void judge_section(loading *l, const char *name, const phx__entry *at) {
+  phx_error err = PHX_ERROR_INIT;
+  const phx__plugin *plugin;
+  if (phx__config_section(l->config->priv, name, NULL)) return;
+  const phx__found *found = find_installed(l, name);
+  if (!found) {
+    unknown_section(l, name, at);
+    return;
+  }
+  if (found->kind == PHX_KIND_MODEL) {
+    take_entries(l->config->priv, name);
+    phx__config_error(l->config->priv, at, "the options of model %s stand in [model], not in [%s]", name, name);
+  } else if (phx__loader_open_file(found->kind, found->path, found->name, &plugin, &err) == PHX_OK) {
+    add_plugin_section(l, plugin, false);
+  } else {
+    take_entries(l->config->priv, name);
+    phx__config_error(l->config->priv, at, "[%s]: %s", name, err.message);
+  }
+}
+
+static void judge_sections(loading *l) {
+  store *p = l->config->priv;
+  for (const phx__header *h = p->headers; h; h = h->next) {
+    const phx__header *first = p->headers;
+    phx__entry at = {.section = h->name, .line = h->line};
+    while (strcmp(first->name, h->name) != 0) first = first->next;
+    if (first == h) judge_section(l, h->name, &at);
+  }
+  for (const phx__entry *e = p->entries; e; e = e->next)
+    if (e->flag && !e->taken) judge_section(l, e->section, e);
+}
+
+static void select_plugins(loading *l) {
+  phx__config *c = l->config;
+  select_plugin(l, PHX_KIND_STRATEGY, "run", "strategy", NULL, &c->s.run.strategy, &c->strategy);
+  select_plugin(l, PHX_KIND_DEVICE, "device", "plugin", "cpu", &c->s.device.plugin, &c->device);
+  select_plugin(l, PHX_KIND_COMM, "comm", "plugin", "shm", &c->s.comm.plugin, &c->comm);
+  select_plugin(l, PHX_KIND_MODEL, "model", "plugin", NULL, &c->s.model.plugin, &c->model);
+}
+
+static void fill(loading *l) {
+  phx__config *c = l->config;
+  add_core_sections(c);
+  if (c->priv->oom) return;
+  if (list_plugins(l)) select_plugins(l);
+  if (c->priv->oom) return;
+  judge_sections(l);
+  phx__config_check_unknown(c->priv, l->excused);
+  phx__config_check_together(c);
+}
+
+phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
+                            phx__config **out) {
+  phx_error err = PHX_ERROR_INIT;
+  phx_status status = PHX_NOMEM;
+  *out = NULL;
+  phx__config *config = phx__calloc(1, sizeof *config);
+  store *p = config ? phx__calloc(1, sizeof *p) : NULL;
+  if (!p) {
+    fprintf(report, "%s: out of memory\n", path);
+    goto done;
+  }
+  config->priv = p;
+  p->path = phx__config_keep_text(p, path);
+  if (p->path) {
+    status = phx__config_add_file(p, &err);
+    if (status != PHX_OK) {
+      fprintf(report, "%s\n", err.message);
+      goto done;
+    }
+    for (size_t i = 0; i < n && !p->oom; i++) phx__config_add_override(p, &overrides[i]);
+  }
+  loading l = {.config = config};
+  if (!p->oom) fill(&l);
+  phx__free(l.found);
+  phx__config_report(p, report);
+  status = p->oom ? PHX_NOMEM : p->n_errors ? PHX_INVALID : PHX_OK;
+  if (status == PHX_OK) {
+    *out = config;
+    config = NULL;
+  }
+done:
+  phx__config_free(config);
+  return status;
+}
+
+void phx__config_free(phx__config *config) {
+  if (!config) return;
+  if (config->priv) phx__config_forget(config->priv);
+  phx__free(config->priv);
+  phx__free(config);
+}

@@ -1,0 +1,65 @@
+/* core/config_checks.c - what settings must be together, as far as it is known before data and model are opened.
+ *
+ * A check is left out when one of its settings was already complained about.  Nothing is accepted and then ignored: a
+ * wish that this version does not honour is refused here with the reason.  [main] only. */
+#include "config_store.h"
+
+#include <string.h>
+
+typedef struct phx__config_private store;
+
+static const phx__entry *at(const store *p, const char *section, const char *key) {
+  return phx__config_setting(p, section, key)->entry;
+}
+
+static bool good(const store *p, const char *section, const char *key) {
+  return !phx__config_setting(p, section, key)->bad;
+}
+
+static void check_batch(store *p, const phx__settings *s) {
+  int64_t total = s->run.ranks * s->batch.micro * s->batch.accumulate; /* 64 x 2^20 x 2^20 at most */
+  if (!good(p, "run", "ranks") || !good(p, "batch", "micro") || !good(p, "batch", "accumulate")) return;
+  if (s->batch.total && s->batch.total != total)
+    phx__config_error(p, at(p, "batch", "total"),
+                      "[batch] total = %lld, but ranks x micro x accumulate = %lld x %lld x %lld = %lld",
+                      (long long)s->batch.total, (long long)s->run.ranks, (long long)s->batch.micro,
+                      (long long)s->batch.accumulate, (long long)total);
+}
+
+static void check_not_offered(store *p, const phx__settings *s) {
+  if (s->precision.compute == 1)
+    phx__config_error(p, at(p, "precision", "compute"),
+                      "[precision] compute = bf16 is not offered by device %s in this version: use fp32",
+                      s->device.plugin);
+  if (s->precision.reduce == 1)
+    phx__config_error(p, at(p, "precision", "reduce"),
+                      "[precision] reduce = bf16 is not part of this version, which sums gradients in fp32: use fp32");
+  if (s->checkpoint.every > 0)
+    phx__config_error(p, at(p, "checkpoint", "every"),
+                      "[checkpoint] every = %lld: checkpoints are not part of this version; the final weights are "
+                      "always written: use 0",
+                      (long long)s->checkpoint.every);
+  if (!*s->run.out && good(p, "run", "out"))
+    phx__config_error(p, at(p, "run", "out"), "[run] out is empty: name a directory");
+}
+
+static void check_strategy(store *p, const phx__settings *s, const phx_plugin *strategy) {
+  const phx__entry *asked = at(p, "run", "deterministic");
+  if ((strategy->needs & PHX_NEED_TWO_RANKS) && s->run.ranks < 2 && good(p, "run", "ranks"))
+    phx__config_error(p, at(p, "run", "ranks"), "strategy %s needs at least two ranks: [run] ranks = %lld",
+                      strategy->id, (long long)s->run.ranks);
+  if (!s->run.deterministic || (strategy->provides & PHX_CAP_DETERMINISTIC)) return;
+  if (asked)
+    phx__config_error(p, asked, "strategy %s does not promise the same bits as others: [run] deterministic must be no",
+                      strategy->id);
+  else
+    phx__config_warn(p, NULL, "strategy %s does not promise the same bits as others ([run] deterministic is yes)",
+                     strategy->id);
+}
+
+void phx__config_check_together(phx__config *config) {
+  store *p = config->priv;
+  check_batch(p, &config->s);
+  check_not_offered(p, &config->s);
+  if (config->strategy.plugin) check_strategy(p, &config->s, config->strategy.plugin->descriptor);
+}

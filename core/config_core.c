@@ -1,0 +1,107 @@
+/* core/config_core.c - every key of the core, once: name, default, range, doc, place in phx__settings.
+ *
+ * Parser, help, sample, hash and documentation derive from these rows.  What a key may be together with others is
+ * checked in config_checks.c.  Constant data. */
+#include "config_core.h"
+#include "config.h"
+
+#include <phalanx/job.h>
+#include <string.h>
+
+#define AT(section, f) \
+  (uint32_t) offsetof(phx__settings, section.f), (uint32_t)sizeof(((phx__settings *)0)->section.f)
+#define INT(section, f, dflt, lo, hi, unit, flags, doc) \
+  { #f, doc, dflt, unit, NULL, lo, hi, 0, 0, PHX_OPT_INT, flags, AT(section, f) }
+#define REAL(section, f, dflt, unit, lo, hi, doc) \
+  { #f, doc, dflt, unit, NULL, 0, 0, lo, hi, PHX_OPT_REAL, 0, AT(section, f) }
+#define BOOL(section, f, dflt, doc) \
+  { #f, doc, dflt, NULL, NULL, 0, 1, 0, 0, PHX_OPT_BOOL, 0, AT(section, f) }
+#define ENUM(section, f, dflt, choices, flags, doc) \
+  { #f, doc, dflt, NULL, choices, 0, 0, 0, 0, PHX_OPT_ENUM, flags, AT(section, f) }
+#define STRING(section, f, dflt, flags, doc) \
+  { #f, doc, dflt, NULL, NULL, 0, 0, 0, 0, PHX_OPT_STRING, flags, AT(section, f) }
+
+static const char *const pin_choices[] = {"auto", "yes", "no", NULL};
+static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
+static const char *const optimizer_choices[] = {"adamw", "sgd", NULL};
+static const char *const schedule_choices[] = {"constant", "linear", "cosine", NULL};
+static const char *const precision_choices[] = {"fp32", "bf16", NULL};
+
+enum { STEPS_MOST = 1000000000, PER_STEP_MOST = 1 << 20 };
+
+static const phx_option run_options[] = {
+    STRING(run, strategy, "ddp", 0, "How weights, gradients and states are spread: a plugin's name, or the path of a .so."),
+    INT(run, ranks, "1", 1, PHX_RANKS_MAX, "ranks", 0, "Ranks started on this machine; -n overrides."),
+    INT(run, steps, "200", 1, STEPS_MOST, "steps", 0, "Training steps."),
+    INT(run, seed, "1337", 0, INT64_MAX, NULL, 0, "Fixes the initial weights and the order of the samples."),
+    STRING(run, out, "runs/demo", 0, "The run directory: run.json, metrics.jsonl, weights and the ranks' output."),
+    BOOL(run, deterministic, "yes", "The same bits under every strategy; a strategy that cannot is refused."),
+    REAL(run, timeout, "60", "s", 0, 1e6, "Seconds that a rank may be missing from a collective; 0 waits for ever."),
+    INT(run, hash_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between state hashes; 0 hashes only the last step."),
+    INT(run, valid_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between validations; 0 validates only at the end."),
+    INT(run, valid_batches, "8", 1, PER_STEP_MOST, NULL, 0, "Micro-batches per rank of one validation."),
+    INT(run, log_every, "1", 1, STEPS_MOST, "steps", 0, "Steps between lines on the screen; the files have them all."),
+    ENUM(run, pin, "auto", pin_choices, PHX_OPTF_PER_RANK, "Pin ranks to cores; auto does so when every rank can have its own."),
+};
+static const phx_option batch_options[] = {
+    INT(batch, micro, "4", 1, PER_STEP_MOST, "sequences", 0, "Sequences per rank and micro-batch."),
+    INT(batch, accumulate, "1", 1, PER_STEP_MOST, "micro-batches", 0, "Micro-batches per step."),
+    INT(batch, sequence, "256", 1, PER_STEP_MOST, "tokens", 0, "Tokens per sequence."),
+    ENUM(batch, reduce, "step", reduce_choices, 0, "Reduce gradients once a step, or after each micro-batch."),
+    INT(batch, total, "0", 0, INT64_MAX, "sequences", 0,
+        "Sequences per step of all ranks, which must be ranks x micro x accumulate; 0 takes what that gives."),
+};
+static const phx_option model_options[] = {
+    STRING(model, plugin, "gpt", 0, "The model's plugin; its own options stand in this section too."),
+};
+static const phx_option data_options[] = {
+    STRING(data, train, NULL, PHX_OPTF_REQUIRED, "Token file to train on, or a glob of several."),
+    STRING(data, valid, "", 0, "Token file that is held out, or a glob of several; empty for none."),
+};
+static const phx_option optimizer_options[] = {
+    ENUM(optimizer, name, "adamw", optimizer_choices, 0, "The optimizer."),
+    REAL(optimizer, lr, "3e-4", NULL, 0, 1e3, "Learning rate, after warmup."),
+    ENUM(optimizer, schedule, "cosine", schedule_choices, 0, "How the learning rate falls after warmup."),
+    INT(optimizer, warmup, "0", 0, STEPS_MOST, "steps", 0, "Steps over which the learning rate rises from 0."),
+    REAL(optimizer, final, "0.1", NULL, 0, 1, "Fraction of lr that the schedule ends at."),
+    REAL(optimizer, weight_decay, "0.1", NULL, 0, 1e3, "Decoupled weight decay, on matrices only."),
+    REAL(optimizer, clip, "1.0", NULL, 0, 1e9, "Largest norm of the gradients; 0 does not clip."),
+    REAL(optimizer, beta1, "0.9", NULL, 0, 0.999999, "AdamW: decay of the first moment."),
+    REAL(optimizer, beta2, "0.95", NULL, 0, 0.999999, "AdamW: decay of the second moment."),
+    REAL(optimizer, eps, "1e-8", NULL, 1e-30, 1, "AdamW: added to the root of the second moment."),
+};
+static const phx_option precision_options[] = {
+    ENUM(precision, compute, "fp32", precision_choices, 0, "Type of the weights as the model reads them."),
+    ENUM(precision, reduce, "fp32", precision_choices, 0, "Type of gradients on the wire."),
+};
+static const phx_option device_options[] = {
+    STRING(device, plugin, "auto", 0, "The device's plugin; auto takes cpu."),
+    INT(device, threads, "auto", 1, 1024, "threads", PHX_OPTF_AUTO,
+        "Threads per rank; auto shares the cores of this machine among its ranks."),
+};
+static const phx_option comm_options[] = {
+    STRING(comm, plugin, "auto", 0, "The communicator's plugin; auto takes shm."),
+};
+static const phx_option checkpoint_options[] = {
+    INT(checkpoint, every, "0", 0, STEPS_MOST, "steps", 0, "Steps between checkpoints; 0 writes only the final weights."),
+};
+static const phx_option plugins_options[] = {
+    STRING(plugins, path, "", PHX_OPTF_PER_RANK, "Absolute directories of plugins, colon-separated, searched first."),
+};
+
+#define TABLE(section) \
+  { #section, section##_options, sizeof section##_options / sizeof section##_options[0] }
+static const phx__core_table tables[] = {
+    TABLE(run), TABLE(batch), TABLE(model), TABLE(data), TABLE(optimizer), TABLE(precision), TABLE(device), TABLE(comm),
+    TABLE(checkpoint), TABLE(plugins),
+};
+
+const phx__core_table *phx__core_table_at(uint32_t i) {
+  return i < sizeof tables / sizeof tables[0] ? &tables[i] : NULL;
+}
+
+const phx__core_table *phx__core_section(const char *name) {
+  for (uint32_t i = 0; phx__core_table_at(i); i++)
+    if (strcmp(tables[i].section, name) == 0) return &tables[i];
+  return NULL;
+}

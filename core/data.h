@@ -1,0 +1,39 @@
+/* core/data.h - token files, and the deterministic order in which every rank reads its part of them.
+ *
+ * A file is llm.c's .bin (256 x int32 header: magic 20240520, version 1, token count; then uint16 tokens) or nanoGPT's
+ * raw uint16.  A sample is a window of `sequence` tokens and its targets, one token later; windows do not overlap and
+ * do not cross files.  [main] only. */
+#ifndef PHX__DATA_H
+#define PHX__DATA_H
+#include <phalanx/base.h>
+
+#define PHX__TOKENS_MAGIC 20240520
+#define PHX__TOKENS_VERSION 1
+#define PHX__TOKENS_HEADER 1024 /* bytes */
+
+typedef struct phx__data phx__data;
+
+/* pattern: a file, or a glob; files in the order of their names.  Reads every token once: a file with a wrong length,
+ * header, or a token that is not below `vocabulary` is refused, with its name and the offset. */
+phx_status phx__data_open(const char *pattern, int64_t sequence, int64_t vocabulary, uint64_t seed, phx__data **out,
+                          phx_error *err);
+void phx__data_close(phx__data *data); /* NULL is fine */
+int64_t phx__data_files(const phx__data *data);
+int64_t phx__data_tokens(const phx__data *data);
+int64_t phx__data_windows(const phx__data *data); /* samples of an epoch */
+
+/* Refuses, with the arithmetic, data that has fewer samples than one step takes. */
+phx_status phx__data_check_batch(const phx__data *data, int64_t micro, int32_t accumulate, int32_t data_size,
+                                 phx_error *err);
+/* Micro-batch `micro_index` of this data rank in `step` (from 0): tokens and targets (micro, sequence).
+ * A step takes samples [step * G, (step + 1) * G) of the shuffled, endlessly repeated epochs, G = micro * accumulate *
+ * data_size; so the samples of a step depend on G only, not on how ranks and micro-batches divide it. */
+phx_status phx__data_batch(const phx__data *data, int64_t step, int32_t micro_index, int32_t accumulate,
+                           int32_t data_rank, int32_t data_size, int64_t micro, int32_t *tokens, int32_t *targets,
+                           phx_error *err);
+/* Windows [index * batch, ...) in file order; *rows of them (the last batch may be short).  Past the end: PHX_INVALID. */
+phx_status phx__data_valid_batch(const phx__data *data, int64_t index, int64_t batch, int32_t *tokens,
+                                 int32_t *targets, int64_t *rows, phx_error *err);
+/* The i-th sample of an epoch, 0 <= i < windows: a permutation of the windows. */
+int64_t phx__data_order(const phx__data *data, int64_t epoch, int64_t i);
+#endif

@@ -1,0 +1,363 @@
+/* core/engine.c - the only training loop: read phx__engine_step first, at the bottom.
+ *
+ * Activations belong to the engine: per slot (a micro-batch in flight) the output and the saved tensors of every stage
+ * this rank runs, and two buffers that the gradient of a boundary alternates between.  The strategy decides where
+ * weights and gradients are; the model computes; the communicators move.  No allocation after create. */
+#include "engine.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "status.h"
+#include "sys.h"
+
+enum { NORM_BLOCKS = 4096 };
+
+/* ---- buffers ---- */
+static phx_status take(phx__runtime *rt, int32_t kind, int64_t bytes, void **out, phx_error *err) {
+  const phx_memory what = {.struct_size = sizeof what, .bytes = bytes, .kind = kind, .space = PHX_SPACE_DEVICE};
+  return bytes > 0 ? rt->core_host.table.alloc(&rt->core_host, &what, out, err) : PHX_OK;
+}
+
+static phx_status take_slot(phx__engine *e, int32_t slot, phx_error *err) {
+  const phx__prepared *p = e->rt->prepared;
+  const uint32_t n = p->model->n_stages;
+  phx_status status = PHX_OK;
+  for (uint32_t s = 0; s < n && !status; s++) {
+    const size_t i = (size_t)slot * n + s;
+    status = take(e->rt, PHX_MEM_ACTIVATION, p->stages[s].output, &e->outputs[i], err);
+    if (!status) status = take(e->rt, PHX_MEM_ACTIVATION, p->stages[s].saved, &e->saved[i], err);
+  }
+  for (size_t parity = 0; parity < 2 && !status; parity++)
+    status = take(e->rt, PHX_MEM_ACTIVATION, p->boundary_bytes, &e->gradients[(size_t)slot * 2 + parity], err);
+  return status;
+}
+
+phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *err) {
+  phx_status status = PHX_OK;
+  const phx__prepared *p = rt->prepared;
+  const size_t slots = (size_t)p->layout.activation_slots, n = p->model->n_stages;
+  void *tokens = NULL;
+  phx__engine *e = phx__calloc(1, sizeof *e);
+  if (!e) return phx__fail(err, PHX_NOMEM, "no memory for the engine");
+  e->rt = rt;
+  e->outputs = phx__calloc(slots * n, sizeof *e->outputs);
+  e->saved = phx__calloc(slots * n, sizeof *e->saved);
+  e->gradients = phx__calloc(slots * 2, sizeof *e->gradients);
+  e->losses = phx__calloc((size_t)p->topology.accumulate, sizeof *e->losses);
+  e->norm_blocks = phx__calloc(NORM_BLOCKS, sizeof *e->norm_blocks);
+  e->host_tokens = phx__calloc((size_t)p->token_bytes, 1);
+  if (!e->outputs || !e->saved || !e->gradients || !e->losses || !e->norm_blocks || !e->host_tokens) {
+    status = phx__fail(err, PHX_NOMEM, "no memory for the engine");
+    goto done;
+  }
+  PHX__TRY(take(rt, PHX_MEM_BUFFER, p->token_bytes, &tokens, err));
+  e->tokens = tokens;
+  for (int32_t slot = 0; slot < (int32_t)slots; slot++) PHX__TRY(take_slot(e, slot, err));
+  PHX__TRY(take(rt, PHX_MEM_WORKSPACE, p->workspace_bytes, &e->workspace, err));
+  *out = e;
+done:
+  if (status) phx__engine_destroy(e);
+  return status;
+}
+
+void phx__engine_destroy(phx__engine *e) {
+  if (!e) return;
+  const phx__prepared *p = e->rt->prepared;
+  const size_t slots = (size_t)p->layout.activation_slots, n = p->model->n_stages;
+  const phx_host *host = &e->rt->core_host.table;
+  host->release(host->ctx, e->workspace);
+  for (size_t i = slots * 2; e->gradients && i-- > 0;) host->release(host->ctx, e->gradients[i]);
+  for (size_t i = slots * n; e->saved && e->outputs && i-- > 0;) {
+    host->release(host->ctx, e->saved[i]);
+    host->release(host->ctx, e->outputs[i]);
+  }
+  host->release(host->ctx, e->tokens);
+  phx__free(e->host_tokens);
+  phx__free(e->norm_blocks);
+  phx__free(e->losses);
+  phx__free(e->gradients);
+  phx__free(e->saved);
+  phx__free(e->outputs);
+  phx__free(e);
+}
+
+/* ---- one stage ---- */
+static int64_t micro_tokens(const phx__engine *e) {
+  return e->rt->prepared->shape.micro * e->rt->prepared->shape.sequence;
+}
+
+static phx_stage_call stage_call(phx__engine *e, uint32_t stage, int32_t pass, int32_t micro_batch, int32_t slot,
+                                 const phx_view *view) {
+  const phx__prepared *p = e->rt->prepared;
+  const size_t row = (size_t)slot * p->model->n_stages;
+  const uint32_t last = p->model->n_stages - 1;
+  int32_t *tokens = e->tokens + 2 * micro_batch * micro_tokens(e);
+  phx_stage_call call = {
+      .struct_size = sizeof call, .stage = stage, .pass = pass, .view = view, .saved = e->saved[row + stage],
+      .workspace = e->workspace, .input = stage > 0 ? e->outputs[row + stage - 1] : NULL,
+      .output = stage < last ? e->outputs[row + stage] : NULL, .tokens = tokens, .targets = tokens + micro_tokens(e),
+      .batch = p->shape.micro, .sequence = p->shape.sequence};
+  if (stage == last) call.loss = &e->losses[micro_batch];
+  if (pass == PHX_PASS_BACKWARD) {
+    call.d_output = stage < last ? e->gradients[slot * 2 + (int32_t)(stage & 1)] : NULL;
+    call.d_input = stage > 0 ? e->gradients[slot * 2 + (int32_t)((stage - 1) & 1)] : NULL;
+  }
+  return call;
+}
+
+static int stage_runs(const phx__engine *e, uint32_t stage, int32_t micro_batch) {
+  const phx__prepared *p = e->rt->prepared;
+  const phx_model_table *t = p->model_table;
+  return !PHX_HAS(t, phx_model_table, stage_runs) || !t->stage_runs ||
+         t->stage_runs(e->rt->model, stage, (uint64_t)e->rt->config->s.run.seed, e->step, micro_batch,
+                       p->layout.data_rank);
+}
+
+/* A stage that does not run hands its input (or its output's gradient) on. */
+static phx_status pass_on(phx__engine *e, const phx_stage_call *call, phx_error *err) {
+  const phx_device *d = e->rt->device;
+  const int64_t bytes = e->rt->prepared->stages[call->stage].memory.output;
+  if (!call->input || !call->output)
+    return phx__fail(err, PHX_UNSUPPORTED, "stage %u cannot be skipped: it is the first or the last", call->stage);
+  if (call->pass == PHX_PASS_BACKWARD) return d->copy(d->ctx, call->d_input, call->d_output, bytes, NULL, err);
+  return d->copy(d->ctx, call->output, call->input, bytes, NULL, err);
+}
+
+static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs, phx_error *err) {
+  const phx_device *d = e->rt->device;
+  const phx_model_table *model = e->rt->prepared->model_table;
+  phx_status status = PHX_OK;
+  phx__job_heartbeat(e->rt->job);
+  if (!runs) return pass_on(e, call, err);
+  if (call->view->ready) status = d->stream_wait(d->ctx, NULL, call->view->ready, err);
+  if (status) return status;
+  status = call->pass == PHX_PASS_BACKWARD ? model->backward(e->rt->model, call, err)
+                                           : model->forward(e->rt->model, call, err);
+  if (!status && e->at_stage) e->at_stage(e->at_stage_arg);
+  return status;
+}
+
+/* acquire, run, release */
+static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32_t micro_batch,
+                             const phx_stage_call *override, phx_error *err) {
+  const phx__prepared *p = e->rt->prepared;
+  const phx_view *view = NULL;
+  phx_status status = p->strategy->acquire(e->rt->strategy, stage, pass, micro_batch, NULL, &view, err);
+  if (status) return status;
+  const int runs = pass == PHX_PASS_EVALUATE || stage_runs(e, stage, micro_batch);
+  phx_stage_call call = override ? *override : stage_call(e, stage, pass, micro_batch, 0, view);
+  call.view = view;
+  status = run_stage(e, &call, runs, err);
+  if (status) return status;
+  uint32_t flags = 0;
+  if (pass == PHX_PASS_BACKWARD) {
+    const phx_stage *s = phx_model_stage(p->model, stage);
+    for (uint32_t i = 0; i < s->n_uses; i++)
+      if (phx_model_use(p->model, s->first_use + i)->flags & PHX_USE_LAST) flags |= PHX_RELEASE_LAST_USE;
+    if (!runs) flags |= PHX_RELEASE_NO_GRADIENT;
+  }
+  return p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err);
+}
+
+/* ---- the executor: what a strategy that runs the step itself may call ---- */
+static int64_t executor_boundary_bytes(void *ctx, uint32_t stage) {
+  return ((phx__engine *)ctx)->rt->prepared->stages[stage].memory.output;
+}
+
+static void *executor_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t gradient) {
+  phx__engine *e = ctx;
+  if (gradient) return e->gradients[slot * 2 + (int32_t)(stage & 1)];
+  return e->outputs[(size_t)slot * e->rt->prepared->model->n_stages + stage];
+}
+
+static phx_status executor_forward(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
+                                   phx_error *err) {
+  const phx_stage_call call = stage_call(ctx, stage, PHX_PASS_FORWARD, micro_batch, slot, view);
+  return run_stage(ctx, &call, stage_runs(ctx, stage, micro_batch), err);
+}
+
+static phx_status executor_backward(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
+                                    phx_error *err) {
+  const phx_stage_call call = stage_call(ctx, stage, PHX_PASS_BACKWARD, micro_batch, slot, view);
+  return run_stage(ctx, &call, stage_runs(ctx, stage, micro_batch), err);
+}
+
+static phx_status run_own_schedule(phx__engine *e, phx_error *err) {
+  const phx_executor executor = {
+      .struct_size = sizeof executor, .ctx = e, .micro_batches = e->rt->prepared->topology.accumulate,
+      .n_stages = e->rt->prepared->model->n_stages, .boundary_bytes = executor_boundary_bytes,
+      .boundary = executor_boundary, .forward = executor_forward, .backward = executor_backward};
+  return e->rt->prepared->strategy->run_step(e->rt->strategy, &executor, err);
+}
+
+/* ---- data, loss and norm ---- */
+static phx_status to_device(phx__engine *e, int64_t bytes, phx_error *err) {
+  const phx_device *d = e->rt->device;
+  return d->copy(d->ctx, e->tokens, e->host_tokens, bytes, NULL, err);
+}
+
+static phx_status load_batch(phx__engine *e, phx__data *data, phx_error *err) {
+  const phx__prepared *p = e->rt->prepared;
+  for (int32_t micro = 0; micro < p->topology.accumulate; micro++) {
+    int32_t *at = e->host_tokens + 2 * micro * micro_tokens(e);
+    phx_status status = phx__data_batch(data, e->step - 1, micro, p->topology.accumulate, p->layout.data_rank,
+                                        p->layout.data_size, p->shape.micro, at, at + micro_tokens(e), err);
+    if (status) return status;
+  }
+  memset(e->losses, 0, sizeof *e->losses * (size_t)p->topology.accumulate);
+  return to_device(e, (int64_t)sizeof(int32_t) * 2 * p->topology.accumulate * micro_tokens(e), err);
+}
+
+/* Mean over data ranks and micro-batches; ranks combine by the canonical tree, ranks without the loss add zero. */
+static phx_status combine_loss(phx__engine *e, int32_t micro_batches, double *out, phx_error *err) {
+  const phx_device *d = e->rt->device;
+  double sum = 0;
+  phx_status status = d->stream_synchronize(d->ctx, NULL, err);
+  if (status) return status;
+  for (int32_t micro = 0; micro < micro_batches; micro++) sum += e->losses[micro];
+  status = e->rt->core->all_reduce(e->rt->core->ctx, &sum, &sum, 1, PHX_F64, PHX_SUM, NULL, err);
+  if (status) return status;
+  *out = sum / ((double)micro_batches * e->rt->prepared->layout.data_size);
+  return PHX_OK;
+}
+
+static phx_status norm_add(void *ctx, uint32_t unit, int64_t first_block, int64_t blocks, const float *gradient,
+                           phx_stream *stream, phx_error *err) {
+  phx__engine *e = ctx;
+  const phx_device *d = e->rt->device;
+  (void)unit;
+  (void)first_block;
+  for (int64_t done = 0; done < blocks; done += NORM_BLOCKS) {
+    const int64_t n = blocks - done < NORM_BLOCKS ? blocks - done : NORM_BLOCKS;
+    phx_status status =
+        e->rt->ops->block_norms(e->rt->ops->ctx, e->norm_blocks, gradient + done * PHX_BLOCK, n, stream, err);
+    if (!status) status = d->stream_synchronize(d->ctx, stream, err);
+    if (status) return status;
+    for (int64_t i = 0; i < n; i++) phx__exact_sum_add(&e->norm, e->norm_blocks[i]);
+  }
+  return PHX_OK;
+}
+
+/* The norm of the unscaled sum over ranks and micro-batches. */
+static phx_status gradient_norm(phx__engine *e, double *out, phx_error *err) {
+  const phx_accumulator acc = {.struct_size = sizeof acc, .ctx = e, .add = norm_add};
+  memset(&e->norm, 0, sizeof e->norm);
+  phx_status status = e->rt->prepared->strategy->gradient_norm(e->rt->strategy, &acc, err);
+  if (status) return status;
+  status = e->rt->core->all_reduce(e->rt->core->ctx, &e->norm, &e->norm, PHX__SUM_WORDS, PHX_I64, PHX_SUM, NULL, err);
+  if (status) return status;
+  *out = sqrt(phx__exact_sum_value(&e->norm));
+  return PHX_OK;
+}
+
+static phx_status run_micro_batches(phx__engine *e, phx_error *err) {
+  const phx_strategy_table *strategy = e->rt->prepared->strategy;
+  const int32_t n = e->rt->prepared->topology.accumulate;
+  const int32_t stages = (int32_t)e->rt->prepared->model->n_stages;
+  phx_status status = PHX_OK;
+  for (int32_t micro = 0; micro < n && !status; micro++) {
+    status = strategy->begin_micro_batch(e->rt->strategy, micro, micro == n - 1, err);
+    for (int32_t s = 0; s < stages && !status; s++)
+      status = stage_pass(e, (uint32_t)s, PHX_PASS_FORWARD, micro, NULL, err);
+    for (int32_t s = stages - 1; s >= 0 && !status; s--)
+      status = stage_pass(e, (uint32_t)s, PHX_PASS_BACKWARD, micro, NULL, err);
+  }
+  return status;
+}
+
+/* ---- the step ---- */
+phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out, phx_error *err) {
+  phx_status status = PHX_OK;
+  const phx_strategy_table *strategy = e->rt->prepared->strategy;
+  const phx__settings *settings = &e->rt->config->s;
+  const double terms = (double)e->rt->prepared->topology.accumulate * e->rt->prepared->layout.data_size;
+  phx__step_result result = {.lr = phx__optim_lr(settings, step)};
+  e->step = step;
+  phx__job_state(e->rt->job, 2, step);
+
+  PHX__TRY(load_batch(e, data, err));
+  if (PHX_HAS(strategy, phx_strategy_table, run_step) && strategy->run_step) PHX__TRY(run_own_schedule(e, err));
+  else PHX__TRY(run_micro_batches(e, err));
+  PHX__TRY(strategy->finish_gradients(e->rt->strategy, err));
+  PHX__TRY(combine_loss(e, e->rt->prepared->topology.accumulate, &result.loss, err));
+
+  double norm = 0;
+  PHX__TRY(gradient_norm(e, &norm, err));
+  result.grad_norm = norm / terms;
+  if (!isfinite(result.loss) || !isfinite(result.grad_norm)) {
+    status = phx__fail(err, PHX_INVALID,
+                       "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr "
+                       "or set optimizer.clip",
+                       (long long)step, result.loss, result.grad_norm);
+    goto done;
+  }
+  const double clip = settings->optimizer.clip;
+  const double factor = clip > 0 && result.grad_norm > clip ? clip / result.grad_norm : 1.0;
+  e->rt->optim.step = step;
+  e->rt->optim.lr = result.lr;
+  PHX__TRY(strategy->update(e->rt->strategy, step, (float)(factor / terms), err));
+  *out = result;
+done:
+  e->rt->optim.step = 0;
+  return status;
+}
+
+/* ---- evaluation ---- */
+static phx_status evaluate_loaded(phx__engine *e, const phx_stage_call *shape, phx_error *err) {
+  const uint32_t n = e->rt->prepared->model->n_stages;
+  phx_status status = PHX_OK;
+  for (uint32_t s = 0; s < n && !status; s++) {
+    phx_stage_call call = stage_call(e, s, PHX_PASS_EVALUATE, 0, 0, NULL);
+    call.batch = shape->batch;
+    call.sequence = shape->sequence;
+    if (!shape->targets) {
+      call.targets = NULL;
+      call.loss = NULL;
+      call.logits = s == n - 1 ? shape->logits : NULL;
+    }
+    status = stage_pass(e, s, PHX_PASS_EVALUATE, 0, &call, err);
+  }
+  return status;
+}
+
+static phx_status check_can_evaluate(const phx__engine *e, phx_error *err) {
+  for (uint32_t s = 0; s < e->rt->prepared->model->n_stages; s++)
+    if (!e->rt->prepared->layout.stage_owned[s])
+      return phx__fail(err, PHX_UNSUPPORTED, "strategy %s does not hold every stage on every rank: no evaluation",
+                       e->rt->config->strategy.plugin->descriptor->id);
+  return PHX_OK;
+}
+
+phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t batches, double *loss, phx_error *err) {
+  const phx__prepared *p = e->rt->prepared;
+  phx_status status = check_can_evaluate(e, err);
+  double sum = 0;
+  const int64_t whole = phx__data_windows(data) / p->shape.micro; /* full batches; a short last one is left out */
+  const int64_t rounds = (whole + p->layout.data_size - 1) / p->layout.data_size;
+  if (batches > rounds) batches = rounds;
+  for (int64_t i = 0; i < batches && !status; i++) {
+    int32_t *at = e->host_tokens;
+    int64_t rows = 0;
+    const int64_t index = (i * p->layout.data_size + p->layout.data_rank) % whole;
+    status = phx__data_valid_batch(data, index, p->shape.micro, at, at + micro_tokens(e), &rows, err);
+    if (!status) status = to_device(e, (int64_t)sizeof(int32_t) * 2 * micro_tokens(e), err);
+    const phx_stage_call shape = {.batch = p->shape.micro, .sequence = p->shape.sequence, .targets = e->tokens};
+    if (!status) status = evaluate_loaded(e, &shape, err);
+    if (!status) status = combine_loss(e, 1, &e->losses[0], err);
+    sum += e->losses[0];
+  }
+  if (status) return status;
+  *loss = sum / (double)batches;
+  return PHX_OK;
+}
+
+phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, float *logits, phx_error *err) {
+  phx_status status = check_can_evaluate(e, err);
+  if (status) return status;
+  memcpy(e->host_tokens, tokens, (size_t)length * sizeof *tokens);
+  status = to_device(e, length * (int64_t)sizeof *tokens, err);
+  if (status) return status;
+  const phx_stage_call shape = {.batch = 1, .sequence = length, .logits = logits};
+  return evaluate_loaded(e, &shape, err);
+}

@@ -1,0 +1,39 @@
+/* core/engine.h - the training step.  [main] [collective]
+ *
+ * data -> begin_micro_batch -> acquire, forward, release per stage -> loss -> acquire, backward, release per stage in
+ * reverse -> finish_gradients -> norm, clip -> update.  A strategy with run_step takes over the middle part. */
+#ifndef PHX__ENGINE_H
+#define PHX__ENGINE_H
+#include "data.h"
+#include "norm.h"
+#include "runtime.h"
+
+typedef struct phx__step_result {
+  double loss;      /* mean over the global batch, nats per token */
+  double grad_norm; /* of the mean gradient, before clipping */
+  double lr;
+} phx__step_result;
+
+typedef struct phx__engine {
+  phx__runtime *rt;
+  int32_t *host_tokens, *tokens; /* (accumulate, 2, B, T): tokens, then targets; the same memory on a cpu */
+  void **outputs, **saved;       /* (slots, n_stages), or NULL where not owned */
+  void **gradients;              /* (slots, 2): boundary gradients, by the stage's parity */
+  void *workspace;
+  double *losses;                /* (accumulate) of this rank */
+  double *norm_blocks;           /* sums of squares on their way from the device */
+  phx__exact_sum norm;
+  int64_t step;                  /* in progress, from 1 */
+  void (*at_stage)(void *arg);   /* called at every stage boundary, or NULL */
+  void *at_stage_arg;
+} phx__engine;
+
+phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *err);
+void phx__engine_destroy(phx__engine *e);
+/* One optimizer step on the batch of `step` (from 1). */
+phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out, phx_error *err);
+/* Mean loss over `batches` micro-batches per data rank of held-out data. */
+phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t batches, double *loss, phx_error *err);
+/* One sequence of `length` tokens forward; logits (vocabulary) of the last position. */
+phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, float *logits, phx_error *err);
+#endif

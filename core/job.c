@@ -1,0 +1,206 @@
+/* core/job.c - this process's place in the job: opening it, agreeing, and saying how it goes.
+ *
+ * What it is for: phx.job/1 for communicators, and the few meetings of all ranks before anything is allocated.
+ * What it does not do: start ranks (launcher.c), collectives on data (the communicator plugins).
+ * Invariant: one job per process, until the process ends.  A liveness page is written by its rank only; the first
+ * failure's message stays, later ones are dropped.
+ * Threads: [main]; fail() is [any], and safe in a signal handler. */
+#include "job.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "job_segment.h"
+#include "status.h"
+#include "sys.h"
+
+struct job {
+  phx_job shown;
+  phx__member member;
+  phx_liveness *pages[PHX_RANKS_MAX];
+  uint32_t failing; /* a message has been taken */
+};
+static struct job *the_job;
+
+/* The communicator's thread shares the rank's cores with its compute, so nobody may spin for long: a waiter that may
+ * spin does so for some 20 us, which hides a peer that is nearly there, then sleeps.  With fewer cores than ranks the
+ * peer we wait for may need this very core: sleep at once. */
+static int32_t decide_spin(const phx__segment *segment, int32_t local_size) {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return 0;
+  int cpus = CPU_COUNT(&mask);
+  return segment->pinned ? cpus >= 1 : cpus >= local_size;
+}
+
+static void job_fail(void *ctx, const char *message) {
+  struct job *job = ctx;
+  phx_liveness *mine = job->shown.mine;
+  if (!__atomic_exchange_n(&job->failing, 1, __ATOMIC_ACQ_REL)) {
+    size_t length = strnlen(message, sizeof mine->message - 1);
+    memcpy(mine->message, message, length);
+    mine->message[length] = 0;
+    __atomic_store_n(&mine->state, 4, __ATOMIC_RELEASE);
+  }
+  phx__segment_fail(job->member.segment, 1 + (uint32_t)job->shown.rank);
+}
+
+static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **bases, phx_error *err) {
+  struct job *job = ctx;
+  void *found[PHX_RANKS_MAX];
+  phx_status status = phx__segment_share(&job->member, name, bytes, found, err);
+  if (status == PHX_OK) memcpy(bases, found, (size_t)job->shown.size * sizeof *found);
+  return status;
+}
+
+bool phx__job_is_rank(void) {
+  return phx__identity_kind() != PHX__ALONE;
+}
+
+/* Takes this rank's page; a second process with the same number is refused. */
+static phx_status join(struct job *job, phx_error *err) {
+  phx_liveness *mine = job->shown.mine;
+  int32_t nobody = 0;
+  if (!__atomic_compare_exchange_n(&mine->pid, &nobody, (int32_t)getpid(), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) &&
+      nobody != (int32_t)getpid())
+    return phx__fail(err, PHX_INVALID, "rank %d of this job is process %d already; this one is %d", job->shown.rank,
+                     nobody, (int)getpid());
+  uint64_t now = phx__now_ns();
+  __atomic_store_n(&mine->start_ns, now, __ATOMIC_RELAXED);
+  __atomic_store_n(&mine->heartbeat_ns, now, __ATOMIC_RELAXED);
+  __atomic_store_n(&mine->state, 1, __ATOMIC_RELEASE);
+  return PHX_OK;
+}
+
+static void fill_shown(struct job *job, const phx__identity *me, double timeout_s) {
+  phx__segment *segment = job->member.segment;
+  for (int32_t r = 0; r < me->size; r++) job->pages[r] = &segment->pages[r].alive;
+  job->shown = (phx_job){
+      .struct_size = sizeof(phx_job),
+      .ctx = job,
+      .rank = me->rank,
+      .size = me->size,
+      .local_rank = me->local_rank,
+      .local_size = me->local_size,
+      .timeout_s = timeout_s,
+      .mine = job->pages[me->rank],
+      .ranks = job->pages,
+      .failed = &segment->failed,
+      .may_spin = decide_spin(segment, me->local_size),
+      .share = job_share,
+      .fail = job_fail,
+  };
+  job->member.rank = me->rank;
+  job->member.size = me->size;
+  job->member.timeout_s = timeout_s;
+  job->member.may_spin = job->shown.may_spin;
+}
+
+phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) {
+  phx__identity me;
+  phx_status status;
+  struct job *job = NULL;
+  int fd = -1;
+  if (the_job) return phx__fail(err, PHX_STATE, "this process has opened its job already");
+  if (!(timeout_s >= 0) || timeout_s > 1e9)
+    return phx__fail(err, PHX_INVALID, "timeout is %g s; expected 0 (for ever) to 1e9", timeout_s);
+  PHX__TRY(phx__identity_read(&me, err));
+  job = phx__calloc(1, sizeof *job);
+  if (!job) {
+    status = phx__fail(err, PHX_NOMEM, "no memory for the job's record, %zu bytes", sizeof *job);
+    goto done;
+  }
+  if (me.by == PHX__BY_PHALANX) {
+    fd = me.fd;
+    if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) { /* what a rank starts is no rank */
+      status = phx__fail_errno(err, PHX_INVALID, errno, "PHALANX_JOB_FD=%d is not an open file", fd);
+      fd = -1;
+      goto done;
+    }
+  } else if (me.by == PHX__ALONE) {
+    fd = phx__job_create_segment(1, err);
+    if (fd < 0) {
+      status = PHX_NOMEM;
+      goto done;
+    }
+  } else {
+    PHX__TRY(phx__rendezvous(&me, timeout_s, &fd, err));
+  }
+  job->member.fd = fd;
+  PHX__TRY(phx__segment_map(fd, me.size, &job->member.segment, err));
+  fill_shown(job, &me, timeout_s);
+  PHX__TRY(join(job, err));
+  if (me.by != PHX__ALONE) phx__crash_install(&job->shown);
+  the_job = job;
+  *out = &job->shown;
+  return PHX_OK;
+done:
+  if (job) {
+    phx__segment_unmap(job->member.segment);
+    if (fd >= 0 && me.by != PHX__BY_PHALANX) phx__sys.close(fd);
+  }
+  phx__free(job);
+  return status;
+}
+
+static struct job *inner(const phx_job *job) {
+  return job->ctx;
+}
+
+/* The value that most ranks have; of equally frequent ones, the lowest rank's. */
+static int32_t most_common(const phx__post *all, int32_t size) {
+  int32_t best = 0, best_count = 0;
+  for (int32_t r = 0; r < size; r++) {
+    int32_t count = 0;
+    for (int32_t s = 0; s < size; s++) count += all[s].value == all[r].value;
+    if (count > best_count) {
+      best = r;
+      best_count = count;
+    }
+  }
+  return best;
+}
+
+phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, phx_error *err) {
+  phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_AGREE, .value = value};
+  strncpy(mine.name, what, sizeof mine.name - 1);
+  phx_status status = phx__exchange(&inner(job)->member, &mine, all, err);
+  if (status != PHX_OK) return status;
+  int32_t usual = most_common(all, job->size);
+  for (int32_t r = 0; r < job->size; r++)
+    if (all[r].value != all[usual].value)
+      return phx__fail(
+          err, PHX_INVALID,
+          "the ranks disagree about %s: rank %d has %016llx, rank %d has %016llx; start all ranks with the "
+          "same files and options",
+          what, r, (unsigned long long)all[r].value, usual, (unsigned long long)all[usual].value);
+  return PHX_OK;
+}
+
+phx_status phx__job_max(const phx_job *job, int64_t value, int64_t *out, phx_error *err) {
+  phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_MAX, .value = (uint64_t)value};
+  phx_status status = phx__exchange(&inner(job)->member, &mine, all, err);
+  if (status != PHX_OK) return status;
+  int64_t largest = INT64_MIN;
+  for (int32_t r = 0; r < job->size; r++)
+    if ((int64_t)all[r].value > largest) largest = (int64_t)all[r].value;
+  *out = largest;
+  return PHX_OK;
+}
+
+void phx__job_state(const phx_job *job, int32_t state, int64_t step) {
+  int32_t old = __atomic_load_n(&job->mine->state, __ATOMIC_ACQUIRE);
+  __atomic_store_n(&job->mine->step, step, __ATOMIC_RELAXED);
+  /* A failure stays: fail() may come from another thread at this very moment. */
+  while (old != 4 &&
+         !__atomic_compare_exchange_n(&job->mine->state, &old, state, false, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE)) {
+  }
+  phx__job_heartbeat(job);
+}
+
+void phx__job_heartbeat(const phx_job *job) {
+  __atomic_store_n(&job->mine->heartbeat_ns, phx__now_ns(), __ATOMIC_RELAXED);
+}

@@ -1,0 +1,143 @@
+/* core/launcher_spawn.c - fork and exec of one rank: environment, log file, cores, and death with the launcher.
+ *
+ * Invariant: whatever can fail with a message is done before the fork; the child only makes system calls.  A rank
+ * never outlives the launcher: PR_SET_PDEATHSIG, and a look at getppid() for a launcher that died before that call.
+ * Ranks stay in the launcher's process group, so that Ctrl-C and Ctrl-Z reach all of them as the shell means it.
+ * Threads: [main]. */
+#include "launcher_spawn.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "status.h"
+#include "sys.h"
+
+extern char **environ;
+
+/* The first of the CPUs that share a core with `cpu`; cpu itself where the kernel does not say. */
+static int first_sibling(int cpu) {
+  char path[96], text[64];
+  snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+  int fd = phx__sys.open(path, O_RDONLY, 0), first = cpu;
+  if (fd < 0) return cpu;
+  ssize_t n = phx__sys.read(fd, text, sizeof text - 1);
+  phx__sys.close(fd);
+  if (n <= 0) return cpu;
+  text[n] = 0;
+  return sscanf(text, "%d", &first) == 1 ? first : cpu;
+}
+
+void phx__cpus_read(phx__cpus *out) {
+  cpu_set_t mask, cores;
+  out->count = 0;
+  CPU_ZERO(&mask);
+  CPU_ZERO(&cores);
+  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return;
+  for (int pass = 0; pass < 2; pass++)
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+      if (!CPU_ISSET(cpu, &mask)) continue;
+      int core = first_sibling(cpu);
+      if (core < 0 || core >= CPU_SETSIZE) core = cpu;
+      if (pass == 0 && CPU_ISSET(core, &cores)) continue; /* a second thread: in the second pass */
+      CPU_SET(core, &cores);
+      CPU_CLR(cpu, &mask);
+      out->ids[out->count++] = cpu;
+    }
+}
+
+enum { N_OWN = 5 };
+typedef struct surroundings { /* of one rank */
+  char own[N_OWN][48];
+  char **variables;
+  int log; /* -1: rank 0, which inherits */
+  int null;
+} surroundings;
+
+static bool is_own(const char *variable) {
+  static const char *const names[N_OWN] = {
+      "PHALANX_RANK=", "PHALANX_WORLD_SIZE=", "PHALANX_LOCAL_RANK=", "PHALANX_LOCAL_SIZE=", "PHALANX_JOB_FD="};
+  for (int i = 0; i < N_OWN; i++)
+    if (strncmp(variable, names[i], strlen(names[i])) == 0) return true;
+  return false;
+}
+
+static phx_status make_environment(surroundings *around, int32_t rank, int32_t size, int memfd, phx_error *err) {
+  size_t count = 0, used = 0;
+  while (environ[count]) count++;
+  around->variables = phx__calloc(count + N_OWN + 1, sizeof *around->variables);
+  if (!around->variables) return phx__fail(err, PHX_NOMEM, "no memory for the environment of rank %d", rank);
+  snprintf(around->own[0], sizeof around->own[0], "PHALANX_RANK=%d", rank);
+  snprintf(around->own[1], sizeof around->own[1], "PHALANX_WORLD_SIZE=%d", size);
+  snprintf(around->own[2], sizeof around->own[2], "PHALANX_LOCAL_RANK=%d", rank);
+  snprintf(around->own[3], sizeof around->own[3], "PHALANX_LOCAL_SIZE=%d", size);
+  snprintf(around->own[4], sizeof around->own[4], "PHALANX_JOB_FD=%d", memfd);
+  for (size_t i = 0; i < count; i++)
+    if (!is_own(environ[i])) around->variables[used++] = environ[i];
+  for (int i = 0; i < N_OWN; i++) around->variables[used++] = around->own[i];
+  return PHX_OK;
+}
+
+static phx_status open_log(surroundings *around, int32_t rank, const char *run_dir, phx_error *err) {
+  char path[4096];
+  if (rank == 0) return PHX_OK;
+  int used = snprintf(path, sizeof path, "%s/rank-%d.log", run_dir, rank);
+  if (used < 0 || (size_t)used >= sizeof path)
+    return phx__fail(err, PHX_INVALID, "the run directory's name has more than %zu bytes", sizeof path - 20);
+  around->log = phx__sys.open(path, O_WRONLY | O_CREAT | O_APPEND, 0644);
+  if (around->log < 0)
+    return phx__fail_errno(err, PHX_IO, errno, "cannot write %.300s, the log of rank %d", path, rank);
+  around->null = phx__sys.open("/dev/null", O_RDONLY, 0);
+  if (around->null < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open /dev/null for rank %d", rank);
+  return PHX_OK;
+}
+
+static void pin(const phx__spawn *spawn, int32_t rank) {
+  cpu_set_t mine;
+  CPU_ZERO(&mine);
+  for (int i = 0; i < spawn->launch->threads; i++) CPU_SET(spawn->cpus->ids[rank * spawn->launch->threads + i], &mine);
+  sched_setaffinity(0, sizeof mine, &mine); /* a hint: a rank that stays unpinned computes the same */
+}
+
+/* After a failed exec: the page is mapped here too. */
+static void say_in_page(const phx__spawn *spawn, int32_t rank, int cause) {
+  phx_liveness *page = &spawn->segment->pages[rank].alive;
+  snprintf(page->message, sizeof page->message, "cannot execute %.300s: %s", spawn->launch->argv[0], strerror(cause));
+  __atomic_store_n(&page->state, 4, __ATOMIC_RELEASE);
+  phx__segment_fail(spawn->segment, 1 + (uint32_t)rank);
+}
+
+static _Noreturn void run_child(const phx__spawn *spawn, int32_t rank, pid_t launcher, const surroundings *around) {
+  if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != launcher) _exit(127);
+  if (spawn->cpus) pin(spawn, rank);
+  if (around->log >= 0 && (dup2(around->null, 0) < 0 || dup2(around->log, 1) < 0 || dup2(around->log, 2) < 0))
+    _exit(127);
+  if (fcntl(spawn->memfd, F_SETFD, 0) != 0) _exit(127);
+  sigprocmask(SIG_SETMASK, &spawn->mask, NULL);
+  execve(spawn->launch->argv[0], spawn->launch->argv, around->variables);
+  say_in_page(spawn, rank, errno);
+  _exit(127);
+}
+
+phx_status phx__spawn_rank(const phx__spawn *spawn, int32_t rank, pid_t *out, phx_error *err) {
+  surroundings around = {.log = -1, .null = -1};
+  pid_t launcher = getpid(), pid = -1;
+  phx_status status;
+  PHX__TRY(make_environment(&around, rank, spawn->launch->ranks, spawn->memfd, err));
+  PHX__TRY(open_log(&around, rank, spawn->launch->run_dir, err));
+  pid = fork();
+  if (pid == 0) run_child(spawn, rank, launcher, &around);
+  if (pid < 0) {
+    status = phx__fail_errno(err, PHX_NOMEM, errno, "cannot start rank %d (fork)", rank);
+    goto done;
+  }
+  *out = pid;
+done:
+  if (around.null >= 0) phx__sys.close(around.null);
+  if (around.log >= 0) phx__sys.close(around.log);
+  phx__free(around.variables);
+  return status;
+}

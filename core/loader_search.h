@@ -1,0 +1,16 @@
+/* core/loader_search.h - between loader.c and loader_search.c: directories and trust.  [main] only. */
+#ifndef PHX__LOADER_SEARCH_H
+#define PHX__LOADER_SEARCH_H
+#include "loader.h"
+
+enum { PHX__SEARCH_MOST = 32 };
+typedef struct phx__search {
+  char *directories[PHX__SEARCH_MOST]; /* real paths, each once, in search order */
+  size_t n;
+} phx__search;
+
+phx_status phx__search_open(const char *configured, phx__search *out, phx_error *err);
+void phx__search_close(phx__search *search);
+/* path: a real path. */
+phx_status phx__file_trusted(const char *path, phx_error *err);
+#endif

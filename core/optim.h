@@ -1,0 +1,23 @@
+/* core/optim.h - the optimizers behind "phx.optim/1", and the learning rate's schedule.  [main]
+ *
+ * AdamW (decoupled decay, arXiv 1711.05101) and SGD; decay on parameters with PHX_PARAM_DECAY only. */
+#ifndef PHX__OPTIM_H
+#define PHX__OPTIM_H
+#include <phalanx/provider.h>
+
+#include "config.h"
+
+typedef struct phx__optim {
+  phx_optim table;
+  const phx__settings *settings;
+  const phx_model *model;
+  const phx_ops *ops;
+  int64_t step; /* of the update in progress, from 1; 0: none */
+  double lr;    /* of that step */
+} phx__optim;
+
+/* States and name, before any device exists: for the topology. */
+void phx__optim_states(const phx__settings *settings, phx_optim *out);
+void phx__optim_init(phx__optim *o, const phx__settings *settings, const phx_model *model, const phx_ops *ops);
+double phx__optim_lr(const phx__settings *settings, int64_t step); /* step from 1 to run.steps */
+#endif

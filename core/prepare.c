@@ -1,0 +1,123 @@
+/* core/prepare.c - see prepare.h. */
+#include "prepare.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+#include "layout.h"
+#include "optim.h"
+#include "status.h"
+#include "sys.h"
+
+static phx_status prepare_model(phx__prepared *p, phx_error *err) {
+  phx_model declared = {.struct_size = sizeof declared};
+  p->facts.struct_size = sizeof p->facts;
+  phx_status status = p->model_table->declare(p->config->model.config, &declared, &p->facts, &p->shape, err);
+  if (status) return status;
+  if (p->shape.sequence > p->facts.context)
+    return phx__fail(err, PHX_INVALID,
+                     "batch.sequence = %" PRId64 " is longer than the model's context of %" PRId64
+                     " tokens: lower batch.sequence or raise model.context",
+                     p->shape.sequence, p->facts.context);
+  return phx__layout_build(&declared, &p->model, err);
+}
+
+static void prepare_topology(phx__prepared *p, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size) {
+  const phx__settings *s = &p->config->s;
+  phx_optim optim;
+  phx__optim_states(s, &optim);
+  p->topology = (phx_topology){
+      .struct_size = sizeof p->topology, .rank = rank, .world_size = size, .local_rank = local_rank,
+      .local_size = local_size, .accumulate = (int32_t)s->batch.accumulate, .reduce = s->batch.reduce,
+      .compute_dtype = s->precision.compute ? PHX_BF16 : PHX_F32,
+      .reduce_dtype = s->precision.reduce ? PHX_BF16 : PHX_F32, .overlaps = 1, .n_optim_states = optim.n_states,
+      .payload = p->comm->payload};
+  for (uint32_t i = 0; i < optim.n_states; i++) p->topology.optim_dtype[i] = optim.states[i].dtype;
+}
+
+static phx_status prepare_layout(phx__prepared *p, phx_error *err) {
+  phx_layout *l = &p->layout;
+  *l = (phx_layout){.struct_size = sizeof *l, .data_rank = p->topology.rank, .data_size = p->topology.world_size,
+                    .activation_slots = 1, .n_axes = 1};
+  memcpy(l->axes[0].name, "data", sizeof "data");
+  l->axes[0].size = l->data_size;
+  l->axes[0].index = l->data_rank;
+  l->stage_owned = phx__calloc(p->model->n_stages, 1);
+  l->unit_owned = phx__calloc(p->model->n_units, 1);
+  if (!l->stage_owned || !l->unit_owned) return phx__fail(err, PHX_NOMEM, "no memory for the layout");
+  memset(l->stage_owned, 1, p->model->n_stages);
+  memset(l->unit_owned, 1, p->model->n_units);
+  if (!p->strategy->layout) return PHX_OK;
+  phx_status status = p->strategy->layout(p->config->strategy.config, &p->topology, p->model, l, err);
+  if (status) return status;
+  if (l->data_size < 1 || l->data_rank < 0 || l->data_rank >= l->data_size || l->activation_slots < 1)
+    return phx__fail(err, PHX_INVALID, "strategy %s: layout gave data rank %d of %d and %d activation slots",
+                     p->config->strategy.plugin->descriptor->id, l->data_rank, l->data_size, l->activation_slots);
+  return PHX_OK;
+}
+
+static phx_status plan_activations(phx__prepared *p, phx_error *err) {
+  const uint32_t n = p->model->n_stages;
+  const int64_t slots = p->layout.activation_slots;
+  p->stages = phx__calloc(n, sizeof *p->stages);
+  if (!p->stages) return phx__fail(err, PHX_NOMEM, "no memory for the plan");
+  for (uint32_t s = 0; s < n; s++) {
+    phx__stage_plan *plan = &p->stages[s];
+    plan->memory.struct_size = sizeof plan->memory;
+    phx_status status = p->model_table->stage_memory(p->config->model.config, &p->shape, s, &plan->memory, err);
+    if (status) return status;
+    const int owned = p->layout.stage_owned[s], next_owned = s + 1 < n && p->layout.stage_owned[s + 1];
+    plan->output = owned || next_owned ? phx_align_bytes(plan->memory.output) : 0;
+    plan->saved = owned ? phx_align_bytes(plan->memory.saved) : 0;
+    p->planned[PHX_MEM_ACTIVATION] += slots * (plan->output + plan->saved);
+    if (plan->output > p->boundary_bytes) p->boundary_bytes = plan->output;
+    if (owned && plan->memory.workspace > p->workspace_bytes) p->workspace_bytes = plan->memory.workspace;
+  }
+  p->workspace_bytes = phx_align_bytes(p->workspace_bytes);
+  p->planned[PHX_MEM_ACTIVATION] += 2 * slots * p->boundary_bytes;
+  p->planned[PHX_MEM_WORKSPACE] += p->workspace_bytes;
+  p->token_bytes = phx_align_bytes(2 * (int64_t)sizeof(int32_t) * p->topology.accumulate * p->shape.micro *
+                                   p->shape.sequence);
+  p->planned[PHX_MEM_BUFFER] += p->token_bytes;
+  return PHX_OK;
+}
+
+phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
+                        int64_t micro, int64_t sequence, phx__prepared **out, phx_error *err) {
+  phx_status status = PHX_OK;
+  phx__prepared *p = phx__calloc(1, sizeof *p);
+  if (!p) return phx__fail(err, PHX_NOMEM, "no memory to prepare the run");
+  p->config = config;
+  p->strategy = config->strategy.plugin->descriptor->table;
+  p->device = config->device.plugin->descriptor->table;
+  p->comm = config->comm.plugin->descriptor->table;
+  p->model_table = config->model.plugin->descriptor->table;
+  p->shape = (phx_batch_shape){.struct_size = sizeof p->shape, .micro = micro > 0 ? micro : config->s.batch.micro,
+                               .sequence = sequence > 0 ? sequence : config->s.batch.sequence};
+  if (size < 2 && (config->strategy.plugin->descriptor->needs & PHX_NEED_TWO_RANKS)) {
+    status = phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs at least two ranks; this run has %d",
+                       config->strategy.plugin->descriptor->id, size);
+    goto done;
+  }
+  PHX__TRY(prepare_model(p, err));
+  prepare_topology(p, rank, size, local_rank, local_size);
+  PHX__TRY(prepare_layout(p, err));
+  p->estimate.struct_size = sizeof p->estimate;
+  PHX__TRY(p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err));
+  for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
+  p->planned[PHX_MEM_BUFFER] += p->comm->buffer_bytes(config->comm.config, size);
+  PHX__TRY(plan_activations(p, err));
+  *out = p;
+done:
+  if (status) phx__prepared_free(p);
+  return status;
+}
+
+void phx__prepared_free(phx__prepared *p) {
+  if (!p) return;
+  phx__layout_free(p->model);
+  phx__free(p->layout.stage_owned);
+  phx__free(p->layout.unit_owned);
+  phx__free(p->stages);
+  phx__free(p);
+}

@@ -1,0 +1,39 @@
+/* core/prepare.h - everything about a run that can be known before anything is allocated: the model's layout, the
+ * strategy's layout and estimate, the memory and traffic plan.  Pure but for reading the data files' headers.  [main]
+ *
+ * The launcher prepares once to refuse what does not fit; every rank prepares again for itself. */
+#ifndef PHX__PREPARE_H
+#define PHX__PREPARE_H
+#include <phalanx/provider.h>
+
+#include "config.h"
+
+typedef struct phx__stage_plan {
+  phx_stage_memory memory;
+  int64_t output, saved; /* bytes really held per slot on this rank; 0 when not owned (or no neighbour is) */
+} phx__stage_plan;
+
+typedef struct phx__prepared {
+  const phx__config *config;
+  const phx_strategy_table *strategy;
+  const phx_device_table *device;
+  const phx_comm_table *comm;
+  const phx_model_table *model_table;
+  phx_model *model;
+  phx_model_facts facts;
+  phx_batch_shape shape;
+  phx_topology topology;
+  phx_layout layout;
+  phx_estimate estimate;         /* of the strategy */
+  phx__stage_plan *stages;       /* (n_stages) */
+  int64_t boundary_bytes;        /* of one gradient boundary: the largest output */
+  int64_t workspace_bytes;       /* of the model */
+  int64_t token_bytes;           /* tokens and targets of all micro-batches of a step */
+  int64_t planned[PHX_MEM_KINDS];/* this rank, the device's scratch excluded (known when it is open) */
+} phx__prepared;
+
+/* sequence and micro override the configuration when > 0 (sampling). */
+phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
+                        int64_t micro, int64_t sequence, phx__prepared **out, phx_error *err);
+void phx__prepared_free(phx__prepared *p);
+#endif

@@ -1,0 +1,97 @@
+/* core/progress.c - see progress.h.  Losses are written with 17 digits: enough to tell any two doubles apart. */
+#include "progress.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "status.h"
+
+double phx__now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+void phx__bytes_text(int64_t bytes, char text[24]) {
+  static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  double value = (double)bytes;
+  int u = 0;
+  while (value >= 1024 && u < 4) value /= 1024, u++;
+  snprintf(text, 24, u ? "%.1f %s" : "%.0f %s", value, units[u]);
+}
+
+static void keep_metric(void *arg, const char *plugin, const char *name, double value) {
+  phx__progress *p = arg;
+  size_t used = strlen(p->extra);
+  int n = snprintf(p->extra + used, sizeof p->extra - used, ",\"%s.%s\":%.17g", plugin, name, value);
+  if (n < 0 || (size_t)n >= sizeof p->extra - used) p->extra[used] = 0;
+}
+
+phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, phx_error *err) {
+  char path[4200];
+  *p = (phx__progress){.rt = rt, .started = phx__now()};
+  p->tokens_per_step = rt->prepared->shape.micro * rt->prepared->shape.sequence * rt->prepared->topology.accumulate *
+                       rt->prepared->layout.data_size;
+  if (rt->job->rank != 0) return PHX_OK;
+  rt->strategy_host.metric = keep_metric;
+  rt->strategy_host.metric_arg = p;
+  p->terminal = isatty(STDOUT_FILENO);
+  snprintf(path, sizeof path, "%s/metrics.jsonl", rt->config->s.run.out);
+  p->metrics = fopen(path, "we");
+  return p->metrics ? PHX_OK : phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+}
+
+static void say(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, double valid_loss) {
+  const int64_t steps = p->rt->config->s.run.steps;
+  char memory[24], valid[40] = "";
+  phx__bytes_text(p->rt->book.now_all, memory);
+  if (isfinite(valid_loss)) snprintf(valid, sizeof valid, " | held-out %.4f", valid_loss);
+  const double rate = (double)p->tokens_per_step / seconds;
+  if (!p->terminal) {
+    printf("step %*" PRId64 "/%" PRId64 " | loss %.6f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", 4, step,
+           steps, r->loss, r->grad_norm, r->lr, 1e3 * seconds, rate, memory, valid);
+    return;
+  }
+  enum { WIDTH = 24 };
+  char bar[WIDTH + 1];
+  const int64_t full = step * WIDTH / steps;
+  const double left = (phx__now() - p->started) / (double)step * (double)(steps - step);
+  for (int64_t i = 0; i < WIDTH; i++) bar[i] = i < full ? '#' : '.';
+  bar[WIDTH] = 0;
+  printf("\r\033[K[%s] %" PRId64 "/%" PRId64 " loss %.4f norm %.3f %.0f tok/s %s ETA %d:%02d%s%s", bar, step, steps,
+         r->loss, r->grad_norm, rate, memory, (int)left / 60, (int)left % 60, valid,
+         valid[0] || step == steps ? "\n" : "");
+}
+
+phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds,
+                              int64_t bytes_sent, double valid_loss, const char *hash, phx_error *err) {
+  const phx__settings *s = &p->rt->config->s;
+  if (!p->metrics) return PHX_OK;
+  FILE *f = p->metrics;
+  fprintf(f, "{\"step\":%" PRId64 ",\"loss\":%.17g,\"grad_norm\":%.17g,\"lr\":%.17g,\"tokens_per_s\":%.6g,"
+             "\"step_ms\":%.6g,\"bytes\":{",
+          step, r->loss, r->grad_norm, r->lr, (double)p->tokens_per_step / seconds, 1e3 * seconds);
+  for (int32_t k = 0; k < PHX_MEM_KINDS; k++)
+    fprintf(f, "%s\"%s\":%" PRId64, k ? "," : "", phx__memory_name(k), p->rt->book.now[k]);
+  fprintf(f, "},\"bytes_sent\":%" PRId64, bytes_sent);
+  if (isfinite(valid_loss)) fprintf(f, ",\"valid_loss\":%.17g", valid_loss);
+  if (hash) fprintf(f, ",\"state_hash\":\"%s\"", hash);
+  fprintf(f, "%s}\n", p->extra);
+  p->extra[0] = 0;
+  if (fflush(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
+  if (step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss)) {
+    say(p, step, r, seconds, valid_loss);
+    fflush(stdout);
+  }
+  return PHX_OK;
+}
+
+void phx__progress_close(phx__progress *p) {
+  if (p->metrics) fclose(p->metrics);
+  p->metrics = NULL;
+}

@@ -1,0 +1,188 @@
+/* core/report.c - see report.h. */
+#include "report.h"
+
+#include <cjson/cJSON.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/utsname.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "status.h"
+#include "sys.h"
+
+int64_t phx__pss_bytes(void) {
+  FILE *f = fopen("/proc/self/smaps_rollup", "re");
+  char line[256];
+  int64_t kib = -1;
+  if (!f) return -1;
+  while (kib < 0 && fgets(line, sizeof line, f))
+    if (!strncmp(line, "Pss:", 4)) kib = strtoll(line + 4, NULL, 10);
+  fclose(f);
+  return kib < 0 ? -1 : kib * 1024;
+}
+
+int64_t phx__report_sum(const int64_t *values, int32_t n) {
+  int64_t sum = 0;
+  for (int32_t i = 0; i < n; i++) sum += values[i];
+  return sum;
+}
+
+/* ---- the run's directory ---- */
+static phx_status make_dirs(const char *path, phx_error *err) {
+  char part[4096];
+  if (snprintf(part, sizeof part, "%s", path) >= (int)sizeof part)
+    return phx__fail(err, PHX_INVALID, "run.out = %s is too long for a path", path);
+  for (char *slash = strchr(part + 1, '/');; slash = strchr(slash + 1, '/')) {
+    if (slash) *slash = 0;
+    if (phx__sys.mkdir(part, 0755) && errno != EEXIST)
+      return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
+    if (!slash) return PHX_OK;
+    *slash = '/';
+  }
+}
+
+static phx_status move_aside(const char *dir, phx_error *err) {
+  char name[4200];
+  struct stat st;
+  snprintf(name, sizeof name, "%s/run.json", dir);
+  if (stat(name, &st)) return PHX_OK;
+  for (int n = 1; n < 100000; n++) {
+    snprintf(name, sizeof name, "%s.%d", dir, n);
+    if (!lstat(name, &st)) continue;
+    if (phx__sys.rename(dir, name)) return phx__fail_errno(err, PHX_IO, errno, "cannot move %s to %s", dir, name);
+    fprintf(stderr, "%s holds an earlier run: it is now %s\n", dir, name);
+    return PHX_OK;
+  }
+  return phx__fail(err, PHX_IO, "%s has too many earlier runs beside it: remove some, or change run.out", dir);
+}
+
+phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
+  char path[4200], dir[4096];
+  snprintf(dir, sizeof dir, "%s", config->s.run.out);
+  for (size_t n = strlen(dir); n > 1 && dir[n - 1] == '/'; n--) dir[n - 1] = 0;
+  phx_status status = move_aside(dir, err);
+  if (!status) status = make_dirs(dir, err);
+  if (status) return status;
+  snprintf(path, sizeof path, "%s/config.ini", dir);
+  FILE *f = fopen(path, "we");
+  if (!f) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  phx__config_print(config, f, true);
+  if (fflush(f) || ferror(f)) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  fclose(f);
+  return status;
+}
+
+/* ---- run.json ---- */
+static void add_config(void *arg, const char *section, const char *key, const char *value, const char *source) {
+  cJSON *root = arg;
+  cJSON *s = cJSON_GetObjectItemCaseSensitive(root, section);
+  if (!s) s = cJSON_AddObjectToObject(root, section);
+  cJSON *entry = cJSON_AddObjectToObject(s, key);
+  cJSON_AddStringToObject(entry, "value", value);
+  cJSON_AddStringToObject(entry, "source", source);
+}
+
+static void add_plugin(cJSON *parent, const char *kind, const phx__plugin *p) {
+  cJSON *o = cJSON_AddObjectToObject(parent, kind);
+  char abi[32];
+  snprintf(abi, sizeof abi, "%u.%u", p->descriptor->table_major, p->descriptor->table_minor);
+  cJSON_AddStringToObject(o, "id", p->descriptor->id);
+  cJSON_AddStringToObject(o, "version", p->descriptor->version);
+  cJSON_AddStringToObject(o, "abi", abi);
+  cJSON_AddStringToObject(o, "path", p->path);
+  cJSON_AddStringToObject(o, "sha256", p->sha256);
+}
+
+static void add_machine(cJSON *root, const phx__runtime *rt) {
+  struct utsname u;
+  cJSON *m = cJSON_AddObjectToObject(root, "machine");
+  if (!uname(&u)) {
+    cJSON_AddStringToObject(m, "system", u.sysname);
+    cJSON_AddStringToObject(m, "release", u.release);
+    cJSON_AddStringToObject(m, "architecture", u.machine);
+  }
+  cJSON_AddNumberToObject(m, "cpus", (double)sysconf(_SC_NPROCESSORS_ONLN));
+  cJSON_AddStringToObject(m, "device", rt->device->name);
+  cJSON_AddNumberToObject(m, "threads_per_rank", rt->device->threads);
+}
+
+static void add_ranks(cJSON *parent, const char *name, const phx__run_result *r, size_t offset) {
+  cJSON *a = cJSON_AddArrayToObject(parent, name);
+  for (int32_t i = 0; i < r->n_ranks; i++) {
+    int64_t value;
+    memcpy(&value, (const char *)&r->ranks[i] + offset, sizeof value);
+    cJSON_AddItemToArray(a, cJSON_CreateNumber((double)value));
+  }
+}
+
+static void add_result(cJSON *root, const phx__run_result *r) {
+  cJSON *o = cJSON_AddObjectToObject(root, "result");
+  char text[32];
+  cJSON_AddNumberToObject(o, "steps", (double)r->steps);
+  snprintf(text, sizeof text, "%.17g", r->loss);
+  cJSON_AddRawToObject(o, "loss", text);
+  snprintf(text, sizeof text, "%.17g", r->valid_loss);
+  if (isfinite(r->valid_loss)) cJSON_AddRawToObject(o, "valid_loss", text);
+  cJSON_AddStringToObject(o, "state_hash", r->state_hash);
+  cJSON_AddNumberToObject(o, "tokens_per_s", r->tokens_per_s);
+  cJSON_AddNumberToObject(o, "step_ms", r->step_ms);
+  add_ranks(o, "peak_pss", r, offsetof(phx__rank_report, peak_pss));
+  add_ranks(o, "steady_allocator_calls", r, offsetof(phx__rank_report, steady_calls));
+  cJSON *bytes = cJSON_AddObjectToObject(o, "bytes");
+  for (size_t k = 0; k < PHX_MEM_KINDS; k++) {
+    cJSON *kind = cJSON_AddObjectToObject(bytes, phx__memory_name((int32_t)k));
+    add_ranks(kind, "planned", r, offsetof(phx__rank_report, planned) + k * sizeof(int64_t));
+    add_ranks(kind, "measured", r, offsetof(phx__rank_report, measured) + k * sizeof(int64_t));
+  }
+  cJSON *sent = cJSON_AddObjectToObject(o, "sent");
+  for (size_t op = 0; op < PHX_OPS; op++) {
+    if (!r->ranks[0].calls_planned[op] && !r->ranks[0].calls_measured[op]) continue;
+    cJSON *c = cJSON_AddObjectToObject(sent, phx_op_name((int32_t)op));
+    add_ranks(c, "planned", r, offsetof(phx__rank_report, sent_planned) + op * sizeof(int64_t));
+    add_ranks(c, "measured", r, offsetof(phx__rank_report, sent_measured) + op * sizeof(int64_t));
+    add_ranks(c, "calls_planned", r, offsetof(phx__rank_report, calls_planned) + op * sizeof(int64_t));
+    add_ranks(c, "calls_measured", r, offsetof(phx__rank_report, calls_measured) + op * sizeof(int64_t));
+  }
+}
+
+phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, phx_error *err) {
+  phx_status status = PHX_OK;
+  char path[4200], part[4300], when[64];
+  time_t now = time(NULL);
+  struct tm tm;
+  FILE *f = NULL;
+  cJSON *root = cJSON_CreateObject();
+  snprintf(path, sizeof path, "%s/run.json", rt->config->s.run.out);
+  snprintf(part, sizeof part, "%s.part", path);
+  strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &tm));
+  cJSON_AddStringToObject(root, "phalanx", PHX__VERSION);
+  cJSON_AddStringToObject(root, result ? "finished" : "started", when);
+  cJSON_AddNumberToObject(root, "ranks", rt->job->size);
+  add_machine(root, rt);
+  cJSON *plugins = cJSON_AddObjectToObject(root, "plugins");
+  add_plugin(plugins, "strategy", rt->config->strategy.plugin);
+  add_plugin(plugins, "device", rt->config->device.plugin);
+  add_plugin(plugins, "comm", rt->config->comm.plugin);
+  add_plugin(plugins, "model", rt->config->model.plugin);
+  phx__config_each(rt->config, add_config, cJSON_AddObjectToObject(root, "config"));
+  if (result) add_result(root, result);
+  char *text = cJSON_Print(root);
+  if (!text) {
+    status = phx__fail(err, PHX_NOMEM, "no memory for %s", path);
+    goto done;
+  }
+  f = fopen(part, "we");
+  if (!f || fputs(text, f) < 0 || fputc('\n', f) < 0 || fflush(f) || fsync(fileno(f)) || phx__sys.rename(part, path))
+    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+done:
+  if (f) fclose(f);
+  cJSON_free(text);
+  cJSON_Delete(root);
+  return status;
+}

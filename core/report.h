@@ -1,0 +1,31 @@
+/* core/report.h - what a run measured, of every rank, and the files it leaves: run.json and metrics.jsonl.  [main] */
+#ifndef PHX__REPORT_H
+#define PHX__REPORT_H
+#include "engine.h"
+
+/* One rank's numbers, as plain int64 so that they travel by all_gather. */
+typedef struct phx__rank_report {
+  int64_t planned[PHX_MEM_KINDS], measured[PHX_MEM_KINDS]; /* bytes; measured: the peak of what was allocated */
+  int64_t sent_planned[PHX_OPS], sent_measured[PHX_OPS];   /* payload bytes of one step */
+  int64_t calls_planned[PHX_OPS], calls_measured[PHX_OPS];
+  int64_t peak_pss;         /* bytes, sampled at stage boundaries of one step */
+  int64_t steady_calls;     /* of the host's allocator during steps after the first */
+} phx__rank_report;
+
+typedef struct phx__run_result {
+  int64_t steps;
+  double loss, valid_loss;  /* valid_loss NaN: not asked for */
+  double tokens_per_s, step_ms; /* median over the steps after the first */
+  char state_hash[33];
+  phx__rank_report ranks[PHX_RANKS_MAX];
+  int32_t n_ranks;
+} phx__run_result;
+
+/* Proportional set size of this process, or -1. */
+int64_t phx__pss_bytes(void);
+/* Creates run_dir (and parents); a previous run there is moved aside to run_dir.N; writes config.ini.  Launcher only. */
+phx_status phx__run_dir_create(const phx__config *config, phx_error *err);
+/* run.json; result NULL while the run goes on.  Written beside and renamed. */
+phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, phx_error *err);
+int64_t phx__report_sum(const int64_t *values, int32_t n);
+#endif

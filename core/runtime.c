@@ -1,0 +1,169 @@
+/* core/runtime.c - see runtime.h.  A failed open closes what was opened. */
+#include "runtime.h"
+
+#include <string.h>
+
+#include "layout.h"
+#include "rng.h"
+#include "status.h"
+#include "sys.h"
+#include "train.h"
+
+static phx_status open_device(phx__runtime *rt, phx_error *err) {
+  const phx__config *c = rt->config;
+  const phx_device_table *table = rt->prepared->device;
+  phx_status status = table->create(&rt->device_host.table, c->device.config, phx__threads(c, rt->job->local_size),
+                                    &rt->device_self, err);
+  if (status) return status;
+  rt->book.device_table = table;
+  rt->book.device_self = rt->device_self;
+  rt->device = table->device(rt->device_self);
+  rt->ops = table->ops(rt->device_self);
+  rt->prepared->planned[PHX_MEM_WORKSPACE] += phx_align_bytes(rt->ops->scratch_bytes);
+  if ((c->strategy.plugin->descriptor->needs & PHX_NEED_HOST_MEMORY) && !(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
+    return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs a device whose memory the CPU can read; %s is none",
+                     c->strategy.plugin->descriptor->id, rt->device->name);
+  return PHX_OK;
+}
+
+static phx_status open_comm(phx__runtime *rt, phx_error *err) {
+  int64_t arena = 0;
+  phx_status status = phx__job_max(rt->job, rt->prepared->estimate.arena_bytes, &arena, err);
+  if (status) return status;
+  rt->comm_host.device = rt->device;
+  status = rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err);
+  if (status) return status;
+  rt->book.arena = rt->prepared->comm->arena(rt->world);
+  rt->book.arena_bytes = rt->prepared->estimate.arena_bytes;
+  return rt->world->split(rt->world->ctx, 0, rt->world->rank, &rt->core, err);
+}
+
+static phx_status open_model(phx__runtime *rt, phx_error *err) {
+  rt->model_host.device = rt->device;
+  rt->model_host.ops = rt->ops;
+  return rt->prepared->model_table->create(&rt->model_host.table, rt->config->model.config, rt->prepared->model,
+                                           &rt->prepared->shape, &rt->model, err);
+}
+
+static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
+  phx__optim_init(&rt->optim, &rt->config->s, rt->prepared->model, rt->ops);
+  rt->strategy_host.device = rt->device;
+  rt->strategy_host.comm = rt->world;
+  rt->strategy_host.optim = &rt->optim.table;
+  const char *const *wanted = rt->config->strategy.plugin->descriptor->extensions;
+  for (; wanted && *wanted; wanted++)
+    if (!rt->strategy_host.table.extension(&rt->strategy_host, *wanted))
+      return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs the host extension %s, which this core does not have",
+                       rt->config->strategy.plugin->descriptor->id, *wanted);
+  return rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
+                                        &rt->prepared->topology, rt->prepared->model, &rt->strategy, err);
+}
+
+phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx__prepared *prepared,
+                             phx__runtime **out, phx_error *err) {
+  phx_status status = PHX_OK;
+  phx__runtime *rt = phx__calloc(1, sizeof *rt);
+  if (!rt) {
+    phx__prepared_free(prepared);
+    return phx__fail(err, PHX_NOMEM, "no memory for the run");
+  }
+  rt->config = config;
+  rt->job = job;
+  rt->prepared = prepared;
+  phx__host_init(&rt->core_host, "core", job, &rt->book);
+  phx__host_init(&rt->device_host, config->device.plugin->descriptor->id, job, &rt->book);
+  phx__host_init(&rt->comm_host, config->comm.plugin->descriptor->id, job, &rt->book);
+  phx__host_init(&rt->model_host, config->model.plugin->descriptor->id, job, &rt->book);
+  phx__host_init(&rt->strategy_host, config->strategy.plugin->descriptor->id, job, &rt->book);
+  PHX__TRY(phx__job_agree(job, phx__config_hash(config), "the configuration", err));
+  PHX__TRY(open_device(rt, err));
+  PHX__TRY(open_comm(rt, err));
+  PHX__TRY(open_model(rt, err));
+  PHX__TRY(open_strategy(rt, err));
+  *out = rt;
+done:
+  if (status) phx__runtime_close(rt);
+  return status;
+}
+
+void phx__runtime_close(phx__runtime *rt) {
+  if (!rt) return;
+  if (rt->strategy) rt->prepared->strategy->destroy(rt->strategy);
+  if (rt->model) rt->prepared->model_table->destroy(rt->model);
+  if (rt->core) rt->core->destroy(rt->core);
+  const phx__host *plugins[] = {&rt->strategy_host, &rt->model_host};
+  for (int i = 0; i < 2; i++)
+    if (phx__host_held(plugins[i]) > 0)
+      phx__log(rt->job->rank, plugins[i]->plugin, PHX_LOG_ERROR, "destroy() left memory allocated");
+  phx__memory_book_clear(&rt->book);
+  if (rt->world) rt->prepared->comm->destroy(rt->world);
+  if (rt->device_self) rt->prepared->device->destroy(rt->device_self);
+  phx__prepared_free(rt->prepared);
+  phx__free(rt);
+}
+
+/* ---- state ---- */
+typedef struct state_walk {
+  phx__runtime *rt;
+  phx__state_hash hash;
+} state_walk;
+
+void phx__initial_values(const phx_param *p, uint64_t seed, int64_t in_param, int64_t numel, float *out) {
+  if (p->init == PHX_INIT_NORMAL) {
+    phx__rng_normal(out, in_param, numel, seed, phx__rng_stream(p->name), p->init_std);
+    return;
+  }
+  for (int64_t i = 0; i < numel; i++) out[i] = p->init == PHX_INIT_ONE ? 1.0f : 0.0f;
+}
+
+static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error *err) {
+  phx__runtime *rt = ((state_walk *)ctx)->rt;
+  void *data = NULL;
+  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK; /* the strategy's own business */
+  phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_WRITE, &data, err);
+  if (status) return status;
+  if (slice->dtype != PHX_F32)
+    return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
+                     slice->dtype);
+  memset(data, 0, (size_t)slice->blocks * PHX_BLOCK * sizeof(float));
+  if (slice->kind == PHX_STATE_WEIGHT || slice->kind == PHX_STATE_MASTER) {
+    phx__range r = {0};
+    const int64_t first = slice->first_block * PHX_BLOCK;
+    while (phx__layout_next(rt->prepared->model, slice->unit, slice->flat, first, slice->blocks * PHX_BLOCK, &r))
+      phx__initial_values(r.param, (uint64_t)rt->config->s.run.seed, r.in_param, r.numel,
+                          (float *)data + (r.first - first));
+  }
+  return rt->prepared->strategy->unmap(rt->strategy, slice, PHX_MAP_WRITE, data, err);
+}
+
+phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err) {
+  state_walk walk = {.rt = rt};
+  phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = initialise_slice};
+  phx_status status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, err);
+  return status ? status : rt->prepared->strategy->state_changed(rt->strategy, err);
+}
+
+static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) {
+  state_walk *walk = ctx;
+  const phx_strategy_table *strategy = walk->rt->prepared->strategy;
+  void *data = NULL;
+  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK;
+  phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_READ, &data, err);
+  if (status) return status;
+  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, slice, data);
+  return strategy->unmap(walk->rt->strategy, slice, PHX_MAP_READ, data, err);
+}
+
+phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err) {
+  state_walk walk = {.rt = rt};
+  phx__state_hash all[PHX_RANKS_MAX];
+  phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = hash_slice};
+  phx_status status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, err);
+  if (status) return status;
+  status = rt->core->all_gather(rt->core->ctx, &walk.hash, all, 2, PHX_U64, NULL, err);
+  if (status) return status;
+  phx__state_hash sum = {0, 0};
+  for (int32_t r = 0; r < rt->core->size; r++) phx__state_hash_add(&sum, all[r]);
+  *out = sum;
+  return PHX_OK;
+}

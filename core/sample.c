@@ -1,0 +1,121 @@
+/* core/sample.c - see sample.h.
+ *
+ * The model runs on one rank in EVALUATE passes over the last `context` tokens; nothing is cached between tokens, so
+ * that sampling uses the very path that training uses. */
+#include "sample.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+#include "rng.h"
+#include "status.h"
+#include "sys.h"
+#include "weights.h"
+
+enum { END_OF_TEXT = 256, BYTE_VOCABULARY = 257 };
+
+typedef struct candidate {
+  float logit;
+  int32_t token;
+} candidate;
+
+static int by_logit(const void *a, const void *b) {
+  const candidate *x = a, *y = b;
+  if (x->logit != y->logit) return x->logit < y->logit ? 1 : -1;
+  return x->token - y->token;
+}
+
+/* Softmax of the top k at a temperature, inverted at a uniform number. */
+static int32_t choose(candidate *c, int64_t n, const phx__sample_options *o, uint64_t index) {
+  qsort(c, (size_t)n, sizeof *c, by_logit);
+  if (o->temperature == 0) return c[0].token;
+  const int64_t k = o->top_k > 0 && o->top_k < n ? o->top_k : n;
+  double sum = 0, at = 0;
+  for (int64_t i = 0; i < k; i++) sum += exp((c[i].logit - c[0].logit) / o->temperature);
+  const double u = phx__rng_uniform((uint64_t)o->seed, phx__rng_stream("sample"), index) * sum;
+  for (int64_t i = 0; i < k; i++)
+    if ((at += exp((c[i].logit - c[0].logit) / o->temperature)) > u) return c[i].token;
+  return c[k - 1].token;
+}
+
+static void show(int32_t token, bool bytes) {
+  if (!bytes) printf("%" PRId32 " ", token);
+  else if (token < END_OF_TEXT) putchar(token);
+  else putchar('\n');
+}
+
+static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_error *err) {
+  phx_status status = PHX_OK;
+  const int64_t vocabulary = e->rt->prepared->facts.vocabulary, context = e->rt->prepared->shape.sequence;
+  const bool bytes = vocabulary == BYTE_VOCABULARY;
+  const int64_t prompt = (int64_t)strlen(o->prompt);
+  int64_t n = 0;
+  int32_t *tokens = phx__calloc((size_t)(prompt + o->tokens + 1), sizeof *tokens);
+  float *logits = phx__calloc((size_t)vocabulary, sizeof *logits);
+  candidate *candidates = phx__calloc((size_t)vocabulary, sizeof *candidates);
+  if (!tokens || !logits || !candidates) {
+    status = phx__fail(err, PHX_NOMEM, "no memory to sample");
+    goto done;
+  }
+  if (!bytes && prompt) {
+    status = phx__fail(err, PHX_UNSUPPORTED,
+                       "--prompt: the model's vocabulary of %" PRId64 " is not the byte tokenizer's %d", vocabulary,
+                       BYTE_VOCABULARY);
+    goto done;
+  }
+  tokens[n++] = bytes ? END_OF_TEXT : 0;
+  for (int64_t i = 0; i < prompt; i++) tokens[n++] = (unsigned char)o->prompt[i];
+  fputs(o->prompt, stdout);
+  for (int64_t i = 0; i < o->tokens; i++) {
+    const int64_t length = n < context ? n : context;
+    PHX__TRY(phx__engine_logits(e, tokens + n - length, length, logits, err));
+    for (int64_t t = 0; t < vocabulary; t++) candidates[t] = (candidate){logits[t], (int32_t)t};
+    tokens[n] = choose(candidates, vocabulary, o, (uint64_t)i);
+    show(tokens[n++], bytes);
+    fflush(stdout);
+  }
+  putchar('\n');
+done:
+  phx__free(candidates);
+  phx__free(logits);
+  phx__free(tokens);
+  return status;
+}
+
+static phx_status open_and_generate(const phx__config *config, const phx__sample_options *o, phx_error *err) {
+  char path[4200];
+  const phx_job *job = NULL;
+  phx__prepared *prepared = NULL;
+  phx__runtime *rt = NULL;
+  phx__engine *engine = NULL;
+  phx_status status = phx__job_open(config->s.run.timeout, &job, err);
+  if (!status) status = phx__prepare(config, 0, 1, 0, 1, 1, 0, &prepared, err);
+  if (!status) status = phx__runtime_open(config, job, prepared, &rt, err);
+  if (!status) status = phx__engine_create(rt, &engine, err);
+  snprintf(path, sizeof path, "%s/weights.safetensors", o->run_dir);
+  if (!status) status = phx__weights_read(rt, path, err);
+  if (!status) status = generate(engine, o, err);
+  phx__engine_destroy(engine);
+  phx__runtime_close(rt);
+  return status;
+}
+
+int phx__sample(const phx__sample_options *o) {
+  static const phx__override one_rank[] = {{"run.ranks=1", "sample"},
+                                           {"run.strategy=ddp", "sample"},
+                                           {"batch.total=0", "sample"}};
+  char path[4200];
+  phx_error err = PHX_ERROR_INIT;
+  phx__config *config = NULL;
+  snprintf(path, sizeof path, "%s/config.ini", o->run_dir);
+  if (phx__config_load(path, one_rank, sizeof one_rank / sizeof *one_rank, stderr, &config)) return PHX__EXIT_REFUSED;
+  phx_status status = open_and_generate(config, o, &err);
+  phx__config_free(config);
+  if (!status) return PHX__EXIT_OK;
+  fprintf(stderr, "phalanx: %s\n", err.message);
+  return PHX__EXIT_REFUSED;
+}

@@ -1,0 +1,14 @@
+/* core/train.h - one run: a rank's life from configuration to final weights, and the launcher's side of it.  [main] */
+#ifndef PHX__TRAIN_H
+#define PHX__TRAIN_H
+#include "config.h"
+
+/* Threads per rank: device.threads, or the CPUs of this machine shared out among its ranks. */
+int32_t phx__threads(const phx__config *config, int32_t local_ranks);
+/* Refuses what does not fit (model, batch, strategy's estimate, data) for every rank, before a process is started. */
+phx_status phx__train_check(const phx__config *config, phx_error *err);
+/* A rank: trains and writes the run's files.  Returns the exit status; errors are printed to stderr. */
+int phx__train_rank(const phx__config *config);
+/* Checks, makes the run's directory, and starts the ranks with argv (or trains here when there is one). */
+int phx__train_launch(const phx__config *config, char *const *argv);
+#endif

@@ -1,0 +1,73 @@
+/* plugins/cpu/ops_embedding.c - token and position embeddings and their gradients.
+ *
+ * Backward: each column is added by one thread, rows in order of (b, t), so the bits are fixed.  A token outside the table is
+ * refused where its size is known (backward); forward trusts the data module.  [main] */
+#include <string.h>
+#include "cpu.h"
+
+typedef struct forward_args {
+  float *out;
+  const int32_t *tokens;
+  const float *wte, *wpe;
+  int64_t t, c;
+} forward_args;
+static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker) {
+  const forward_args *a = arg;
+  const int64_t c = a->c;
+  (void)worker;
+  for (int64_t row = first; row < last; row++) {
+    const float *restrict e = a->wte + a->tokens[row] * c, *restrict p = a->wpe + row % a->t * c;
+    float *restrict out = a->out + row * c;
+    for (int64_t j = 0; j < c; j++) out[j] = e[j] + p[j];
+  }
+}
+
+phx_status phx__cpu_embedding(void *ctx, float *out, const int32_t *tokens, const float *wte, const float *wpe,
+                              int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err) {
+  const phx_status status = phx__cpu_enter(ctx, s, err);
+  if (status == PHX_OK)
+    phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c});
+  return status;
+}
+
+static void clear_body(void *arg, int64_t first, int64_t last, int32_t worker) {
+  (void)worker;
+  memset((float *)arg + first, 0, (size_t)(last - first) * sizeof(float));
+}
+
+typedef struct backward_args {
+  float *dwte, *dwpe;
+  const float *dout;
+  const int32_t *tokens;
+  int64_t rows, t, c;
+} backward_args;
+static inline void add_columns(float *restrict to, const float *restrict from, int64_t first, int64_t last) {
+  for (int64_t j = first; j < last; j++) to[j] += from[j];
+}
+static void backward_body(void *arg, int64_t first, int64_t last, int32_t worker) {
+  const backward_args *a = arg;
+  (void)worker;
+  for (int64_t row = 0; row < a->rows; row++) {
+    const float *dout = a->dout + row * a->c;
+    if (a->dwte) add_columns(a->dwte + a->tokens[row] * a->c, dout, first, last);
+    if (a->dwpe) add_columns(a->dwpe + row % a->t * a->c, dout, first, last);
+  }
+}
+
+phx_status phx__cpu_embedding_backward(void *ctx, float *dwte, int32_t wte_mode, float *dwpe, int32_t wpe_mode,
+                                       const float *dout, const int32_t *tokens, int64_t b, int64_t t, int64_t c,
+                                       int64_t v, int64_t max_t, phx_stream *s, phx_error *err) {
+  if (t > max_t)
+    return phx__cpu_fail(err, PHX_INVALID, "cpu: embedding of %lld positions, the table has %lld", (long long)t,
+                         (long long)max_t);
+  for (int64_t i = 0; i < b * t; i++)
+    if (tokens[i] < 0 || tokens[i] >= v)
+      return phx__cpu_fail(err, PHX_INVALID, "cpu: token %d at %lld is outside the vocabulary of %lld", tokens[i],
+                           (long long)i, (long long)v);
+  const phx_status status = phx__cpu_enter(ctx, s, err);
+  if (status != PHX_OK) return status;
+  if (dwte && wte_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, v * c, PHX_BLOCK, clear_body, dwte);
+  if (dwpe && wpe_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, max_t * c, PHX_BLOCK, clear_body, dwpe);
+  phx__cpu_parallel(ctx, c, 64, backward_body, &(backward_args){dwte, dwpe, dout, tokens, b * t, t, c});
+  return PHX_OK;
+}

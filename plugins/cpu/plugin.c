@@ -1,0 +1,129 @@
+/* plugins/cpu/plugin.c - the cpu device's descriptor: creation, choice of the instruction set, memory of its own.
+ *
+ * The best instruction set of the machine is taken; PHALANX_ISA = base | avx2 | avx512 asks for a lower one (tests, or equal
+ * bits on unequal machines) and is refused when the machine lacks it.  [main] */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "cpu.h"
+
+/* Scratch for gradients that are added through GELU (ops_linear.c), shared with attention: operations run one at a time. */
+enum { LINEAR_SCRATCH = 4 << 20, THREADS_MAX = 1024 };
+
+struct phx_device_self {
+  phx__cpu cpu;
+};
+
+static const char *const isa_names[] = {"base", "avx2", "avx512"};
+
+static int32_t machine_isa(void) {
+  __builtin_cpu_init();
+  const int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                 __builtin_cpu_supports("bmi2");
+  const int v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl");
+  return v4 ? PHX__CPU_AVX512 : v3 ? PHX__CPU_AVX2 : PHX__CPU_BASE;
+}
+
+static phx_status choose_isa(phx__cpu *cpu, phx_error *err) {
+  const char *asked = getenv("PHALANX_ISA");
+  const int32_t machine = machine_isa();
+  cpu->isa = machine;
+  if (!asked || !*asked) return PHX_OK;
+  for (cpu->isa = PHX__CPU_AVX512; cpu->isa >= PHX__CPU_BASE; cpu->isa--)
+    if (strcmp(asked, isa_names[cpu->isa]) == 0) break;
+  if (cpu->isa < PHX__CPU_BASE)
+    return phx__cpu_fail(err, PHX_INVALID, "cpu: PHALANX_ISA is \"%s\"; choose base, avx2 or avx512", asked);
+  if (cpu->isa > machine)
+    return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: PHALANX_ISA is %s, but this machine has only %s", asked,
+                         isa_names[machine]);
+  return phx__cpu_product_isa(cpu->isa, err);
+}
+
+static phx_status device_probe(phx_error *err) {
+  (void)err; /* every x86-64 runs the base set */
+  return PHX_OK;
+}
+
+static phx_status device_create(const phx_host *host, const void *config, int32_t threads, phx_device_self **out,
+                                phx_error *err) {
+  static const phx__cpu_kernels *const sets[] = {&phx__cpu_kernels_base, &phx__cpu_kernels_avx2,
+                                                 &phx__cpu_kernels_avx512};
+  int32_t version[3];
+  (void)config;
+  if (threads < 1 || threads > THREADS_MAX)
+    return phx__cpu_fail(err, PHX_INVALID, "cpu: threads is %d; choose 1 to %d", threads, THREADS_MAX);
+  phx_device_self *self = calloc(1, sizeof *self);
+  if (!self) return phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for the device");
+  phx__cpu *cpu = &self->cpu;
+  const phx_status status = choose_isa(cpu, err);
+  if (status != PHX_OK) {
+    free(self);
+    return status;
+  }
+  cpu->host = host;
+  cpu->threads = threads;
+  cpu->kernels = sets[cpu->isa];
+  const int64_t attention = cpu->kernels->attention_scratch(threads);
+  cpu->scratch_bytes = attention > LINEAR_SCRATCH ? phx_align_bytes(attention) : LINEAR_SCRATCH;
+  phx__cpu_product_version(version);
+  snprintf(cpu->name, sizeof cpu->name, "cpu (%s, %d thread%s, oneDNN %d.%d.%d)", isa_names[cpu->isa], threads,
+           threads == 1 ? "" : "s", version[0], version[1], version[2]);
+  phx__cpu_device_init(cpu);
+  cpu->ops = cpu->kernels->ops;
+  cpu->ops.ctx = cpu;
+  cpu->ops.scratch_bytes = cpu->scratch_bytes;
+  *out = self;
+  return PHX_OK;
+}
+
+static void device_destroy(phx_device_self *self) {
+  if (!self) return;
+  phx__cpu_parallel_end(&self->cpu);
+  phx__cpu_free(self->cpu.scratch, self->cpu.scratch_bytes);
+  free(self);
+}
+
+static const phx_device *device_device(phx_device_self *self) { return &self->cpu.device; }
+static const phx_ops *device_ops(phx_device_self *self) { return &self->cpu.ops; }
+
+/* The first alloc takes the scratch too: from then on operations allocate nothing of their own. */
+static phx_status device_alloc(phx_device_self *self, int32_t space, int64_t bytes, void **out, phx_error *err) {
+  void *scratch;
+  if (space < PHX_SPACE_DEVICE || space > PHX_SPACE_PINNED)
+    return phx__cpu_fail(err, PHX_INVALID, "cpu: alloc in space %d", space);
+  const phx_status status = phx__cpu_scratch(&self->cpu, &scratch, err);
+  return status == PHX_OK ? phx__cpu_alloc(&self->cpu, bytes, out, err) : status;
+}
+
+static void device_free(phx_device_self *self, int32_t space, void *p, int64_t bytes) {
+  (void)self;
+  (void)space;
+  phx__cpu_free(p, bytes);
+}
+
+static const phx_device_table table = {.struct_size = sizeof(phx_device_table),
+                                       .probe = device_probe,
+                                       .create = device_create,
+                                       .destroy = device_destroy,
+                                       .device = device_device,
+                                       .ops = device_ops,
+                                       .alloc = device_alloc,
+                                       .free = device_free};
+
+static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
+                                  .kind = PHX_KIND_DEVICE,
+                                  .table_major = PHX_ABI_MAJOR,
+                                  .table_minor = PHX_ABI_MINOR,
+                                  .id = "cpu",
+                                  .version = "0.1.0",
+                                  .summary = "x86-64 processors: own kernels and oneDNN products",
+                                  .vendor = "Phalanx",
+                                  .license = "MIT",
+                                  .build = __VERSION__,
+                                  .provides = PHX_CAP_DETERMINISTIC,
+                                  .option_stride = sizeof(phx_option),
+                                  .table = &table};
+
+const phx_plugin *phx_plugin_v1(void) { return &plugin; }

@@ -1,0 +1,105 @@
+/* plugins/gpt/ends.c - the first and the last stage: embedding, and final norm with the tied head and the loss.
+ * [main] only.
+ *
+ * The head's logits (N, Vp) become their own gradient in place, so there is one array of that size.  Only V columns
+ * are computed; the padding is neither read nor state. */
+#include "gpt.h"
+
+phx_status gpt_embed_forward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
+  const phx_ops *o = self->ops;
+  return o->embedding(o->ctx, call->output, call->tokens, gpt_weight(call->view, 0), gpt_weight(call->view, 1),
+                      call->batch, call->sequence, self->sizes.width, call->stream, err);
+}
+
+phx_status gpt_embed_backward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
+  const phx_ops *o = self->ops;
+  const phx_param_view *wte = gpt_view(call->view, 0), *wpe = gpt_view(call->view, 1);
+  if (!wte->gradient && !wpe->gradient) return PHX_OK;
+  return o->embedding_backward(o->ctx, wte->gradient, wte->gradient_mode, wpe->gradient, wpe->gradient_mode,
+                               call->d_output, call->tokens, call->batch, call->sequence, self->sizes.width,
+                               self->sizes.vocab, self->sizes.context, call->stream, err);
+}
+
+/* Mean of the losses (N) on the device; waits for the stream. */
+static phx_status mean_loss(const phx_model_self *self, const phx_stage_call *call, const float *losses, int64_t n,
+                            double *out, phx_error *err) {
+  const phx_device *dev = self->device;
+  if (self->losses) {
+    GPT_TRY(dev->copy(dev->ctx, self->losses, losses, n * (int64_t)sizeof(float), call->stream, err));
+    losses = self->losses;
+  }
+  GPT_TRY(dev->stream_synchronize(dev->ctx, call->stream, err));
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += (double)losses[i];
+  *out = sum / (double)n;
+  return PHX_OK;
+}
+
+/* logits(B, V) of the last position of each sequence. */
+static phx_status last_logits(const phx_model_self *self, const phx_stage_call *call, const gpt_head_plan *p,
+                              phx_error *err) {
+  const phx_ops *o = self->ops;
+  const phx_device *dev = self->device;
+  const int64_t b = call->batch, t = call->sequence, c = self->sizes.width;
+  const float *const x = call->input;
+  float *const rows = gpt_at(call->workspace, p->last), *const ln = gpt_at(call->workspace, p->ln); /* (B, C) each */
+  for (int64_t i = 0; i < b; i++)
+    GPT_TRY(dev->copy(dev->ctx, rows + i * c, x + ((i + 1) * t - 1) * c, c * (int64_t)sizeof(float), call->stream,
+                      err));
+  GPT_TRY(o->layer_norm(o->ctx, ln, NULL, gpt_at(call->saved, p->mean), gpt_at(call->saved, p->rstd), rows, NULL,
+                        gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), b, c, GPT_EPS,
+                        call->stream, err));
+  return o->linear(o->ctx, call->logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c,
+                   self->sizes.vocab, 0, call->stream, err);
+}
+
+phx_status gpt_head_forward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
+  const phx_ops *o = self->ops;
+  const gpt_sizes *s = &self->sizes;
+  const int64_t n = call->batch * call->sequence, c = s->width;
+  const int32_t evaluate = call->pass == PHX_PASS_EVALUATE;
+  gpt_head_plan p;
+  gpt_head_layout(s, call->batch, call->sequence, 0, &p);
+  if (evaluate && call->logits) GPT_TRY(last_logits(self, call, &p, err));
+  if (!call->targets) {
+    if (evaluate && call->logits) return PHX_OK;
+    return gpt_fail(err, PHX_INTERNAL, "the head was called without targets");
+  }
+  float *const ln = gpt_at(call->workspace, p.ln), *const losses = gpt_at(call->workspace, p.losses);
+  float *const logits = gpt_at(call->saved, p.logits);
+  GPT_TRY(o->layer_norm(o->ctx, ln, NULL, gpt_at(call->saved, p.mean), gpt_at(call->saved, p.rstd), call->input, NULL,
+                        gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), n, c, GPT_EPS,
+                        call->stream, err));
+  GPT_TRY(o->linear(o->ctx, logits, s->vp, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, n, c, s->vocab, 0,
+                    call->stream, err));
+  GPT_TRY(o->cross_entropy(o->ctx, logits, losses, call->targets, n, s->vocab, s->vp, !evaluate,
+                           (float)(1.0 / (double)n), call->stream, err));
+  if (!call->loss) return PHX_OK;
+  return mean_loss(self, call, losses, n, call->loss, err);
+}
+
+phx_status gpt_head_backward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
+  const phx_ops *o = self->ops;
+  const gpt_sizes *s = &self->sizes;
+  const phx_view *w = call->view;
+  phx_stream *st = call->stream;
+  const int64_t n = call->batch * call->sequence, c = s->width;
+  gpt_head_plan p;
+  gpt_head_layout(s, call->batch, call->sequence, 0, &p);
+  float *const ln = gpt_at(call->workspace, p.ln), *const drop = gpt_at(call->workspace, p.drop);
+  float *const d_logits = gpt_at(call->saved, p.logits);
+  float *const mean = gpt_at(call->saved, p.mean), *const rstd = gpt_at(call->saved, p.rstd);
+  const phx_param_view *wte = gpt_view(w, GPT_HEAD_WTE);
+  if (wte->gradient) {
+    GPT_TRY(o->layer_norm(o->ctx, ln, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LNF_W),
+                          gpt_weight(w, GPT_LNF_B), n, c, GPT_EPS, st, err));
+    GPT_TRY(o->linear_backward_weight(o->ctx, wte->gradient, NULL, d_logits, s->vp, ln, n, c, s->vocab,
+                                      wte->gradient_mode, PHX_GRAD_NONE, st, err));
+  }
+  GPT_TRY(o->linear_backward_input(o->ctx, ln, d_logits, s->vp, gpt_weight(w, GPT_HEAD_WTE), NULL, n, c, s->vocab,
+                                   PHX_GRAD_WRITE, st, err));
+  gpt_gradient g = gpt_gradient_of(w, GPT_LNF_W, drop);
+  if (g.w && !g.b) g.b = drop, g.b_mode = PHX_GRAD_WRITE;
+  return o->layer_norm_backward(o->ctx, call->d_input, NULL, g.w, g.w_mode, g.b, g.b_mode, ln, call->input,
+                                gpt_weight(w, GPT_LNF_W), mean, rstd, n, c, st, err);
+}

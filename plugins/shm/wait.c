@@ -1,0 +1,132 @@
+/* wait.c - every wait of the communicator: a bounded spin, then a shared futex, with a deadline.
+ *
+ * A rank publishes by storing a word of its own lane and, when somebody sleeps there, waking them.  A waiter polls
+ * `spin` times (not at all when the job gives this rank no core to wait on; at most 64 times on a stream's thread, whose
+ * core belongs to the thread that computes), then announces itself in `sleepers` and sleeps on the word in slices of
+ * 10 ms.  Between slices it looks at the job's failed word, at abort(), at orders that can never meet, and at the
+ * deadline, and stamps its heartbeat: a rank that waits is alive.  The slice also bounds what a wake that got lost
+ * with a killed process can cost.
+ *
+ * Invariant: a wait is given up only after its condition was looked at once more; so a process that was itself stopped
+ * for long does not accuse a peer who came meanwhile.  Threads: the one that runs the call; shm_drain is [main]. */
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "shm.h"
+
+#define SLICE_NS 10000000
+#define STREAM_SPIN 64
+
+int64_t shm_now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+void shm_sleep(const uint32_t *word, uint32_t seen, int64_t ns) {
+  struct timespec t = {ns / 1000000000, ns % 1000000000};
+  syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0); /* every outcome leads to another look at the word */
+}
+void shm_wake(const uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); }
+
+void shm_post(shm_lane *mine, uint32_t *word, uint32_t value) {
+  /* Sequentially consistent on both sides: either the waiter sees the value, or we see the waiter. */
+  __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
+  if (__atomic_load_n(&mine->sleepers, __ATOMIC_SEQ_CST)) shm_wake(word);
+}
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+/* Orders that can never meet: this rank waits for a peer who waits for this rank in another call.  The counters of both
+ * sides stand still in that case, so there is no false alarm. */
+static int crossed(const shm_call *call, int32_t peer) {
+  const shm_comm *c = call->comm;
+  shm_lane *mine = c->lane[c->me], *theirs = c->lane[peer];
+  const shm_pair *out = &mine->pair[c->ranks[peer]], *in = &theirs->pair[c->ranks[c->me]];
+  uint32_t sends = __atomic_load_n(&in->sends, __ATOMIC_ACQUIRE), recvs = __atomic_load_n(&in->recvs, __ATOMIC_ACQUIRE);
+  int theirs_send = (int32_t)(sends - out->recvs) > 0, theirs_recv = (int32_t)(recvs - out->sends) > 0;
+  if (call->op == PHX_OP_SEND || call->op == PHX_OP_RECV) {
+    uint64_t begun = __atomic_load_n(&theirs->begun, __ATOMIC_ACQUIRE);
+    if (begun > c->sequence) return 1;
+    if (call->op == PHX_OP_SEND) return theirs_send && recvs != out->sends;
+    return theirs_recv && sends != out->recvs;
+  }
+  return theirs_send || theirs_recv;
+}
+
+static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word, uint32_t target, phx_error *err) {
+  shm_comm *c = call->comm;
+  const phx_job *job = c->world->job;
+  int64_t begin = shm_now_ns(), now = begin;
+  int64_t deadline = job->timeout_s > 0 ? begin + (int64_t)(job->timeout_s * 1e9) : INT64_MAX;
+  int64_t spin = job->may_spin ? c->world->config.spin : 0;
+  phx_status status = PHX_OK;
+  if (call->on_stream && spin > STREAM_SPIN) spin = STREAM_SPIN;
+  for (int64_t i = 0; i < spin; i++) {
+    relax();
+    if (shm_reached(word, target)) goto done;
+  }
+  while (!shm_reached(word, target)) {
+    now = shm_now_ns();
+    __atomic_store_n(&job->mine->heartbeat_ns, (uint64_t)now, __ATOMIC_RELAXED);
+    int over = now >= deadline;
+    int failed = __atomic_load_n(job->failed, __ATOMIC_ACQUIRE) != 0 ||
+                 __atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) ||
+                 __atomic_load_n(&c->world->all->aborted, __ATOMIC_ACQUIRE);
+    int cross = !failed && crossed(call, peer);
+    if ((over || failed || cross) && !shm_reached(word, target)) {
+      status = failed ? shm_report_failed(call, err)
+               : cross ? shm_report_crossed(call, peer, err)
+                       : shm_report_absent(call, now - begin, err);
+      break;
+    }
+    uint32_t *sleepers = &c->lane[peer]->sleepers;
+    __atomic_fetch_add(sleepers, 1, __ATOMIC_SEQ_CST);
+    uint32_t seen = __atomic_load_n(word, __ATOMIC_SEQ_CST);
+    if ((int32_t)(seen - target) < 0) shm_sleep(word, seen, deadline - now < SLICE_NS ? deadline - now : SLICE_NS);
+    __atomic_fetch_sub(sleepers, 1, __ATOMIC_SEQ_CST);
+  }
+done:
+  now = shm_now_ns();
+  __atomic_fetch_add(&c->wait_ns, now - begin, __ATOMIC_RELAXED);
+  if (c != c->world->all) __atomic_fetch_add(&c->world->all->wait_ns, now - begin, __ATOMIC_RELAXED);
+  return status;
+}
+
+phx_status shm_await(shm_call *call, int32_t peer, const uint32_t *word, uint32_t target, phx_error *err) {
+  return shm_reached(word, target) ? PHX_OK : await_slow(call, peer, word, target, err);
+}
+
+void shm_step(shm_comm *c) {
+  c->steps++;
+  shm_post(c->lane[c->me], &c->lane[c->me]->phase, c->base[c->me] + c->steps);
+}
+
+phx_status shm_step_of(shm_call *call, int32_t peer, phx_error *err) {
+  shm_comm *c = call->comm;
+  return shm_await(call, peer, &c->lane[peer]->phase, c->base[peer] + c->steps, err);
+}
+
+phx_status shm_barrier(shm_call *call, phx_error *err) {
+  phx_status status = PHX_OK;
+  shm_step(call->comm);
+  for (int32_t p = 0; p < call->comm->n && status == PHX_OK; p++) status = shm_step_of(call, p, err);
+  return status;
+}
+
+void shm_drain(shm_comm *c, uint64_t ticket) {
+  while (__atomic_load_n(&c->done, __ATOMIC_ACQUIRE) < ticket) {
+    uint32_t seen = __atomic_load_n(&c->done_word, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&c->main_waits, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&c->done, __ATOMIC_SEQ_CST) < ticket) shm_sleep(&c->done_word, seen, SLICE_NS);
+    __atomic_store_n(&c->main_waits, 0, __ATOMIC_SEQ_CST);
+  }
+}

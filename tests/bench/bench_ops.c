@@ -1,0 +1,302 @@
+/* tests/bench/bench_ops.c - the cpu device's operations against what they can be measured by: AdamW against memory
+ * bandwidth, attention against the same without fusion, products against oneDNN called plainly. */
+#include <dnnl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+#include "bench.h"
+#include "device_ops.h"
+#include "unfused.h"
+#include "../../plugins/cpu/simd.h"
+
+static const phx_ops *ops;
+static char versions[64]; /* of oneDNN */
+
+static void must(phx_status status, const phx_error *err) {
+  if (status == PHX_OK) return;
+  fprintf(stderr, "%s\n", err->message);
+  exit(3);
+}
+
+/* ---- FMA peak ---- */
+
+static double fma_peak(void *arg) {
+  phx__vf x[12], by = phx__splat(0.999f);
+  const int64_t rounds = 4000000;
+  (void)arg;
+  for (int i = 0; i < 12; i++) x[i] = phx__splat((float)i);
+  const double start = bench_now();
+  for (int64_t r = 0; r < rounds; r++) {
+    for (int i = 0; i < 12; i++) x[i] = x[i] * by + by;
+    __asm__ volatile("" ::: "memory");
+  }
+  const double seconds = bench_now() - start;
+  for (int i = 1; i < 12; i++) x[0] += x[i];
+  volatile float sink = x[0][0];
+  (void)sink;
+  return 2.0 * 12 * PHX__LANES * (double)rounds / seconds;
+}
+
+/* ---- AdamW over triad ---- */
+
+typedef struct update {
+  float *w, *g, *m, *v;
+  int64_t n;
+  int stream; /* non-temporal stores in the triad */
+} update;
+
+static double adamw_rate(void *arg) {
+  const update *u = arg;
+  phx_error err = {.struct_size = sizeof err};
+  const double start = bench_now();
+  must(ops->adamw(ops->ctx, u->w, u->g, u->m, u->v, NULL, PHX_F32, u->n, 1.0f, 1e-4f, 0.9f, 0.999f, 0.1f, 0.001f, 1e-8f,
+                  0.1f, NULL, &err), &err);
+  return 28.0 * (double)u->n / (bench_now() - start);
+}
+
+/* STREAM's triad a = b + 3 c, counted as STREAM does: 12 bytes per element. */
+static double triad_rate(void *arg) {
+  const update *u = arg;
+  const double start = bench_now();
+  for (int64_t i = 0; i < u->n; i += PHX__LANES) {
+    const phx__vf x = phx__load(u->g + i) + 3.0f * phx__load(u->m + i);
+#if defined(__AVX512F__)
+    if (u->stream) _mm512_stream_ps(u->w + i, (__m512)x);
+#elif defined(__AVX2__)
+    if (u->stream) _mm256_stream_ps(u->w + i, (__m256)x);
+#elif defined(__SSE2__)
+    if (u->stream) _mm_stream_ps(u->w + i, (__m128)x);
+#endif
+    if (!u->stream) phx__store(u->w + i, x);
+  }
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+  return 12.0 * (double)u->n / (bench_now() - start);
+}
+
+static void bench_adamw(void) {
+  const char *name = "adamw";
+  if (!bench_wanted(name)) return;
+  update u = {.n = 16 << 20};
+  float **arrays[] = {&u.w, &u.g, &u.m, &u.v};
+  for (int i = 0; i < 4; i++) {
+    *arrays[i] = bench_memory(u.n * 4);
+    bench_fill(*arrays[i], u.n, 0.1f, (uint64_t)i + 1);
+  }
+  for (int64_t i = 0; i < u.n; i++) u.v[i] *= u.v[i];
+  double best[2] = {0, 0};
+#ifdef __SSE2__
+  const int kinds = 2;
+#else
+  const int kinds = 1;
+#endif
+  for (int r = 0; r < 5; r++)
+    for (u.stream = 0; u.stream < kinds; u.stream++) {
+      const double rate = triad_rate(&u);
+      if (rate > best[u.stream]) best[u.stream] = rate;
+    }
+  u.stream = best[1] > best[0];
+  bench_fill(u.w, u.n, 0.1f, 1);
+  update other = u; /* the triad's target is not AdamW's weights: it would feed them numbers of no meaning */
+  other.w = bench_memory(u.n * 4);
+  bench_line line = {.name = name, .a = "28 bytes per parameter, 16 Mi parameters", .unit = "GB/s", .divisor = 1e9, .limit = 0.95,
+                     .b = u.stream ? "triad, non-temporal stores" : "triad, plain stores"};
+  bench_compare(&line, adamw_rate, &u, triad_rate, &other);
+  bench_print(&line);
+}
+
+/* ---- attention ---- */
+
+typedef struct attention {
+  int64_t b, t, c, heads, rows;
+  float *qkv, *out, *lse, *dout, *dqkv, *work, *p, *block;
+  int passes; /* 1 forward, 2 backward, 3 both */
+} attention;
+
+static double flops(const attention *a) { /* over the causal half, and the five products of a fused backward */
+  const double product = (double)a->b * (double)a->t * (double)a->t * (double)a->c;
+  return product * ((a->passes & 1 ? 2.0 : 0.0) + (a->passes & 2 ? 5.0 : 0.0));
+}
+
+static double fused_rate(void *arg) {
+  const attention *a = arg;
+  phx_error err = {.struct_size = sizeof err};
+  const double start = bench_now();
+  if (a->passes & 1)
+    must(ops->attention(ops->ctx, a->out, a->lse, a->qkv, a->b, a->t, a->c, a->heads, NULL, &err), &err);
+  if (a->passes & 2)
+    must(ops->attention_backward(ops->ctx, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, a->b, a->t, a->c, a->heads,
+                                 NULL, &err), &err);
+  return flops(a) / (bench_now() - start);
+}
+
+static double unfused_rate(void *arg) {
+  const attention *a = arg;
+  const double start = bench_now();
+  if (a->passes & 1) unfused_forward(a->out, a->p, a->qkv, a->b, a->t, a->c, a->heads, a->rows);
+  if (a->passes & 2)
+    unfused_backward(a->dqkv, a->dout, a->qkv, a->out, a->p, a->block, a->b, a->t, a->c, a->heads, a->rows);
+  return flops(a) / (bench_now() - start);
+}
+
+static attention attention_of(int64_t t, int unfused) {
+  attention a = {.b = 1, .t = t, .c = 768, .heads = 12, .passes = 3};
+  a.qkv = bench_memory(a.b * t * 3 * a.c * 4), a.dqkv = bench_memory(a.b * t * 3 * a.c * 4);
+  a.out = bench_memory(a.b * t * a.c * 4), a.dout = bench_memory(a.b * t * a.c * 4);
+  a.lse = bench_memory(a.b * a.heads * t * 4), a.work = bench_memory(a.b * a.heads * t * 4);
+  if (unfused) a.p = bench_memory(a.b * a.heads * t * t * 4), a.block = bench_memory(t * t * 4);
+  bench_fill(a.qkv, a.b * t * 3 * a.c, 1.0f, 1);
+  bench_fill(a.dout, a.b * t * a.c, 1.0f, 2);
+  return a;
+}
+
+/* The comparator's best block of rows, and that both compute the same. */
+static void prepare_unfused(attention *a, float *worst) {
+  const int64_t n = a->b * a->t * 3 * a->c;
+  float *dqkv = bench_memory(n * 4), most = 0.0f;
+  double best = 0.0;
+  int64_t best_rows = 0;
+  for (a->rows = 32; a->rows <= 512; a->rows *= 2)
+    for (int i = 0; i < 3; i++) {
+      const double rate = unfused_rate(a);
+      if (rate > best) best = rate, best_rows = a->rows;
+    }
+  a->rows = best_rows;
+  memcpy(dqkv, a->dqkv, (size_t)n * 4);
+  fused_rate(a);
+  *worst = 0.0f;
+  for (int64_t i = 0; i < n; i++) {
+    most = fmaxf(most, fabsf(dqkv[i]));
+    *worst = fmaxf(*worst, fabsf(dqkv[i] - a->dqkv[i]));
+  }
+  *worst /= most;
+}
+
+static void bench_attention(void) {
+  static const char *const names[] = {"", "attention forward", "attention backward", "attention"};
+  char unfused[160];
+  if (!bench_wanted(names[1]) && !bench_wanted(names[2])) return;
+  attention a = attention_of(1024, 1);
+  float worst;
+  prepare_unfused(&a, &worst);
+  snprintf(unfused, sizeof unfused, "unfused, %s, blocks of %d rows", versions, (int)a.rows);
+  for (a.passes = 3; a.passes >= 1; a.passes--) {
+    bench_line line = {.name = names[a.passes], .a = "fused, T = 1024, C = 768, 12 heads", .b = unfused, .unit = "GFLOP/s",
+                       .divisor = 1e9, .limit = a.passes == 3 ? 1.3 : 0.0};
+    bench_compare(&line, fused_rate, &a, unfused_rate, &a);
+    bench_print(&line);
+  }
+  bench_note("attention", "fused and unfused gradients differ by at most %.1e of the largest", (double)worst);
+}
+
+static int64_t peak_kib(void) {
+  struct rusage use;
+  getrusage(RUSAGE_SELF, &use);
+  return use.ru_maxrss;
+}
+
+/* Everything that attention needs beside qkv, out and their gradients; the growth of the process is measured. */
+static void bench_attention_memory(void) {
+  const char *name = "attention memory";
+  if (!bench_wanted(name)) return;
+  attention small = attention_of(64, 0);
+  fused_rate(&small); /* the device takes its scratch */
+  for (int64_t t = 1024; t <= 4096; t *= 2) {
+    attention a = attention_of(t, 0);
+    const int64_t before = peak_kib();
+    fused_rate(&a);
+    bench_note(name, "T = %d: lse and work %d KiB, grown while running %d KiB (probabilities would be %d KiB)", (int)t,
+               (int)(2 * a.heads * t * 4 / 1024), (int)(peak_kib() - before), (int)(a.heads * t * t * 4 / 1024));
+  }
+}
+
+/* ---- products ---- */
+
+typedef struct shape {
+  int64_t n, ic, oc, ld; /* ld: of the rows of the output */
+  int pass;              /* 0 forward, 1 input gradient, 2 weight gradient */
+  float *x, *w, *out;
+} shape;
+
+static double product_flops(const shape *s) { return 2.0 * (double)s->n * (double)s->ic * (double)s->oc; }
+
+static double op_seconds(const shape *s) {
+  phx_error err = {.struct_size = sizeof err};
+  const double start = bench_now();
+  if (s->pass == 0)
+    must(ops->linear(ops->ctx, s->out, s->ld, NULL, s->x, s->w, NULL, s->n, s->ic, s->oc, 0, NULL, &err), &err);
+  if (s->pass == 1)
+    must(ops->linear_backward_input(ops->ctx, s->x, s->out, s->ld, s->w, NULL, s->n, s->ic, s->oc, PHX_GRAD_WRITE, NULL,
+                                    &err), &err);
+  if (s->pass == 2)
+    must(ops->linear_backward_weight(ops->ctx, s->w, NULL, s->out, s->ld, s->x, s->n, s->ic, s->oc, PHX_GRAD_WRITE,
+                                     PHX_GRAD_WRITE, NULL, &err), &err);
+  return bench_now() - start;
+}
+
+static double plain_seconds(const shape *s) {
+  const double start = bench_now();
+  if (s->pass == 0) dnnl_sgemm('N', 'T', s->n, s->oc, s->ic, 1, s->x, s->ic, s->w, s->ic, 0, s->out, s->oc);
+  if (s->pass == 1) dnnl_sgemm('N', 'N', s->n, s->ic, s->oc, 1, s->out, s->oc, s->w, s->ic, 0, s->x, s->ic);
+  if (s->pass == 2) dnnl_sgemm('T', 'N', s->oc, s->ic, s->n, 1, s->out, s->oc, s->x, s->ic, 0, s->w, s->ic);
+  return bench_now() - start;
+}
+
+static double op_rate(void *arg) { return product_flops(arg) / op_seconds(arg); }
+static double plain_rate(void *arg) { return product_flops(arg) / plain_seconds(arg); }
+
+static void bench_products(void) {
+  enum { C = 768, V = 50257, VP = 50304, N = 1024 };
+  static const struct { const char *name; int64_t ic, oc, ld; double times; } layers[] = {
+    {"products C to 3C", C, 3 * C, 3 * C, 12}, {"products C to C", C, C, C, 12}, {"products C to 4C", C, 4 * C, 4 * C, 12},
+    {"products 4C to C", 4 * C, C, C, 12}, {"products head", C, V, VP, 1}};
+  static const char *const passes[] = {"forward", "dX", "dW"};
+  if (!bench_wanted("products") && !bench_wanted("head")) return;
+  float *x = bench_memory(N * 4 * C * 4), *w = bench_memory((int64_t)V * C * 4), *out = bench_memory((int64_t)N * VP * 4);
+  double a = 0, b = 0, work = 0;
+  for (size_t i = 0; i < sizeof layers / sizeof *layers; i++)
+    for (int pass = 0; pass < 3; pass++) {
+      char name[64];
+      shape s = {N, layers[i].ic, layers[i].oc, layers[i].ld, pass, x, w, out};
+      snprintf(name, sizeof name, "%s, %s", layers[i].name, passes[pass]);
+      bench_line line = {.name = name, .a = "cpu device, M = 1024", .b = versions, .unit = "GFLOP/s", .divisor = 1e9};
+      bench_fill(x, N * s.ic, 1.0f, 1);
+      bench_fill(w, s.oc * s.ic, 0.02f, 2);
+      bench_fill(out, N * s.ld, 0.01f, 3);
+      bench_compare(&line, op_rate, &s, plain_rate, &s);
+      bench_print(&line);
+      if (!line.pairs) continue;
+      const double f = layers[i].times * product_flops(&s);
+      work += f, a += f / line.rate_a, b += f / line.rate_b;
+    }
+  if (work > 0)
+    bench_note("products", "all of GPT-2 124M's (12 layers and the head, weighted): cpu device %.1f GFLOP/s, plain %s %.1f, ratio %.3f",
+               work / a / 1e9, versions, work / b / 1e9, b / a);
+}
+
+int main(int argc, char **argv) {
+  device_ops d;
+  phx_error err = {.struct_size = sizeof err};
+  bench_init(argc, argv);
+  char threads[16];
+  snprintf(threads, sizeof threads, "%d", bench_threads());
+  setenv("OMP_NUM_THREADS", threads, 1); /* the comparator gets as many as the device */
+  must(device_ops_open(&d, bench_threads(), NULL, &err), &err);
+  ops = d.ops;
+  const dnnl_version_t *v = dnnl_version();
+  snprintf(versions, sizeof versions, "dnnl_sgemm %d.%d.%d", v->major, v->minor, v->patch);
+  bench_note("device", "%s; %s", d.device->name, versions);
+  bench_adamw();
+  bench_attention();
+  bench_attention_memory();
+  bench_products();
+  bench_note("fma peak", "%.1f GFLOP/s on one core, fp32, 12 chains", fma_peak(NULL) / 1e9);
+  device_ops_close(&d);
+  return bench_finish();
+}

@@ -1,0 +1,217 @@
+/* fake_job.c - see fake_job.h.  Shared memory is one anonymous shared mapping made before the fork. */
+#include "fake_job.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+typedef struct fake_memory {
+  uint32_t failed;
+  char report[PHX_RANKS_MAX][1024];
+  int32_t done[PHX_RANKS_MAX];
+  phx_liveness pages[PHX_RANKS_MAX];
+  int64_t share_bytes, used[PHX_RANKS_MAX];
+  char *area; /* n * share_bytes */
+} fake_memory;
+
+static double seconds_now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static phx_status share(void *ctx, const char *name, int64_t bytes, void **bases, phx_error *err) {
+  fake_rank *r = ctx;
+  fake_memory *m = r->memory;
+  int64_t at = m->used[r->job.rank], size = (bytes + 4095) / 4096 * 4096;
+  (void)name;
+  if (at + size > m->share_bytes) {
+    if (err) err->code = PHX_NOMEM;
+    return PHX_NOMEM;
+  }
+  m->used[r->job.rank] = at + size;
+  for (int32_t i = 0; i < r->job.size; i++) bases[i] = m->area + i * m->share_bytes + at;
+  memset(bases[r->job.rank], 0, (size_t)size); /* pre-faulted by its owner */
+  return PHX_OK;
+}
+
+static void fail(void *ctx, const char *message) {
+  fake_rank *r = ctx;
+  uint32_t none = 0;
+  if (__atomic_load_n(&r->job.mine->state, __ATOMIC_ACQUIRE) != 4) {
+    snprintf(r->job.mine->message, sizeof r->job.mine->message, "%s", message);
+    __atomic_store_n(&r->job.mine->state, 4, __ATOMIC_RELEASE);
+  }
+  __atomic_compare_exchange_n(&r->memory->failed, &none, 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  syscall(SYS_futex, &r->memory->failed, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+static const void *extension(void *ctx, const char *id) {
+  fake_rank *r = ctx;
+  if (strcmp(id, PHX_EXT_JOB) == 0) return &r->job;
+  if (strcmp(id, PHX_EXT_DEVICE) == 0) return r->device;
+  return NULL;
+}
+static void host_log(void *ctx, int32_t level, const char *message) {
+  fake_rank *r = ctx;
+  (void)level;
+  snprintf(r->log, sizeof r->log, "%s", message);
+}
+
+void fake_report(fake_rank *rank, const char *file, int line, const char *what, const char *format, ...) {
+  va_list args;
+  const char *base = strrchr(file, '/');
+  int n = snprintf(rank->report, 1024, "rank %d, %s:%d: not %s: ", rank->job.rank, base ? base + 1 : file, line, what);
+  if (n < 0 || n >= 1024) return;
+  va_start(args, format);
+  vsnprintf(rank->report + n, 1024 - (size_t)n, format, args);
+  va_end(args);
+}
+
+static void rank_fill(fake_rank *r, fake_memory *m, const fake_setup *s, int32_t rank) {
+  memset(r, 0, sizeof *r);
+  r->memory = m;
+  r->arg = s->arg;
+  r->report = m->report[rank];
+  for (int32_t i = 0; i < s->n; i++) r->pages[i] = &m->pages[i];
+  r->job = (phx_job){.struct_size = sizeof(phx_job), .ctx = r, .rank = rank, .size = s->n, .local_rank = rank,
+                     .local_size = s->n, .timeout_s = s->timeout_s, .mine = r->pages[rank], .ranks = r->pages,
+                     .failed = &m->failed, .may_spin = s->may_spin, .share = share, .fail = fail};
+  r->host = (phx_host){.struct_size = sizeof(phx_host), .abi_major = PHX_ABI_MAJOR, .abi_minor = PHX_ABI_MINOR,
+                       .ctx = r, .rank = rank, .world_size = s->n, .local_rank = rank, .local_size = s->n,
+                       .log = host_log, .extension = extension};
+  r->device = fake_device();
+  __atomic_store_n(&r->job.mine->pid, (int32_t)getpid(), __ATOMIC_RELAXED);
+  __atomic_store_n(&r->job.mine->state, 2, __ATOMIC_RELAXED);
+}
+
+typedef struct thread_start {
+  fake_rank rank;
+  fake_body *body;
+} thread_start;
+static void *thread_main(void *arg) {
+  thread_start *t = arg;
+  t->body(&t->rank);
+  return NULL;
+}
+static void run_threads(const fake_setup *s, fake_memory *m, fake_body *body) {
+  thread_start *t = calloc((size_t)s->n, sizeof *t);
+  pthread_t id[PHX_RANKS_MAX];
+  for (int32_t i = 0; i < s->n; i++) {
+    rank_fill(&t[i].rank, m, s, i);
+    t[i].body = body;
+    pthread_create(&id[i], NULL, thread_main, &t[i]);
+  }
+  for (int32_t i = 0; i < s->n; i++) pthread_join(id[i], NULL);
+  free(t);
+}
+
+static void run_processes(const fake_setup *s, fake_memory *m, fake_body *body, fake_result *out) {
+  pid_t pid[PHX_RANKS_MAX];
+  int32_t alive = s->n;
+  double deadline = seconds_now() + s->limit_s;
+  fflush(NULL);
+  for (int32_t i = 0; i < s->n; i++) {
+    pid[i] = fork();
+    if (pid[i] == 0) {
+      fake_rank *r = malloc(sizeof *r);
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
+      rank_fill(r, m, s, i);
+      body(r);
+      _exit(m->report[i][0] ? 1 : 0);
+    }
+  }
+  while (alive > 0) {
+    for (int32_t i = 0; i < s->n; i++) {
+      if (pid[i] > 0 && waitpid(pid[i], &out->status[i], WNOHANG) == pid[i]) {
+        pid[i] = 0;
+        alive--;
+      }
+    }
+    if (alive > 0 && seconds_now() > deadline) {
+      for (int32_t i = 0; i < s->n; i++) {
+        if (pid[i] <= 0) continue;
+        kill(pid[i], SIGKILL);
+        waitpid(pid[i], &out->status[i], 0);
+        out->late++;
+        alive--;
+      }
+    }
+    if (alive > 0) nanosleep(&(struct timespec){0, 1000000}, NULL);
+  }
+}
+
+int fake_job_run(const fake_setup *s, fake_body *body, fake_result *out) {
+  size_t head = (sizeof(fake_memory) + 4095) / 4096 * 4096, total = head + (size_t)(s->n * s->share_bytes);
+  char *p = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  memset(out, 0, sizeof *out);
+  if (p == MAP_FAILED) return 0;
+  fake_memory *m = (fake_memory *)(void *)p;
+  m->share_bytes = s->share_bytes;
+  m->area = p + head;
+  double begin = seconds_now();
+  if (s->threads)
+    run_threads(s, m, body);
+  else
+    run_processes(s, m, body, out);
+  out->seconds = seconds_now() - begin;
+  memcpy(out->report, m->report, sizeof out->report);
+  munmap(p, total);
+  return 1;
+}
+
+const char *fake_job_report(const fake_result *result, int32_t n) {
+  static char text[128];
+  for (int32_t i = 0; i < n; i++) {
+    if (result->report[i][0]) return result->report[i];
+  }
+  for (int32_t i = 0; i < n; i++) {
+    if (result->status[i] == 0) continue;
+    snprintf(text, sizeof text, "rank %d ended with wait status %d, %d ranks were late", i, result->status[i],
+             result->late);
+    return text;
+  }
+  return "";
+}
+
+/* Enough of the loader for a test: numbers with KiB and MiB, yes and no. */
+static void apply_default(const phx_option *o, char *config) {
+  char *end = NULL;
+  if (o->type == PHX_OPT_BOOL) {
+    *(int32_t *)(void *)(config + o->offset) = strcmp(o->dflt, "yes") == 0;
+  } else if (o->type == PHX_OPT_INT || o->type == PHX_OPT_BYTES) {
+    int64_t v = strtoll(o->dflt, &end, 10);
+    if (strcmp(end, "KiB") == 0) v <<= 10;
+    if (strcmp(end, "MiB") == 0) v <<= 20;
+    *(int64_t *)(void *)(config + o->offset) = v;
+  } else if (o->type == PHX_OPT_REAL) {
+    *(double *)(void *)(config + o->offset) = strtod(o->dflt, NULL);
+  }
+}
+const phx_plugin *fake_plugin_load(const char *path, void *config, size_t config_bytes) {
+  void *so = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  phx_plugin_entry *entry = NULL;
+  if (so) *(void **)(void *)&entry = dlsym(so, PHX_ENTRY_SYMBOL);
+  if (!entry) {
+    fprintf(stderr, "%s: %s\n", path, dlerror());
+    return NULL;
+  }
+  const phx_plugin *plugin = entry();
+  if (plugin->config_size > config_bytes) return NULL;
+  memset(config, 0, config_bytes);
+  for (uint32_t i = 0; i < plugin->n_options; i++) apply_default(&plugin->options[i], config);
+  return plugin;
+}

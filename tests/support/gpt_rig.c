@@ -1,0 +1,274 @@
+/* See gpt_rig.h.  One thread. */
+#include "gpt_rig.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { GUARD = 256 };
+
+#define MUST(condition, ...)        \
+  do {                              \
+    if (!(condition)) {             \
+      fprintf(stderr, __VA_ARGS__); \
+      fprintf(stderr, "\n");        \
+      abort();                      \
+    }                               \
+  } while (0)
+
+static void config_set(const phx_plugin *plugin, void *values, const char *key, const char *text) {
+  for (uint32_t i = 0; i < plugin->n_options; i++) {
+    const phx_option *o =
+        (const phx_option *)(const void *)((const char *)plugin->options + (size_t)i * plugin->option_stride);
+    if (strcmp(o->name, key)) continue;
+    void *field = (char *)values + o->offset;
+    if (o->type == PHX_OPT_INT) {
+      *(int64_t *)field = strtoll(text, NULL, 10);
+    } else if (o->type == PHX_OPT_REAL) {
+      *(double *)field = strtod(text, NULL);
+    } else if (o->type == PHX_OPT_STRING) {
+      *(const char **)field = text;
+    } else if (o->type == PHX_OPT_ENUM) {
+      int32_t choice = 0;
+      while (o->choices[choice] && strcmp(o->choices[choice], text)) choice++;
+      MUST(o->choices[choice], "%s has no choice %s", key, text);
+      *(int32_t *)field = choice;
+    } else {
+      MUST(0, "option %s: type %u is not known here", key, o->type);
+    }
+    return;
+  }
+  MUST(0, "no option %s", key);
+}
+
+rig_config rig_config_make(const char *settings) {
+  rig_config c = {.plugin = fake_host_plugin("phx_model_gpt.so")};
+  c.values = calloc(1, c.plugin->config_size);
+  c.text = strdup(settings);
+  MUST(c.values && c.text, "out of memory");
+  for (uint32_t i = 0; i < c.plugin->n_options; i++) {
+    const phx_option *o =
+        (const phx_option *)(const void *)((const char *)c.plugin->options + (size_t)i * c.plugin->option_stride);
+    if (o->dflt) config_set(c.plugin, c.values, o->name, o->dflt);
+  }
+  for (char *at = strtok(c.text, " "); at; at = strtok(NULL, " ")) {
+    char *equals = strchr(at, '=');
+    MUST(equals, "%s: no value", at);
+    *equals = 0;
+    config_set(c.plugin, c.values, at, equals + 1);
+  }
+  return c;
+}
+
+void rig_config_free(rig_config *config) {
+  free(config->text);
+  free(config->values);
+}
+
+static rig_buffer buffer_make(int64_t bytes) {
+  rig_buffer b = {NULL, bytes};
+  MUST(bytes % PHX_ALIGN == 0, "%lld bytes are not aligned", (long long)bytes);
+  b.base = aligned_alloc(PHX_ALIGN, (size_t)bytes + 2 * GUARD);
+  MUST(b.base, "out of memory");
+  memset(b.base, 0xa5, (size_t)bytes + 2 * GUARD);
+  return b;
+}
+
+static void *buffer_data(const rig_buffer *b) { return b->base ? b->base + GUARD : NULL; }
+
+static void buffer_poison(rig_buffer *b) { /* all ones is a NaN */
+  if (b->base) memset(b->base + GUARD, 0xff, (size_t)b->bytes);
+}
+
+static void buffer_check(const rig_buffer *b, const char *what, uint32_t index) {
+  for (int64_t i = 0; b->base && i < GUARD; i++)
+    MUST(b->base[i] == 0xa5 && b->base[GUARD + b->bytes + i] == 0xa5, "%s %u: written outside of its %lld bytes", what,
+         index, (long long)b->bytes);
+}
+
+gpt_rig *gpt_rig_open(const char *settings, int64_t micro, int64_t sequence, const void *(*extension)(const char *)) {
+  gpt_rig *r = calloc(1, sizeof *r);
+  MUST(r, "out of memory");
+  phx_error err = {.struct_size = sizeof err};
+  r->config = rig_config_make(settings);
+  r->table = r->config.plugin->table;
+  r->shape = (phx_batch_shape){sizeof r->shape, micro, sequence};
+  fake_host_init(&r->host, 0, 1);
+  r->host.extension = extension;
+  MUST(!r->table->declare(r->config.values, &r->model, &r->facts, &r->shape, &err), "declare: %s", err.message);
+  r->params = calloc(r->model.n_params, sizeof *r->params);
+  r->weights = calloc(r->model.n_params, sizeof *r->weights);
+  r->gradients = calloc(r->model.n_params, sizeof *r->gradients);
+  r->outputs = calloc(r->model.n_stages, sizeof *r->outputs);
+  r->d_outputs = calloc(r->model.n_stages, sizeof *r->d_outputs);
+  r->saved = calloc(r->model.n_stages, sizeof *r->saved);
+  MUST(r->params && r->weights && r->gradients && r->outputs && r->d_outputs && r->saved, "out of memory");
+  for (uint32_t i = 0; i < r->model.n_params; i++) {
+    phx_param *p = &r->params[i];
+    *p = *phx_model_param(&r->model, i);
+    p->numel = p->shape[0] * p->shape[1] * p->shape[2] * p->shape[3];
+    const int64_t bytes = phx_align_bytes(p->numel * (int64_t)sizeof(float));
+    r->weights[i] = buffer_make(bytes);
+    if (!(p->flags & PHX_PARAM_FROZEN)) r->gradients[i] = buffer_make(bytes);
+    for (int64_t k = 0; k < p->numel; k++) gpt_rig_weight(r, i)[k] = (float)rig_value(i, k, p->name);
+  }
+  int64_t workspace = 0;
+  for (uint32_t i = 0; i < r->model.n_stages; i++) {
+    phx_stage_memory m;
+    MUST(!r->table->stage_memory(r->config.values, &r->shape, i, &m, &err), "stage_memory: %s", err.message);
+    if (m.output) r->outputs[i] = buffer_make(m.output), r->d_outputs[i] = buffer_make(m.output);
+    if (m.saved) r->saved[i] = buffer_make(m.saved);
+    if (m.workspace > workspace) workspace = m.workspace;
+  }
+  r->workspace = buffer_make(workspace);
+  MUST(!r->table->create(&r->host.host, r->config.values, &r->model, &r->shape, &r->self, &err), "create: %s",
+       err.message);
+  return r;
+}
+
+void gpt_rig_close(gpt_rig *r) {
+  r->table->destroy(r->self);
+  MUST(r->host.allocs == r->host.frees, "%lld allocations, %lld releases", (long long)r->host.allocs,
+       (long long)r->host.frees);
+  for (uint32_t i = 0; i < r->model.n_params; i++) free(r->weights[i].base), free(r->gradients[i].base);
+  for (uint32_t i = 0; i < r->model.n_stages; i++)
+    free(r->outputs[i].base), free(r->d_outputs[i].base), free(r->saved[i].base);
+  free(r->workspace.base);
+  free(r->saved), free(r->d_outputs), free(r->outputs), free(r->gradients), free(r->weights), free(r->params);
+  rig_config_free(&r->config);
+  free(r);
+}
+
+float *gpt_rig_weight(gpt_rig *r, uint32_t param) { return buffer_data(&r->weights[param]); }
+float *gpt_rig_gradient(gpt_rig *r, uint32_t param) { return buffer_data(&r->gradients[param]); }
+
+static void check_all(gpt_rig *r) {
+  for (uint32_t i = 0; i < r->model.n_params; i++) {
+    buffer_check(&r->weights[i], "weight", i);
+    buffer_check(&r->gradients[i], "gradient", i);
+  }
+  for (uint32_t i = 0; i < r->model.n_stages; i++) {
+    buffer_check(&r->outputs[i], "output", i);
+    buffer_check(&r->d_outputs[i], "d_output", i);
+    buffer_check(&r->saved[i], "saved", i);
+  }
+  buffer_check(&r->workspace, "workspace", 0);
+}
+
+/* The stage's view for a pass.  written[unit]: a gradient of this unit was written in this step. */
+static uint32_t make_view(gpt_rig *r, uint32_t stage, int32_t pass, const int *written, phx_param_view *out) {
+  const phx_stage *s = phx_model_stage(&r->model, stage);
+  uint32_t n = 0;
+  for (uint32_t u = 0; u < s->n_uses; u++) {
+    const phx_use *use = phx_model_use(&r->model, s->first_use + u);
+    const phx_unit *unit = phx_model_unit(&r->model, use->unit);
+    const uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD;
+    for (uint32_t i = 0; i < unit->n_params; i++) {
+      const uint32_t p = unit->first_param + i;
+      phx_param_view v = {.weight_dtype = PHX_F32, .gradient_dtype = PHX_F32, .param = p};
+      if (use->flags & reads) v.weight = gpt_rig_weight(r, p);
+      if (pass == PHX_PASS_BACKWARD && use->flags & PHX_USE_GRADIENT) v.gradient = gpt_rig_gradient(r, p);
+      if (v.gradient) v.gradient_mode = written[use->unit] ? PHX_GRAD_ADD : PHX_GRAD_WRITE;
+      out[n++] = v;
+    }
+  }
+  return n;
+}
+
+static phx_status run_stage(gpt_rig *r, phx_stage_call *call, const int *written, phx_error *err) {
+  phx_param_view params[16];
+  phx_view view = {.struct_size = sizeof view, .params = params, .param_stride = sizeof *params};
+  view.n_params = make_view(r, call->stage, call->pass, written, params);
+  call->struct_size = sizeof *call;
+  call->view = &view;
+  call->workspace = buffer_data(&r->workspace);
+  call->saved = buffer_data(&r->saved[call->stage]);
+  buffer_poison(&r->workspace);
+  const phx_status status = call->pass == PHX_PASS_BACKWARD ? r->table->backward(r->self, call, err)
+                                                            : r->table->forward(r->self, call, err);
+  check_all(r);
+  return status;
+}
+
+static int skipped(const gpt_rig *r, const int *runs, uint32_t stage) {
+  return runs && stage > 0 && stage + 1 < r->model.n_stages && !runs[stage - 1];
+}
+
+phx_status gpt_rig_step(gpt_rig *r, const int32_t *tokens, const int32_t *targets, int64_t batch, int64_t sequence,
+                        int first, const int *runs, double *loss, phx_error *err) {
+  const uint32_t last = r->model.n_stages - 1;
+  const void *inputs[64] = {NULL};
+  int written[64] = {0};
+  MUST(last < 63, "the rig holds 64 stages");
+  const phx_stage_call base = {.tokens = tokens, .targets = targets, .batch = batch, .sequence = sequence};
+  for (uint32_t i = 0; i <= last; i++) {
+    buffer_poison(&r->outputs[i]), buffer_poison(&r->d_outputs[i]), buffer_poison(&r->saved[i]);
+    inputs[i + 1] = buffer_data(&r->outputs[i]);
+    if (skipped(r, runs, i)) {
+      inputs[i + 1] = inputs[i];
+      continue;
+    }
+    phx_stage_call call = base;
+    call.stage = i, call.pass = PHX_PASS_FORWARD, call.input = inputs[i], call.output = buffer_data(&r->outputs[i]);
+    call.loss = i == last ? loss : NULL;
+    const phx_status status = run_stage(r, &call, written, err);
+    if (status != PHX_OK) return status;
+  }
+  for (uint32_t p = 0; first && p < r->model.n_params; p++) buffer_poison(&r->gradients[p]);
+  for (uint32_t u = 0; !first && u < r->model.n_units; u++) written[u] = 1;
+  const void *d = NULL;
+  for (uint32_t i = last + 1; i-- > 0;) {
+    const phx_stage *s = phx_model_stage(&r->model, i);
+    if (!skipped(r, runs, i)) {
+      phx_stage_call call = base;
+      call.stage = i, call.pass = PHX_PASS_BACKWARD, call.input = inputs[i], call.d_output = d;
+      call.d_input = i ? buffer_data(&r->d_outputs[i - 1]) : NULL;
+      const phx_status status = run_stage(r, &call, written, err);
+      if (status != PHX_OK) return status;
+      d = call.d_input;
+    }
+    for (uint32_t u = 0; u < s->n_uses; u++) {
+      const uint32_t unit = phx_model_use(&r->model, s->first_use + u)->unit;
+      const phx_unit *un = phx_model_unit(&r->model, unit);
+      for (uint32_t p = un->first_param; skipped(r, runs, i) && !written[unit] && p < un->first_param + un->n_params; p++)
+        if (r->gradients[p].base) memset(buffer_data(&r->gradients[p]), 0, (size_t)r->gradients[p].bytes);
+      written[unit] = 1;
+    }
+  }
+  return PHX_OK;
+}
+
+phx_status gpt_rig_evaluate(gpt_rig *r, const int32_t *tokens, const int32_t *targets, int64_t batch, int64_t sequence,
+                            double *loss, float *logits, phx_error *err) {
+  const uint32_t last = r->model.n_stages - 1;
+  const void *input = NULL;
+  for (uint32_t i = 0; i <= last; i++) {
+    phx_stage_call call = {.stage = i, .pass = PHX_PASS_EVALUATE, .input = input, .tokens = tokens, .targets = targets,
+                           .batch = batch, .sequence = sequence, .output = buffer_data(&r->outputs[i])};
+    if (i == last) call.loss = loss, call.logits = logits;
+    buffer_poison(&r->saved[i]);
+    const phx_status status = run_stage(r, &call, NULL, err);
+    if (status != PHX_OK) return status;
+    input = call.output;
+  }
+  return PHX_OK;
+}
+
+/* A fraction in [-1, 1) from a linear congruence in 31 bits: exact in every language. */
+static double fraction(int64_t seed, int64_t i) {
+  int64_t x = (seed * 7919 + i * 104729 + 12345) % 2147483647;
+  x = x * 16807 % 2147483647;
+  x = x * 48271 % 2147483647;
+  return (double)(x % 65536) / 32768 - 1;
+}
+
+double rig_value(int64_t param, int64_t i, const char *name) {
+  const double f = fraction(param + 1, i);
+  if (strstr(name, "ln_") && strstr(name, ".weight")) return 1 + 0.25 * f;
+  if (strstr(name, ".bias")) return 0.25 * f;
+  if (strstr(name, "wte") || strstr(name, "wpe")) return 0.5 * f;
+  return 0.375 * f;
+}
+
+int32_t rig_token(int64_t i, int64_t vocab) { return (int32_t)((i * 7919 + i * i % 101 * 31 + 5) % vocab); }

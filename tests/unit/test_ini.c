@@ -1,0 +1,158 @@
+/* The INI reader: what is delivered, what is refused with its line, and every trap of the library below it. */
+#include <criterion/criterion.h>
+#include <glob.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include "config_ini.h"
+#include "status.h"
+#include "sys.h"
+#include "../fuzz/fuzz_ini.c"
+
+typedef struct heard {
+  char text[8192];
+  size_t budget; /* callbacks until one says that memory ran out */
+} heard;
+
+static bool say(heard *h, const char *format, int line, const char *a, const char *b, const char *c) {
+  size_t used = strlen(h->text);
+  snprintf(h->text + used, sizeof h->text - used, format, line, a, b, c);
+  return h->budget == 0 || --h->budget > 0;
+}
+static bool hear_section(void *arg, int line, const char *name) { return say(arg, "%d[%s]\n", line, name, "", ""); }
+static bool hear_entry(void *arg, int line, const char *section, const char *key, const char *value) {
+  return say(arg, "%d %s.%s=<%s>\n", line, section, key, value);
+}
+static bool hear_error(void *arg, int line, const char *message) {
+  char first[17];
+  snprintf(first, sizeof first, "%s", message);
+  return say(arg, "%d! %s\n", line, first, "", "");
+}
+
+static void expect_bytes(const char *ini, size_t bytes, const char *events) {
+  heard h = {0};
+  const phx__ini_sink sink = {&h, hear_section, hear_entry, hear_error};
+  cr_expect_eq(phx__ini_parse(ini, bytes, &sink), PHX_OK);
+  cr_expect_str_eq(h.text, events);
+}
+static void expect_events(const char *ini, const char *events) { expect_bytes(ini, strlen(ini), events); }
+
+Test(ini, plain) {
+  expect_events("; c\n[run]\nsteps = 3 ; three\n\n# c\nout=a b\nempty =\n[x]\ny : 2\n",
+                "2[run]\n3 run.steps=<3>\n6 run.out=<a b>\n7 run.empty=<>\n8[x]\n9 x.y=<2>\n");
+  expect_events("", "");
+  expect_events("[run]\nlast = line without end", "1[run]\n2 run.last=<line without end>\n");
+  expect_events("\xEF\xBB\xBF[run]\r\na = 1\r\n", "1[run]\n2 run.a=<1>\n");
+  expect_events("[run]\na = 1 # not a comment\n", "1[run]\n2 run.a=<1 # not a comment>\n");
+  expect_events("[run]\na = x;y\n", "1[run]\n2 run.a=<x;y>\n");
+}
+
+/* inih would make this the value of lr. */
+Test(ini, indented_line_is_refused) {
+  expect_events("[a]\nlr = 0.1\n  stage = 3\n\tx = 1\n  ; comment\n \nb = 2\n  [c]\n",
+                "1[a]\n2 a.lr=<0.1>\n3! an indented line\n4! an indented line\n7 a.b=<2>\n"
+                "8! an indented line\n");
+}
+
+/* inih would cut it and parse the rest as a line of its own. */
+Test(ini, overlong_line_is_refused) {
+  char text[600], events[100];
+  for (int n = 150; n <= 420; n++) { /* the value's length; "k = " before it */
+    snprintf(text, sizeof text, "[a]\nk = %0*d\nb = 2\n", n, 7);
+    heard h = {0};
+    const phx__ini_sink sink = {&h, hear_section, hear_entry, hear_error};
+    cr_assert_eq(phx__ini_parse(text, strlen(text), &sink), PHX_OK);
+    snprintf(events, sizeof events, "3 a.b=<2>\n");
+    cr_expect(strstr(h.text, events), "%s", h.text);
+    bool refused = strstr(h.text, "2! the line is too"), delivered = strstr(h.text, "7>\n");
+    cr_expect(refused != delivered, "length %d", n);
+    if (n + 4 <= 195) cr_expect(delivered, "length %d", n);
+  }
+  memset(text, ';', 500); /* a long comment is only a comment */
+  snprintf(text + 500, sizeof text - 500, "\n[a]\n");
+  expect_events(text, "2[a]\n");
+}
+
+/* inih would give the keys to the section before. */
+Test(ini, broken_section_takes_no_keys) {
+  expect_events("[a]\nx = 1\n[b\ny = 2\n[c]\nz = 3\n", "1[a]\n2 a.x=<1>\n3! a section needs \n5[c]\n6 c.z=<3>\n");
+  expect_events("[]\n[a b]\n[a]x\n[a] ; fine\n",
+                "1! a section's name\n2! a section's name\n3! only a comment m\n4[a]\n");
+  expect_events("x = 1\n", "1! a key before the\n");
+}
+
+Test(ini, bytes) {
+  static const char nul[] = "[a]\nk = a\0b\nb = 2\n";
+  expect_bytes(nul, sizeof nul - 1, "1[a]\n2! the line holds a\n3 a.b=<2>\n");
+  expect_events("[a]\nk = \x1b[31m\n", "1[a]\n2! the line holds a\n");
+  expect_events("[a]\nk = \xff\xfe\nl = \xc3\xa9\n", "1[a]\n2! the line is not \n3 a.l=<\xc3\xa9>\n");
+}
+
+Test(ini, names) {
+  expect_events("[a]\nnothing here\n= 3\nabc ; x = 1\n",
+                "1[a]\n2! expected [sectio\n3! a value without \n4! expected [sectio\n");
+  char text[200], events[300];
+  for (int n = 48; n <= 50; n++) {
+    snprintf(text, sizeof text, "[a]\n%0*d = 1\n[%0*d]\n", n, 7, n, 7);
+    if (n == 48)
+      snprintf(events, sizeof events, "1[a]\n2 a.%048d=<1>\n3[%048d]\n", 7, 7);
+    else
+      snprintf(events, sizeof events, "1[a]\n2! a key is at most\n3! a section's name\n");
+    expect_events(text, events);
+  }
+}
+
+Test(ini, out_of_memory_stops) {
+  for (size_t budget = 1; budget <= 3; budget++) {
+    heard h = {.budget = budget};
+    const phx__ini_sink sink = {&h, hear_section, hear_entry, hear_error};
+    const char *text = "[a]\nx = 1\n  bad\ny = 2\n";
+    cr_assert_eq(phx__ini_parse(text, strlen(text), &sink), PHX_NOMEM);
+    cr_assert_null(strstr(h.text, "a.y"));
+  }
+}
+
+Test(ini, files) {
+  char *text = NULL;
+  size_t bytes = 99;
+  phx_error err = PHX_ERROR_INIT;
+  cr_assert_eq(phx__ini_read("/nonexistent.ini", &text, &bytes, &err), PHX_INVALID);
+  cr_assert_eq(phx__ini_read("/tmp", &text, &bytes, &err), PHX_INVALID);
+  cr_assert_eq(phx__ini_read("/dev/zero", &text, &bytes, &err), PHX_INVALID);
+  cr_assert(!text && bytes == 99);
+  char path[] = "/tmp/phx-ini-XXXXXX";
+  int fd = mkstemp(path);
+  cr_assert_eq(ftruncate(fd, PHX__INI_FILE_LARGEST), 0);
+  cr_assert_eq(phx__ini_read(path, &text, &bytes, &err), PHX_OK);
+  cr_assert_eq(bytes, PHX__INI_FILE_LARGEST);
+  phx__free(text);
+  cr_assert_eq(ftruncate(fd, PHX__INI_FILE_LARGEST + 1), 0);
+  cr_assert_eq(phx__ini_read(path, &text, &bytes, &err), PHX_INVALID);
+  close(fd);
+  unlink(path);
+}
+
+/* The fuzzer's corpus, each file whole, cut at every place, and with a byte changed. */
+Test(ini, fuzz_corpus, .timeout = 120) {
+  glob_t files;
+  cr_assert_eq(glob(PHX_TEST_SOURCE "/tests/fuzz/ini/*", 0, NULL, &files), 0);
+  cr_assert_geq(files.gl_pathc, 4);
+  uint64_t random = 1;
+  for (size_t i = 0; i < files.gl_pathc; i++) {
+    char *text;
+    size_t bytes;
+    cr_assert_eq(phx__ini_read(files.gl_pathv[i], &text, &bytes, NULL), PHX_OK);
+    for (size_t n = 0; n <= bytes; n++) {
+      char *cut = malloc(n ? n : 1); /* exact size: reading past it is seen by AddressSanitizer */
+      memcpy(cut, text, n);
+      LLVMFuzzerTestOneInput((const uint8_t *)cut, n);
+      random = random * 6364136223846793005u + 1442695040888963407u;
+      if (n) cut[random >> 33 & 0xffff ? (random >> 33) % n : 0] = (char)(random >> 56);
+      LLVMFuzzerTestOneInput((const uint8_t *)cut, n);
+      free(cut);
+    }
+    phx__free(text);
+  }
+  globfree(&files);
+}
