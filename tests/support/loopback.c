@@ -340,7 +340,7 @@ static bool aborted(loopback_world *w) {
 
 void loopback_abort(loopback_world *w, const char *why) {
   pthread_mutex_lock(&w->lock);
-  if (!w->aborted) snprintf(w->why, sizeof w->why, "%.255s", why);
+  if (!w->aborted) snprintf(w->why, sizeof w->why, "%.250s", why);
   w->aborted = true;
   pthread_mutex_unlock(&w->lock);
 }
