@@ -193,10 +193,10 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status && r->job->size != r->config->s.run.ranks)
     status = phx__fail(err, PHX_INVALID, "run.ranks = %" PRId64 ", but the launcher started %d ranks: give -n %d",
                        r->config->s.run.ranks, r->job->size, r->job->size);
-  /* under torchrun, mpirun or srun nobody made the directory yet */
-  if (!status && r->job->rank == 0 && r->job->size > 1 && !getenv("PHALANX_RANK"))
-    status = phx__run_dir_create(r->config, err);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
+  /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
+  if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
+    status = phx__run_dir_create(r->config, err);
   return status;
 }
 
@@ -221,6 +221,7 @@ int phx__train_rank(const phx__config *config) {
   phx_status status = open_run(&r, &err);
   const bool refused = status != PHX_OK;
   if (!status) status = run_steps(&r, &err);
+  phx__progress_close(&r.progress);
   if (status) {
     fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
@@ -228,7 +229,6 @@ int phx__train_rank(const phx__config *config) {
       r.job->fail(r.job->ctx, err.message);
     }
   }
-  phx__progress_close(&r.progress);
   if (!status || refused || r.job->size == 1) { /* after a failure peers may be gone: the process ends as it is */
     phx__engine_destroy(r.engine);
     phx__runtime_close(r.rt);
