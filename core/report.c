@@ -50,7 +50,7 @@ static void unmake_dirs(const char *path, int made) {
   snprintf(part, sizeof part, "%s", path);
   while (made > 0 && *part) {
     if (!rmdir(part)) made--;
-    else if (errno != ENOENT && errno != ENOTDIR) return;
+    else if (errno == ENOTEMPTY || errno == EEXIST) return;
     char *slash = strrchr(part, '/');
     if (!slash) return;
     *slash = 0;
