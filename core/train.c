@@ -251,7 +251,10 @@ int phx__train_launch(const phx__config *config, char *const *argv) {
     return PHX__EXIT_REFUSED;
   }
   const int32_t ranks = (int32_t)config->s.run.ranks, threads = phx__threads(config, ranks);
-  if (ranks == 1) return phx__train_rank(config);
+  if (ranks == 1) { /* it was accepted above: what goes wrong now is a failure, not a refusal */
+    const int exit_status = phx__train_rank(config);
+    return exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
+  }
   const phx__launch launch = {.ranks = ranks, .threads = config->s.run.pin == 2 ? 0 : threads,
                               .timeout_s = config->s.run.timeout, .run_dir = config->s.run.out, .argv = argv};
   return phx__launch_run(&launch);
