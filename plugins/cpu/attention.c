@@ -294,8 +294,8 @@ phx_status phx__cpu_attention(void *ctx, float *out, float *lse, const float *qk
                               int64_t heads, phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
   void *scratch = NULL;
-  (void)s; /* the compute stream runs inline */
   phx_status status = check(b, t, c, heads, err);
+  if (status == PHX_OK) status = phx__cpu_enter(cpu, s, err);
   if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
   job a = describe(t, c, heads, scratch);
@@ -309,8 +309,8 @@ phx_status phx__cpu_attention_backward(void *ctx, float *dqkv, const float *dout
                                        phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
   void *scratch = NULL;
-  (void)s;
   phx_status status = check(b, t, c, heads, err);
+  if (status == PHX_OK) status = phx__cpu_enter(cpu, s, err);
   if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
   job a = describe(t, c, heads, scratch);

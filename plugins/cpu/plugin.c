@@ -1,17 +1,20 @@
 /* plugins/cpu/plugin.c - the cpu device's descriptor: creation, choice of the instruction set, memory of its own.
  *
- * The best instruction set of the machine is taken; PHALANX_ISA = base | avx2 | avx512 asks for a lower one (tests, or equal
- * bits on unequal machines) and is refused when the machine lacks it.  [main] */
+ * The best instruction set of the machine is taken; PHALANX_ISA = base | avx2 | avx512 asks for a lower one (tests, or
+ * equal bits on unequal machines) and is refused when the machine lacks it.  [main] */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "cpu.h"
 
-/* Scratch for gradients that are added through GELU (ops_linear.c), shared with attention: operations run one at a time. */
+/* Scratch for gradients that are added through GELU (ops_linear.c), shared with attention: operations run one at a
+ * time. */
 enum { LINEAR_SCRATCH = 4 << 20, THREADS_MAX = 1024 };
-/* What dnnl_sgemm takes from malloc for the time of a call, at most (measured: 15.2 MiB at M = 1024, N = 50304, K = 768,
- * and 0.6 MiB a further thread): in the plan, though not held between calls. */
-static int64_t packing_bytes(int32_t threads) { return ((int64_t)16 << 20) + ((int64_t)1 << 20) * (threads - 1); }
+/* What dnnl_sgemm takes from malloc for the time of a call, at most (measured: 15.2 MiB at M = 1024, N = 50304, K =
+ * 768, and 0.6 MiB a further thread): in the plan, though not held between calls. */
+static int64_t packing_bytes(int32_t threads) {
+  return ((int64_t)16 << 20) + ((int64_t)1 << 20) * (threads - 1);
+}
 
 struct phx_device_self {
   phx__cpu cpu;
@@ -88,8 +91,12 @@ static void device_destroy(phx_device_self *self) {
   free(self);
 }
 
-static const phx_device *device_device(phx_device_self *self) { return &self->cpu.device; }
-static const phx_ops *device_ops(phx_device_self *self) { return &self->cpu.ops; }
+static const phx_device *device_device(phx_device_self *self) {
+  return &self->cpu.device;
+}
+static const phx_ops *device_ops(phx_device_self *self) {
+  return &self->cpu.ops;
+}
 
 /* The first alloc takes the scratch too: from then on operations allocate nothing of their own. */
 static phx_status device_alloc(phx_device_self *self, int32_t space, int64_t bytes, void **out, phx_error *err) {
@@ -135,4 +142,6 @@ static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
                                   .option_stride = sizeof(phx_option),
                                   .table = &table};
 
-const phx_plugin *phx_plugin_v1(void) { return &plugin; }
+const phx_plugin *phx_plugin_v1(void) {
+  return &plugin;
+}

@@ -18,7 +18,9 @@ static void open_one(void) {
   cr_assert_eq(cpu_fixture_open(&f, NULL, 1), PHX_OK, "%s", f.err.message);
   d = f.device;
 }
-static void close_one(void) { cpu_fixture_close(&f); }
+static void close_one(void) {
+  cpu_fixture_close(&f);
+}
 TestSuite(cpu_device, .init = open_one, .fini = close_one, .timeout = 60);
 
 Test(cpu_device, descriptor_and_name) {
@@ -368,8 +370,8 @@ static void must(int ok) {
 static void run_piece(cpu_fixture *x, slices *o, const float *g, int64_t at, int64_t n) {
   const phx_ops *ops = x->ops;
   const phx_device *dev = x->device;
-  must(ops->adamw(ops->ctx, o->w + at, g + at, o->m + at, o->v + at, o->bf16 + at, PHX_BF16, n, 0.37f, 3e-3f,
-                          0.9f, 0.95f, 0.1f, 0.05f, 1e-8f, 0.1f, NULL, &x->err) == PHX_OK);
+  must(ops->adamw(ops->ctx, o->w + at, g + at, o->m + at, o->v + at, o->bf16 + at, PHX_BF16, n, 0.37f, 3e-3f, 0.9f,
+                  0.95f, 0.1f, 0.05f, 1e-8f, 0.1f, NULL, &x->err) == PHX_OK);
   must(ops->sgd(ops->ctx, o->s + at, g + at, o->f16 + at, PHX_F16, n, 0.7f, 0.01f, 0.1f, NULL, &x->err) == PHX_OK);
   must(ops->add(ops->ctx, o->sum + at, o->w + at, g + at, n, NULL, &x->err) == PHX_OK);
   must(dev->scale(dev->ctx, o->sum + at, 1.1f, n, NULL, &x->err) == PHX_OK);
