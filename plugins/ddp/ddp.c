@@ -60,6 +60,7 @@ struct phx_strategy {
   uint8_t *complete;      /* (n_units) in this micro-batch */
   int32_t micro_batch;
   bool reducing;          /* this micro-batch's gradients are reduced */
+  uint32_t n_complete;    /* units at the head of the order that are all complete */
   uint32_t next_bucket;   /* not yet started */
 };
 
@@ -326,7 +327,7 @@ static phx_status ddp_begin_micro_batch(phx_strategy *self, int32_t index, int32
   bool adds = phx_kit_adds_reduced(self->topology);
   self->micro_batch = index;
   self->reducing = adds || last;
-  self->next_bucket = 0;
+  self->next_bucket = self->n_complete = 0;
   memset(self->complete, 0, self->model->n_units);
   phx_kit_views_begin(&self->views, adds || index == 0);
   place_gradients(self, self->plan.regions[adds && index > 0 ? REDUCED : GRADIENT].at);
@@ -375,10 +376,12 @@ static phx_status ddp_release(phx_strategy *self, uint32_t s, int32_t pass, int3
     const phx_use *use = phx_model_use(self->model, stage->first_use + i);
     if (use->flags & PHX_USE_LAST) self->complete[use->unit] = 1;
   }
+  while (self->n_complete < self->plan.order.n && self->complete[self->plan.order.units[self->n_complete]])
+    self->n_complete++;
   bool marked = false;
   for (; self->next_bucket < self->plan.n_buckets; self->next_bucket++) {
     const phx_kit_bucket *bucket = &self->plan.buckets[self->next_bucket];
-    if (!self->complete[self->plan.order.units[bucket->last]]) break;
+    if (bucket->last >= self->n_complete) break;
     if (!marked) PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
     marked = true;
     PHX_KIT_TRY(reduce_bucket(self, bucket, self->reduced[self->next_bucket], err));
@@ -390,11 +393,9 @@ done:
 static phx_status ddp_finish_gradients(phx_strategy *self, phx_error *err) {
   if (self->next_bucket < self->plan.n_buckets)
     return phx_kit_fail(err, PHX_STATE,
-                        "gradients are to be finished, but bucket %u of %u waits for unit '%s': its last stage was "
-                        "not released with LAST_USE in the step's last micro-batch",
-                        self->next_bucket, self->plan.n_buckets,
-                        phx_model_unit(self->model,
-                                       self->plan.order.units[self->plan.buckets[self->next_bucket].last])->name);
+                        "gradients are to be finished, but that of unit '%s' is not complete: its last backward stage "
+                        "was not released with LAST_USE in the step's last micro-batch",
+                        phx_model_unit(self->model, self->plan.order.units[self->n_complete])->name);
   return self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err);
 }
 

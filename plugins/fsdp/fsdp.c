@@ -106,7 +106,7 @@ static void place_at_rest(phx_strategy *self) {
 static void say_what_accumulation_costs(const phx_strategy *self) {
   const phx_topology *t = self->topology;
   char text[320];
-  if (t->accumulate == 1 || self->plan.group == 1) return;
+  if (t->rank != 0 || t->accumulate == 1 || self->plan.group == 1) return;
   if (self->plan.adds)
     snprintf(text, sizeof text,
              "[batch] reduce = micro_batch: gradients stay sharded, and are sent %d times a step; reduce = step would "

@@ -292,8 +292,8 @@ static const phx_plugin plugin = {
     .version = "0.1.0",
     .summary = "ZeRO stages 1, 2 and 3: the whole model's states, gradients, weights cut in equal shares",
     .vendor = "Phalanx",
-    .license = "Apache-2.0",
-    .build = "in tree",
+    .license = "MIT",
+    .build = __VERSION__,
     .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
     .extensions = extensions,
     .options = options,
@@ -302,5 +302,4 @@ static const phx_plugin plugin = {
     .config_size = sizeof(zero_config),
     .table = &table,
 };
-PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }

@@ -73,6 +73,7 @@ typedef struct harness_rank {
   size_t n_trace;
   harness_ticket *tickets;
   size_t n_tickets;
+  int64_t most_in_flight; /* collectives issued and not yet run when a backward release returned; sure if DEFERRED */
   int64_t norm_blocks;  /* blocks this rank added in the last step */
   uint64_t arena_order; /* hash of the sizes asked for with a communicator */
   phx_status status;

@@ -340,7 +340,7 @@ static bool aborted(loopback_world *w) {
 
 void loopback_abort(loopback_world *w, const char *why) {
   pthread_mutex_lock(&w->lock);
-  if (!w->aborted) snprintf(w->why, sizeof w->why, "%.255s", why);
+  if (!w->aborted) snprintf(w->why, sizeof w->why, "%.250s", why);
   w->aborted = true;
   pthread_mutex_unlock(&w->lock);
 }
@@ -499,6 +499,7 @@ static phx_status call_fn(void *arg, phx_error *err) {
                          (unsigned long long)c->seq);
       goto done;
     }
+    if (aborted(g->world)) return phx__fail(err, PHX_COMM, "the job was ended"); /* others may still read the slots */
     g->slots[m->base.rank] = *c;
     PHX__TRY(meet(g, c, err));
     PHX__TRY(check_slots(g, c, err));

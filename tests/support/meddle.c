@@ -1,5 +1,7 @@
 /* meddle.c - see meddle.h.  One plugin at a time; what differs between ranks is in the strategy. */
 #include "meddle.h"
+#include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "harness.h"
@@ -7,6 +9,8 @@
 
 static meddle how;
 static const phx_strategy_table *inner;
+static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
+static char log_text[2048];
 
 struct phx_strategy {
   phx_strategy *self; /* the real one */
@@ -48,7 +52,14 @@ static void m_release_memory(void *ctx, void *p) {
   phx_strategy *m = ctx;
   m->real_host->release(m->real_host->ctx, p);
 }
-static void m_log(void *ctx, int32_t level, const char *message) { (void)ctx, (void)level, (void)message; }
+static void m_log(void *ctx, int32_t level, const char *message) {
+  (void)ctx, (void)level;
+  pthread_mutex_lock(&log_lock);
+  size_t used = strlen(log_text);
+  snprintf(log_text + used, sizeof log_text - used, "%s\n", message);
+  pthread_mutex_unlock(&log_lock);
+}
+const char *meddle_log(void) { return log_text; }
 
 static void m_destroy(phx_strategy *m) {
   if (!m) return;
@@ -106,6 +117,10 @@ static phx_status m_acquire(phx_strategy *m, uint32_t stage, int32_t pass, int32
     if (status == PHX_OK) status = inner->release(m->self, 1, pass, mb, 0, s, err);
     if (status != PHX_OK) return status;
   }
+  if (how.recompute_all && pass == PHX_PASS_BACKWARD) {
+    phx_status status = inner->acquire(m->self, stage, PHX_PASS_RECOMPUTE, mb, s, out, err);
+    if (status != PHX_OK) return status;
+  }
   return inner->acquire(m->self, stage, pass, mb, s, out, err);
 }
 static phx_status m_release(phx_strategy *m, uint32_t stage, int32_t pass, int32_t mb, uint32_t flags, phx_stream *s,
@@ -144,6 +159,7 @@ const phx_plugin *meddle_plugin(const char *strategy, const meddle *with) {
   const phx_plugin *real = harness_plugin(strategy, &err);
   if (!real) abort();
   how = *with;
+  log_text[0] = 0;
   inner = real->table;
   table = (phx_strategy_table){.struct_size = sizeof table, .estimate = inner->estimate, .create = m_create,
                                .destroy = m_destroy, .visit_state = m_visit, .map = m_map, .unmap = m_unmap,

@@ -2,7 +2,10 @@
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>
+#include <phalanx/kit.h>
 #include "harness.h"
+#include "meddle.h"
+#include "status.h"
 
 static void expect_good(const harness_config *c) {
   harness_result r;
@@ -25,5 +28,217 @@ Test(ddp, bits_equal_the_reference, .timeout = 120) {
                                       .accumulate = mode ? 3 : 1, .reduce = mode == 2, .evaluate = mode == 0,
                                       .recompute = mode == 1,
                                       .stream_mode = deferred ? LOOPBACK_DEFERRED : LOOPBACK_THREADS});
+  toy_free(t);
+}
+
+Test(ddp, sgd_one_bucket_and_frozen_models, .timeout = 60) {
+  toy *t = toy_odd();
+  expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3, .sgd = true});
+  expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 4, .accumulate = 4,
+                                .reduce = PHX_REDUCE_MICRO_BATCH, .stream_mode = LOOPBACK_DEFERRED});
+  toy_free(t);
+  t = toy_new();
+  uint32_t u = toy_unit(t, "ice");
+  toy_param(t, 9, 301, PHX_PARAM_FROZEN);
+  toy_stage(t, "only"), toy_use(t, u, PHX_USE_FORWARD | PHX_USE_BACKWARD);
+  toy_finish(t);
+  expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 2});
+  toy_free(t);
+}
+
+Test(ddp, skipped_steps_leave_nothing_behind, .timeout = 60) {
+  toy *t = toy_odd();
+  for (int early = 0; early < 2; early++)
+    for (int mode = 0; mode < 3; mode++)
+      expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3, .steps = 3,
+                                    .discard_step = 2, .discard_early = early, .accumulate = mode ? 2 : 1,
+                                    .reduce = mode == 2, .stream_mode = LOOPBACK_DEFERRED});
+  toy_free(t);
+}
+
+/* Calls follow the bucket sizes; the borders fall inside units, and the sums do not care (above). */
+Test(ddp, bucket_sizes_set_the_calls, .timeout = 60) {
+  toy *t = toy_odd();
+  int64_t total = t->elements[0] * 4; /* bytes of gradients */
+  static const int64_t first[] = {4096, 20480, 1 << 20}, each[] = {4096, 12288, 40960, 1 << 20};
+  for (int i = 0; i < 3; i++)
+    for (int k = 0; k < 4; k++) {
+      char options[96];
+      harness_result r;
+      snprintf(options, sizeof options, "first_bucket_bytes=%lld bucket_bytes=%lld", (long long)first[i],
+               (long long)each[k]);
+      harness_config c = {.strategy = "ddp", .replicas = true, .toy = t, .ranks = 2, .options = options};
+      cr_assert(harness_run(&c, &r), "%s", r.message);
+      int64_t want = first[i] >= total ? 1 : 1 + (total - first[i] + each[k] - 1) / each[k], largest;
+      cr_assert_eq(harness_count(&r.rank[0], PHX_OP_ALL_REDUCE, 1, &largest), want, "%s", options);
+      cr_assert_eq(r.rank[0].planned.calls[PHX_OP_ALL_REDUCE], want);
+      cr_assert(largest * 4 <= (first[i] > each[k] ? first[i] : each[k]));
+      harness_free(&r);
+    }
+  toy_free(t);
+}
+
+/* Each all_reduce is issued on the communication stream by the release that completes it, not at the end. */
+Test(ddp, buckets_start_during_backward, .timeout = 60) {
+  toy *t = toy_plain(6, 40);
+  harness_result r;
+  harness_config c = {.strategy = "ddp", .replicas = true, .toy = t, .ranks = 2,
+                      .options = "first_bucket_bytes=4096 bucket_bytes=8192"};
+  cr_assert(harness_run(&c, &r), "%s", r.message);
+  int early = 0;
+  for (size_t i = 0; i < r.rank[0].n_trace; i++) {
+    const harness_call *call = &r.rank[0].trace[i];
+    if (call->step != 1) continue;
+    cr_assert(call->op == PHX_OP_ALL_REDUCE && call->on_stream && call->pass == PHX_PASS_BACKWARD && !call->in_acquire);
+    if (call->stage > 0) early++;
+  }
+  cr_assert_eq(early, 7, "all but the embedding's two start before stage 0");
+  harness_free(&r);
+  c.accumulate = 3; /* reduce = step: nothing is sent before the last micro-batch */
+  cr_assert(harness_run(&c, &r), "%s", r.message);
+  cr_assert_eq(harness_count(&r.rank[0], -1, 1, NULL), 9);
+  harness_free(&r);
+  c.reduce = PHX_REDUCE_MICRO_BATCH;
+  cr_assert(harness_run(&c, &r), "%s", r.message);
+  cr_assert_eq(harness_count(&r.rank[0], -1, 1, NULL), 27);
+  harness_free(&r);
+  toy_free(t);
+}
+
+Test(ddp, replicas_share_the_norm, .timeout = 60) {
+  toy *t = toy_odd();
+  harness_result r;
+  harness_config c = {.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3};
+  cr_assert(harness_run(&c, &r), "%s", r.message);
+  phx_kit_shard s;
+  for (int k = 0; k < 3; k++) {
+    s = phx_kit_shard_of(t->model.total_blocks[0], k, 3);
+    cr_assert_eq(r.rank[k].norm_blocks, s.blocks);
+  }
+  harness_free(&r);
+  toy_free(t);
+}
+
+/* ---- replicas that differ ---- */
+
+static phx_slice damaged;
+static int64_t damaged_element, damaged_step;
+static void damage(const phx_strategy_table *inner, phx_strategy *self, int32_t rank, int64_t step) {
+  void *p;
+  if (rank != 1 || step != damaged_step || inner->map(self, &damaged, PHX_MAP_WRITE, &p, NULL) != PHX_OK) return;
+  ((float *)p)[damaged_element] += 1;
+  inner->unmap(self, &damaged, PHX_MAP_WRITE, p, NULL);
+}
+
+static void expect_named(const toy *t, const char *options, int64_t step, const char *what) {
+  meddle how = {.before_update = damage, .lost_stage = -1};
+  harness_result r;
+  harness_config c = {.plugin = meddle_plugin("ddp", &how), .replicas = true, .toy = t, .ranks = 3, .steps = 4,
+                      .options = options, .ignore_plan = true};
+  damaged_step = step;
+  cr_assert_not(harness_run(&c, &r));
+  int named = 0; /* the first rank that says so ends the job, perhaps before the others have read their result */
+  for (int k = 0; k < 3; k++) {
+    cr_assert_eq(r.rank[k].status, PHX_COMM, "rank %d: %d %s", k, r.rank[k].status, r.rank[k].error.message);
+    if (strstr(r.rank[k].error.message, what)) named++;
+    else cr_assert_str_eq(r.rank[k].error.message, "the job was ended");
+    cr_assert_eq(r.rank[k].leaked_bytes, 0);
+  }
+  cr_assert(named > 0, "%s", r.message);
+  harness_free(&r);
+}
+
+Test(ddp, broadcast_check_names_the_tensor_that_differs, .timeout = 60) {
+  toy *t = toy_odd();
+  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .unit = 2, .blocks = 1,
+                        .dtype = PHX_F32};
+  expect_named(t, "broadcast_check=1", 1, "weight of parameter 'big.p0'");
+  damaged_element = 10112 + 5; /* the vector after the matrix of 10100 elements */
+  expect_named(t, "broadcast_check=3", 2, "weight of parameter 'big.p1'"); /* found at step 3 */
+  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .unit = 3, .flat = PHX_FLAT_FROZEN,
+                        .blocks = 1, .dtype = PHX_F32};
+  damaged_element = 4949;
+  expect_named(t, "broadcast_check=1", 1, "weight of parameter 'ice.p0'");
+  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_OPTIM, .state_index = 1, .unit = 7,
+                        .blocks = 2, .dtype = PHX_F32};
+  damaged_element = 1088; /* tail.p1 */
+  expect_named(t, "broadcast_check=1", 1, "tail.p1'");
+  toy_free(t);
+}
+
+Test(ddp, without_broadcast_check_nothing_is_compared, .timeout = 60) {
+  toy *t = toy_odd();
+  meddle how = {.before_update = damage, .lost_stage = -1};
+  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .blocks = 1, .dtype = PHX_F32};
+  damaged_step = 1, damaged_element = 0;
+  harness_result r;
+  harness_config c = {.plugin = meddle_plugin("ddp", &how), .replicas = true, .toy = t, .ranks = 2};
+  cr_assert_not(harness_run(&c, &r));
+  cr_assert_eq(r.status, PHX_OK);
+  cr_assert(strstr(r.message, "weight"), "%s", r.message); /* the harness sees it, the strategy does not look */
+  harness_free(&r);
+  toy_free(t);
+}
+
+Test(ddp, a_checked_step_is_planned, .timeout = 60) {
+  toy *t = toy_odd();
+  expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3,
+                                .options = "broadcast_check=1"});
+  toy_free(t);
+}
+
+Test(ddp, initial_weights_are_verified, .timeout = 60) {
+  toy *t = toy_odd();
+  meddle how = {.bad_gather = true, .lost_stage = -1};
+  harness_result r;
+  harness_config c = {.plugin = meddle_plugin("ddp", &how), .replicas = true, .toy = t, .ranks = 2};
+  cr_assert_not(harness_run(&c, &r));
+  cr_assert_eq(r.status, PHX_COMM);
+  bool named = false;
+  for (int k = 0; k < 2; k++)
+    named = named || strstr(r.rank[k].error.message, "at start: weight of parameter 'embed.p0'");
+  cr_assert(named, "%s", r.message);
+  harness_free(&r);
+  toy_free(t);
+}
+
+/* ---- faults ---- */
+
+Test(ddp, unfinished_gradients_are_refused_by_name, .timeout = 60) {
+  toy *t = toy_odd();
+  meddle how = {.lost_flags = PHX_RELEASE_LAST_USE, .lost_stage = 3};
+  harness_result r;
+  harness_config c = {.plugin = meddle_plugin("ddp", &how), .replicas = true, .toy = t, .ranks = 2};
+  cr_assert_not(harness_run(&c, &r));
+  cr_assert_eq(r.status, PHX_STATE);
+  cr_assert(strstr(r.message, "'half'"), "%s", r.message);
+  harness_free(&r);
+  toy_free(t);
+}
+
+Test(ddp, a_failing_allocation_leaks_nothing, .timeout = 60) {
+  toy *t = toy_odd();
+  int n = 1;
+  for (;; n++) {
+    harness_result r;
+    harness_config c = {.strategy = "ddp", .replicas = true, .toy = t, .ranks = 2, .accumulate = 2,
+                        .reduce = PHX_REDUCE_MICRO_BATCH, .fail_alloc = n, .fail_rank = n % 2 ? 1 : -1};
+    bool good = harness_run(&c, &r);
+    for (int k = 0; k < 2; k++) cr_assert_eq(r.rank[k].leaked_bytes, 0, "allocation %d", n);
+    cr_assert(good || r.status == PHX_NOMEM, "allocation %d: %s", n, r.message);
+    harness_free(&r);
+    if (good) break;
+  }
+  cr_assert_eq(n, 10, "nine regions, then nothing fails");
+  toy_free(t);
+}
+
+Test(ddp, what_it_cannot_do_is_refused_before_anything_is_opened) {
+  toy *t = toy_odd();
+  harness_config c = {.strategy = "ddp", .toy = t, .ranks = 2, .compute_dtype = PHX_BF16};
+  phx_estimate e;
+  phx_error err = PHX_ERROR_INIT;
+  cr_assert_eq(harness_estimate(&c, 0, &e, &err), PHX_UNSUPPORTED);
+  cr_assert(strstr(err.message, "compute"), "%s", err.message);
   toy_free(t);
 }
