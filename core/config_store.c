@@ -63,9 +63,10 @@ static void problem_at(store *p, const phx__entry *at, bool warning, const char 
   char prefix[512];
   if (!at)
     snprintf(prefix, sizeof prefix, "%s: ", p->path);
-  else if (at->flag)
-    snprintf(prefix, sizeof prefix, "%s %s%s%s%s%s: ", at->flag, at->section, *at->section ? "." : "", at->key,
-             *at->key ? "=" : "", at->value);
+  else if (at->flag && *at->section && strcmp(at->flag, "--set") == 0)
+    snprintf(prefix, sizeof prefix, "--set %s.%s=%s: ", at->section, at->key, at->value);
+  else if (at->flag) /* -n 65: what was typed, not what it stands for */
+    snprintf(prefix, sizeof prefix, "%s %s: ", at->flag, at->value);
   else
     snprintf(prefix, sizeof prefix, "%s:%d: ", p->path, at->line);
   add_problem(p, at && at->line ? at->line : INT_MAX, warning, prefix, format, args);

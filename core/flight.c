@@ -12,7 +12,6 @@
 #include <phalanx/comm.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -74,6 +73,11 @@ static const phx_flight *current(const phx_liveness *page) {
     if (f->end_ns && (!done || f->end_ns > done->end_ns)) done = f;
   }
   return in ? in : done;
+}
+
+bool phx__flight_is_in(const phx_liveness *page) {
+  const phx_flight *f = current(page);
+  return f && !f->end_ns;
 }
 
 static const phx_flight *find(const phx_liveness *page, uint64_t comm, uint64_t sequence, bool *knows_comm) {

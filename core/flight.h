@@ -2,6 +2,7 @@
 #ifndef PHX__FLIGHT_H
 #define PHX__FLIGHT_H
 #include <phalanx/job.h>
+#include <stdbool.h>
 
 /* How a rank was when the job failed. */
 enum { PHX__RANK_ALIVE = 0, PHX__RANK_NEVER = 1, PHX__RANK_STOPPED = 2, PHX__RANK_EXITED = 3, PHX__RANK_KILLED = 4 };
@@ -23,6 +24,8 @@ typedef struct phx__flight_report {
 
 /* [main] The table, as text owned by the caller (phx__free), or NULL when out of memory. */
 char *phx__flight_text(const phx__flight_report *report);
+/* Whether the rank was inside a collective. */
+bool phx__flight_is_in(const phx_liveness *page);
 /* "SIGSEGV" */
 const char *phx__signal_name(int number, char *buffer, size_t bytes);
 /* "was killed by SIGKILL", "exited with status 7", ... */

@@ -181,7 +181,7 @@ phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, 
 }
 
 phx_status phx__job_max(const phx_job *job, int64_t value, int64_t *out, phx_error *err) {
-  phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_MAX, .value = (uint64_t)value};
+  phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_MAX, .value = (uint64_t)value, .name = "value"};
   phx_status status = phx__exchange(&inner(job)->member, &mine, all, err);
   if (status != PHX_OK) return status;
   int64_t largest = INT64_MIN;

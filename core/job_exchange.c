@@ -21,6 +21,8 @@
 enum { SPINS = 2000 /* about 20 us: longer than a wake-up of a peer that is nearly here, too short to be felt */ };
 #define SLICE_NS UINT64_C(50000000)
 #define SUSPENDED_NS UINT64_C(1000000000)
+/* A death is the launcher's to name: it knows the status.  Peers speak up only where it did not act. */
+#define LAUNCHER_ACTS_NS UINT64_C(1000000000)
 
 static const char *kind_name(int32_t kind) {
   static const char *const names[] = {"nothing", "agree", "max", "share", "share (grown)", "share (mapped)"};
@@ -83,7 +85,7 @@ static phx_status fail_absent(const phx__member *me, uint64_t round, const phx__
 static phx_status wait_round(phx__member *me, uint64_t round, const phx__post *mine, phx_error *err) {
   phx__segment *segment = me->segment;
   int spins = me->may_spin ? SPINS : 0;
-  uint64_t start = phx__now_ns(), last = start;
+  uint64_t start = phx__now_ns(), last = start, dead_ns = 0;
   uint64_t limit = me->timeout_s > 0 ? (uint64_t)(me->timeout_s * 1e9) : UINT64_MAX;
   for (;;) {
     uint32_t bell = __atomic_load_n(&segment->bell, __ATOMIC_ACQUIRE);
@@ -100,7 +102,11 @@ static phx_status wait_round(phx__member *me, uint64_t round, const phx__post *m
     if (now - last > SUSPENDED_NS) start += now - last;
     last = now;
     if (now - start >= limit) return fail_absent(me, round, mine, err);
-    if (is_dead(segment, absent) && first_absent(segment, me->size, round) == absent)
+    if (!is_dead(segment, absent) || first_absent(segment, me->size, round) != absent)
+      dead_ns = 0;
+    else if (!dead_ns)
+      dead_ns = now;
+    if (dead_ns && now - dead_ns >= (segment->launcher_pid ? LAUNCHER_ACTS_NS : 0))
       return phx__fail(err, PHX_COMM, "rank %d (pid %d) is dead; rank %d waited for it in %s '%s'", absent,
                        segment->pages[absent].alive.pid, me->rank, kind_name(mine->kind), mine->name);
     phx__futex_wait(&segment->bell, bell, limit - (now - start) < SLICE_NS ? limit - (now - start) : SLICE_NS);

@@ -293,8 +293,13 @@ static void report(struct launch *l) {
     phx__rank_end_text(&l->ends[r], end, sizeof end);
     snprintf(cause, sizeof cause, "rank %d (pid %d) %s", r, (int)l->ranks[r].pid, end);
   }
-  for (int32_t i = 0; i < l->asked->ranks; i++) /* what they said in the meantime */
-    memcpy(l->pages[i].message, l->segment->pages[i].alive.message, sizeof l->pages[i].message);
+  /* A rank that computed when the job failed has since come to the collective where it missed the others; what the
+   * ranks said counts from the end anyway. */
+  for (int32_t i = 0; i < l->asked->ranks; i++) {
+    const phx_liveness *page = &l->segment->pages[i].alive;
+    if (!phx__flight_is_in(&l->pages[i])) memcpy(&l->pages[i], page, sizeof *page);
+    memcpy(l->pages[i].message, page->message, sizeof page->message);
+  }
   phx__flight_report flight = {.size = l->asked->ranks,
                                .ends = l->ends,
                                .pages = l->pages,

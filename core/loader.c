@@ -72,7 +72,7 @@ static phx_status ltdl_start(phx_error *err) {
                                         .priority = LT_DLLOADER_PREPEND};
   static lt_dlvtable vtable;
   vtable = prototype;
-  lt_dlloader_remove("lt_dlopen"); /* else a failed open is tried again lazily, and "succeeds" */
+  free(lt_dlloader_remove("lt_dlopen")); /* else a failed open is tried again lazily, and "succeeds" */
   if (lt_dlloader_add(&vtable) != 0) return phx__fail(err, PHX_INTERNAL, "libltdl takes no loader: %s", lt_dlerror());
   started = true;
   return PHX_OK;

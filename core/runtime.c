@@ -75,7 +75,6 @@ phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx_
   phx__host_init(&rt->comm_host, config->comm.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->model_host, config->model.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->strategy_host, config->strategy.plugin->descriptor->id, job, &rt->book);
-  PHX__TRY(phx__job_agree(job, phx__config_hash(config), "the configuration", err));
   PHX__TRY(open_device(rt, err));
   PHX__TRY(open_comm(rt, err));
   PHX__TRY(open_model(rt, err));

@@ -1,6 +1,6 @@
 /* core/runtime.h - a rank with everything open: device, communicators, model, optimizer, strategy.  [main]
  *
- * Opened in this order, closed in reverse; before the first allocation all ranks agree on the configuration. */
+ * Opened in this order, closed in reverse.  The ranks have agreed on the configuration before (train.c). */
 #ifndef PHX__RUNTIME_H
 #define PHX__RUNTIME_H
 #include "host.h"

@@ -196,6 +196,7 @@ static phx_status open_run(run *r, phx_error *err) {
   /* under torchrun, mpirun or srun nobody made the directory yet */
   if (!status && r->job->rank == 0 && r->job->size > 1 && !getenv("PHALANX_RANK"))
     status = phx__run_dir_create(r->config, err);
+  if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   return status;
 }
 

@@ -1,12 +1,13 @@
 /* plugins/cpu/cpu.h - what the files of the cpu device share.
  *
- * Two kinds of files.  Plain files (plugin.c, memory.c, stream.c, parallel.c, product.c) are compiled once.  Kernel files
- * (ops_*.c, attention.c, cross_entropy.c) are compiled three times, for x86-64, x86-64-v3 and x86-64-v4, with
+ * Two kinds of files.  Plain files (plugin.c, memory.c, stream.c, parallel.c, product.c) are compiled once.  Kernel
+ * files (ops_*.c, attention.c, cross_entropy.c) are compiled three times, for x86-64, x86-64-v3 and x86-64-v4, with
  * PHX__CPU_ISA set to base, avx2 or avx512; the operations they define get that suffix through the macros at the end,
  * and plugin.c picks one set at create.  All three give the same bits where they keep one order of additions (16 lanes)
  * and no fused multiply-add (-ffp-contract=off): then only products by oneDNN differ between instruction sets.
  *
- * Operations run on the compute stream, inline, one at a time: they may use all of cpu->threads and the whole scratch. */
+ * Operations run on the compute stream, inline, one at a time: they may use all of cpu->threads and the whole scratch.
+ */
 #ifndef PHX__CPU_H
 #define PHX__CPU_H
 #include <phalanx/provider.h>
@@ -15,7 +16,7 @@ enum { PHX__CPU_BASE = 0, PHX__CPU_AVX2 = 1, PHX__CPU_AVX512 = 2 };
 
 /* One instruction set's functions (ops_table.c). */
 typedef struct phx__cpu_kernels {
-  phx_ops ops; /* without ctx and scratch_bytes */
+  phx_ops ops;                                   /* without ctx and scratch_bytes */
   int64_t (*attention_scratch)(int32_t threads); /* bytes */
   /* Elementwise on one thread, any slicing, any alignment of whole elements.  dtypes: F32, F16, BF16. */
   void (*cast)(void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype, int64_t numel);
@@ -40,8 +41,8 @@ typedef struct phx__cpu {
 /* ---- parallel.c ---- */
 /* Work on items [first, last); worker < cpu->threads, for a part of the scratch.  Must not fail. */
 typedef void phx__cpu_body(void *arg, int64_t first, int64_t last, int32_t worker);
-/* Splits [0, items) into one contiguous range per thread, each a multiple of `grain` long but the last.  One thread: runs
- * inline.  Where the ranges are cut depends on the number of threads, so a body must give each item bits that do
+/* Splits [0, items) into one contiguous range per thread, each a multiple of `grain` long but the last.  One thread:
+ * runs inline.  Where the ranges are cut depends on the number of threads, so a body must give each item bits that do
  * not depend on the cut. */
 void phx__cpu_parallel(const phx__cpu *cpu, int64_t items, int64_t grain, phx__cpu_body *body, void *arg);
 
@@ -50,13 +51,13 @@ void phx__cpu_parallel_end(const phx__cpu *cpu); /* ends the threads; a later lo
 /* ---- memory.c ---- */
 phx_status phx__cpu_alloc(phx__cpu *cpu, int64_t bytes, void **out, phx_error *err);
 void phx__cpu_free(void *p, int64_t bytes);
-/* The scratch, cpu->scratch_bytes long, PHX_ALIGN-aligned; an operation owns it until it returns.  Its contents are left by
- * whoever used it before. */
+/* The scratch, cpu->scratch_bytes long, PHX_ALIGN-aligned; an operation owns it until it returns.  Its contents are
+ * left by whoever used it before. */
 phx_status phx__cpu_scratch(phx__cpu *cpu, void **out, phx_error *err);
 
 /* ---- product.c: row-major, fp32, by oneDNN ---- */
-/* c(m, n; ldc) = a b (accumulate: added to c).  a is (m, k; lda), or with a_t the (k, m; lda) matrix is transposed; b is
- * (k, n; ldb), or with b_t (n, k; ldb) transposed. */
+/* c(m, n; ldc) = a b (accumulate: added to c).  a is (m, k; lda), or with a_t the (k, m; lda) matrix is transposed; b
+ * is (k, n; ldb), or with b_t (n, k; ldb) transposed. */
 phx_status phx__cpu_product(const phx__cpu *cpu, int32_t a_t, int32_t b_t, int64_t m, int64_t n, int64_t k,
                             const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
                             int32_t accumulate, phx_error *err);
@@ -71,8 +72,8 @@ phx_status phx__cpu_fail(phx_error *err, phx_status code, const char *format, ..
 
 /* ---- stream.c ---- */
 void phx__cpu_device_init(phx__cpu *cpu); /* fills cpu->device */
-/* The first call of every operation: operations run inline, so on a thread stream they first wait for what is queued there
- * (and return its failure).  At once on the compute stream. */
+/* The first call of every operation: operations run inline, so on a thread stream they first wait for what is queued
+ * there (and return its failure).  At once on the compute stream. */
 phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err);
 
 /* ---- kernel files: every name below has a suffix in the object file ---- */

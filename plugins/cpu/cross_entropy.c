@@ -1,13 +1,13 @@
 /* plugins/cpu/cross_entropy.c - softmax cross-entropy over the vocabulary, gradient in place of the logits.
  *
- * Two passes over a row.  The first goes by blocks with a running maximum (Milakov and Gimelshein, arXiv 1805.02867): it
- * leaves e^(x - maximum so far) where the logits were and adds it up; the second, while the row is still in the
- * second-level cache, multiplies each block by what its maximum lacked and by scale / sum.  So each element meets one exponential, and
- * memory is read once.  Without a gradient the first pass stores nothing.
+ * Two passes over a row.  The first goes by blocks with a running maximum (Milakov and Gimelshein, arXiv 1805.02867):
+ * it leaves e^(x - maximum so far) where the logits were and adds it up; the second, while the row is still in the
+ * second-level cache, multiplies each block by what its maximum lacked and by scale / sum.  So each element meets one
+ * exponential, and memory is read once.  Without a gradient the first pass stores nothing.
  *
  * Does not do: label smoothing, ignored targets.
- * Invariant: one row is one thread's, in one order with 16 lanes: the bits depend on neither the number of threads nor the
- * instruction set.  Sums of at most 64 floats per lane are added in double. */
+ * Invariant: one row is one thread's, in one order with 16 lanes: the bits depend on neither the number of threads nor
+ * the instruction set.  Sums of at most 64 floats per lane are added in double. */
 #include <math.h>
 #include "cpu.h"
 #include "simd.h"
@@ -24,7 +24,9 @@ typedef struct job {
 } job;
 
 /* e^x for x <= 0: exactly 0 where e^x has no normal representation; NaN stays NaN */
-static inline phx__vf exp_or_0(phx__vf x) { return (phx__vf)((phx__vi)phx__vexp(x) & ~(x < -87.0f)); }
+static inline phx__vf exp_or_0(phx__vf x) {
+  return (phx__vf)((phx__vi)phx__vexp(x) & ~(x < -87.0f));
+}
 
 /* The largest of x[0 .. n) and `top`; a NaN may or may not be seen: the sum shows it. */
 static float largest(const float *x, int64_t n, float top) {
@@ -105,7 +107,8 @@ static void rows(void *arg, int64_t first, int64_t last, int32_t worker) {
 
 phx_status phx__cpu_cross_entropy(void *ctx, float *logits, float *losses, const int32_t *targets, int64_t n, int64_t v,
                                   int64_t vp, int32_t gradient, float scale, phx_stream *s, phx_error *err) {
-  (void)s; /* the compute stream runs inline */
+  const phx_status status = phx__cpu_enter(ctx, s, err);
+  if (status != PHX_OK) return status;
   if (n < 1 || v < 1 || vp < v)
     return phx__cpu_fail(err, PHX_INVALID, "cross_entropy: %lld rows of %lld classes in rows of %lld", (long long)n,
                          (long long)v, (long long)vp);

@@ -1,7 +1,7 @@
 /* plugins/cpu/memory.c - the device's memory: anonymous maps, zero, touched, in huge pages where the kernel gives them.
  *
- * Sizes are rounded to pages here and again at free, so nothing is written beside the memory.  Advice for huge pages can
- * return success and do nothing: the page size really obtained is read from smaps once and logged.  [main] */
+ * Sizes are rounded to pages here and again at free, so nothing is written beside the memory.  Advice for huge pages
+ * can return success and do nothing: the page size really obtained is read from smaps once and logged.  [main] */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -54,7 +54,10 @@ static void log_page_size(phx__cpu *cpu, const void *p) {
   cpu->page_size_logged = 1;
   huge_bytes(p, &huge, &size);
   snprintf(text, sizeof text, "memory in %s pages (%zu of %zu MiB huge)",
-           !huge ? "4 KiB" : huge >= size ? "2 MiB" : "2 MiB and 4 KiB", huge >> 20, size >> 20);
+           !huge          ? "4 KiB"
+           : huge >= size ? "2 MiB"
+                          : "2 MiB and 4 KiB",
+           huge >> 20, size >> 20);
   if (cpu->host && cpu->host->log) cpu->host->log(cpu->host->ctx, PHX_LOG_INFO, text);
 }
 
@@ -62,9 +65,8 @@ phx_status phx__cpu_alloc(phx__cpu *cpu, int64_t bytes, void **out, phx_error *e
   if (bytes <= 0) return phx__cpu_fail(err, PHX_INVALID, "cpu: alloc of %lld bytes", (long long)bytes);
   if (bytes > INT64_MAX / 2) return phx__cpu_fail(err, PHX_NOMEM, "cpu: alloc of %lld bytes", (long long)bytes);
   const size_t size = rounded(bytes);
-  char *p = size >= HUGE_PAGE
-                ? map_huge(size)
-                : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  char *p =
+      size >= HUGE_PAGE ? map_huge(size) : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) {
     const int why = errno;
     phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for %lld bytes: %s; make the model or the batch smaller",

@@ -30,7 +30,9 @@ static inline uint16_t to_f16(float x) {
   const uint32_t big = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return (uint16_t)(sign | (u >= 0x47800000u ? big : u < 0x38800000u ? small : normal));
 }
-static inline float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
+static inline float from_bf16(uint16_t h) {
+  return float_of((uint32_t)h << 16);
+}
 static inline float from_f16(uint16_t h) {
   const uint32_t u = (uint32_t)(h & 0x7fff) << 13, exponent = u & 0x0f800000u;
   const float small = float_of(u + 0x38800000u) - float_of(0x38800000u);
@@ -74,7 +76,10 @@ void phx__cpu_slice_scale(float *x, float by, int64_t numel) {
 }
 
 /* ---- operations ---- */
-typedef struct add_args { float *out; const float *a, *b; } add_args;
+typedef struct add_args {
+  float *out;
+  const float *a, *b;
+} add_args;
 static void add_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   const add_args *x = arg;
   (void)worker;
@@ -161,7 +166,10 @@ phx_status phx__cpu_sgd(void *ctx, float *w, const float *g, void *low, int32_t 
 }
 
 /* Lane i of 16 sums elements i, i + 16, ... of the block; the lanes are halved until one is left. */
-typedef struct norm_args { double *sums; const float *x; } norm_args;
+typedef struct norm_args {
+  double *sums;
+  const float *x;
+} norm_args;
 static void norm_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   const norm_args *a = arg;
   (void)worker;

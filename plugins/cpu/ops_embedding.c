@@ -1,7 +1,7 @@
 /* plugins/cpu/ops_embedding.c - token and position embeddings and their gradients.
  *
- * Backward: each column is added by one thread, rows in order of (b, t), so the bits are fixed.  A token outside the table is
- * refused where its size is known (backward); forward trusts the data module.  [main] */
+ * Backward: each column is added by one thread, rows in order of (b, t), so the bits are fixed.  A token outside the
+ * table is refused where its size is known (backward); forward trusts the data module.  [main] */
 #include <string.h>
 #include "cpu.h"
 
@@ -25,8 +25,7 @@ static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker)
 phx_status phx__cpu_embedding(void *ctx, float *out, const int32_t *tokens, const float *wte, const float *wpe,
                               int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err) {
   const phx_status status = phx__cpu_enter(ctx, s, err);
-  if (status == PHX_OK)
-    phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c});
+  if (status == PHX_OK) phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c});
   return status;
 }
 

@@ -1,7 +1,7 @@
 /* plugins/cpu/ops_linear.c - the linear layer and its gradients: a product by oneDNN, and one pass for bias and GELU.
  *
- * The pass follows the product in chunks of rows, while the chunk is still in the last level of cache.  Invariant: how rows
- * are chunked depends on the shape alone.  [main] */
+ * The pass follows the product in chunks of rows, while the chunk is still in the last level of cache.  Invariant: how
+ * rows are chunked depends on the shape alone.  [main] */
 #include "columns.h"
 #include "cpu.h"
 #include "simd.h"
@@ -100,13 +100,13 @@ phx_status phx__cpu_linear_backward_input(void *ctx, float *dx, const float *dou
   int64_t step = pre ? chunk_rows(n, ic) : n;
   if (apart && step > cpu->scratch_bytes / 4 / ic) step = cpu->scratch_bytes / 4 / ic;
   if (step < 1)
-    return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: linear_backward_input adds through GELU: a row of %lld is too long",
-                         (long long)ic);
+    return phx__cpu_fail(err, PHX_UNSUPPORTED,
+                         "cpu: linear_backward_input adds through GELU: a row of %lld is too long", (long long)ic);
   for (int64_t at = 0; at < n && status == PHX_OK; at += step) {
     const int64_t rows = n - at < step ? n - at : step;
     float *to = apart ? scratch : dx + at * ic;
-    status = phx__cpu_product(ctx, 0, 0, rows, ic, oc, dout + at * ld, ld, w, ic, to, ic, mode == PHX_GRAD_ADD && !apart,
-                              err);
+    status = phx__cpu_product(ctx, 0, 0, rows, ic, oc, dout + at * ld, ld, w, ic, to, ic,
+                              mode == PHX_GRAD_ADD && !apart, err);
     if (status == PHX_OK && pre)
       phx__cpu_parallel(ctx, rows * ic, 1024, slope_body, &(slope_args){dx + at * ic, to, pre + at * ic, ic});
   }

@@ -1,7 +1,7 @@
 /* plugins/cpu/ops_norm.c - layer norm and its gradients.  arXiv 1607.06450.
  *
- * Row sums use 16 lanes and one tree; the gradients of weight and bias are summed by columns (columns.h), so bits depend
- * neither on the instruction set nor on the number of threads.  [main] */
+ * Row sums use 16 lanes and one tree; the gradients of weight and bias are summed by columns (columns.h), so bits
+ * depend neither on the instruction set nor on the number of threads.  [main] */
 #include <math.h>
 #include "columns.h"
 #include "cpu.h"
@@ -57,8 +57,8 @@ static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker)
 phx_status phx__cpu_layer_norm(void *ctx, float *out, float *sum, float *mean, float *rstd, const float *a,
                                const float *b, const float *w, const float *bias, int64_t n, int64_t c, float eps,
                                phx_stream *s, phx_error *err) {
-  if (n < 1 || c < 1) return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n,
-                                           (long long)c);
+  if (n < 1 || c < 1)
+    return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
   if (b && !sum) return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of a + b needs a place for the sum");
   const phx_status status = phx__cpu_enter(ctx, s, err);
   if (status == PHX_OK)
@@ -110,8 +110,8 @@ static void rows_body(void *arg, int64_t first, int64_t last, int32_t worker) {
     sum /= (float)c;
     dot /= (float)c;
     if (add) {
-      PHX__IVDEP for (int64_t j = 0; j < c; j++)
-        dx[j] = add[j] + (dout[j] * w[j] - sum - (x[j] - mean) * rstd * dot) * rstd;
+      PHX__IVDEP for (int64_t j = 0; j < c; j++) dx[j] =
+          add[j] + (dout[j] * w[j] - sum - (x[j] - mean) * rstd * dot) * rstd;
     } else {
       PHX__IVDEP for (int64_t j = 0; j < c; j++) dx[j] = (dout[j] * w[j] - sum - (x[j] - mean) * rstd * dot) * rstd;
     }
@@ -148,8 +148,8 @@ phx_status phx__cpu_layer_norm_backward(void *ctx, float *dx, const float *add, 
                                         const float *mean, const float *rstd, int64_t n, int64_t c, phx_stream *s,
                                         phx_error *err) {
   enum { ROWS = 64 };
-  if (n < 1 || c < 1) return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n,
-                                           (long long)c);
+  if (n < 1 || c < 1)
+    return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
   const phx_status status = phx__cpu_enter(ctx, s, err);
   if (status != PHX_OK) return status;
   backward_args a = {dx, dw, db, add, dout, x, w, mean, rstd, c, 0, 0, w_mode, b_mode};

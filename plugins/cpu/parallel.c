@@ -1,7 +1,7 @@
 /* plugins/cpu/parallel.c - parallel loops of the operations, and error messages.
  *
- * The only file that speaks OpenMP besides product.c.  Invariant: one contiguous range per thread, cut by arithmetic alone.
- * One thread never enters the OpenMP runtime.  [main] */
+ * The only file that speaks OpenMP besides product.c.  Invariant: one contiguous range per thread, cut by arithmetic
+ * alone. One thread never enters the OpenMP runtime.  [main] */
 #include <omp.h>
 #include <stdarg.h>
 #include <stdio.h>

@@ -1,9 +1,9 @@
 /* plugins/cpu/product.c - matrix products by oneDNN.
  *
  * dnnl_sgemm: row-major, the same C function in oneDNN 2 and 3, and measured as fast as the matmul primitive at every
- * shape and transposition of GPT-2 (about 95 % of the peak of one Zen 4 core), with nothing to cache.  Its packing buffers
- * come from malloc, for the call.  Bits depend on the shape, the number of threads and the instruction set, not on
- * pointers.  [main] */
+ * shape and transposition of GPT-2 (about 95 % of the peak of one Zen 4 core), with nothing to cache.  Its packing
+ * buffers come from malloc, for the call.  Bits depend on the shape, the number of threads and the instruction set, not
+ * on pointers.  [main] */
 #include <dnnl.h>
 #include <omp.h>
 #include "cpu.h"
@@ -15,8 +15,8 @@ phx_status phx__cpu_product(const phx__cpu *cpu, int32_t a_t, int32_t b_t, int64
     return phx__cpu_fail(err, PHX_INVALID, "cpu: product of %lld x %lld by %lld x %lld: sizes must be positive",
                          (long long)m, (long long)k, (long long)k, (long long)n);
   if (omp_get_max_threads() != cpu->threads) omp_set_num_threads(cpu->threads);
-  const dnnl_status_t status = dnnl_sgemm(a_t ? 'T' : 'N', b_t ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb,
-                                          accumulate ? 1.0f : 0.0f, c, ldc);
+  const dnnl_status_t status =
+      dnnl_sgemm(a_t ? 'T' : 'N', b_t ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, accumulate ? 1.0f : 0.0f, c, ldc);
   if (status == dnnl_success) return PHX_OK;
   phx__cpu_fail(err, status == dnnl_out_of_memory ? PHX_NOMEM : PHX_DEVICE,
                 "cpu: oneDNN refused a product (m %lld, n %lld, k %lld): status %d", (long long)m, (long long)n,

@@ -26,11 +26,19 @@
 typedef float phx__vf __attribute__((vector_size(4 * PHX__LANES)));
 typedef int32_t phx__vi __attribute__((vector_size(4 * PHX__LANES)));
 typedef float phx__vf_any __attribute__((vector_size(4 * PHX__LANES), aligned(4), may_alias));
-typedef struct phx__v16 { phx__vf part[PHX__PARTS]; } phx__v16;
+typedef struct phx__v16 {
+  phx__vf part[PHX__PARTS];
+} phx__v16;
 
-static inline phx__vf phx__load(const float *p) { return *(const phx__vf_any *)p; }
-static inline void phx__store(float *p, phx__vf v) { *(phx__vf_any *)p = v; }
-static inline phx__vf phx__splat(float x) { return (phx__vf){0} + x; }
+static inline phx__vf phx__load(const float *p) {
+  return *(const phx__vf_any *)p;
+}
+static inline void phx__store(float *p, phx__vf v) {
+  *(phx__vf_any *)p = v;
+}
+static inline phx__vf phx__splat(float x) {
+  return (phx__vf){0} + x;
+}
 static inline phx__vf phx__choose(phx__vi mask, phx__vf yes, phx__vf no) {
   return (phx__vf)((mask & (phx__vi)yes) | (~mask & (phx__vi)no));
 }
@@ -65,8 +73,8 @@ static inline phx__vf phx__vexp(phx__vf x) {
 }
 
 /* GELU with tanh, written as x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): no cancellation for x < 0. */
-#define PHX__GELU_1 1.5957691216057308f  /* 2 sqrt(2 / pi) */
-#define PHX__GELU_3 0.07135481627159f    /* 0.044715 * 2 sqrt(2 / pi) */
+#define PHX__GELU_1 1.5957691216057308f /* 2 sqrt(2 / pi) */
+#define PHX__GELU_3 0.07135481627159f   /* 0.044715 * 2 sqrt(2 / pi) */
 static inline phx__vf phx__vgelu(phx__vf x) {
   const phx__vf u2 = x * (x * x * PHX__GELU_3 + PHX__GELU_1);
   return x / (phx__vexp(-u2) + 1.0f);

@@ -1,10 +1,9 @@
 /* plugins/cpu/stream.c - streams and events of the cpu device.
  *
- * The compute stream (NULL) runs inline.  Every other stream is a thread with a ring of entries: a mutex, two conditions,
- * and it sleeps, never spins, since ranks own one core each.  A full ring blocks the caller; nothing is allocated after
- * create.
- * Errors: a function's first failure is kept; what follows on the stream is skipped, except events, which still complete
- * and carry the failure to whoever waits; stream_synchronize returns it and clears it.
+ * The compute stream (NULL) runs inline.  Every other stream is a thread with a ring of entries: a mutex, two
+ * conditions, and it sleeps, never spins, since ranks own one core each.  A full ring blocks the caller; nothing is
+ * allocated after create. Errors: a function's first failure is kept; what follows on the stream is skipped, except
+ * events, which still complete and carry the failure to whoever waits; stream_synchronize returns it and clears it.
  * Events: record number k completes when the stream reaches it; a wait is for the last number at the time of the call.
  * Invariant: an event's numbers complete in order, so a record that changes the stream first waits for the last.  Waits
  * look back only, at records already made: no cycle.
@@ -23,10 +22,10 @@ enum { RUN, COPY, ZERO, CAST, ADD, SCALE, RECORD, WAIT };
 struct phx_event {
   pthread_mutex_t lock;
   pthread_cond_t change;
-  _Atomic uint64_t recorded;   /* changed by [main] */
-  _Atomic uint64_t done;       /* <= recorded */
-  const phx_stream *stream;    /* of the last record; compared, never followed */
-  phx_status status;           /* the stream's failure at the last completed record */
+  _Atomic uint64_t recorded; /* changed by [main] */
+  _Atomic uint64_t done;     /* <= recorded */
+  const phx_stream *stream;  /* of the last record; compared, never followed */
+  phx_status status;         /* the stream's failure at the last completed record */
   phx_error failure;
 };
 
@@ -75,14 +74,27 @@ static phx_status event_wait(phx_event *e, uint64_t number, phx_error *err) {
 
 static phx_status run_entry(const phx__cpu *cpu, const entry *e, phx_error *err) {
   switch (e->kind) {
-    case RUN: return e->fn(e->dst, err);
-    case COPY: memmove(e->dst, e->src, (size_t)e->count); return PHX_OK;
-    case ZERO: memset(e->dst, 0, (size_t)e->count); return PHX_OK;
-    case CAST: cpu->kernels->cast(e->dst, e->dst_dtype, e->src, e->src_dtype, e->count); return PHX_OK;
-    case ADD: cpu->kernels->add(e->dst, e->dst, e->src, e->count); return PHX_OK;
-    case SCALE: cpu->kernels->scale(e->dst, e->by, e->count); return PHX_OK;
-    case WAIT: return event_wait(e->event, e->number, err);
-    default: return phx__cpu_fail(err, PHX_INTERNAL, "cpu: stream entry of kind %d", e->kind);
+    case RUN:
+      return e->fn(e->dst, err);
+    case COPY:
+      memmove(e->dst, e->src, (size_t)e->count);
+      return PHX_OK;
+    case ZERO:
+      memset(e->dst, 0, (size_t)e->count);
+      return PHX_OK;
+    case CAST:
+      cpu->kernels->cast(e->dst, e->dst_dtype, e->src, e->src_dtype, e->count);
+      return PHX_OK;
+    case ADD:
+      cpu->kernels->add(e->dst, e->dst, e->src, e->count);
+      return PHX_OK;
+    case SCALE:
+      cpu->kernels->scale(e->dst, e->by, e->count);
+      return PHX_OK;
+    case WAIT:
+      return event_wait(e->event, e->number, err);
+    default:
+      return phx__cpu_fail(err, PHX_INTERNAL, "cpu: stream entry of kind %d", e->kind);
   }
 }
 
@@ -147,7 +159,9 @@ static phx_status stream_synchronize(void *ctx, phx_stream *s, phx_error *err) {
   return status;
 }
 
-phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err) { return stream_synchronize(cpu, s, err); }
+phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err) {
+  return stream_synchronize(cpu, s, err);
+}
 
 /* Signals are the main thread's business. */
 static int start_thread(phx_stream *s) {
@@ -274,10 +288,10 @@ static phx_status cast(void *ctx, void *dst, int32_t dst_dtype, const void *src,
       return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: cast from dtype %d to %d: only F32, F16 and BF16", src_dtype,
                            dst_dtype);
   }
-  return submit(ctx, s,
-                &(entry){.kind = CAST, .dst = dst, .dst_dtype = dst_dtype, .src = src, .src_dtype = src_dtype,
-                         .count = numel},
-                err);
+  return submit(
+      ctx, s,
+      &(entry){.kind = CAST, .dst = dst, .dst_dtype = dst_dtype, .src = src, .src_dtype = src_dtype, .count = numel},
+      err);
 }
 
 static phx_status add(void *ctx, float *acc, const float *x, int64_t numel, phx_stream *s, phx_error *err) {

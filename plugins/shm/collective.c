@@ -33,13 +33,28 @@ int64_t shm_arena_offset(const shm_comm *c, const void *p, int64_t bytes) {
   return bytes <= c->world->arena_bytes - (int64_t)(at - arena) ? (int64_t)(at - arena) : -1;
 }
 
+/* The next call's slot: its readers are done with it since everybody came to this call, so its lines can be made ours
+ * while we wait for the peers.  As many lines as this call filled. */
+static inline void slot_prepare(shm_lane *lane, uint64_t sequence, int64_t bytes) {
+#if defined(__x86_64__)
+  const char *next = lane->slot[(sequence + 1) & 1].data;
+  __asm__ volatile("prefetchw %0" ::"m"(lane->slot[(sequence + 1) & 1].record));
+  for (int64_t at = 0; at < bytes; at += 64) __asm__ volatile("prefetchw %0" ::"m"(next[at]));
+#else
+  (void)lane, (void)sequence, (void)bytes;
+#endif
+}
+
 phx_status shm_arrive(shm_call *call, const shm_record *mine, phx_error *err) {
   shm_comm *c = call->comm;
   shm_lane *lane = c->lane[c->me];
   lane->slot[mine->sequence & 1].record = *mine;
   __atomic_store_n(&lane->begun, mine->sequence, __ATOMIC_RELEASE);
   shm_step(c);
+  int64_t put = shm_put_bytes(mine->op, mine->numel, (int64_t)phx_dtype_bytes(mine->dtype), c->n);
+  if (put <= SHM_SMALL) slot_prepare(lane, mine->sequence, put);
   for (int32_t p = 0; p < c->n; p++) {
+    if (p == c->me) continue;
     phx_status status = shm_step_of(call, p, err);
     if (status != PHX_OK) return status;
     const shm_record *r = &c->lane[p]->slot[mine->sequence & 1].record;
@@ -250,7 +265,7 @@ static void run_alone(const shm_call *call, int64_t bytes) {
 phx_status shm_collective(shm_call *call, phx_error *err) {
   shm_comm *c = call->comm;
   move m = {.call = call, .c = c, .element = (int64_t)phx_dtype_bytes(call->dtype)};
-  int64_t put = call->op == PHX_OP_BARRIER ? 0 : shm_put_bytes(call->op, call->numel, m.element, c->n);
+  int64_t put = shm_put_bytes(call->op, call->numel, m.element, c->n);
   if (c->n == 1) {
     c->sequence++;
     run_alone(call, put);

@@ -30,7 +30,7 @@ static phx_status check_alive(const shm_comm *c, phx_error *err) {
 
 static void count(shm_comm *c, const shm_call *call) {
   __atomic_fetch_add(&c->calls[call->op], 1, __ATOMIC_RELAXED);
-  __atomic_fetch_add(&c->bytes[call->op], call->moved, __ATOMIC_RELAXED);
+  if (call->moved) __atomic_fetch_add(&c->bytes[call->op], call->moved, __ATOMIC_RELAXED);
 }
 
 /* Every call passes begin() and end(), in ticket order. */
@@ -52,6 +52,7 @@ static phx_status begin(shm_call *call, phx_error *err) {
 }
 static phx_status end(shm_call *call, phx_status status) {
   shm_comm *c = call->comm;
+  int32_t on_stream = call->on_stream; /* once `done` is stored, the record belongs to [main] again */
   if (status == PHX_OK) {
     shm_flight_end(call);
     count(c, call);
@@ -59,9 +60,11 @@ static phx_status end(shm_call *call, phx_status status) {
   } else {
     __atomic_store_n(&c->broken, 1, __ATOMIC_RELEASE);
   }
-  __atomic_fetch_add(&c->done, 1, __ATOMIC_SEQ_CST);
-  __atomic_fetch_add(&c->done_word, 1, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(&c->main_waits, __ATOMIC_SEQ_CST)) shm_wake(&c->done_word);
+  __atomic_store_n(&c->done, __atomic_load_n(&c->done, __ATOMIC_RELAXED) + 1, __ATOMIC_RELEASE);
+  if (on_stream) { /* only then can [main] be waiting */
+    __atomic_fetch_add(&c->done_word, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&c->main_waits, __ATOMIC_SEQ_CST)) shm_wake(&c->done_word);
+  }
   return status;
 }
 static phx_status run(void *arg, phx_error *err) {

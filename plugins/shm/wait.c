@@ -1,7 +1,7 @@
 /* wait.c - every wait of the communicator: a bounded spin, then a shared futex, with a deadline.
  *
  * A rank publishes by storing a word of its own lane and, when somebody sleeps there, waking them.  A waiter polls
- * `spin` times (not at all when the job gives this rank no core to wait on; at most 64 times on a stream's thread, whose
+ * `spin` times (once when the job gives this rank no core to wait on; at most 64 times on a stream's thread, whose
  * core belongs to the thread that computes), then announces itself in `sleepers` and sleeps on the word in slices of
  * 10 ms.  Between slices it looks at the job's failed word, at abort(), at orders that can never meet, and at the
  * deadline, and stamps its heartbeat: a rank that waits is alive.  The slice also bounds what a wake that got lost
@@ -20,6 +20,7 @@
 
 #define SLICE_NS 10000000
 #define STREAM_SPIN 64
+#define FIRST_POLLS 64 /* before the clock is read: a peer who is a fraction of a microsecond behind costs no more */
 
 int64_t shm_now_ns(void) {
   struct timespec t;
@@ -102,7 +103,11 @@ done:
 }
 
 phx_status shm_await(shm_call *call, int32_t peer, const uint32_t *word, uint32_t target, phx_error *err) {
-  return shm_reached(word, target) ? PHX_OK : await_slow(call, peer, word, target, err);
+  int32_t polls = call->comm->world->job->may_spin ? FIRST_POLLS : 1;
+  for (int32_t i = 0; i < polls; i++) {
+    if (shm_reached(word, target)) return PHX_OK;
+  }
+  return await_slow(call, peer, word, target, err);
 }
 
 void shm_step(shm_comm *c) {

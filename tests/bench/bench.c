@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { LEAST_PAIRS = 7, MOST_PAIRS = 999 };
 static struct {
@@ -45,15 +46,34 @@ void bench_init(int argc, char **argv) {
     fprintf(stderr, "%d pairs say little: at least %d, or --quick\n", pairs, LEAST_PAIRS);
     exit(2);
   }
+  /* OpenMP reads its number of threads when it is loaded: start again with the one that the comparator is to have. */
+  char wanted[16];
+  snprintf(wanted, sizeof wanted, "%d", options.threads);
+  const char *given = getenv("OMP_NUM_THREADS");
+  if (!given || strcmp(given, wanted)) {
+    setenv("OMP_NUM_THREADS", wanted, 1);
+    execv("/proc/self/exe", argv);
+  }
   options.pairs = pairs ? pairs : options.quick ? 3 : LEAST_PAIRS;
 }
 
-int bench_wanted(const char *name) { return !options.only || strstr(name, options.only); }
-int bench_threads(void) { return options.threads; }
+int bench_wanted(const char *name) {
+  return !options.only || strstr(name, options.only);
+}
+int bench_threads(void) {
+  return options.threads;
+}
 
 double bench_now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+double bench_busy(void) {
+  struct timespec t;
+  if (options.threads > 1) return bench_now();
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
@@ -94,10 +114,11 @@ void bench_print(const bench_line *line) {
   const double by = line->divisor > 0 ? line->divisor : 1.0;
   if (line->limit > 0 && !met) options.missed = 1;
   if (options.json) {
-    printf("{\"name\": \"%s\", \"a\": \"%s\", \"b\": \"%s\", \"unit\": \"%s\", \"rate_a\": %.6g, \"rate_b\": %.6g, "
-           "\"ratio\": %.4f, \"low\": %.4f, \"high\": %.4f, \"pairs\": %d, \"limit\": %g, \"verdict\": \"%s\"}\n",
-           line->name, line->a, line->b, line->unit, line->rate_a / by, line->rate_b / by, line->ratio, line->low,
-           line->high, line->pairs, line->limit, verdict);
+    printf(
+        "{\"name\": \"%s\", \"a\": \"%s\", \"b\": \"%s\", \"unit\": \"%s\", \"rate_a\": %.6g, \"rate_b\": %.6g, "
+        "\"ratio\": %.4f, \"low\": %.4f, \"high\": %.4f, \"pairs\": %d, \"limit\": %g, \"verdict\": \"%s\"}\n",
+        line->name, line->a, line->b, line->unit, line->rate_a / by, line->rate_b / by, line->ratio, line->low,
+        line->high, line->pairs, line->limit, verdict);
   } else {
     if (!options.header++)
       printf("| what | A | B | A, B | A / B (least .. greatest) | asked | |\n|---|---|---|---|---|---|---|\n");
@@ -120,7 +141,9 @@ void bench_note(const char *name, const char *format, ...) {
   fflush(stdout);
 }
 
-int bench_finish(void) { return options.missed; }
+int bench_finish(void) {
+  return options.missed;
+}
 
 void *bench_memory(int64_t bytes) {
   const size_t huge = (size_t)2 << 20, length = ((size_t)bytes + huge - 1) / huge * huge;

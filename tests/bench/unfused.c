@@ -1,12 +1,14 @@
-/* tests/bench/unfused.c - causal attention as a framework without a fused kernel does it: oneDNN's products over blocks of
- * query rows, each only as wide as the causal mask leaves it, a vectorised softmax in place, and the T x T
+/* tests/bench/unfused.c - causal attention as a framework without a fused kernel does it: oneDNN's products over blocks
+ * of query rows, each only as wide as the causal mask leaves it, a vectorised softmax in place, and the T x T
  * probabilities kept from forward to backward.  Backward needs four products then, the fused one five. */
 #include <dnnl.h>
 #include <math.h>
 #include "unfused.h"
 #include "../../plugins/cpu/simd.h"
 
-static int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+static int64_t least(int64_t x, int64_t y) {
+  return x < y ? x : y;
+}
 
 /* x[0 .. n) becomes softmax(x), x[n .. end) zero. */
 static void softmax(float *x, int64_t n, int64_t end) {

@@ -1,5 +1,5 @@
-/* tests/support/cpu_fixture.h - the cpu device under test: opened from the built plugin, forked for an instruction set, and
- * random numbers. */
+/* tests/support/cpu_fixture.h - the cpu device under test: opened from the built plugin, forked for an instruction set,
+ * and random numbers. */
 #ifndef PHX__CPU_FIXTURE_H
 #define PHX__CPU_FIXTURE_H
 #include <phalanx/provider.h>

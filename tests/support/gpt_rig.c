@@ -176,6 +176,19 @@ static uint32_t make_view(gpt_rig *r, uint32_t stage, int32_t pass, const int *w
   return n;
 }
 
+static int untouched(const unsigned char *piece) {
+  for (int i = 0; i < PHX_ALIGN; i++)
+    if (piece[i] != 0xff) return 0;
+  return 1;
+}
+
+int64_t gpt_rig_unused_saved(const gpt_rig *r, uint32_t stage) {
+  const rig_buffer *b = &r->saved[stage];
+  int64_t n = 0;
+  for (int64_t at = 0; b->base && at < b->bytes; at += PHX_ALIGN) n += untouched(b->base + GUARD + at);
+  return n;
+}
+
 static phx_status run_stage(gpt_rig *r, phx_stage_call *call, const int *written, phx_error *err) {
   phx_param_view params[16];
   phx_view view = {.struct_size = sizeof view, .params = params, .param_stride = sizeof *params};
@@ -188,6 +201,8 @@ static phx_status run_stage(gpt_rig *r, phx_stage_call *call, const int *written
   const phx_status status = call->pass == PHX_PASS_BACKWARD ? r->table->backward(r->self, call, err)
                                                             : r->table->forward(r->self, call, err);
   check_all(r);
+  for (int64_t at = r->workspace.bytes; at > r->workspace_used; at -= PHX_ALIGN)
+    if (!untouched(r->workspace.base + GUARD + at - PHX_ALIGN)) r->workspace_used = at;
   return status;
 }
 

@@ -33,6 +33,7 @@ typedef struct gpt_rig {
   rig_buffer *weights, *gradients; /* per parameter */
   rig_buffer *outputs, *d_outputs, *saved; /* per stage */
   rig_buffer workspace;
+  int64_t workspace_used; /* bytes up to the last that any stage wrote */
 } gpt_rig;
 
 /* extension: a fake host's, e.g. plain_extension */
@@ -43,6 +44,8 @@ float *gpt_rig_gradient(gpt_rig *rig, uint32_t param); /* NULL when frozen */
 /* Forward and backward of one micro-batch; first: gradients are written, else added.  runs[layer] 0: skipped; NULL: all. */
 phx_status gpt_rig_step(gpt_rig *rig, const int32_t *tokens, const int32_t *targets, int64_t batch, int64_t sequence,
                         int first, const int *runs, double *loss, phx_error *err);
+/* 256-byte pieces of a stage's `saved` that the last step did not write; 0: all that was announced is used. */
+int64_t gpt_rig_unused_saved(const gpt_rig *rig, uint32_t stage);
 /* EVALUATE; loss with targets, logits (batch, vocab) or NULL */
 phx_status gpt_rig_evaluate(gpt_rig *rig, const int32_t *tokens, const int32_t *targets, int64_t batch,
                             int64_t sequence, double *loss, float *logits, phx_error *err);

@@ -502,6 +502,7 @@ static phx_status call_fn(void *arg, phx_error *err) {
                          (unsigned long long)c->seq);
       goto done;
     }
+    if (aborted(g->world)) return phx__fail(err, PHX_COMM, "the job was ended"); /* others may still read the slots */
     g->slots[m->base.rank] = *c;
     PHX__TRY(meet(g, c, err));
     PHX__TRY(check_slots(g, c, err));

@@ -151,7 +151,7 @@ Test(config, strategy_by_path) {
   phx__config_free(c);
   const phx__override missing = {"run.strategy=/nonexistent/mine.so", "--strategy"};
   cr_assert_eq(load(DATA "[mine]\nx = 1\n", &missing, 1, &c), PHX_INVALID);
-  cr_expect(strstr(report, "--strategy run.strategy=/nonexistent/mine.so: [run] strategy: "), "%s", report);
+  cr_expect(strstr(report, "--strategy /nonexistent/mine.so: [run] strategy: "), "%s", report);
   cr_expect_null(strstr(report, "[mine]"), "its section cannot be judged: %s", report);
 }
 
@@ -197,8 +197,7 @@ Test(config, settings_that_do_not_go_together) {
   expect_report("[run]\nranks = 2\n[batch]\nmicro = 3\naccumulate = 5\ntotal = 32\n" DATA,
                 ":6: [batch] total = 32, but ranks x micro x accumulate = 2 x 3 x 5 = 30\n");
   phx__config_free(expect_good("[run]\nranks = 2\n[batch]\nmicro = 3\naccumulate = 5\ntotal = 30\n" DATA));
-  expect_report("[run]\nsteps = 9\n[optimizer]\nwarmup = 10\n" DATA,
-                ":4: [optimizer] warmup = 10 is more than [run] steps = 9\n");
+  phx__config_free(expect_good("[run]\nsteps = 9\n[optimizer]\nwarmup = 10\n" DATA)); /* a short trial of a long run */
   expect_report(DATA "[precision]\ncompute = bf16\n",
                 ":4: [precision] compute = bf16 is not offered by device cpu in this version: use fp32\n");
   expect_report(DATA "[precision]\nreduce = bf16\n",

@@ -1,5 +1,6 @@
-/* Causal attention of the cpu device: against a plain double-precision reference and numerical differences, on sizes that
- * fit no tile, for every instruction set of the machine; equal bits for any number of threads and any place in memory. */
+/* Causal attention of the cpu device: against a plain double-precision reference and numerical differences, on sizes
+ * that fit no tile, for every instruction set of the machine; equal bits for any number of threads and any place in
+ * memory. */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <math.h>
@@ -13,8 +14,8 @@ typedef struct shape {
   int64_t b, t, c, heads;
 } shape;
 
-static const shape shapes[] = {{1, 1, 10, 1},   {2, 1, 30, 3},   {1, 33, 30, 3},  {2, 64, 64, 2},  {1, 65, 128, 2},
-                               {1, 130, 128, 1}, {2, 67, 51, 3},  {1, 200, 24, 8}, {1, 129, 256, 1}, {3, 17, 7, 7}};
+static const shape shapes[] = {{1, 1, 10, 1},    {2, 1, 30, 3},  {1, 33, 30, 3},  {2, 64, 64, 2},   {1, 65, 128, 2},
+                               {1, 130, 128, 1}, {2, 67, 51, 3}, {1, 200, 24, 8}, {1, 129, 256, 1}, {3, 17, 7, 7}};
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 static const char *const sets[] = {"base", "avx2", "avx512"};
 
@@ -130,7 +131,8 @@ static void run(const device_ops *d, const arrays *a, const shape *s) {
   cr_assert_eq(ops->attention(ops->ctx, a->out, a->lse, a->qkv, s->b, s->t, s->c, s->heads, NULL, &err), PHX_OK, "%s",
                err.message);
   cr_assert_eq(ops->attention_backward(ops->ctx, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, s->b, s->t, s->c,
-                                       s->heads, NULL, &err), PHX_OK, "%s", err.message);
+                                       s->heads, NULL, &err),
+               PHX_OK, "%s", err.message);
   assert_guard(a->out, a->n), assert_guard(a->dqkv, 3 * a->n);
   assert_guard(a->lse, a->rows), assert_guard(a->work, a->rows);
 }
@@ -212,8 +214,8 @@ Test(cpu_attention, large_scores, .timeout = 60) {
   device_ops_close(&d);
 }
 
-/* The gradient is the derivative of the forward pass: central differences of the double reference's sum(out * dout) along
- * single elements of qkv. */
+/* The gradient is the derivative of the forward pass: central differences of the double reference's sum(out * dout)
+ * along single elements of qkv. */
 Test(cpu_attention, numerical_gradient, .timeout = 60) {
   device_ops d;
   cr_assert(open_or_skip(&d, 1, NULL));
@@ -270,9 +272,11 @@ Test(cpu_attention, same_bits, .timeout = 60) {
         memmove(moved.dout, a.dout, (size_t)a.n * 4);
       }
       const phx_ops *ops = d.ops;
-      cr_assert_eq(ops->attention(ops->ctx, moved.out, moved.lse, moved.qkv, s.b, s.t, s.c, s.heads, NULL, NULL), PHX_OK);
-      cr_assert_eq(ops->attention_backward(ops->ctx, moved.dqkv, moved.dout, moved.qkv, moved.out, moved.lse, moved.work,
-                                           s.b, s.t, s.c, s.heads, NULL, NULL), PHX_OK);
+      cr_assert_eq(ops->attention(ops->ctx, moved.out, moved.lse, moved.qkv, s.b, s.t, s.c, s.heads, NULL, NULL),
+                   PHX_OK);
+      cr_assert_eq(ops->attention_backward(ops->ctx, moved.dqkv, moved.dout, moved.qkv, moved.out, moved.lse,
+                                           moved.work, s.b, s.t, s.c, s.heads, NULL, NULL),
+                   PHX_OK);
       if (threads == 1 && !again) {
         memcpy(first.out, a.out, (size_t)a.n * 4);
         memcpy(first.lse, a.lse, (size_t)a.rows * 4);
@@ -312,8 +316,7 @@ Test(cpu_attention, nan_is_kept, .timeout = 60) {
 Test(cpu_attention, scratch_is_constant, .timeout = 60) {
   device_ops one, two;
   cr_assert(open_or_skip(&one, 1, NULL) && open_or_skip(&two, 2, NULL));
-  cr_assert_leq(one.ops->scratch_bytes, 8 << 20);
-  cr_assert_leq(two.ops->scratch_bytes, 2 * one.ops->scratch_bytes);
+  cr_assert_leq(two.ops->scratch_bytes - one.ops->scratch_bytes, 8 << 20, "scratch of one thread more");
   device_ops_close(&two);
   const int64_t declared = one.ops->scratch_bytes;
   for (int64_t t = 1; t <= 1024; t *= 32) {

@@ -10,8 +10,9 @@
 enum { GUARD = 64 };
 static const char *const sets[] = {"base", "avx2", "avx512"};
 static const int64_t sizes[][3] = {/* rows, classes, row length */
-                                   {1, 1, 1},      {3, 2, 64},     {5, 15, 16},    {4, 16, 16},     {7, 257, 320},
-                                   {3, 1024, 1024}, {2, 1025, 1088}, {2, 5000, 5056}, {1, 50257, 50304}, {1, 270001, 270016}};
+                                   {1, 1, 1},         {3, 2, 64},         {5, 15, 16},     {4, 16, 16},
+                                   {7, 257, 320},     {3, 1024, 1024},    {2, 1025, 1088}, {2, 5000, 5056},
+                                   {1, 50257, 50304}, {1, 270001, 270016}};
 enum { SIZES = sizeof sizes / sizeof *sizes };
 
 static float number(uint64_t *state) { /* uniform in -1 .. 1 */
@@ -40,7 +41,9 @@ static rows fill(int64_t n, int64_t v, int64_t vp, float scale) {
   return r;
 }
 
-static void discard(rows *r) { free(r->logits), free(r->losses), free(r->targets); }
+static void discard(rows *r) {
+  free(r->logits), free(r->losses), free(r->targets);
+}
 
 static void assert_guard(const float *x, int64_t n) {
   for (int64_t i = n; i < n + GUARD; i++) {
@@ -53,7 +56,8 @@ static void assert_guard(const float *x, int64_t n) {
 static void run(const device_ops *d, const rows *r, int32_t gradient, float scale) {
   phx_error err = {.struct_size = sizeof err};
   cr_assert_eq(d->ops->cross_entropy(d->ops->ctx, r->logits, r->losses, r->targets, r->n, r->v, r->vp, gradient, scale,
-                                     NULL, &err), PHX_OK, "%s", err.message);
+                                     NULL, &err),
+               PHX_OK, "%s", err.message);
   assert_guard(r->logits, r->n * r->vp);
   assert_guard(r->losses, r->n);
 }
@@ -71,16 +75,16 @@ static void compare(const rows *r, const float *before, float scale) {
   for (int64_t i = 0; i < r->n; i++) {
     const float *x = before + i * r->vp, *g = r->logits + i * r->vp;
     const double lse = reference(x, r->v), loss = lse - x[r->targets[i]];
-    cr_assert_leq(fabs(r->losses[i] - loss), 5e-7 * fabs(loss) + 5e-7, "loss of row %d (V = %d): %.9g, not %.9g", (int)i,
-                  (int)r->v, r->losses[i], loss);
+    cr_assert_leq(fabs(r->losses[i] - loss), 5e-7 * fabs(loss) + 5e-7, "loss of row %d (V = %d): %.9g, not %.9g",
+                  (int)i, (int)r->v, r->losses[i], loss);
     for (int64_t j = 0; j < r->vp; j++) {
       double p = j < r->v ? exp(x[j] - lse) : 0.0;
       const double want = (p - (j < r->v && j == r->targets[i] ? 1.0 : 0.0)) * scale;
       /* two ulp of p for the exponential, and the argument's rounding (|x| / 2 ulp) */
       const double relative = p > 0 ? 5e-7 + 1.2e-7 * fabs(x[j] - lse) : 0.0;
       const double bound = fabs(scale) * (p * relative + (want < 0 ? 1e-7 : 0.0) + 1.2e-38);
-      cr_assert(fabs(g[j] - want) <= bound, "V = %d, row %d, column %d: %.9g, not %.9g", (int)r->v, (int)i, (int)j, g[j],
-                want);
+      cr_assert(fabs(g[j] - want) <= bound, "V = %d, row %d, column %d: %.9g, not %.9g", (int)r->v, (int)i, (int)j,
+                g[j], want);
       cr_assert(j < r->v || g[j] == 0.0f);
     }
   }
@@ -217,7 +221,8 @@ Test(cpu_cross_entropy, same_bits_for_any_threads, .timeout = 60) {
   cr_assert_eq(bits_of(3, NULL), first);
 }
 
-/* 16 lanes everywhere.  oneDNN takes one limit per process, so two tests; the device allows the highest set after it. */
+/* 16 lanes everywhere.  oneDNN takes one limit per process, so two tests; the device allows the highest set after it.
+ */
 Test(cpu_cross_entropy, same_bits_base_avx512, .timeout = 60) {
   const uint64_t low = bits_of(1, "base"), high = bits_of(1, "avx512");
   if (!high) cr_skip_test("this machine has no avx512");

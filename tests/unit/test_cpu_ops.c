@@ -1,5 +1,5 @@
-/* The cpu device's operations against plain references in double; gradients against numerical derivatives of the forward
- * references.  Outputs are NaN before each call, sizes are odd, threads and pointers must not change bits. */
+/* The cpu device's operations against plain references in double; gradients against numerical derivatives of the
+ * forward references.  Outputs are NaN before each call, sizes are odd, threads and pointers must not change bits. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <string.h>
@@ -27,7 +27,9 @@ static void open_one(void) {
   ops = f.ops;
   state = 7;
 }
-static void close_one(void) { cpu_fixture_close(&f); }
+static void close_one(void) {
+  cpu_fixture_close(&f);
+}
 TestSuite(cpu_ops, .init = open_one, .fini = close_one, .timeout = 120);
 
 #define OK(call) cr_assert_eq((call), PHX_OK, "%s", f.err.message)
@@ -38,7 +40,9 @@ static void check_near(const char *what, int64_t i, double got, double want, dou
 }
 
 /* ---- references ---- */
-static double ref_gelu(double x) { return x / (1 + exp(-2 * sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+static double ref_gelu(double x) {
+  return x / (1 + exp(-2 * sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
 static double ref_gelu_slope(double x) {
   const double u = sqrt(2 / M_PI) * (x + 0.044715 * x * x * x), s = 1 / (1 + exp(-2 * u));
   return s + x * s * (1 - s) * 2 * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x);
@@ -75,7 +79,9 @@ Test(cpu_ops, gelu_and_its_slope_are_accurate) {
 }
 
 /* ---- linear ---- */
-typedef struct shape { int64_t n, ic, oc, pad; } shape;
+typedef struct shape {
+  int64_t n, ic, oc, pad;
+} shape;
 static const shape shapes[] = {{1, 1, 1, 0}, {5, 30, 257, 0}, {67, 48, 33, 3}, {17, 257, 30, 5}, {300, 3, 9001, 0}};
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -132,8 +138,10 @@ static void check_backward_weight(shape s, int w_mode, int b_mode, int with_db) 
   const int64_t ld = s.oc + s.pad;
   float *dout = random_array(s.n * ld, 1, &state), *x = random_array(s.n * s.ic, 1, &state);
   float *dw = poisoned_array(s.oc * s.ic), *db = poisoned_array(s.oc);
-  if (w_mode == PHX_GRAD_ADD) for (int64_t i = 0; i < s.oc * s.ic; i++) dw[i] = 0.5f;
-  if (b_mode == PHX_GRAD_ADD) for (int64_t i = 0; i < s.oc; i++) db[i] = 0.25f;
+  if (w_mode == PHX_GRAD_ADD)
+    for (int64_t i = 0; i < s.oc * s.ic; i++) dw[i] = 0.5f;
+  if (b_mode == PHX_GRAD_ADD)
+    for (int64_t i = 0; i < s.oc; i++) db[i] = 0.25f;
   OK(ops->linear_backward_weight(ops->ctx, dw, with_db ? db : NULL, dout, s.pad ? ld : 0, x, s.n, s.ic, s.oc, w_mode,
                                  b_mode, NULL, &f.err));
   const double bound = 1e-6 * (sqrt((double)s.n) * 3 + 2);
@@ -175,7 +183,9 @@ static double slope_of(loss_fn *loss, const void *arg, double *values, int64_t i
 }
 
 enum { GN = 5, GI = 30, GO = 17 };
-typedef struct mlp { double r[GN * GO]; } mlp;
+typedef struct mlp {
+  double r[GN * GO];
+} mlp;
 /* values: x(GN, GI) | w(GO, GI) | bias(GO); loss = sum r * (gelu(x) W^T + bias) */
 static double mlp_loss(const double *values, const void *arg) {
   const double *x = values, *w = x + GN * GI, *bias = w + GO * GI, *r = ((const mlp *)arg)->r;
@@ -205,15 +215,14 @@ Test(cpu_ops, numerical_gradient_of_linear_and_gelu) {
 }
 
 /* ---- layer norm ---- */
-enum { LN = 21, LC = 30 }; /* more rows than one block of column sums, no multiple of it; C no multiple of 16 */
+enum { LN = 69, LC = 30 }; /* more rows than one chunk and one block of column sums; C no multiple of 16 */
 static const float eps = 1e-5f;
 static void ref_norm(const double *x, const double *w, const double *bias, int64_t n, int64_t c, double *out) {
   for (int64_t i = 0; i < n; i++) {
     double mean = 0, var = 0;
     for (int64_t j = 0; j < c; j++) mean += x[i * c + j] / (double)c;
     for (int64_t j = 0; j < c; j++) var += (x[i * c + j] - mean) * (x[i * c + j] - mean) / (double)c;
-    for (int64_t j = 0; j < c; j++)
-      out[i * c + j] = (x[i * c + j] - mean) / sqrt(var + (double)eps) * w[j] + bias[j];
+    for (int64_t j = 0; j < c; j++) out[i * c + j] = (x[i * c + j] - mean) / sqrt(var + (double)eps) * w[j] + bias[j];
   }
 }
 static void check_layer_norm(int64_t n, int64_t c, int with_b, int with_sum) {
@@ -245,7 +254,9 @@ Test(cpu_ops, layer_norm) {
 }
 
 /* values: x(LN, LC) | w(LC) | bias(LC) */
-typedef struct norm_loss_arg { double r[LN * LC]; } norm_loss_arg;
+typedef struct norm_loss_arg {
+  double r[LN * LC];
+} norm_loss_arg;
 static double norm_loss(const double *values, const void *arg) {
   double out[LN * LC], sum = 0;
   ref_norm(values, values + LN * LC, values + LN * LC + LC, LN, LC, out);
@@ -293,8 +304,7 @@ Test(cpu_ops, embedding_and_its_gradient) {
   float *out = poisoned_array(B * T * C), *dout = random_array(B * T * C, 1, &state);
   float *dwte = poisoned_array(V * C), *dwpe = poisoned_array(MAX_T * C);
   OK(ops->embedding(ops->ctx, out, tokens, wte, wpe, B, T, C, NULL, &f.err));
-  for (int i = 0; i < B * T * C; i++)
-    cr_assert_eq(out[i], wte[tokens[i / C] * C + i % C] + wpe[i / C % T * C + i % C]);
+  for (int i = 0; i < B * T * C; i++) cr_assert_eq(out[i], wte[tokens[i / C] * C + i % C] + wpe[i / C % T * C + i % C]);
   for (int turn = 1; turn <= 2; turn++) { /* write, then add the same again */
     const int32_t mode = turn == 1 ? PHX_GRAD_WRITE : PHX_GRAD_ADD;
     OK(ops->embedding_backward(ops->ctx, dwte, mode, dwpe, mode, dout, tokens, B, T, C, V, MAX_T, NULL, &f.err));
@@ -324,15 +334,16 @@ Test(cpu_ops, embedding_and_its_gradient) {
 Test(cpu_ops, adamw_and_sgd_follow_their_formulas) {
   enum { M = 1111, STEPS = 5 };
   const double b1 = 0.9, b2 = 0.95, lr = 1e-2, e = 1e-8, decay = 0.1, by = 0.5;
-  float *w = random_array(M, 1, &state), *s = malloc(M * sizeof *s), *m = calloc(M, sizeof *m), *v = calloc(M, sizeof *v);
+  float *w = random_array(M, 1, &state), *s = malloc(M * sizeof *s), *m = calloc(M, sizeof *m),
+        *v = calloc(M, sizeof *v);
   double dw[M], dm[M], dv[M], ds[M];
   float low[M];
   for (int i = 0; i < M; i++) s[i] = w[i], dw[i] = ds[i] = (double)w[i], dm[i] = dv[i] = 0;
   for (int step = 1; step <= STEPS; step++) {
     float *g = random_array(M, 1, &state);
     const double c1 = 1 - pow(b1, step), c2 = 1 - pow(b2, step);
-    OK(ops->adamw(ops->ctx, w, g, m, v, low, PHX_F32, M, (float)by, (float)lr, (float)b1, (float)b2, (float)c1, (float)c2,
-                  (float)e, (float)decay, NULL, &f.err));
+    OK(ops->adamw(ops->ctx, w, g, m, v, low, PHX_F32, M, (float)by, (float)lr, (float)b1, (float)b2, (float)c1,
+                  (float)c2, (float)e, (float)decay, NULL, &f.err));
     OK(ops->sgd(ops->ctx, s, g, NULL, 0, M, (float)by, (float)lr, (float)decay, NULL, &f.err));
     for (int i = 0; i < M; i++) {
       const double gs = (double)g[i] * by;
@@ -351,6 +362,31 @@ Test(cpu_ops, adamw_and_sgd_follow_their_formulas) {
     cr_assert_eq(low[i], w[i]);
   }
   free(w), free(s), free(m), free(v);
+}
+
+/* To the last bit: the formula in fp32, one operation after the other (the tests too are compiled without contraction).
+ */
+Test(cpu_ops, adamw_and_sgd_are_the_formula_to_the_last_bit) {
+  enum { M = 1031 };
+  const float b1 = 0.9f, b2 = 0.95f, c1 = 0.271f, c2 = 0.142625f, lr = 3e-4f, e = 1e-8f, decay = 0.1f, by = 0.37f;
+  float *w = random_array(M, 1, &state), *g = random_array(M, 1e-2f, &state), *m = random_array(M, 1e-2f, &state);
+  float *v = random_array(M, 1e-4f, &state), *s = random_array(M, 1, &state), want_w[M], want_m[M], want_v[M],
+        want_s[M];
+  for (int i = 0; i < M; i++) {
+    v[i] = fabsf(v[i]);
+    const float gs = g[i] * by;
+    want_m[i] = b1 * m[i] + (1.0f - b1) * gs;
+    want_v[i] = b2 * v[i] + (1.0f - b2) * (gs * gs);
+    want_w[i] = w[i] - lr * (want_m[i] / c1 / (sqrtf(want_v[i] / c2) + e) + decay * w[i]);
+    want_s[i] = s[i] - lr * (gs + decay * s[i]);
+  }
+  OK(ops->adamw(ops->ctx, w, g, m, v, NULL, 0, M, by, lr, b1, b2, c1, c2, e, decay, NULL, &f.err));
+  OK(ops->sgd(ops->ctx, s, g, NULL, 0, M, by, lr, decay, NULL, &f.err));
+  cr_assert_eq(memcmp(w, want_w, sizeof want_w), 0);
+  cr_assert_eq(memcmp(m, want_m, sizeof want_m), 0);
+  cr_assert_eq(memcmp(v, want_v, sizeof want_v), 0);
+  cr_assert_eq(memcmp(s, want_s, sizeof want_s), 0);
+  free(w), free(g), free(m), free(v), free(s);
 }
 
 Test(cpu_ops, add_and_block_norms) {
@@ -377,7 +413,8 @@ Test(cpu_ops, add_and_block_norms) {
 /* ---- what must not change bits: the number of threads, the place in memory, the instruction set ---- */
 enum { MN = 333, MC = 130, MV = 40 };
 typedef struct results { /* of operations without a product */
-  float out[MN * MC], mean[MN], rstd[MN], dx[MN * MC], dw[MC], db[MC], dwte[MV * MC], dwpe[MN * MC], bias[MC], embedded[MN * MC];
+  float out[MN * MC], mean[MN], rstd[MN], dx[MN * MC], dw[MC], db[MC], dwte[MV * MC], dwpe[MN * MC], bias[MC],
+      embedded[MN * MC];
   double norms[MN * MC / PHX_BLOCK];
 } results;
 static int run_own(const phx_ops *o, results *r) {
@@ -432,7 +469,10 @@ Test(cpu_ops, pointers_do_not_change_bits) {
   free(first);
 }
 
-typedef struct isa_results { results own; float linear[GN * GO]; } isa_results;
+typedef struct isa_results {
+  results own;
+  float linear[GN * GO];
+} isa_results;
 static void run_isa(const char *isa, isa_results *r) { /* a process of its own: see oneDNN's limit in product.c */
   const pid_t child = fork();
   if (child == 0) {
