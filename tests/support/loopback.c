@@ -397,6 +397,7 @@ static phx_status meet(group *g, const call *c, phx_error *err) {
     pthread_cond_broadcast(&g->changed);
   }
   while (g->generation == mine && status == PHX_OK) status = nap(g, &naps, err, c);
+  if (g->generation != mine) status = PHX_OK; /* all came, whatever happened since */
   pthread_mutex_unlock(&g->lock);
   return status;
 }
@@ -534,6 +535,8 @@ static phx_status call_fn(void *arg, phx_error *err) {
   comm *m = c->comm;
   group *g = m->g;
   phx_status status = PHX_OK;
+  if (aborted(g->world)) /* others may still look at what this rank showed them last */
+    return phx__fail(err, PHX_COMM, "the job was ended");
   if (c->op == PHX_OP_SEND || c->op == PHX_OP_RECV) {
     PHX__TRY(exchange(g, c, err));
   } else {
