@@ -12,8 +12,16 @@
 #include <string.h>
 
 /* OWN: units of one rank alone; TIED: units of both, reached by the other rank. */
-enum { OWN = 0, OWN_FROZEN = 1, TIED = 2, TIED_FROZEN = 3, OWN_GRADIENT = 4, TIED_GRADIENT = 5, STATES = 6,
-       REGIONS = 6 + PHX_OPTIM_STATES_MAX };
+enum {
+  OWN = 0,
+  OWN_FROZEN = 1,
+  TIED = 2,
+  TIED_FROZEN = 3,
+  OWN_GRADIENT = 4,
+  TIED_GRADIENT = 5,
+  STATES = 6,
+  REGIONS = 6 + PHX_OPTIM_STATES_MAX
+};
 
 typedef struct pipeline_config {
   int64_t cut;
@@ -24,10 +32,10 @@ static const phx_option options[] = {
 };
 
 typedef struct pipeline_plan {
-  uint32_t cut;                /* stages [0, cut) are rank 0's */
-  uint8_t *users;              /* (n_units) bit r: rank r uses it; 1 where nobody does */
-  int64_t *at[PHX_FLATS];      /* (n_units) first block in its region */
-  int64_t *state_at;           /* (n_units) first block of the states that this rank keeps */
+  uint32_t cut;           /* stages [0, cut) are rank 0's */
+  uint8_t *users;         /* (n_units) bit r: rank r uses it; 1 where nobody does */
+  int64_t *at[PHX_FLATS]; /* (n_units) first block in its region */
+  int64_t *state_at;      /* (n_units) first block of the states that this rank keeps */
   phx_kit_region regions[REGIONS];
 } pipeline_plan;
 
@@ -45,8 +53,12 @@ static void plan_destroy(pipeline_plan *p) {
   free(p->state_at);
 }
 
-static bool holds(const pipeline_plan *p, uint32_t unit, int32_t rank) { return p->users[unit] >> rank & 1; }
-static bool tied(const pipeline_plan *p, uint32_t unit) { return p->users[unit] == 3; }
+static bool holds(const pipeline_plan *p, uint32_t unit, int32_t rank) {
+  return p->users[unit] >> rank & 1;
+}
+static bool tied(const pipeline_plan *p, uint32_t unit) {
+  return p->users[unit] == 3;
+}
 static bool writes(const pipeline_plan *p, uint32_t unit, int32_t rank) {
   return tied(p, unit) ? rank == 0 : holds(p, unit, rank);
 }
@@ -95,8 +107,8 @@ static phx_status plan_create(const pipeline_config *config, const phx_topology 
   p.regions[OWN_GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .bytes = p.regions[OWN].bytes};
   p.regions[TIED_GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p.regions[TIED].bytes};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
-    p.regions[STATES + k] = (phx_kit_region){
-        .kind = PHX_MEM_OPTIMIZER, .bytes = mine * PHX_BLOCK * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
+    p.regions[STATES + k] = (phx_kit_region){.kind = PHX_MEM_OPTIMIZER,
+                                             .bytes = mine * PHX_BLOCK * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
   *out = p;
   return PHX_OK;
 done:
@@ -341,8 +353,10 @@ static phx_status pipeline_update(phx_strategy *self, int64_t step, float scale,
   (void)step;
   for (uint32_t u = 0; u < self->model->n_units; u++) {
     if (!writes(&self->plan, u, self->topology->rank)) continue;
-    phx_kit_slice slice = {.unit = u, .blocks = phx_model_unit(self->model, u)->blocks[PHX_FLAT_TRAINABLE],
-                           .weight = weight(self, u, PHX_FLAT_TRAINABLE), .gradient = gradient(self, u)};
+    phx_kit_slice slice = {.unit = u,
+                           .blocks = phx_model_unit(self->model, u)->blocks[PHX_FLAT_TRAINABLE],
+                           .weight = weight(self, u, PHX_FLAT_TRAINABLE),
+                           .gradient = gradient(self, u)};
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = state(self, u, k);
     phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
     if (status != PHX_OK) return status;
@@ -388,4 +402,6 @@ static const phx_plugin plugin = {
     .config_size = sizeof(pipeline_config),
     .table = &table,
 };
-const phx_plugin *phx_plugin_v1(void) { return &plugin; }
+const phx_plugin *phx_plugin_v1(void) {
+  return &plugin;
+}
