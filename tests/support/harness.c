@@ -546,7 +546,7 @@ done:
 /* ---- executor of run_step ---- */
 static int64_t x_boundary_bytes(void *ctx, uint32_t stage) {
   (void)ctx, (void)stage;
-  return TOY_BOUNDARY * (int64_t)sizeof(float);
+  return TOY_BOUNDARY * 4;
 }
 static void *x_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t gradient) {
   return ((rank_state *)ctx)->boundary[slot][stage + 1][gradient];
@@ -565,19 +565,14 @@ done:
 static phx_status x_forward(void *ctx, uint32_t stage, int32_t mb, int32_t slot, const phx_view *view, phx_error *err) {
   return x_run(ctx, stage, PHX_PASS_FORWARD, mb, slot, view, err);
 }
-/* A strategy that owns the schedule is not told which stages do not run: the executor writes their zeros. */
 static phx_status x_backward(void *ctx, uint32_t stage, int32_t mb, int32_t slot, const phx_view *view,
                              phx_error *err) {
-  rank_state *k = ctx;
-  const toy *t = k->run->t;
-  bool runs = !t->runs || t->runs(stage, k->step, mb, k->layout.data_rank);
-  for (uint32_t i = 0; i < view->n_params && !runs; i++) {
-    const phx_param_view *v =
-        (const phx_param_view *)(const void *)((const char *)view->params + i * view->param_stride);
-    if (v->gradient && v->gradient_mode == PHX_GRAD_WRITE)
-      memset(v->gradient, 0, (size_t)t->params[v->param].numel * sizeof(float));
-  }
   return x_run(ctx, stage, PHX_PASS_BACKWARD, mb, slot, view, err);
+}
+
+static int32_t x_runs(void *ctx, uint32_t stage, int32_t mb) {
+  const rank_state *k = ctx;
+  return !k->run->t->runs || k->run->t->runs(stage, k->step, mb, k->layout.data_rank);
 }
 
 /* ---- a rank ---- */
@@ -586,8 +581,7 @@ static void compare_plan(rank_state *k) {
   const phx_estimate *e = &k->out->planned;
   if (r->c->ignore_plan) return;
   for (int i = 0; i < PHX_OPS; i++) {
-    bool boundary = r->table->run_step && i == PHX_OP_SEND; /* its bytes are the executor's to know, not the plan's */
-    if ((e->sent[i] != k->out->sent[i] && !boundary) || e->calls[i] != k->out->calls[i])
+    if (e->sent[i] != k->out->sent[i] || e->calls[i] != k->out->calls[i])
       note(r, "step %lld rank %d: %s: planned %lld calls and %lld bytes, measured %lld and %lld", (long long)k->step,
            k->rank, phx_op_name(i), (long long)e->calls[i], (long long)e->sent[i], (long long)k->out->calls[i],
            (long long)k->out->sent[i]);
@@ -612,7 +606,8 @@ static phx_status one_step(rank_state *k, phx_error *err) {
                       .boundary_bytes = x_boundary_bytes,
                       .boundary = x_boundary,
                       .forward = x_forward,
-                      .backward = x_backward};
+                      .backward = x_backward,
+                      .runs = x_runs};
     PHX__TRY(t->run_step(k->strategy, &x, err));
   } else {
     PHX__TRY(micro_batches(k, err));
@@ -642,6 +637,9 @@ done:
   return status;
 }
 
+#define SIX TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4
+static const int64_t boundary_bytes[TOY_STAGES] = {SIX, SIX, SIX, SIX};
+
 static phx_status fill_topology(run *r, int32_t rank, phx_topology *t, phx_layout *l, uint8_t *stages, uint8_t *units,
                                 phx_error *err) {
   const harness_config *c = r->c;
@@ -657,7 +655,8 @@ static phx_status fill_topology(run *r, int32_t rank, phx_topology *t, phx_layou
                       .overlaps = 1,
                       .n_optim_states = c->sgd ? 0 : 2,
                       .optim_dtype = {PHX_F32, PHX_F32},
-                      .payload = loopback_payload};
+                      .payload = loopback_payload,
+                      .boundary_bytes = boundary_bytes};
   *l = (phx_layout){.struct_size = sizeof *l,
                     .data_rank = rank,
                     .data_size = c->ranks,

@@ -132,14 +132,14 @@ static phx_status pipeline_layout(const void *config, const phx_topology *t, con
   return PHX_OK;
 }
 
-/* Bytes at the cut are not known here: the model does not declare them.  Their calls are. */
 static phx_status pipeline_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
                                     phx_error *err) {
   pipeline_plan p;
   phx_status status = plan_create(config, t, m, &p, err);
   if (status != PHX_OK) return status;
   phx_kit_regions_estimate(p.regions, REGIONS, out);
-  out->calls[PHX_OP_SEND] = out->calls[PHX_OP_RECV] = t->accumulate;
+  phx_kit_estimate_call(out, t, PHX_OP_SEND, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
+  phx_kit_estimate_call(out, t, PHX_OP_RECV, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
   if (p.regions[TIED].bytes > 0) {
     phx_kit_estimate_call(out, t, PHX_OP_REDUCE, p.regions[TIED].bytes / 4, PHX_F32, 0, 1);
     phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, p.regions[TIED].bytes / 4, PHX_F32, 0, 1);
@@ -266,7 +266,8 @@ static phx_status run_stage(phx_strategy *self, const phx_executor *x, uint32_t 
   phx_status status = pipeline_acquire(self, stage, pass, mb, NULL, &view, err);
   if (status == PHX_OK)
     status = (pass == PHX_PASS_FORWARD ? x->forward : x->backward)(x->ctx, stage, mb, slot, view, err);
-  if (status == PHX_OK) status = pipeline_release(self, stage, pass, mb, 0, NULL, err);
+  const uint32_t flags = x->runs(x->ctx, stage, mb) ? 0 : PHX_RELEASE_NO_GRADIENT;
+  if (status == PHX_OK) status = pipeline_release(self, stage, pass, mb, flags, NULL, err);
   return status;
 }
 
