@@ -1,4 +1,5 @@
-/* fileopt: optimizer states in a file, mapped slice by slice, give the reference's bits. */
+/* fileopt: optimizer states in a file, mapped slice by slice, give the reference's bits.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>
