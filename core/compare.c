@@ -126,6 +126,7 @@ static int run_variant(const phx__compare_plan *plan, variant *v) {
   }
   if (pid == 0) {
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) || getppid() != parent) _exit(127); /* no run outlives the comparison */
+    setenv("PHALANX_LOG", "warn", 0);
     if (!isatty(STDOUT_FILENO)) { /* the table is this command's output; the runs' lines go to their directories */
       const int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
       if (null >= 0) dup2(null, STDOUT_FILENO);
