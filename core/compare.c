@@ -283,7 +283,7 @@ static phx_status write_json(const variant *v, int n, int same, const char *base
   phx__json_begin();
   cJSON *root = cJSON_CreateObject();
   cJSON_AddBoolToObject(root, "equal_bits", same);
-  cJSON_AddItemToObject(root, "ranks", cJSON_Duplicate(cJSON_GetObjectItemCaseSensitive(v[0].run, "ranks"), 1));
+  cJSON_AddNumberToObject(root, "ranks", cJSON_GetNumberValue(cJSON_GetObjectItemCaseSensitive(v[0].run, "ranks")));
   cJSON *list = cJSON_AddArrayToObject(root, "strategies");
   for (int i = 0; i < n; i++) {
     cJSON *o = cJSON_Duplicate(result_of(&v[i]), 1);
@@ -292,8 +292,9 @@ static phx_status write_json(const variant *v, int n, int same, const char *base
     /* keep the 17 digits: cJSON prints 15 to 17 as needed, the raw text is certain */
     char text[40];
     snprintf(text, sizeof text, "%.17g", number_of(&v[i], "loss"));
-    cJSON_ReplaceItemInObjectCaseSensitive(o, "loss", cJSON_CreateRaw(text));
-    cJSON_AddItemToArray(list, o);
+    cJSON_DeleteItemFromObjectCaseSensitive(o, "loss");
+    cJSON_AddRawToObject(o, "loss", text);
+    phx__json_append(list, o);
   }
   const phx_status status = phx__json_write(path, root, err);
   cJSON_Delete(root);

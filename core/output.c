@@ -52,6 +52,10 @@ void phx__json_begin(void) {
 
 bool phx__json_lost(void) { return lost; }
 
+void phx__json_append(cJSON *array, cJSON *item) {
+  if (!cJSON_AddItemToArray(array, item)) cJSON_Delete(item);
+}
+
 phx_status phx__json_write(const char *path, const cJSON *root, phx_error *err) {
   char *text = cJSON_Print(root);
   const size_t bytes = text ? strlen(text) : 0;

@@ -11,6 +11,7 @@ phx_status phx__text_write(const char *path, const char *text, phx_error *err);
 /* cJSON's calls that build an object drop what they have no memory for: begin before building, ask before using. */
 void phx__json_begin(void);
 bool phx__json_lost(void);
+void phx__json_append(cJSON *array, cJSON *item); /* takes item over, also when it cannot be added */
 /* The object as indented text and a newline, by phx__text_write; refused when something was lost since begin. */
 phx_status phx__json_write(const char *path, const cJSON *root, phx_error *err);
 #endif

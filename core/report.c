@@ -151,7 +151,7 @@ static void add_ranks(cJSON *parent, const char *name, const phx__run_result *r,
   for (int32_t i = 0; i < r->n_ranks; i++) {
     int64_t value;
     memcpy(&value, (const char *)&r->ranks[i] + offset, sizeof value);
-    cJSON_AddItemToArray(a, cJSON_CreateNumber((double)value));
+    phx__json_append(a, cJSON_CreateNumber((double)value));
   }
 }
 

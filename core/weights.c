@@ -88,10 +88,10 @@ static char *header_text(const phx_model *model, int64_t *place) {
     cJSON *tensor = cJSON_AddObjectToObject(root, p->name);
     cJSON_AddStringToObject(tensor, "dtype", "F32");
     cJSON *shape = cJSON_AddArrayToObject(tensor, "shape");
-    for (uint32_t d = 0; d < p->ndim; d++) cJSON_AddItemToArray(shape, cJSON_CreateNumber((double)p->shape[d]));
+    for (uint32_t d = 0; d < p->ndim; d++) phx__json_append(shape, cJSON_CreateNumber((double)p->shape[d]));
     cJSON *offsets = cJSON_AddArrayToObject(tensor, "data_offsets");
-    cJSON_AddItemToArray(offsets, cJSON_CreateNumber((double)at));
-    cJSON_AddItemToArray(offsets, cJSON_CreateNumber((double)(at + p->numel * 4)));
+    phx__json_append(offsets, cJSON_CreateNumber((double)at));
+    phx__json_append(offsets, cJSON_CreateNumber((double)(at + p->numel * 4)));
     place[i] = at;
     at += p->numel * 4;
   }
