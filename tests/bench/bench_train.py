@@ -48,7 +48,7 @@ class Bench:
         self.number = 0
 
     def rounds(self, n):
-        return 2 if self.quick else n
+        return 1 if self.quick else n
 
     def need_cores(self, n):
         if len(self.cores) < n:
@@ -229,18 +229,22 @@ def overlap(bench):
                "zero 3": "zero stage=3 reduce_bucket_size=393216 stage3_prefetch_bucket_size=1600000",
                "fsdp full, prefetch = 0": "fsdp sharding=full prefetch=0"}
     rounds = bench.rounds(7)
-    wire, compute, speed = {n: [] for n in buckets}, {n: [] for n in buckets}, {}
-    for name, strategy in buckets.items():  # once, for the bandwidth at which communication takes half of compute
-        run = bench.train(ini, strategy, ranks=2)
-        speed[name] = run.sent() / (0.5 * run.seconds)
-    speed["fsdp full, prefetch = 0"] = speed["fsdp full"]
+    wire, compute, speed = {n: [] for n in buckets}, {n: [] for n in buckets}, {n: [] for n in buckets}
+    known = {name: [bench.train(ini, strategy, ranks=2)] for name, strategy in buckets.items()}
     for i in range(rounds):
         for name in rotated(list(buckets), i):
-            for bandwidth in rotated([0, speed[name]], i):
-                run = bench.train(ini, buckets[name], ranks=2, sets=[f"wire.bandwidth={bandwidth:.0f}"])
-                (wire if bandwidth else compute)[name].append(run)
+            for wired in rotated([False, True], i):
+                # communication takes half of compute, as far as that is known by now
+                bandwidth = known[name][0].sent() / (0.5 * statistics.median(r.seconds for r in known[name]))
+                run = bench.train(ini, buckets[name], ranks=2, sets=[f"wire.bandwidth={bandwidth:.0f}"] if wired else [])
+                if wired:
+                    wire[name].append(run)
+                    speed[name].append(bandwidth)
+                else:
+                    compute[name].append(run)
+                    known[name].append(run)
     for name in buckets:
-        share = [a.sent() / speed[name] / b.seconds for a, b in zip(wire[name], compute[name])]
+        share = [a.sent() / bw / b.seconds for a, bw, b in zip(wire[name], speed[name], compute[name])]
         prefetch = name.endswith("= 0")
         line("overlap, communication half of compute: step over compute", name, "the same without the wire",
              [a.seconds / b.seconds for a, b in zip(wire[name], compute[name])], most=None if prefetch else 1.15,
@@ -281,7 +285,7 @@ def overhead(bench):
              "zero 1": "zero stage=1 reduce_bucket_size=1024", "zero 2": "zero stage=2 reduce_bucket_size=1024",
              "zero 3": "zero stage=3 reduce_bucket_size=1024 stage3_param_persistence_threshold=0"}
     runs, calls = {n: [] for n in ["bare", *names]}, {n: [] for n in ["bare", *names]}
-    for i in range(3 if bench.quick else 30):
+    for i in range(bench.rounds(30)):
         for name in rotated(list(runs), i):
             runs[name].append(bench.train(ini, names.get(name, "bare")))
             if i % 3 == 0:
