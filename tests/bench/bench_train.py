@@ -37,8 +37,11 @@ class Run:
         self.hash = self.result["state_hash"]
         self.seconds = statistics.median(s["step_ms"] for s in steps[1:] or steps) / 1e3
 
-    def sent(self):  # of one rank in a step, planned
-        return sum(op["planned"][0] for op in self.result["sent"].values())
+    def on_the_wire(self):
+        """Planned bytes of a step at 2 ranks, of each call those of the rank that moves more: the others wait for it.
+        At 2 ranks a broadcast is moved by one of them, and a reduce wholly by one and half by the root."""
+        share = {"broadcast": 1, "reduce": 2 / 3}
+        return sum(sum(op["planned"]) * share.get(name, 1 / 2) for name, op in self.result["sent"].items())
 
 
 class Bench:
@@ -235,7 +238,7 @@ def overlap(bench):
         for name in rotated(list(buckets), i):
             for wired in rotated([False, True], i):
                 # communication takes half of compute, as far as that is known by now
-                bandwidth = known[name][0].sent() / (0.5 * statistics.median(r.seconds for r in known[name]))
+                bandwidth = known[name][0].on_the_wire() / (0.5 * statistics.median(r.seconds for r in known[name]))
                 run = bench.train(ini, buckets[name], ranks=2, sets=[f"wire.bandwidth={bandwidth:.0f}"] if wired else [])
                 if wired:
                     wire[name].append(run)
@@ -244,12 +247,12 @@ def overlap(bench):
                     compute[name].append(run)
                     known[name].append(run)
     for name in buckets:
-        share = [a.sent() / bw / b.seconds for a, bw, b in zip(wire[name], speed[name], compute[name])]
+        share = [a.on_the_wire() / bw / b.seconds for a, bw, b in zip(wire[name], speed[name], compute[name])]
         prefetch = name.endswith("= 0")
         line("overlap, communication half of compute: step over compute", name, "the same without the wire",
              [a.seconds / b.seconds for a, b in zip(wire[name], compute[name])], most=None if prefetch else 1.15,
              detail=f"{ms(wire[name]):.0f}, {ms(compute[name]):.0f} ms; communication "
-             f"{wire[name][0].sent() / 1e6:.1f} MB, {statistics.median(share):.2f} of compute: synchronous would be "
+             f"{wire[name][0].on_the_wire() / 1e6:.1f} MB, {statistics.median(share):.2f} of compute: synchronous would be "
              f"{1 + statistics.median(share):.2f}",
              void=first(differ(a, b) for a, b in zip(wire[name], compute[name])))
     slow, fast = wire["fsdp full, prefetch = 0"], wire["fsdp full"]
