@@ -246,6 +246,13 @@ int phx__train_rank(const phx__config *config) {
   return refused ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
 }
 
+static void say_plugin(const char *kind, const phx__plugin *p) {
+  char line[4400];
+  snprintf(line, sizeof line, "%s %s %s, ABI %u.%u, %s, sha256 %s", kind, p->descriptor->id, p->descriptor->version,
+           p->descriptor->table_major, p->descriptor->table_minor, p->path, p->sha256);
+  phx__log(0, "core", PHX_LOG_INFO, line);
+}
+
 int phx__train_launch(const phx__config *config, char *const *argv) {
   phx_error err = PHX_ERROR_INIT;
   phx_status status = phx__train_check(config, &err);
@@ -254,6 +261,10 @@ int phx__train_launch(const phx__config *config, char *const *argv) {
     fprintf(stderr, "phalanx: %s\n", err.message);
     return PHX__EXIT_REFUSED;
   }
+  say_plugin("strategy", config->strategy.plugin);
+  say_plugin("device", config->device.plugin);
+  say_plugin("comm", config->comm.plugin);
+  say_plugin("model", config->model.plugin);
   const int32_t ranks = (int32_t)config->s.run.ranks, threads = phx__threads(config, ranks);
   if (ranks == 1) return phx__train_rank(config);
   const phx__launch launch = {.ranks = ranks, .threads = config->s.run.pin == 2 ? 0 : threads,

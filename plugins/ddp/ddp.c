@@ -1,8 +1,8 @@
 /* plugins/ddp/ddp.c - distributed data parallelism: every rank holds everything, gradients are summed in buckets.
  *
- * Gradients are one flat memory in the order in which backward completes them, so that a bucket is a contiguous range of
- * it and every gradient is a view of its bucket.  A bucket's all_reduce starts on the communication stream as soon as
- * its last gradient is complete, and runs beside the rest of backward.  Li et al., "PyTorch Distributed", VLDB 2020
+ * Gradients are one flat memory in the order in which backward completes them, so that a bucket is a contiguous range
+ * of it and every gradient is a view of its bucket.  A bucket's all_reduce starts on the communication stream as soon
+ * as its last gradient is complete, and runs beside the rest of backward.  Li et al., "PyTorch Distributed", VLDB 2020
  * (arXiv 2006.15704), 3.2.
  *
  * Invariants: replicas are equal after state_changed and after every update; buckets are reduced in one fixed order on
@@ -26,7 +26,7 @@ static const phx_option options[] = {
 };
 
 enum {
-  WEIGHT,   /* the whole model's trainable flat, units in order */
+  WEIGHT, /* the whole model's trainable flat, units in order */
   FROZEN,
   GRADIENT, /* in the order of completion; between steps also the buffer that states are gathered through */
   REDUCED,  /* what later micro-batches are reduced in, when each is reduced on its own */
@@ -54,14 +54,14 @@ struct phx_strategy {
   const phx_model *model;
   ddp_plan plan;
   phx_kit_views views;
-  phx_event **reduced;    /* (n_buckets) */
-  phx_event **mark;       /* (1) a point of the compute stream */
-  uint32_t *last_bucket;  /* (n_units) the last that holds some of the unit's gradient */
-  uint8_t *complete;      /* (n_units) in this micro-batch */
+  phx_event **reduced;   /* (n_buckets) */
+  phx_event **mark;      /* (1) a point of the compute stream */
+  uint32_t *last_bucket; /* (n_units) the last that holds some of the unit's gradient */
+  uint8_t *complete;     /* (n_units) in this micro-batch */
   int32_t micro_batch;
-  bool reducing;          /* this micro-batch's gradients are reduced */
-  uint32_t n_complete;    /* units at the head of the order that are all complete */
-  uint32_t next_bucket;   /* not yet started */
+  bool reducing;        /* this micro-batch's gradients are reduced */
+  uint32_t n_complete;  /* units at the head of the order that are all complete */
+  uint32_t next_bucket; /* not yet started */
 };
 
 /* ---- plan ---- */
@@ -93,14 +93,12 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
   p.regions[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = trainable * 4};
   if (phx_kit_adds_reduced(t))
     p.regions[REDUCED] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p.order.numel * 4};
-  p.regions[STAGING] =
-      (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = STAGING_BYTES};
-  p.regions[HASHES] =
-      (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = 2 * p.n_hashes * 8};
+  p.regions[STAGING] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = STAGING_BYTES};
+  p.regions[HASHES] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = 2 * p.n_hashes * 8};
   p.regions[EXCHANGE] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = 2 * p.n_hashes * 8};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
-    p.regions[STATES + k] = (phx_kit_region){
-        .kind = PHX_MEM_OPTIMIZER, .bytes = trainable * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
+    p.regions[STATES + k] =
+        (phx_kit_region){.kind = PHX_MEM_OPTIMIZER, .bytes = trainable * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
   *out = p;
   return PHX_OK;
 done:
@@ -150,8 +148,7 @@ static void place_weights(phx_strategy *self) {
     for (int flat = 0; flat < PHX_FLATS; flat++) {
       const phx_unit *unit = phx_model_unit(self->model, u);
       const float *base = self->plan.regions[WEIGHT + flat].at;
-      if (unit->blocks[flat] > 0)
-        self->views.places[u].weight[flat] = base + unit->first_block[flat] * PHX_BLOCK;
+      if (unit->blocks[flat] > 0) self->views.places[u].weight[flat] = base + unit->first_block[flat] * PHX_BLOCK;
     }
 }
 
@@ -285,21 +282,9 @@ done:
   return status;
 }
 
-/* [collective] Every rank's part of a flat becomes everybody's: in place, or through memory that peers reach. */
 static phx_status make_whole(phx_strategy *self, int flat, void *base, void *through, int32_t dtype, phx_error *err) {
-  const phx_device *d = self->s.device;
-  int64_t numel = my_part(self, flat).per * PHX_BLOCK, bytes = numel * (int64_t)phx_dtype_bytes(dtype);
-  int64_t at = self->topology->rank * bytes;
-  phx_status status = PHX_OK;
   if (!base) return PHX_OK;
-  if (through != base)
-    PHX_KIT_TRY(d->copy(d->ctx, (char *)through + at, (char *)base + at, bytes, self->s.stream, err));
-  PHX_KIT_TRY(self->s.comm->all_gather(self->s.comm->ctx, (char *)through + at, through, numel, dtype, self->s.stream,
-                                       err));
-  if (through != base)
-    PHX_KIT_TRY(d->copy(d->ctx, base, through, bytes * self->topology->world_size, self->s.stream, err));
-done:
-  return status;
+  return phx_kit_make_whole(&self->s, base, through, my_part(self, flat).per * PHX_BLOCK, dtype, err);
 }
 
 static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
@@ -311,8 +296,8 @@ static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
   PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, r[WEIGHT].at, PHX_F32, err));
   PHX_KIT_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, r[FROZEN].at, PHX_F32, err));
   for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
-    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, r[GRADIENT].at, self->topology->optim_dtype[k],
-                           err));
+    PHX_KIT_TRY(
+        make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, r[GRADIENT].at, self->topology->optim_dtype[k], err));
   if (r[GRADIENT].bytes > 0) PHX_KIT_TRY(d->zero(d->ctx, r[GRADIENT].at, r[GRADIENT].bytes, self->s.stream, err));
   PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
   return compare_replicas(self, "at start", err);
@@ -343,8 +328,8 @@ static phx_status ddp_acquire(phx_strategy *self, uint32_t s, int32_t pass, int3
   for (uint32_t i = 0; busy && i < stage->n_uses; i++) {
     const phx_use *use = phx_model_use(self->model, stage->first_use + i);
     if (!(use->flags & PHX_USE_GRADIENT) || !self->views.places[use->unit].gradient) continue;
-    phx_status status = self->s.device->stream_wait(self->s.device->ctx, stream,
-                                                    self->reduced[self->last_bucket[use->unit]], err);
+    phx_status status =
+        self->s.device->stream_wait(self->s.device->ctx, stream, self->reduced[self->last_bucket[use->unit]], err);
     if (status != PHX_OK) return status;
   }
   *out = phx_kit_view(&self->views, s, pass, NULL);
@@ -463,7 +448,7 @@ const phx_plugin *phx_plugin_v1(void) {
       .version = "0.1.0",
       .summary = "Whole replicas, gradients summed in buckets beside backward",
       .vendor = "Phalanx",
-      .license = "MIT",
+      .license = "unspecified",
       .build = __VERSION__,
       .provides = PHX_CAP_DETERMINISTIC,
       .extensions = extensions,

@@ -21,36 +21,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const shardings[] = {"full", "grad_op", "none", NULL};
-static const phx_option options[] = {
-    PHX_ENUM(fsdp_config, sharding, "full", shardings,
-             "What is sharded: full (weights, gradients, states; ZeRO-3), grad_op (the same, but weights stay gathered "
-             "from forward to backward; ZeRO-2), none (nothing)."),
-    PHX_INT(fsdp_config, prefetch, "1", 0, 16, "units", 0,
-            "Units gathered ahead of the stage that runs, in forward and in backward."),
-    PHX_BOOL(fsdp_config, reshard_after_forward, "yes",
-             "With sharding = full: free a unit's gathered weights after its forward, and gather them again for "
-             "backward; grad_op implies no."),
-    PHX_INT(fsdp_config, max_gathered, "0", 0, 1 << 20, "units", 0,
-            "The most units gathered at once, what prefetch gathers included; 0: as many as the other options need."),
-};
-
 struct phx_strategy {
   phx_kit_services s;
   const phx_topology *topology;
   const phx_model *model;
   fsdp_plan plan;
   phx_kit_views views;
-  phx_event **gathered, **reduced; /* (n_units) each */
-  phx_event **mark;                /* (1) a point of the compute stream */
-  int64_t *gather_number;          /* (n_units) order of issue of the last gather; 0: not gathered */
+  phx_event **gathered, **reduced;        /* (n_units) each */
+  phx_event **mark;                       /* (1) a point of the compute stream */
+  int64_t *gather_number;                 /* (n_units) order of issue of the last gather; 0: not gathered */
   int64_t *reduce_number, *reduce_offset; /* (n_units) of the last reduction that ran in a window; number 0: none */
   int64_t issued;
-  const phx_kit_program *program;  /* NULL: between steps */
-  uint32_t position;               /* next in the program */
-  bool open;                       /* its acquire is done */
+  const phx_kit_program *program; /* NULL: between steps */
+  uint32_t position;              /* next in the program */
+  bool open;                      /* its acquire is done */
   int32_t micro_batch;
-  bool reducing;                   /* this micro-batch's gradients are reduced */
+  bool reducing; /* this micro-batch's gradients are reduced */
 };
 
 /* ---- life ---- */
@@ -128,8 +114,7 @@ static phx_status fsdp_create(const phx_host *host, const void *config, const ph
   size_t n = model->n_units + 1u;
   phx_status status;
   PHX_KIT_TRY(fsdp_plan_create(config, topology, model, &self->plan, err));
-  PHX_KIT_TRY(
-      phx_kit_services_open(host, self->plan.group > 1 ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err));
+  PHX_KIT_TRY(phx_kit_services_open(host, self->plan.group > 1 ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err));
   PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
   PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err));
   PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->reduced, err));
@@ -190,22 +175,6 @@ static phx_status fsdp_unmap(phx_strategy *self, const phx_slice *slice, int32_t
   return PHX_OK;
 }
 
-/* [collective] Every rank's part becomes everybody's: in place, or through memory that peers reach. */
-static phx_status make_whole(phx_strategy *self, void *base, void *through, int64_t numel, int32_t dtype,
-                             phx_error *err) {
-  const phx_device *d = self->s.device;
-  int64_t bytes = numel * (int64_t)phx_dtype_bytes(dtype), at = self->topology->rank * bytes;
-  phx_status status = PHX_OK;
-  if (through != base)
-    PHX_KIT_TRY(d->copy(d->ctx, (char *)through + at, (char *)base + at, bytes, self->s.stream, err));
-  PHX_KIT_TRY(self->s.comm->all_gather(self->s.comm->ctx, (char *)through + at, through, numel, dtype, self->s.stream,
-                                       err));
-  if (through != base)
-    PHX_KIT_TRY(d->copy(d->ctx, base, through, bytes * self->topology->world_size, self->s.stream, err));
-done:
-  return status;
-}
-
 static phx_status forget_windows(phx_strategy *self, phx_error *err) {
   self->program = NULL;
   self->open = false;
@@ -225,10 +194,10 @@ static phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
       phx_kit_shard part = mine(self, u, flat);
       if (part.per == 0) continue;
       float *weight = held_weight(self, u, flat);
-      PHX_KIT_TRY(make_whole(self, weight, weight, part.per * PHX_BLOCK, PHX_F32, err));
+      PHX_KIT_TRY(phx_kit_make_whole(&self->s, weight, weight, part.per * PHX_BLOCK, PHX_F32, err));
       for (uint32_t k = 0; flat == PHX_FLAT_TRAINABLE && k < self->topology->n_optim_states; k++)
-        PHX_KIT_TRY(make_whole(self, held_state(self, u, k), kept_gradient(self, u), part.per * PHX_BLOCK,
-                               self->topology->optim_dtype[k], err));
+        PHX_KIT_TRY(phx_kit_make_whole(&self->s, held_state(self, u, k), kept_gradient(self, u), part.per * PHX_BLOCK,
+                                       self->topology->optim_dtype[k], err));
     }
   }
   if (gradients->bytes > 0) PHX_KIT_TRY(d->zero(d->ctx, gradients->at, gradients->bytes, self->s.stream, err));
@@ -327,11 +296,21 @@ static phx_status run_actions(phx_strategy *self, uint32_t index, bool skipped, 
       marked = true;
     }
     switch (a->what) {
-      case PHX_KIT_GATHER: status = gather(self, a, err); break;
-      case PHX_KIT_OPEN: status = open_gradient(self, a, stream, err); break;
-      case PHX_KIT_DROP: status = drop(self, a, stream, err); break;
-      case PHX_KIT_REDUCE: status = reduce(self, a, err); break;
-      case PHX_KIT_CLOSE: self->views.places[a->unit].gradient = NULL; break;
+      case PHX_KIT_GATHER:
+        status = gather(self, a, err);
+        break;
+      case PHX_KIT_OPEN:
+        status = open_gradient(self, a, stream, err);
+        break;
+      case PHX_KIT_DROP:
+        status = drop(self, a, stream, err);
+        break;
+      case PHX_KIT_REDUCE:
+        status = reduce(self, a, err);
+        break;
+      case PHX_KIT_CLOSE:
+        self->views.places[a->unit].gradient = NULL;
+        break;
     }
   }
   return status;
@@ -350,8 +329,7 @@ static phx_status go_to(phx_strategy *self, uint32_t position, phx_stream *strea
   return status;
 }
 
-static phx_status open_position(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream,
-                                phx_error *err) {
+static phx_status open_position(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream, phx_error *err) {
   uint32_t position = phx_kit_position(self->model, stage, pass);
   phx_status status = PHX_OK;
   if (pass == PHX_PASS_EVALUATE && (self->program != &self->plan.evaluate || position < self->position)) {
@@ -371,8 +349,10 @@ done:
 
 static phx_status fsdp_begin_micro_batch(phx_strategy *self, int32_t index, int32_t last, phx_error *err) {
   phx_status status = PHX_OK;
-  if (self->program == &self->plan.train) PHX_KIT_TRY(go_to(self, self->program->n_positions, NULL, err));
-  else if (self->program) PHX_KIT_TRY(forget_windows(self, err)); /* an evaluation, maybe not to its end */
+  if (self->program == &self->plan.train)
+    PHX_KIT_TRY(go_to(self, self->program->n_positions, NULL, err));
+  else if (self->program)
+    PHX_KIT_TRY(forget_windows(self, err)); /* an evaluation, maybe not to its end */
   self->program = &self->plan.train;
   self->position = 0;
   self->micro_batch = index;
@@ -440,7 +420,9 @@ static phx_status fsdp_finish_gradients(phx_strategy *self, phx_error *err) {
   return status == PHX_OK ? forget_windows(self, err) : status;
 }
 
-static phx_status fsdp_discard_gradients(phx_strategy *self, phx_error *err) { return forget_windows(self, err); }
+static phx_status fsdp_discard_gradients(phx_strategy *self, phx_error *err) {
+  return forget_windows(self, err);
+}
 
 static phx_status fsdp_gradient_norm(phx_strategy *self, const phx_accumulator *acc, phx_error *err) {
   phx_status status = PHX_OK;
@@ -459,16 +441,20 @@ static phx_status fsdp_update(phx_strategy *self, int64_t step, float scale, phx
   for (uint32_t u = 0; status == PHX_OK && u < self->model->n_units; u++) {
     phx_kit_shard part = held(self, u, PHX_FLAT_TRAINABLE);
     if (part.blocks == 0) continue;
-    phx_kit_slice slice = {.unit = u, .place = PHX_SPACE_DEVICE, .first = part.first, .blocks = part.blocks,
-                           .weight = held_weight(self, u, PHX_FLAT_TRAINABLE), .gradient = held_gradient(self, u)};
+    phx_kit_slice slice = {.unit = u,
+                           .place = PHX_SPACE_DEVICE,
+                           .first = part.first,
+                           .blocks = part.blocks,
+                           .weight = held_weight(self, u, PHX_FLAT_TRAINABLE),
+                           .gradient = held_gradient(self, u)};
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = held_state(self, u, k);
     status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
   }
   return status;
 }
 
-static const phx_strategy_table table = {
-    .struct_size = sizeof table,
+const phx_strategy_table fsdp_table = {
+    .struct_size = sizeof fsdp_table,
     .estimate = fsdp_estimate,
     .create = fsdp_create,
     .destroy = fsdp_destroy,
@@ -484,28 +470,3 @@ static const phx_strategy_table table = {
     .gradient_norm = fsdp_gradient_norm,
     .update = fsdp_update,
 };
-
-static const char *const extensions[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, NULL};
-
-const phx_plugin *phx_plugin_v1(void) {
-  static const phx_plugin plugin = {
-      .struct_size = sizeof plugin,
-      .kind = PHX_KIND_STRATEGY,
-      .table_major = PHX_ABI_MAJOR,
-      .table_minor = PHX_ABI_MINOR,
-      .id = "fsdp",
-      .version = "0.1.0",
-      .summary = "Flat shards per unit, gathered before use, gradients reduced and scattered beside backward",
-      .vendor = "Phalanx",
-      .license = "MIT",
-      .build = __VERSION__,
-      .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
-      .extensions = extensions,
-      .options = options,
-      .n_options = sizeof options / sizeof *options,
-      .option_stride = sizeof *options,
-      .config_size = sizeof(fsdp_config),
-      .table = &table,
-  };
-  return &plugin;
-}

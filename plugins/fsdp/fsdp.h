@@ -40,4 +40,5 @@ phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_mo
                          phx_error *err);
 /* Blocks of a unit's flat that this rank holds and updates, and their size in memory (per). */
 phx_kit_shard fsdp_held(const fsdp_plan *p, const phx_topology *t, const phx_unit *unit, uint32_t flat);
+extern const phx_strategy_table fsdp_table;
 #endif

@@ -82,15 +82,13 @@ static void plan_regions(const phx_topology *t, fsdp_plan *p, const int64_t held
   int64_t pool = p->train.pool_numel > p->evaluate.pool_numel ? p->train.pool_numel : p->evaluate.pool_numel;
   r[FSDP_WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * 4};
   r[FSDP_FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_FROZEN] * 4};
-  r[FSDP_GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = whole,
-                                      .bytes = held[PHX_FLAT_TRAINABLE] * 4 * (p->windows ? 1 : p->group)};
-  if (p->adds && p->group > 1)
-    r[FSDP_REDUCED] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .bytes = largest_shard * 4};
+  r[FSDP_GRADIENT] = (phx_kit_region){
+      .kind = PHX_MEM_GRADIENT, .shared = whole, .bytes = held[PHX_FLAT_TRAINABLE] * 4 * (p->windows ? 1 : p->group)};
+  if (p->adds && p->group > 1) r[FSDP_REDUCED] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .bytes = largest_shard * 4};
   r[FSDP_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = pool * 4};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
-    r[FSDP_STATES + k] =
-        (phx_kit_region){.kind = PHX_MEM_OPTIMIZER,
-                         .bytes = held[PHX_FLAT_TRAINABLE] * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
+    r[FSDP_STATES + k] = (phx_kit_region){
+        .kind = PHX_MEM_OPTIMIZER, .bytes = held[PHX_FLAT_TRAINABLE] * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
 }
 
 phx_status fsdp_plan_create(const fsdp_config *c, const phx_topology *t, const phx_model *m, fsdp_plan *out,
@@ -116,8 +114,10 @@ phx_status fsdp_plan_create(const fsdp_config *c, const phx_topology *t, const p
   plan_regions(t, &p, held, largest_shard);
 done:
   phx_kit_order_destroy(&order);
-  if (status == PHX_OK) *out = p;
-  else fsdp_plan_destroy(&p);
+  if (status == PHX_OK)
+    *out = p;
+  else
+    fsdp_plan_destroy(&p);
   return status;
 }
 

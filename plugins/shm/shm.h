@@ -15,7 +15,7 @@
 
 #include "kernels.h"
 
-#define SHM_SMALL 2048      /* calls that put at most this many bytes travel inside the lane: one round of flags */
+#define SHM_SMALL 512       /* calls that put at most this many bytes travel inside the lane: one round of flags */
 #define SHM_GRAIN 64        /* slices are cut at multiples of this many bytes from the buffer's start: no shared line */
 #define SHM_STREAM (4 << 20) /* out-of-place stores of at least this many bytes go around the caches */
 #define SHM_GROUPS_MAX 64

@@ -20,15 +20,15 @@ typedef struct player {
   const phx_model *m;
   const phx_kit_policy *policy;
   phx_kit_program *out;
-  uint32_t capacity;  /* of out->actions */
-  window *live;       /* by offset */
+  uint32_t capacity; /* of out->actions */
+  window *live;      /* by offset */
   uint32_t n_live;
-  int64_t *weight;    /* (n_units) offset or -1 */
-  int64_t *gradient;  /* (n_units) offset or -1 */
-  uint32_t *list;     /* (n_units) what is wanted at a position, in the order of use */
-  uint8_t *listed;    /* (n_units) */
-  uint32_t n_list, n_needed; /* the first n_needed are needed now, the rest is ahead */
-  uint32_t *pending, n_pending; /* reduced, window still open */
+  int64_t *weight;                /* (n_units) offset or -1 */
+  int64_t *gradient;              /* (n_units) offset or -1 */
+  uint32_t *list;                 /* (n_units) what is wanted at a position, in the order of use */
+  uint8_t *listed;                /* (n_units) */
+  uint32_t n_list, n_needed;      /* the first n_needed are needed now, the rest is ahead */
+  uint32_t *pending, n_pending;   /* reduced, window still open */
   int64_t live_units, live_numel; /* gathered now */
 } player;
 
@@ -225,10 +225,15 @@ phx_status phx_kit_program_create(const phx_model *m, const phx_kit_policy *poli
   uint32_t n = policy->evaluate ? m->n_stages : 2 * m->n_stages;
   phx_kit_program program = {.n_positions = n, .first = calloc(2u * n + 1u, sizeof *program.first)};
   size_t units = m->n_units + 1u;
-  player p = {.m = m, .policy = policy, .out = &program,
-              .live = calloc(2 * units, sizeof *p.live), .weight = calloc(units, sizeof *p.weight),
-              .gradient = calloc(units, sizeof *p.gradient), .list = calloc(units, sizeof *p.list),
-              .listed = calloc(units, 1), .pending = calloc(units, sizeof *p.pending)};
+  player p = {.m = m,
+              .policy = policy,
+              .out = &program,
+              .live = calloc(2 * units, sizeof *p.live),
+              .weight = calloc(units, sizeof *p.weight),
+              .gradient = calloc(units, sizeof *p.gradient),
+              .list = calloc(units, sizeof *p.list),
+              .listed = calloc(units, 1),
+              .pending = calloc(units, sizeof *p.pending)};
   phx_status status = PHX_OK;
   if (!program.first || !p.live || !p.weight || !p.gradient || !p.list || !p.listed || !p.pending) {
     status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the windows of %u units", m->n_units);

@@ -26,7 +26,9 @@ phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_se
                         .optim = host->extension(host->ctx, PHX_EXT_OPTIM)};
   if (!s.device || !s.comm || !s.optim)
     return phx_kit_fail(err, PHX_UNSUPPORTED, "the host offers no \"%s\", which the strategy needs",
-                        !s.device ? PHX_EXT_DEVICE : !s.comm ? PHX_EXT_COMM : PHX_EXT_OPTIM);
+                        !s.device ? PHX_EXT_DEVICE
+                        : !s.comm ? PHX_EXT_COMM
+                                  : PHX_EXT_OPTIM);
   if (s.optim->grain > grain)
     return phx_kit_fail(err, PHX_UNSUPPORTED, "optimizer '%s' needs whole %s, this strategy cuts to %s; use ddp",
                         s.optim->name, grains[s.optim->grain & 3], grains[grain & 3]);
@@ -91,7 +93,10 @@ phx_status phx_kit_regions_alloc(const phx_kit_services *s, phx_kit_region *regi
   for (uint32_t i = 0; i < n; i++) {
     phx_kit_region *r = &regions[i];
     if (r->bytes == 0) continue;
-    phx_memory what = {.struct_size = sizeof what, .bytes = r->bytes, .kind = r->kind, .space = r->space,
+    phx_memory what = {.struct_size = sizeof what,
+                       .bytes = r->bytes,
+                       .kind = r->kind,
+                       .space = r->space,
                        .comm = r->shared ? (struct phx_comm *)(uintptr_t)s->comm : NULL};
     void *at = NULL;
     phx_status status = s->host->alloc(s->host->ctx, &what, &at, err);

@@ -1,12 +1,18 @@
-/* sdk/kit/state.c - naming state slices, handing out tickets, hashing replicas. */
+/* sdk/kit/state.c - naming state slices, handing out tickets, making replicas whole and hashing them. */
 #include <phalanx/kit.h>
 #include <string.h>
 
 phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, uint32_t unit, uint32_t flat,
                          int64_t first, int64_t blocks, phx_error *err) {
   if (blocks == 0) return PHX_OK;
-  phx_slice slice = {.struct_size = sizeof slice, .kind = PHX_STATE_WEIGHT, .unit = unit, .flat = flat,
-                     .first_block = first, .blocks = blocks, .dtype = PHX_F32, .place = PHX_SPACE_DEVICE};
+  phx_slice slice = {.struct_size = sizeof slice,
+                     .kind = PHX_STATE_WEIGHT,
+                     .unit = unit,
+                     .flat = flat,
+                     .first_block = first,
+                     .blocks = blocks,
+                     .dtype = PHX_F32,
+                     .place = PHX_SPACE_DEVICE};
   phx_status status = visitor->slice(visitor->ctx, &slice, err);
   slice.kind = PHX_STATE_OPTIM;
   for (uint32_t k = 0; status == PHX_OK && flat == PHX_FLAT_TRAINABLE && k < optim->n_states; k++) {
@@ -20,11 +26,30 @@ phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, uin
 phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *s, float scale, phx_stream *stream,
                           phx_error *err) {
   if (s->blocks == 0) return PHX_OK;
-  phx_ticket t = {.struct_size = sizeof t, .unit = s->unit, .place = s->place, .first = s->first * PHX_BLOCK,
-                  .numel = s->blocks * PHX_BLOCK, .weight = s->weight, .gradient = s->gradient,
-                  .weight_dtype = PHX_F32, .gradient_dtype = PHX_F32, .stream = stream};
+  phx_ticket t = {.struct_size = sizeof t,
+                  .unit = s->unit,
+                  .place = s->place,
+                  .first = s->first * PHX_BLOCK,
+                  .numel = s->blocks * PHX_BLOCK,
+                  .weight = s->weight,
+                  .gradient = s->gradient,
+                  .weight_dtype = PHX_F32,
+                  .gradient_dtype = PHX_F32,
+                  .stream = stream};
   memcpy(t.states, s->states, sizeof t.states);
   return optim->update(optim->ctx, &t, scale, err);
+}
+
+phx_status phx_kit_make_whole(const phx_kit_services *s, void *base, void *through, int64_t numel, int32_t dtype,
+                              phx_error *err) {
+  const phx_device *d = s->device;
+  int64_t bytes = numel * (int64_t)phx_dtype_bytes(dtype), at = s->comm->rank * bytes;
+  phx_status status = PHX_OK;
+  if (through != base) PHX_KIT_TRY(d->copy(d->ctx, (char *)through + at, (char *)base + at, bytes, s->stream, err));
+  PHX_KIT_TRY(s->comm->all_gather(s->comm->ctx, (char *)through + at, through, numel, dtype, s->stream, err));
+  if (through != base) PHX_KIT_TRY(d->copy(d->ctx, base, through, bytes * s->comm->size, s->stream, err));
+done:
+  return status;
 }
 
 /* Four lanes, so that the multiplications overlap; splitmix64's finish. */

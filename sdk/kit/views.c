@@ -69,7 +69,9 @@ const phx_view *phx_kit_view(phx_kit_views *v, uint32_t s, int32_t pass, phx_eve
       bool frozen = (param->flags & PHX_PARAM_FROZEN) != 0;
       const float *weight = place->weight[frozen ? PHX_FLAT_FROZEN : PHX_FLAT_TRAINABLE];
       *out = (phx_param_view){.weight = (use->flags & reads) && weight ? weight + param->offset : NULL,
-                              .weight_dtype = PHX_F32, .gradient_dtype = PHX_F32, .param = unit->first_param + k};
+                              .weight_dtype = PHX_F32,
+                              .gradient_dtype = PHX_F32,
+                              .param = unit->first_param + k};
       if (gradients && !frozen) {
         out->gradient = place->gradient + param->offset;
         out->gradient_mode = mode;

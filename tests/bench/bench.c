@@ -58,7 +58,7 @@ void bench_init(int argc, char **argv) {
 }
 
 int bench_wanted(const char *name) {
-  return !options.only || strstr(name, options.only);
+  return !options.only || strstr(name, options.only) || strstr(options.only, name);
 }
 int bench_threads(void) {
   return options.threads;

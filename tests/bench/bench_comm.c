@@ -36,6 +36,7 @@ static void update_both(float *restrict a, float *restrict b, int64_t numel) {
 static phx_status round_of(phx_comm *c, const comm_server *s, float *const *x, phx_error *err) {
   const int64_t numel = s->bytes / 4, part = numel / SERVE_RANKS;
   float *mine = x[c->rank];
+  serve_touch(s, mine);
   if (s->what == SERVE_ALL_REDUCE) return c->all_reduce(c->ctx, mine, mine, numel, PHX_F32, PHX_SUM, NULL, err);
   if (s->what == SERVE_REDUCE_SCATTER)
     return c->reduce_scatter(c->ctx, mine, mine + c->rank * part, part, PHX_F32, PHX_SUM, NULL, err);

@@ -35,4 +35,8 @@ static inline void serve_done(comm_server *s, int rank, uint32_t number, double 
   s->seconds[rank] = seconds;
   __atomic_store_n(&s->done[rank], number, __ATOMIC_RELEASE);
 }
+/* Small buffers are written anew before each call, as a program does: lines left with the peer are part of the cost. */
+static inline void serve_touch(const comm_server *s, float *x) {
+  for (int64_t i = 0; s->bytes <= 64 << 10 && i < s->bytes / 4; i += 16) x[i] = 1.0f;
+}
 #endif

@@ -37,7 +37,9 @@ static phx_status m_all_reduce(void *ctx, const void *src, void *dst, int64_t nu
   const phx_comm *c = ((phx_strategy *)ctx)->real_comm;
   return c->all_reduce(c->ctx, src, dst, numel, dtype, op, s, err);
 }
-static void m_annotate(void *ctx, int32_t unit) { (void)ctx, (void)unit; }
+static void m_annotate(void *ctx, int32_t unit) {
+  (void)ctx, (void)unit;
+}
 
 static const void *m_extension(void *ctx, const char *id) {
   phx_strategy *m = ctx;
@@ -59,7 +61,9 @@ static void m_log(void *ctx, int32_t level, const char *message) {
   snprintf(log_text + used, sizeof log_text - used, "%s\n", message);
   pthread_mutex_unlock(&log_lock);
 }
-const char *meddle_log(void) { return log_text; }
+const char *meddle_log(void) {
+  return log_text;
+}
 
 static void m_destroy(phx_strategy *m) {
   if (!m) return;
@@ -87,8 +91,10 @@ static phx_status m_create(const phx_host *host, const void *config, const phx_t
   m->comm.all_reduce = m_all_reduce;
   m->comm.annotate = m_annotate;
   phx_status status = inner->create(&m->host, config, topology, model, &m->self, err);
-  if (status == PHX_OK) *out = m;
-  else m_destroy(m);
+  if (status == PHX_OK)
+    *out = m;
+  else
+    m_destroy(m);
   return status;
 }
 
@@ -142,12 +148,18 @@ static phx_status m_map(phx_strategy *m, const phx_slice *s, int32_t mode, void 
 static phx_status m_unmap(phx_strategy *m, const phx_slice *s, int32_t mode, void *p, phx_error *err) {
   return inner->unmap(m->self, s, mode, p, err);
 }
-static phx_status m_state_changed(phx_strategy *m, phx_error *err) { return inner->state_changed(m->self, err); }
+static phx_status m_state_changed(phx_strategy *m, phx_error *err) {
+  return inner->state_changed(m->self, err);
+}
 static phx_status m_begin(phx_strategy *m, int32_t index, int32_t last, phx_error *err) {
   return inner->begin_micro_batch(m->self, index, last, err);
 }
-static phx_status m_finish(phx_strategy *m, phx_error *err) { return inner->finish_gradients(m->self, err); }
-static phx_status m_discard(phx_strategy *m, phx_error *err) { return inner->discard_gradients(m->self, err); }
+static phx_status m_finish(phx_strategy *m, phx_error *err) {
+  return inner->finish_gradients(m->self, err);
+}
+static phx_status m_discard(phx_strategy *m, phx_error *err) {
+  return inner->discard_gradients(m->self, err);
+}
 static phx_status m_norm(phx_strategy *m, const phx_accumulator *a, phx_error *err) {
   return inner->gradient_norm(m->self, a, err);
 }
@@ -161,11 +173,21 @@ const phx_plugin *meddle_plugin(const char *strategy, const meddle *with) {
   how = *with;
   log_text[0] = 0;
   inner = real->table;
-  table = (phx_strategy_table){.struct_size = sizeof table, .estimate = inner->estimate, .create = m_create,
-                               .destroy = m_destroy, .visit_state = m_visit, .map = m_map, .unmap = m_unmap,
-                               .state_changed = m_state_changed, .begin_micro_batch = m_begin, .acquire = m_acquire,
-                               .release = m_release, .finish_gradients = m_finish, .discard_gradients = m_discard,
-                               .gradient_norm = m_norm, .update = m_update};
+  table = (phx_strategy_table){.struct_size = sizeof table,
+                               .estimate = inner->estimate,
+                               .create = m_create,
+                               .destroy = m_destroy,
+                               .visit_state = m_visit,
+                               .map = m_map,
+                               .unmap = m_unmap,
+                               .state_changed = m_state_changed,
+                               .begin_micro_batch = m_begin,
+                               .acquire = m_acquire,
+                               .release = m_release,
+                               .finish_gradients = m_finish,
+                               .discard_gradients = m_discard,
+                               .gradient_norm = m_norm,
+                               .update = m_update};
   plugin = *real;
   plugin.table = &table;
   return &plugin;

@@ -1,4 +1,5 @@
-/* ddp on the harness: the reference's bits, planned = measured, and what each option does. */
+/* ddp on the harness: the reference's bits, planned = measured, and what each option does.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,8 +11,8 @@
 static void expect_good(const harness_config *c) {
   harness_result r;
   bool good = harness_run(c, &r);
-  cr_assert(good, "ddp %s ranks %d accumulate %d reduce %d: %s", c->options ? c->options : "", c->ranks,
-            c->accumulate, c->reduce, r.message);
+  cr_assert(good, "ddp %s ranks %d accumulate %d reduce %d: %s", c->options ? c->options : "", c->ranks, c->accumulate,
+            c->reduce, r.message);
   harness_free(&r);
 }
 
@@ -23,9 +24,15 @@ Test(ddp, bits_equal_the_reference, .timeout = 120) {
   for (size_t i = 0; i < sizeof all_ranks / sizeof *all_ranks; i++)
     for (int mode = 0; mode < 3; mode++)
       for (int deferred = 0; deferred < 2; deferred++)
-        expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = all_ranks[i], .steps = 2,
+        expect_good(&(harness_config){.strategy = "ddp",
+                                      .replicas = true,
+                                      .toy = t,
+                                      .ranks = all_ranks[i],
+                                      .steps = 2,
                                       .options = "bucket_bytes=20000 first_bucket_bytes=4096",
-                                      .accumulate = mode ? 3 : 1, .reduce = mode == 2, .evaluate = mode == 0,
+                                      .accumulate = mode ? 3 : 1,
+                                      .reduce = mode == 2,
+                                      .evaluate = mode == 0,
                                       .recompute = mode == 1,
                                       .stream_mode = deferred ? LOOPBACK_DEFERRED : LOOPBACK_THREADS});
   toy_free(t);
@@ -34,8 +41,13 @@ Test(ddp, bits_equal_the_reference, .timeout = 120) {
 Test(ddp, sgd_one_bucket_and_frozen_models, .timeout = 60) {
   toy *t = toy_odd();
   expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3, .sgd = true});
-  expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 4, .accumulate = 4,
-                                .reduce = PHX_REDUCE_MICRO_BATCH, .stream_mode = LOOPBACK_DEFERRED});
+  expect_good(&(harness_config){.strategy = "ddp",
+                                .replicas = true,
+                                .toy = t,
+                                .ranks = 4,
+                                .accumulate = 4,
+                                .reduce = PHX_REDUCE_MICRO_BATCH,
+                                .stream_mode = LOOPBACK_DEFERRED});
   toy_free(t);
   t = toy_new();
   uint32_t u = toy_unit(t, "ice");
@@ -50,9 +62,16 @@ Test(ddp, skipped_steps_leave_nothing_behind, .timeout = 60) {
   toy *t = toy_odd();
   for (int early = 0; early < 2; early++)
     for (int mode = 0; mode < 3; mode++)
-      expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3, .steps = 3,
-                                    .discard_step = 2, .discard_early = early, .accumulate = mode ? 2 : 1,
-                                    .reduce = mode == 2, .stream_mode = LOOPBACK_DEFERRED});
+      expect_good(&(harness_config){.strategy = "ddp",
+                                    .replicas = true,
+                                    .toy = t,
+                                    .ranks = 3,
+                                    .steps = 3,
+                                    .discard_step = 2,
+                                    .discard_early = early,
+                                    .accumulate = mode ? 2 : 1,
+                                    .reduce = mode == 2,
+                                    .stream_mode = LOOPBACK_DEFERRED});
   toy_free(t);
 }
 
@@ -82,7 +101,10 @@ Test(ddp, bucket_sizes_set_the_calls, .timeout = 60) {
 Test(ddp, buckets_start_during_backward, .timeout = 60) {
   toy *t = toy_plain(6, 40);
   harness_result r;
-  harness_config c = {.strategy = "ddp", .replicas = true, .toy = t, .ranks = 2,
+  harness_config c = {.strategy = "ddp",
+                      .replicas = true,
+                      .toy = t,
+                      .ranks = 2,
                       .options = "first_bucket_bytes=4096 bucket_bytes=8192"};
   cr_assert(harness_run(&c, &r), "%s", r.message);
   int early = 0;
@@ -133,15 +155,22 @@ static void damage(const phx_strategy_table *inner, phx_strategy *self, int32_t 
 static void expect_named(const toy *t, const char *options, int64_t step, const char *what) {
   meddle how = {.before_update = damage, .lost_stage = -1};
   harness_result r;
-  harness_config c = {.plugin = meddle_plugin("ddp", &how), .replicas = true, .toy = t, .ranks = 3, .steps = 4,
-                      .options = options, .ignore_plan = true};
+  harness_config c = {.plugin = meddle_plugin("ddp", &how),
+                      .replicas = true,
+                      .toy = t,
+                      .ranks = 3,
+                      .steps = 4,
+                      .options = options,
+                      .ignore_plan = true};
   damaged_step = step;
   cr_assert_not(harness_run(&c, &r));
   int named = 0; /* the first rank that says so ends the job, perhaps before the others have read their result */
   for (int k = 0; k < 3; k++) {
     cr_assert_eq(r.rank[k].status, PHX_COMM, "rank %d: %d %s", k, r.rank[k].status, r.rank[k].error.message);
-    if (strstr(r.rank[k].error.message, what)) named++;
-    else cr_assert_str_eq(r.rank[k].error.message, "the job was ended");
+    if (strstr(r.rank[k].error.message, what))
+      named++;
+    else
+      cr_assert_str_eq(r.rank[k].error.message, "the job was ended");
     cr_assert_eq(r.rank[k].leaked_bytes, 0);
   }
   cr_assert(named > 0, "%s", r.message);
@@ -150,17 +179,25 @@ static void expect_named(const toy *t, const char *options, int64_t step, const 
 
 Test(ddp, broadcast_check_names_the_tensor_that_differs, .timeout = 60) {
   toy *t = toy_odd();
-  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .unit = 2, .blocks = 1,
-                        .dtype = PHX_F32};
+  damaged =
+      (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .unit = 2, .blocks = 1, .dtype = PHX_F32};
   expect_named(t, "broadcast_check=1", 1, "weight of parameter 'big.p0'");
   damaged_element = 10112 + 5; /* the vector after the matrix of 10100 elements */
   expect_named(t, "broadcast_check=3", 2, "weight of parameter 'big.p1'"); /* found at step 3 */
-  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .unit = 3, .flat = PHX_FLAT_FROZEN,
-                        .blocks = 1, .dtype = PHX_F32};
+  damaged = (phx_slice){.struct_size = sizeof damaged,
+                        .kind = PHX_STATE_WEIGHT,
+                        .unit = 3,
+                        .flat = PHX_FLAT_FROZEN,
+                        .blocks = 1,
+                        .dtype = PHX_F32};
   damaged_element = 4949;
   expect_named(t, "broadcast_check=1", 1, "weight of parameter 'ice.p0'");
-  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_OPTIM, .state_index = 1, .unit = 7,
-                        .blocks = 2, .dtype = PHX_F32};
+  damaged = (phx_slice){.struct_size = sizeof damaged,
+                        .kind = PHX_STATE_OPTIM,
+                        .state_index = 1,
+                        .unit = 7,
+                        .blocks = 2,
+                        .dtype = PHX_F32};
   damaged_element = 1088; /* tail.p1 */
   expect_named(t, "broadcast_check=1", 1, "tail.p1'");
   toy_free(t);
@@ -182,8 +219,8 @@ Test(ddp, without_broadcast_check_nothing_is_compared, .timeout = 60) {
 
 Test(ddp, a_checked_step_is_planned, .timeout = 60) {
   toy *t = toy_odd();
-  expect_good(&(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3,
-                                .options = "broadcast_check=1"});
+  expect_good(
+      &(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3, .options = "broadcast_check=1"});
   toy_free(t);
 }
 
@@ -221,8 +258,14 @@ Test(ddp, a_failing_allocation_leaks_nothing, .timeout = 60) {
   int n = 1;
   for (;; n++) {
     harness_result r;
-    harness_config c = {.strategy = "ddp", .replicas = true, .toy = t, .ranks = 2, .accumulate = 2,
-                        .reduce = PHX_REDUCE_MICRO_BATCH, .fail_alloc = n, .fail_rank = n % 2 ? 1 : -1};
+    harness_config c = {.strategy = "ddp",
+                        .replicas = true,
+                        .toy = t,
+                        .ranks = 2,
+                        .accumulate = 2,
+                        .reduce = PHX_REDUCE_MICRO_BATCH,
+                        .fail_alloc = n,
+                        .fail_rank = n % 2 ? 1 : -1};
     bool good = harness_run(&c, &r);
     for (int k = 0; k < 2; k++) cr_assert_eq(r.rank[k].leaked_bytes, 0, "allocation %d", n);
     cr_assert(good || r.status == PHX_NOMEM, "allocation %d: %s", n, r.message);

@@ -1,4 +1,5 @@
-/* fsdp on the harness: the reference's bits under every sharding, planned = measured, and what each option does. */
+/* fsdp on the harness: the reference's bits under every sharding, planned = measured, and what each option does.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>
@@ -15,8 +16,11 @@ static void expect_good(const harness_config *c) {
 }
 
 static const int all_ranks[] = {1, 2, 3, 4, 5, 7};
-static const char *const all_options[] = {"sharding=full", "sharding=grad_op", "sharding=none",
-                                          "sharding=full prefetch=0", "sharding=full prefetch=4 max_gathered=3",
+static const char *const all_options[] = {"sharding=full",
+                                          "sharding=grad_op",
+                                          "sharding=none",
+                                          "sharding=full prefetch=0",
+                                          "sharding=full prefetch=4 max_gathered=3",
                                           "sharding=full reshard_after_forward=no prefetch=16"};
 
 Test(fsdp, bits_equal_the_reference, .timeout = 120) {
@@ -25,9 +29,14 @@ Test(fsdp, bits_equal_the_reference, .timeout = 120) {
     for (size_t o = 0; o < sizeof all_options / sizeof *all_options; o++)
       for (int mode = 0; mode < 3; mode++)
         for (int deferred = 0; deferred < 2; deferred++)
-          expect_good(&(harness_config){.strategy = "fsdp", .options = all_options[o], .toy = t,
-                                        .ranks = all_ranks[i], .steps = 2, .accumulate = mode ? 3 : 1,
-                                        .reduce = mode == 2, .evaluate = mode == 0,
+          expect_good(&(harness_config){.strategy = "fsdp",
+                                        .options = all_options[o],
+                                        .toy = t,
+                                        .ranks = all_ranks[i],
+                                        .steps = 2,
+                                        .accumulate = mode ? 3 : 1,
+                                        .reduce = mode == 2,
+                                        .evaluate = mode == 0,
                                         .replicas = o == 2,
                                         .stream_mode = deferred ? LOOPBACK_DEFERRED : LOOPBACK_THREADS});
   toy_free(t);
@@ -52,8 +61,14 @@ Test(fsdp, empty_shards_frozen_models_sgd, .timeout = 60) {
   toy_finish(ice);
   for (int s = 0; s < 3; s++)
     for (int mode = 0; mode < 3; mode++) {
-      harness_config c = {.strategy = "fsdp", .options = shardings[s], .toy = tiny, .ranks = 7, .replicas = s == 2,
-                          .accumulate = mode ? 2 : 1, .reduce = mode == 2, .sgd = mode == 1};
+      harness_config c = {.strategy = "fsdp",
+                          .options = shardings[s],
+                          .toy = tiny,
+                          .ranks = 7,
+                          .replicas = s == 2,
+                          .accumulate = mode ? 2 : 1,
+                          .reduce = mode == 2,
+                          .sgd = mode == 1};
       expect_good(&c);
       c.toy = ice;
       expect_good(&c);
@@ -67,9 +82,16 @@ Test(fsdp, skipped_steps_leave_nothing_behind, .timeout = 60) {
   for (size_t o = 0; o < 3; o++)
     for (int early = 0; early < 2; early++)
       for (int mode = 0; mode < 3; mode++)
-        expect_good(&(harness_config){.strategy = "fsdp", .options = all_options[o], .replicas = o == 2, .toy = t,
-                                      .ranks = 3, .steps = 3, .discard_step = 2, .discard_early = early,
-                                      .accumulate = mode ? 2 : 1, .reduce = mode == 2,
+        expect_good(&(harness_config){.strategy = "fsdp",
+                                      .options = all_options[o],
+                                      .replicas = o == 2,
+                                      .toy = t,
+                                      .ranks = 3,
+                                      .steps = 3,
+                                      .discard_step = 2,
+                                      .discard_early = early,
+                                      .accumulate = mode ? 2 : 1,
+                                      .reduce = mode == 2,
                                       .stream_mode = LOOPBACK_DEFERRED});
   toy_free(t);
 }
@@ -84,8 +106,13 @@ Test(fsdp, recompute, .timeout = 60) {
   }
   toy_finish(t);
   for (size_t o = 0; o < sizeof all_options / sizeof *all_options; o++)
-    expect_good(&(harness_config){.strategy = "fsdp", .options = all_options[o], .replicas = o == 2, .toy = t,
-                                  .ranks = 3, .recompute = true, .stream_mode = LOOPBACK_DEFERRED});
+    expect_good(&(harness_config){.strategy = "fsdp",
+                                  .options = all_options[o],
+                                  .replicas = o == 2,
+                                  .toy = t,
+                                  .ranks = 3,
+                                  .recompute = true,
+                                  .stream_mode = LOOPBACK_DEFERRED});
   toy_free(t);
   t = toy_plain(3, 40);
   harness_result r;
@@ -155,7 +182,7 @@ Test(fsdp, sharding_and_reshard_after_forward_set_gathers_and_memory, .timeout =
   static const struct {
     const char *options;
     int64_t all_gather, reduce_scatter, all_reduce, units_gathered, share;
-  } want[] = {{"sharding=full", 8 + 5, 8, 0, 2, 2}, // the last two are still there when backward begins
+  } want[] = {{"sharding=full", 8 + 5, 8, 0, 2, 2},  // the last two are still there when backward begins
               {"sharding=full reshard_after_forward=no", 8, 8, 0, 8, 2},
               {"sharding=grad_op", 8, 8, 0, 8, 2},
               {"sharding=grad_op prefetch=0", 8, 8, 0, 7, 2},
@@ -163,8 +190,13 @@ Test(fsdp, sharding_and_reshard_after_forward_set_gathers_and_memory, .timeout =
   for (size_t i = 0; i < sizeof want / sizeof *want; i++)
     for (int accumulate = 1; accumulate < 4; accumulate += 2)
       for (int reduce = 0; reduce < 2; reduce++) {
-        harness_config c = {.strategy = "fsdp", .options = want[i].options, .toy = t, .ranks = 2,
-                            .accumulate = accumulate, .reduce = reduce, .replicas = want[i].share == 1};
+        harness_config c = {.strategy = "fsdp",
+                            .options = want[i].options,
+                            .toy = t,
+                            .ranks = 2,
+                            .accumulate = accumulate,
+                            .reduce = reduce,
+                            .replicas = want[i].share == 1};
         harness_result r;
         run_good(&c, &r);
         const phx_estimate *e = &r.rank[1].planned;
@@ -176,7 +208,8 @@ Test(fsdp, sharding_and_reshard_after_forward_set_gathers_and_memory, .timeout =
         cr_assert_eq(e->bytes[PHX_MEM_WEIGHT], whole / want[i].share);
         cr_assert_eq(e->bytes[PHX_MEM_OPTIMIZER], 2 * whole / want[i].share);
         cr_assert_eq(e->bytes[PHX_MEM_GRADIENT], windows ? whole / want[i].share : whole);
-        if (accumulate == 1 && want[i].share > 1) cr_assert(e->bytes[PHX_MEM_GATHERED] >= want[i].units_gathered * 8192);
+        if (accumulate == 1 && want[i].share > 1)
+          cr_assert(e->bytes[PHX_MEM_GATHERED] >= want[i].units_gathered * 8192);
         harness_free(&r);
       }
   toy_free(t);
@@ -188,8 +221,10 @@ Test(fsdp, max_gathered_bounds_what_is_in_flight, .timeout = 60) {
     char options[64];
     harness_result r;
     snprintf(options, sizeof options, "prefetch=16 max_gathered=%d", most);
-    run_good(&(harness_config){.strategy = "fsdp", .options = options, .toy = t, .ranks = 2,
-                               .stream_mode = LOOPBACK_DEFERRED}, &r);
+    run_good(
+        &(harness_config){
+            .strategy = "fsdp", .options = options, .toy = t, .ranks = 2, .stream_mode = LOOPBACK_DEFERRED},
+        &r);
     cr_assert_eq(r.rank[0].planned.bytes[PHX_MEM_GATHERED], (most + 2) * 2 * 4096);
     cr_assert_eq(gathers(&r.rank[0], PHX_PASS_FORWARD, 0), most);
     harness_free(&r);
@@ -230,10 +265,10 @@ Test(fsdp, one_rank_gathers_nothing, .timeout = 60) {
 Test(fsdp, what_accumulation_costs_is_said_once, .timeout = 60) {
   toy *t = toy_plain(6, 40); /* 64 KiB of gradients */
   meddle how = {.lost_stage = -1};
-  static const char *const want[2] = {"keeps whole gradients, 0.1 MiB (4 bytes a parameter)", "are sent 3 times a step"};
+  static const char *const want[2] = {"keeps whole gradients, 0.1 MiB (4 bytes a parameter)",
+                                      "are sent 3 times a step"};
   for (int reduce = 0; reduce < 2; reduce++) {
-    harness_config c = {.plugin = meddle_plugin("fsdp", &how), .toy = t, .ranks = 3, .accumulate = 3,
-                        .reduce = reduce};
+    harness_config c = {.plugin = meddle_plugin("fsdp", &how), .toy = t, .ranks = 3, .accumulate = 3, .reduce = reduce};
     expect_good(&c);
     cr_assert(strstr(meddle_log(), want[reduce]), "%s", meddle_log());
     cr_assert_eq(strchr(meddle_log(), '\n')[1], 0, "more than one line: %s", meddle_log());
@@ -257,9 +292,14 @@ Test(fsdp, frozen_stages_may_be_passed_over_in_backward, .timeout = 60) {
   toy_finish(t);
   meddle how = {.skip_backward = true, .lost_stage = -1};
   for (size_t o = 0; o < sizeof all_options / sizeof *all_options; o++)
-    expect_good(&(harness_config){.plugin = meddle_plugin("fsdp", &how), .options = all_options[o],
-                                  .replicas = o == 2, .toy = t, .ranks = 3, .accumulate = 2,
-                                  .reduce = PHX_REDUCE_MICRO_BATCH, .stream_mode = LOOPBACK_DEFERRED});
+    expect_good(&(harness_config){.plugin = meddle_plugin("fsdp", &how),
+                                  .options = all_options[o],
+                                  .replicas = o == 2,
+                                  .toy = t,
+                                  .ranks = 3,
+                                  .accumulate = 2,
+                                  .reduce = PHX_REDUCE_MICRO_BATCH,
+                                  .stream_mode = LOOPBACK_DEFERRED});
   toy_free(t);
 }
 
@@ -285,8 +325,13 @@ Test(fsdp, a_failing_allocation_leaks_nothing, .timeout = 60) {
   int n = 1;
   for (;; n++) {
     harness_result r;
-    harness_config c = {.strategy = "fsdp", .toy = t, .ranks = 2, .accumulate = 2,
-                        .reduce = PHX_REDUCE_MICRO_BATCH, .fail_alloc = n, .fail_rank = n % 2 ? 1 : -1};
+    harness_config c = {.strategy = "fsdp",
+                        .toy = t,
+                        .ranks = 2,
+                        .accumulate = 2,
+                        .reduce = PHX_REDUCE_MICRO_BATCH,
+                        .fail_alloc = n,
+                        .fail_rank = n % 2 ? 1 : -1};
     bool good = harness_run(&c, &r);
     for (int k = 0; k < 2; k++) cr_assert_eq(r.rank[k].leaked_bytes, 0, "allocation %d", n);
     cr_assert(good || r.status == PHX_NOMEM, "allocation %d: %s", n, r.message);

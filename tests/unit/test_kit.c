@@ -151,7 +151,8 @@ static void play_action(playback *p, const phx_kit_action *a) {
       cr_assert_eq(p->gradient[a->unit], a->offset);
       p->gradient[a->unit] = -1;
       break;
-    default: cr_assert_fail("action %d", a->what);
+    default:
+      cr_assert_fail("action %d", a->what);
   }
   expect_apart(p);
 }
@@ -186,8 +187,7 @@ static void sizes(const toy *t, int64_t weight[TOY_UNITS], int64_t gradient[TOY_
   }
 }
 
-static const phx_kit_policy plain_policy = {.ahead_numel = INT64_MAX, .live_units = INT64_MAX,
-                                            .live_numel = INT64_MAX};
+static const phx_kit_policy plain_policy = {.ahead_numel = INT64_MAX, .live_units = INT64_MAX, .live_numel = INT64_MAX};
 
 Test(kit, every_program_plays_back) {
   for (int which = 0; which < 2; which++) {
@@ -384,8 +384,8 @@ static void f_release(void *ctx, void *p) {
 
 Test(kit, regions_are_planned_as_they_are_allocated) {
   fake f = {.device = loopback_device_create(LOOPBACK_THREADS), .optim = {.name = "muon", .grain = PHX_GRAIN_ROW}};
-  phx_host host = {.struct_size = sizeof host, .ctx = &f, .alloc = f_alloc, .release = f_release,
-                   .extension = f_extension};
+  phx_host host = {
+      .struct_size = sizeof host, .ctx = &f, .alloc = f_alloc, .release = f_release, .extension = f_extension};
   phx_kit_services s = {0};
   phx_error err = PHX_ERROR_INIT;
   static const char *const names[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM};
@@ -399,8 +399,10 @@ Test(kit, regions_are_planned_as_they_are_allocated) {
   cr_assert(strstr(err.message, "'muon' needs whole rows"), "%s", err.message);
   cr_assert_eq(phx_kit_services_open(&host, PHX_GRAIN_TENSOR, &s, &err), PHX_OK);
 
-  phx_kit_region table[] = {{.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = 1}, {.kind = PHX_MEM_BUFFER, .bytes = 0},
-                            {.kind = PHX_MEM_OPTIMIZER, .bytes = 257}, {.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = 4096}};
+  phx_kit_region table[] = {{.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = 1},
+                            {.kind = PHX_MEM_BUFFER, .bytes = 0},
+                            {.kind = PHX_MEM_OPTIMIZER, .bytes = 257},
+                            {.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = 4096}};
   enum { N = sizeof table / sizeof *table };
   phx_estimate e = {.struct_size = sizeof e};
   phx_kit_regions_estimate(table, N, &e);

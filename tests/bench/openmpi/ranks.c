@@ -11,6 +11,7 @@
 
 static void round_of(const comm_server *s, float *x, int rank) {
   const int numel = (int)(s->bytes / 4), part = numel / SERVE_RANKS;
+  serve_touch(s, x);
   if (s->what == SERVE_ALL_REDUCE) MPI_Allreduce(MPI_IN_PLACE, x, numel, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
   if (s->what == SERVE_REDUCE_SCATTER)
     MPI_Reduce_scatter_block(MPI_IN_PLACE, x, part, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);

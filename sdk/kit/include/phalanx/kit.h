@@ -16,8 +16,7 @@ extern "C" {
 #endif
 
 /* ---- errors ---- */
-phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
+phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* Goes to `done` with `status` set when a call fails. */
 #define PHX_KIT_TRY(call)            \
   do {                               \
@@ -55,7 +54,7 @@ typedef struct phx_kit_region {
   int32_t kind, space; /* PHX_MEM_*, PHX_SPACE_* */
   int32_t shared;      /* 1: with the communicator (peers read it, or it is reduced) */
   int32_t reserved0;
-  int64_t bytes;       /* 0: nothing is allocated, at stays NULL */
+  int64_t bytes; /* 0: nothing is allocated, at stays NULL */
   void *at;
 } phx_kit_region;
 void phx_kit_regions_estimate(const phx_kit_region *regions, uint32_t n, phx_estimate *out); /* adds */
@@ -86,9 +85,9 @@ typedef struct phx_kit_part {
 bool phx_kit_part_next(const phx_model *model, uint32_t flat, int64_t first, int64_t blocks, phx_kit_part *part);
 
 /* ---- views of stages ---- */
-typedef struct phx_kit_place {     /* where a unit is now; NULL: nowhere */
-  const float *weight[PHX_FLATS];  /* its first element */
-  float *gradient;                 /* of the trainable flat */
+typedef struct phx_kit_place {    /* where a unit is now; NULL: nowhere */
+  const float *weight[PHX_FLATS]; /* its first element */
+  float *gradient;                /* of the trainable flat */
 } phx_kit_place;
 typedef struct phx_kit_views {
   const phx_model *model;
@@ -114,10 +113,10 @@ phx_status phx_kit_zero_gaps(const phx_device *device, const phx_model *model, u
 
 /* ---- the order in which gradients become complete, and buckets over it ---- */
 typedef struct phx_kit_order {
-  uint32_t n;       /* units with trainable blocks */
-  uint32_t *units;  /* (n) first complete first */
-  int64_t *offset;  /* (n_units) elements from the start of a gradient flat laid out in this order */
-  int64_t numel;    /* of that flat; a unit takes blocks * PHX_BLOCK */
+  uint32_t n;      /* units with trainable blocks */
+  uint32_t *units; /* (n) first complete first */
+  int64_t *offset; /* (n_units) elements from the start of a gradient flat laid out in this order */
+  int64_t numel;   /* of that flat; a unit takes blocks * PHX_BLOCK */
 } phx_kit_order;
 /* Refuses a unit with trainable parameters whose gradient no stage writes, by name. */
 phx_status phx_kit_order_create(const phx_model *model, phx_kit_order *out, phx_error *err);
@@ -141,30 +140,30 @@ enum {
   PHX_KIT_CLOSE = 5   /* release: the gradient's window returns to the pool (one reduction after it was reduced) */
 };
 typedef struct phx_kit_action {
-  int32_t what;    /* PHX_KIT_GATHER, ... */
+  int32_t what; /* PHX_KIT_GATHER, ... */
   uint32_t unit;
-  int64_t offset;  /* elements from the start of the pool */
+  int64_t offset; /* elements from the start of the pool */
 } phx_kit_action;
 typedef struct phx_kit_policy {
   const int64_t *weight_numel;   /* (n_units) elements of a gathered unit, multiples of 64; 0: needs no gather;
                                     NULL: none does */
   const int64_t *gradient_numel; /* (n_units) elements of its gradient window; 0: its gradient lives elsewhere;
                                     NULL: all do (REDUCE is still listed, OPEN and CLOSE are not) */
-  int64_t ahead_units;  /* the next units in the order of use are gathered ahead: at most so many ... */
-  int64_t ahead_numel;  /* ... and so many elements (INT64_MAX: no bound) */
-  int64_t live_units;   /* units gathered at once, at most (INT64_MAX: no bound); too small for a stage is refused */
-  int64_t live_numel;   /* elements gathered at once, at most, for gathers ahead only: what a stage needs, it gets */
-  int32_t keep;         /* 1: what forward gathered stays until backward has used it */
-  int32_t evaluate;     /* 1: a program of forward passes only */
+  int64_t ahead_units;           /* the next units in the order of use are gathered ahead: at most so many ... */
+  int64_t ahead_numel;           /* ... and so many elements (INT64_MAX: no bound) */
+  int64_t live_units; /* units gathered at once, at most (INT64_MAX: no bound); too small for a stage is refused */
+  int64_t live_numel; /* elements gathered at once, at most, for gathers ahead only: what a stage needs, it gets */
+  int32_t keep;       /* 1: what forward gathered stays until backward has used it */
+  int32_t evaluate;   /* 1: a program of forward passes only */
 } phx_kit_policy;
 /* Positions: forward passes of the stages in order, then backward passes in reverse: one micro-batch. */
 typedef struct phx_kit_program {
   uint32_t n_positions, n_actions;
-  uint32_t *first;         /* (2 * n_positions + 1) acquire of p: actions [first[2p], first[2p+1]);
-                              release of p: [first[2p+1], first[2p+2]) */
+  uint32_t *first; /* (2 * n_positions + 1) acquire of p: actions [first[2p], first[2p+1]);
+                      release of p: [first[2p+1], first[2p+2]) */
   phx_kit_action *actions;
-  int64_t pool_numel;      /* elements of the pool that all windows fit in, at their offsets */
-  int64_t most_units;      /* units gathered at once */
+  int64_t pool_numel; /* elements of the pool that all windows fit in, at their offsets */
+  int64_t most_units; /* units gathered at once */
 } phx_kit_program;
 phx_status phx_kit_program_create(const phx_model *model, const phx_kit_policy *policy, phx_kit_program *out,
                                   phx_error *err);
@@ -188,6 +187,11 @@ typedef struct phx_kit_slice {
 } phx_kit_slice;
 phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *slice, float scale, phx_stream *stream,
                           phx_error *err);
+
+/* [collective] Replicas from their writers: the rank's part (numel elements, at rank * numel) of `base` becomes
+ * everybody's, on the communication stream.  `through`: memory of the communicator; base itself, or as large. */
+phx_status phx_kit_make_whole(const phx_kit_services *s, void *base, void *through, int64_t numel, int32_t dtype,
+                              phx_error *err);
 
 /* ---- a hash of bytes, for comparing replicas; not the state hash ---- */
 uint64_t phx_kit_hash(uint64_t seed, const void *data, size_t bytes);
