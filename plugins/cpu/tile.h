@@ -78,7 +78,7 @@ INLINE void micro(const int nv, int64_t klen, const float *a, int64_t rs, int64_
   UNROLL for (int r = 0; r < ROWS; r++) {
     UNROLL for (int v = 0; v < VECS; v++) acc[r][v] = add && v < nv ? phx__load(c + r * ldc + v * VL) : (phx__vf){0};
   }
-  for (int64_t k = 0; k < klen; k++, a += cs, b += ldb) {
+  UNROLL for (int64_t k = 0; k < klen; k++, a += cs, b += ldb) {
     phx__vf row[VECS];
     UNROLL for (int v = 0; v < VECS; v++) row[v] = v < nv ? phx__load(b + v * VL) : (phx__vf){0};
     UNROLL for (int r = 0; r < ROWS; r++) {
