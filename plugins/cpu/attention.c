@@ -81,17 +81,23 @@ INLINE int softmax_column(float *s, int64_t keys, int diagonal, int64_t lane, fl
   phx__vf top[4] = {none, none, none, none};
   int64_t k = 0;
   for (; k + 4 <= keys; k += 4)
-    for (int u = 0; u < 4; u++) top[u] = larger(phx__load(s + (k + u) * TILE), top[u]);
+    UNROLL for (int u = 0; u < 4; u++) top[u] = larger(phx__load(s + (k + u) * TILE), top[u]);
   for (; k < keys; k++) top[0] = larger(phx__load(s + k * TILE), top[0]);
   const phx__vf old = phx__load(max);
   const phx__vf here = larger(larger(top[0], top[1]), larger(top[2], top[3]));
   const phx__vi moves = here - old > LAZY;
   const phx__vf now = phx__choose(moves, here, old);
-  phx__vf total[2] = {(phx__vf){0}, (phx__vf){0}};
-  for (k = 0; k < keys; k++) {
+  phx__vf total[4] = {(phx__vf){0}, (phx__vf){0}, (phx__vf){0}, (phx__vf){0}};
+  for (k = 0; k + 4 <= keys; k += 4) {
+    phx__vf p[4];
+    UNROLL for (int u = 0; u < 4; u++) p[u] = exp2_lanes(phx__load(s + (k + u) * TILE) - now);
+    UNROLL for (int u = 0; u < 4; u++) phx__store(s + (k + u) * TILE, p[u]);
+    UNROLL for (int u = 0; u < 4; u++) total[u] += p[u];
+  }
+  for (; k < keys; k++) {
     const phx__vf p = exp2_lanes(phx__load(s + k * TILE) - now);
     phx__store(s + k * TILE, p);
-    total[k & 1] += p;
+    total[0] += p;
   }
   phx__vf before = phx__load(sum);
   int moved = 0;
@@ -104,7 +110,7 @@ INLINE int softmax_column(float *s, int64_t keys, int diagonal, int64_t lane, fl
   } else {
     phx__store(decay, phx__splat(1.0f));
   }
-  phx__store(sum, before + (total[0] + total[1]));
+  phx__store(sum, before + ((total[0] + total[1]) + (total[2] + total[3])));
   return moved;
 }
 
@@ -229,24 +235,18 @@ static void probabilities(float *s, float *dp, int64_t rows, int64_t keys, int d
   }
 }
 
-/* D(t) = sum over the head of dout * out */
-static void row_dots(const job *a, int64_t batch, int64_t head, float *dots) {
-  for (int64_t t = 0; t < a->t; t++) {
-    const float *x = a->dout + (batch * a->t + t) * a->c + head * a->d;
-    const float *y = a->out + (batch * a->t + t) * a->c + head * a->d;
+/* dots[r] = sum over the head of dout * out, rows of both c apart */
+static void row_dots(float *dots, const float *dout, const float *out, int64_t c, int64_t rows, int64_t d) {
+  for (int64_t r = 0; r < rows; r++, dout += c, out += c) {
     phx__vf acc = {0};
     int64_t i = 0;
-    for (int64_t l = 0; t + 8 < a->t && l < a->d; l += 16) {
-      __builtin_prefetch(x + 8 * a->c + l);
-      __builtin_prefetch(y + 8 * a->c + l);
-    }
-    for (; i + VL <= a->d; i += VL) acc += phx__load(x + i) * phx__load(y + i);
-    if (i < a->d) acc += phx__load_part(x + i, a->d - i) * phx__load_part(y + i, a->d - i);
+    for (; i + VL <= d; i += VL) acc += phx__load(dout + i) * phx__load(out + i);
+    if (i < d) acc += phx__load_part(dout + i, d - i) * phx__load_part(out + i, d - i);
     float lane[VL];
     phx__store(lane, acc);
     for (int width = VL / 2; width; width /= 2)
       for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-    dots[t] = lane[0];
+    dots[r] = lane[0];
   }
 }
 
@@ -263,8 +263,8 @@ static void unpack(float *dst, int64_t ld, const float *src, int64_t dp, int64_t
 
 /* One tile of queries and what is needed of it. */
 typedef struct queries {
-  const float *q, *dout, *lse, *dots;
-  float *dq;
+  const float *q, *out, *dout, *lse;
+  float *dq, *dots;
   int64_t rows;
 } queries;
 
@@ -292,21 +292,24 @@ static void backward_tile(tiles *w, int64_t part, int64_t rows, int64_t keys, in
 
 /* The tile of queries at q0 against the group of n tiles of keys at k0. */
 static void backward_queries(const job *a, tiles *w, const queries *x, int64_t q0, int64_t k0, int64_t n,
-                             const float *k) {
+                             const float *k, const float *dk) {
   const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), next = q0 + TILE, more = rows_at(next, a->t);
+  if (k0 == 0) row_dots(x->dots, x->dout, x->out, a->c, x->rows, d);
   pack(w->q, dp, x->q, ld, x->rows, d);
   pack(w->o, dp, x->dout, a->c, x->rows, d);
   for (int64_t i = 0; i < n && k0 + i * TILE <= q0; i++) {
     const int64_t keys = rows_at(k0 + i * TILE, a->t), k_next = k0 + (n + i) * TILE;
     ahead soon_of = {{nothing, nothing, nothing, nothing, nothing}};
-    if (i == 0) {
+    if (more == 0) { /* what this group of keys writes, and the next one */
+      soon_of.of[0] = (soon){dk + i * TILE * ld, ld, keys};
+      soon_of.of[1] = (soon){dk + i * TILE * ld + a->c, ld, keys};
+      soon_of.of[3] = (soon){k + k_next * ld, ld, rows_at(k_next, a->t)};
+      soon_of.of[4] = (soon){k + k_next * ld + a->c, ld, rows_at(k_next, a->t)};
+    } else if (i == 0) { /* the next queries */
       soon_of.of[0] = (soon){x->q + TILE * ld, ld, more};
       soon_of.of[1] = (soon){x->dout + TILE * a->c, a->c, more};
       soon_of.of[2] = (soon){x->dq + TILE * ld, ld, more};
-    }
-    if (more == 0) { /* the next group of keys */
-      soon_of.of[3] = (soon){k + k_next * ld, ld, rows_at(k_next, a->t)};
-      soon_of.of[4] = (soon){k + k_next * ld + a->c, ld, rows_at(k_next, a->t)};
+      if (k0 == 0) soon_of.of[3] = (soon){x->out + TILE * a->c, a->c, more};
     }
     backward_tile(w, i, x->rows, keys, d, k0 + i * TILE == q0, x, &soon_of);
   }
@@ -317,9 +320,9 @@ static void backward_head(const job *a, tiles *w, int64_t batch, int64_t head) {
   const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), t = a->t, n = group_of(dp);
   const int64_t at = batch * t * ld + head * d;
   const float *q = a->qkv + at, *k = q + a->c, *v = k + a->c;
-  const float *dout = a->dout + batch * t * a->c + head * d, *lse = a->lse + (batch * a->heads + head) * t;
+  const float *dout = a->dout + batch * t * a->c + head * d, *out = a->out + batch * t * a->c + head * d;
+  const float *lse = a->lse + (batch * a->heads + head) * t;
   float *dq = a->dqkv + at, *dots = a->work + (batch * a->heads + head) * t;
-  row_dots(a, batch, head, dots);
   for (int64_t k0 = 0; k0 < t; k0 += n * TILE) {
     for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {
       const int64_t keys = rows_at(k1, t), to = i * TILE * dp;
@@ -328,8 +331,9 @@ static void backward_head(const job *a, tiles *w, int64_t batch, int64_t head) {
       pack_transposed(w->v + to, v + k1 * ld, ld, keys, d, 1.0f);
     }
     for (int64_t q0 = k0; q0 < t; q0 += TILE) {
-      const queries x = {q + q0 * ld, dout + q0 * a->c, lse + q0, dots + q0, dq + q0 * ld, rows_at(q0, t)};
-      backward_queries(a, w, &x, q0, k0, n, k);
+      const queries x = {q + q0 * ld, out + q0 * a->c, dout + q0 * a->c, lse + q0, dq + q0 * ld, dots + q0,
+                         rows_at(q0, t)};
+      backward_queries(a, w, &x, q0, k0, n, k, dq + a->c + k0 * ld);
     }
     for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {
       unpack(dq + a->c + k1 * ld, ld, w->dk + i * TILE * dp, dp, rows_at(k1, t), d, a->scale, 0);
