@@ -100,8 +100,7 @@ INLINE int softmax_column(float *s, int64_t keys, int diagonal, int64_t lane, fl
     total[0] += p;
   }
   phx__vf before = phx__load(sum);
-  int moved = 0;
-  for (int l = 0; l < VL; l++) moved |= moves[l];
+  const int moved = any_lane(moves);
   if (moved) {
     const phx__vf shrink = exp2_lanes(old - now);
     phx__store(max, now);

@@ -25,6 +25,17 @@ _Static_assert(TILE % VL == 0 && TILE % ROWS == 0 && VL % ROWS == 0, "tiles are 
 
 /* ---- lanes ---- */
 
+/* Whether any lane is not 0. */
+INLINE int any_lane(phx__vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int any = 0;
+  for (int l = 0; l < VL; l++) any |= x[l];
+  return any;
+#endif
+}
+
 static phx__vf lane_numbers(void) { /* 0, 1, 2, ... */
   phx__vf x;
   for (int i = 0; i < VL; i++) x[i] = (float)i;
@@ -49,18 +60,18 @@ INLINE phx__vf larger(phx__vf x, phx__vf y) {
 INLINE phx__vf exp2_lanes(phx__vf x) {
   const float least = -120.0f;
 #if defined(__AVX512F__)
-  const __m512 powers = _mm512_setr_ps(1.0f, 1.0442737824274138f, 1.0905077326652577f, 1.1387886347566916f,
-                                       1.189207115002721f, 1.241857812073484f, 1.2968395546510096f, 1.3542555469368927f,
-                                       1.4142135623730951f, 1.4768261459394993f, 1.5422108254079407f, 1.6104903319492543f,
-                                       1.681792830507429f, 1.7562521603732995f, 1.8340080864093424f, 1.9152065613971474f);
+  /* the bits of 2^(j / 16), less j << 19, which the shift below adds again */
+  const vbits powers = {
+      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
   const float magic = 786432.0f; /* 1.5 * 2^19: adding it rounds to sixteenths in the low bits */
-  const phx__vf shifted = x + magic, n = shifted - magic, f = x - n;
+  const phx__vf shifted = x + magic, f = x - (shifted - magic);
   phx__vf p = f * 5.550410866482158e-2f + 2.402265069591007e-1f;
   p = p * f + 6.931471805599453e-1f;
   p = p * f + 1.0f;
-  p *= (phx__vf)_mm512_permutexvar_ps((__m512i)shifted, powers); /* by the low four bits */
+  const vbits power = (vbits)_mm512_permutexvar_epi32((__m512i)shifted, (__m512i)powers) + ((vbits)shifted << 19);
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return (phx__vf)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n); /* p * 2^floor(n) */
+  return (phx__vf)_mm512_maskz_mul_ps(kept, (__m512)p, (__m512)power);
 #else
   const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
   const phx__vf shifted = x + magic, n = shifted - magic, f = x - n;
