@@ -4,12 +4,18 @@
  * backward pass computes the probabilities again from qkv and lse.  Tiles above the diagonal are not computed, and
  * inside a diagonal tile only what the mask leaves, in steps of 4 rows and one vector.
  *
+ * Order of the loops.  Forward: for a group of up to 4 tiles of queries, for each tile of keys, for each tile of the
+ * group: so keys and values are copied once per group, and the outputs stay in scratch until they are complete.
+ * Backward: for a group of tiles of keys, for each tile of queries, for each tile of the group: so queries and output
+ * gradients are copied, and dq read and written, once per group, and dk and dv stay in scratch.  A group, its
+ * gradients and one tile of scores stay in the second-level cache (1 MiB), what one product reuses in the first.
+ *
  * Forward computes scores transposed, S^T = K Q^T: the softmax then runs down the columns of a tile, without a
  * horizontal sum, and neither K nor the probabilities need a transpose.  Backward computes S = Q K^T with K^T and V^T
- * transposed once per 64 keys.  Everything else is copied into dense tiles: rows of qkv are 3C apart, a distance at
+ * transposed once per 64 keys.  All operands are copied into dense tiles: rows of qkv are 3C apart, a distance at
  * which they evict each other from the first-level cache.
  *
- * Invariant: scratch per thread is a constant, whatever the shape.  One item (a tile of queries forward, a head
+ * Invariant: scratch per thread is a constant, whatever the shape.  One item (a group of queries forward, a head
  * backward) is computed by one thread in one order, so the bits do not depend on the number of threads.
  * Unlike the other kernels this file may contract a * b + c; its bits differ between instruction sets.
  *
@@ -27,11 +33,11 @@
 /* One thread's part of the scratch; each pass uses some of it.  Arrays of TILE * WIDEST hold a group of tiles one
  * after the other (part below), or one tile. */
 typedef struct tiles {
-  float q[TILE * WIDEST]; /* (TILE, dp); forward: group of Q^T (d, TILE) */
-  float k[TILE * WIDEST]; /* (TILE, dp); backward: group */
-  float v[TILE * WIDEST]; /* (TILE, dp); backward: group of V^T (d, TILE) */
-  float kt[TILE * WIDEST]; /* group of K^T (d, TILE) */
-  float o[TILE * WIDEST];  /* forward: group of unnormalised outputs; backward: dO */
+  float q[TILE * WIDEST];                     /* (TILE, dp); forward: group of Q^T (d, TILE) */
+  float k[TILE * WIDEST];                     /* (TILE, dp); backward: group */
+  float v[TILE * WIDEST];                     /* (TILE, dp); backward: group of V^T (d, TILE) */
+  float kt[TILE * WIDEST];                    /* group of K^T (d, TILE) */
+  float o[TILE * WIDEST];                     /* forward: group of unnormalised outputs; backward: dO */
   float dk[TILE * WIDEST], dv[TILE * WIDEST]; /* groups */
   float dq[TILE * WIDEST];
   float s[TILE * TILE], dp[TILE * TILE];
@@ -128,11 +134,11 @@ static void forward_tile(tiles *w, int64_t part, int64_t rows, int64_t keys, int
   const int vecs = (int)(round_up(rows, VL) / VL);
   float *o = w->o + part * TILE * dp;
   int moved = 0;
-  product(diagonal ? COLS_FROM : WHOLE, keys, vecs, d, (operand){w->k, dp, 1}, w->q + part * TILE * dp, TILE, w->s, TILE,
-          0, soon_s, d);
+  product(diagonal ? COLS_FROM : WHOLE, keys, vecs, d, (operand){w->k, dp, 1}, w->q + part * TILE * dp, TILE, w->s,
+          TILE, 0, soon_s, d);
   for (int64_t i = 0; i < vecs * VL; i += VL)
-    moved |= softmax_column(w->s + i, keys, diagonal, i, w->max + part * TILE + i, w->sum + part * TILE + i,
-                            w->decay + i);
+    moved |=
+        softmax_column(w->s + i, keys, diagonal, i, w->max + part * TILE + i, w->sum + part * TILE + i, w->decay + i);
   if (moved && !first) rescale(o, dp, rows, w->decay);
   product(diagonal ? DEPTH_UPTO : WHOLE, rows, (int)(dp / VL), keys, (operand){w->s, 1, TILE}, w->v, dp, o, dp, !first,
           soon_o, d);
@@ -330,8 +336,8 @@ static void backward_head(const job *a, tiles *w, int64_t batch, int64_t head) {
       pack_transposed(w->v + to, v + k1 * ld, ld, keys, d, 1.0f);
     }
     for (int64_t q0 = k0; q0 < t; q0 += TILE) {
-      const queries x = {q + q0 * ld, out + q0 * a->c, dout + q0 * a->c, lse + q0, dq + q0 * ld, dots + q0,
-                         rows_at(q0, t)};
+      const queries x = {q + q0 * ld,  out + q0 * a->c, dout + q0 * a->c, lse + q0,
+                         dq + q0 * ld, dots + q0,       rows_at(q0, t)};
       backward_queries(a, w, &x, q0, k0, n, k, dq + a->c + k0 * ld);
     }
     for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {

@@ -61,9 +61,8 @@ INLINE phx__vf exp2_lanes(phx__vf x) {
   const float least = -120.0f;
 #if defined(__AVX512F__)
   /* the bits of 2^(j / 16), less j << 19, which the shift below adds again */
-  const vbits powers = {
-      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
-      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const vbits powers = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
   const float magic = 786432.0f; /* 1.5 * 2^19: adding it rounds to sixteenths in the low bits */
   const phx__vf shifted = x + magic, f = x - (shifted - magic);
   phx__vf p = f * 5.550410866482158e-2f + 2.402265069591007e-1f;
