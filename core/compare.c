@@ -89,6 +89,7 @@ static int run_variant(const char *command, char *const *common, variant *v) {
   }
   if (pid == 0) {
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* the run must not outlive the comparison */
+    setenv("PHALANX_LOG", "warn", 0);
     if (!isatty(STDOUT_FILENO)) { /* the table is this command's output; the runs' lines go to their directories */
       const int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
       if (null >= 0) dup2(null, STDOUT_FILENO);

@@ -183,11 +183,16 @@ static phx_status executor_backward(void *ctx, uint32_t stage, int32_t micro_bat
   return run_stage(ctx, &call, stage_runs(ctx, stage, micro_batch), err);
 }
 
+static int32_t executor_runs(void *ctx, uint32_t stage, int32_t micro_batch) {
+  return stage_runs(ctx, stage, micro_batch);
+}
+
 static phx_status run_own_schedule(phx__engine *e, phx_error *err) {
   const phx_executor executor = {
       .struct_size = sizeof executor, .ctx = e, .micro_batches = e->rt->prepared->topology.accumulate,
       .n_stages = e->rt->prepared->model->n_stages, .boundary_bytes = executor_boundary_bytes,
-      .boundary = executor_boundary, .forward = executor_forward, .backward = executor_backward};
+      .boundary = executor_boundary, .forward = executor_forward, .backward = executor_backward,
+      .runs = executor_runs};
   return e->rt->prepared->strategy->run_step(e->rt->strategy, &executor, err);
 }
 

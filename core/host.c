@@ -21,7 +21,7 @@ const char *phx__memory_name(int32_t kind) {
 
 void phx__log(int32_t rank, const char *who, int32_t level, const char *message) {
   static const char *const names[] = {"error", "warn", "info", "debug"};
-  int32_t limit = PHX_LOG_WARN;
+  int32_t limit = rank == 0 ? PHX_LOG_INFO : PHX_LOG_WARN; /* once is enough */
   const char *wanted = getenv("PHALANX_LOG");
   for (int32_t i = 0; wanted && i < 4; i++)
     if (!strcmp(wanted, names[i])) limit = i;

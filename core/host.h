@@ -46,6 +46,7 @@ void phx__host_init(phx__host *h, const char *plugin, const phx_job *job, phx__m
 int64_t phx__host_held(const phx__host *h);
 
 const char *phx__memory_name(int32_t kind); /* "weights", "gradients", ... */
-/* Lines of the log below this level are dropped (PHX_LOG_*); from PHALANX_LOG=error|warn|info|debug, default warn. */
+/* One line on stderr, unless it is below the level of PHALANX_LOG=error|warn|info|debug (default: info on rank 0, warn on
+ * the others). */
 void phx__log(int32_t rank, const char *who, int32_t level, const char *message);
 #endif

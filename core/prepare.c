@@ -56,16 +56,28 @@ static phx_status prepare_layout(phx__prepared *p, phx_error *err) {
   return PHX_OK;
 }
 
-static phx_status plan_activations(phx__prepared *p, phx_error *err) {
+/* What the model needs at each stage; the strategy is told what passes between stages. */
+static phx_status prepare_stages(phx__prepared *p, phx_error *err) {
+  const uint32_t n = p->model->n_stages;
+  p->stages = phx__calloc(n, sizeof *p->stages);
+  p->boundary = phx__calloc(n, sizeof *p->boundary);
+  if (!p->stages || !p->boundary) return phx__fail(err, PHX_NOMEM, "no memory for the plan");
+  for (uint32_t s = 0; s < n; s++) {
+    phx_stage_memory *memory = &p->stages[s].memory;
+    memory->struct_size = sizeof *memory;
+    phx_status status = p->model_table->stage_memory(p->config->model.config, &p->shape, s, memory, err);
+    if (status) return status;
+    p->boundary[s] = memory->output;
+  }
+  p->topology.boundary_bytes = p->boundary;
+  return PHX_OK;
+}
+
+static void plan_activations(phx__prepared *p) {
   const uint32_t n = p->model->n_stages;
   const int64_t slots = p->layout.activation_slots;
-  p->stages = phx__calloc(n, sizeof *p->stages);
-  if (!p->stages) return phx__fail(err, PHX_NOMEM, "no memory for the plan");
   for (uint32_t s = 0; s < n; s++) {
     phx__stage_plan *plan = &p->stages[s];
-    plan->memory.struct_size = sizeof plan->memory;
-    phx_status status = p->model_table->stage_memory(p->config->model.config, &p->shape, s, &plan->memory, err);
-    if (status) return status;
     const int owned = p->layout.stage_owned[s], next_owned = s + 1 < n && p->layout.stage_owned[s + 1];
     plan->output = owned || next_owned ? phx_align_bytes(plan->memory.output) : 0;
     plan->saved = owned ? phx_align_bytes(plan->memory.saved) : 0;
@@ -79,7 +91,6 @@ static phx_status plan_activations(phx__prepared *p, phx_error *err) {
   p->token_bytes = phx_align_bytes(2 * (int64_t)sizeof(int32_t) * p->topology.accumulate * p->shape.micro *
                                    p->shape.sequence);
   p->planned[PHX_MEM_BUFFER] += p->token_bytes;
-  return PHX_OK;
 }
 
 phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
@@ -101,12 +112,13 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   }
   PHX__TRY(prepare_model(p, err));
   prepare_topology(p, rank, size, local_rank, local_size);
+  PHX__TRY(prepare_stages(p, err));
   PHX__TRY(prepare_layout(p, err));
   p->estimate.struct_size = sizeof p->estimate;
   PHX__TRY(p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err));
   for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
   p->planned[PHX_MEM_BUFFER] += p->comm->buffer_bytes(config->comm.config, size);
-  PHX__TRY(plan_activations(p, err));
+  plan_activations(p);
   *out = p;
 done:
   if (status) phx__prepared_free(p);
@@ -118,6 +130,7 @@ void phx__prepared_free(phx__prepared *p) {
   phx__layout_free(p->model);
   phx__free(p->layout.stage_owned);
   phx__free(p->layout.unit_owned);
+  phx__free(p->boundary);
   phx__free(p->stages);
   phx__free(p);
 }

@@ -26,6 +26,7 @@ typedef struct phx__prepared {
   phx_layout layout;
   phx_estimate estimate;         /* of the strategy */
   phx__stage_plan *stages;       /* (n_stages) */
+  int64_t *boundary;             /* (n_stages) what topology.boundary_bytes points at */
   int64_t boundary_bytes;        /* of one gradient boundary: the largest output */
   int64_t workspace_bytes;       /* of the model */
   int64_t token_bytes;           /* tokens and targets of all micro-batches of a step */

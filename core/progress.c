@@ -84,7 +84,7 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
   fprintf(f, "%s}\n", p->extra);
   p->extra[0] = 0;
   if (fflush(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
-  if (step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss)) {
+  if (step == 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss)) {
     say(p, step, r, seconds, valid_loss);
     fflush(stdout);
   }

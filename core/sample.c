@@ -111,6 +111,7 @@ int phx__sample(const phx__sample_options *o) {
   char path[4200];
   phx_error err = PHX_ERROR_INIT;
   phx__config *config = NULL;
+  setenv("PHALANX_LOG", "warn", 0); /* the text is what is wanted */
   snprintf(path, sizeof path, "%s/config.ini", o->run_dir);
   if (phx__config_load(path, one_rank, sizeof one_rank / sizeof *one_rank, stderr, &config)) return PHX__EXIT_REFUSED;
   phx_status status = open_and_generate(config, o, &err);

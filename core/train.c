@@ -39,6 +39,7 @@ typedef struct run {
   phx__progress progress;
   phx__run_result result;
   double *step_seconds; /* (steps) */
+  double sampling;      /* seconds of this step that went into measuring memory */
   phx__rank_report mine;
 } run;
 
@@ -79,9 +80,11 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
 
 /* ---- measuring ---- */
 static void sample_pss(void *arg) {
-  phx__rank_report *mine = arg;
+  run *r = arg;
+  const double begin = phx__now();
   const int64_t pss = phx__pss_bytes();
-  if (pss > mine->peak_pss) mine->peak_pss = pss;
+  if (pss > r->mine.peak_pss) r->mine.peak_pss = pss;
+  r->sampling += phx__now() - begin;
 }
 
 /* What the strategy moved: all of the world, without the core's own losses, norms and hashes. */
@@ -137,12 +140,13 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   const bool measured = step == (s->run.steps < MEASURED_STEP ? s->run.steps : MEASURED_STEP);
   const int64_t allocator_calls = r->rt->book.calls;
   r->engine->at_stage = measured ? sample_pss : NULL;
-  r->engine->at_stage_arg = &r->mine;
+  r->engine->at_stage_arg = r;
+  r->sampling = 0;
   strategy_traffic(r->rt, &before);
   const double begin = phx__now();
   phx_status status = phx__engine_step(r->engine, r->train, step, &result, err);
   if (status) return status;
-  const double seconds = phx__now() - begin;
+  const double seconds = phx__now() - begin - r->sampling;
   strategy_traffic(r->rt, &after);
   r->step_seconds[step - 1] = seconds;
   if (measured) keep_traffic(r, &before, &after);
@@ -242,6 +246,13 @@ int phx__train_rank(const phx__config *config) {
   return refused ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
 }
 
+static void say_plugin(const char *kind, const phx__plugin *p) {
+  char line[4400];
+  snprintf(line, sizeof line, "%s %s %s, ABI %u.%u, %s, sha256 %s", kind, p->descriptor->id, p->descriptor->version,
+           p->descriptor->table_major, p->descriptor->table_minor, p->path, p->sha256);
+  phx__log(0, "core", PHX_LOG_INFO, line);
+}
+
 int phx__train_launch(const phx__config *config, char *const *argv) {
   phx_error err = PHX_ERROR_INIT;
   phx_status status = phx__train_check(config, &err);
@@ -250,6 +261,10 @@ int phx__train_launch(const phx__config *config, char *const *argv) {
     fprintf(stderr, "phalanx: %s\n", err.message);
     return PHX__EXIT_REFUSED;
   }
+  say_plugin("strategy", config->strategy.plugin);
+  say_plugin("device", config->device.plugin);
+  say_plugin("comm", config->comm.plugin);
+  say_plugin("model", config->model.plugin);
   const int32_t ranks = (int32_t)config->s.run.ranks, threads = phx__threads(config, ranks);
   if (ranks == 1) return phx__train_rank(config);
   const phx__launch launch = {.ranks = ranks, .threads = config->s.run.pin == 2 ? 0 : threads,

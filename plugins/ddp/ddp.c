@@ -448,7 +448,7 @@ const phx_plugin *phx_plugin_v1(void) {
       .version = "0.1.0",
       .summary = "Whole replicas, gradients summed in buckets beside backward",
       .vendor = "Phalanx",
-      .license = "MIT",
+      .license = "unspecified",
       .build = __VERSION__,
       .provides = PHX_CAP_DETERMINISTIC,
       .extensions = extensions,

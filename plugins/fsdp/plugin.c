@@ -27,7 +27,7 @@ const phx_plugin *phx_plugin_v1(void) {
       .version = "0.1.0",
       .summary = "Flat shards per unit, gathered before use, gradients reduced and scattered beside backward",
       .vendor = "Phalanx",
-      .license = "MIT",
+      .license = "unspecified",
       .build = __VERSION__,
       .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
       .extensions = extensions,

@@ -1,15 +1,16 @@
-/* plugins/zero/zero.c - ZeRO: the whole model is one flat, cut in equal shares; stage 1 shares optimizer states, stage 2
- * also gradients, stage 3 also weights.  Rajbhandari et al., arXiv 1910.02054; options named as DeepSpeed's.
+/* plugins/zero/zero.c - ZeRO: the whole model is one flat, cut in equal shares; stage 1 shares optimizer states, stage
+ * 2 also gradients, stage 3 also weights.  Rajbhandari et al., arXiv 1910.02054; options named as DeepSpeed's.
  *
  *            weights                          gradients                             states
  *   stage 1  whole, gathered after update     whole, reduced to their owners        share
  *   stage 2  whole, gathered after update     until reduced, then the share         share
  *   stage 3  share, gathered for each pass    until reduced, then the share         share
  *
- * Reading order: zero.h (words), zero_plan.c (who owns what, when), zero_gather.c, zero_reduce.c, and here what the core
- * calls.  Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is
- * on the communication stream, in one order that every rank derives from the declared stages.
- * Does not: low precision, offload.  [main] only; the stream's thread runs what is enqueued. */
+ * Reading order: zero.h (words), zero_plan.c (who owns what), zero_program.c (what is gathered when), zero_gather.c,
+ * zero_reduce.c, and here what the core calls.
+ * Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is on
+ * the communication stream, in one order that every rank derives from the declared stages. Does not: low precision,
+ * offload.  [main] only; the stream's thread runs what is enqueued. */
 #include "zero.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -212,7 +213,9 @@ done:
   return status;
 }
 
-static phx_status zero_finish_gradients(phx_strategy *self, phx_error *err) { return zero_finish(self, err); }
+static phx_status zero_finish_gradients(phx_strategy *self, phx_error *err) {
+  return zero_finish(self, err);
+}
 
 static phx_status zero_discard_gradients(phx_strategy *self, phx_error *err) {
   self->next_bucket = 0;
@@ -236,8 +239,12 @@ static phx_status update_group(phx_strategy *self, int64_t first, int64_t blocks
   const zero_plan *p = &self->plan;
   for (phx_kit_part part = {0}; phx_kit_part_next(p->model, PHX_FLAT_TRAINABLE, first, blocks, &part);) {
     int64_t at = (first + part.at) * PHX_BLOCK;
-    phx_kit_slice slice = {.unit = part.unit, .place = PHX_SPACE_DEVICE, .first = part.first, .blocks = part.blocks,
-                           .weight = weight_at(self, PHX_FLAT_TRAINABLE, at), .gradient = zero_reduced(self, at)};
+    phx_kit_slice slice = {.unit = part.unit,
+                           .place = PHX_SPACE_DEVICE,
+                           .first = part.first,
+                           .blocks = part.blocks,
+                           .weight = weight_at(self, PHX_FLAT_TRAINABLE, at),
+                           .gradient = zero_reduced(self, at)};
     for (uint32_t k = 0; k < p->topology->n_optim_states; k++) slice.states[k] = state_at(self, k, at);
     phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
     if (status != PHX_OK) return status;
@@ -260,7 +267,9 @@ static phx_status zero_update(phx_strategy *self, int64_t step, float scale, phx
 static phx_status zero_health(phx_strategy *self, phx_error *err) {
   return self->s.comm->health(self->s.comm->ctx, err);
 }
-static void zero_abort(phx_strategy *self) { self->s.comm->abort(self->s.comm->ctx); }
+static void zero_abort(phx_strategy *self) {
+  self->s.comm->abort(self->s.comm->ctx);
+}
 
 static const phx_strategy_table table = {
     .struct_size = sizeof table,
@@ -292,7 +301,7 @@ static const phx_plugin plugin = {
     .version = "0.1.0",
     .summary = "ZeRO stages 1, 2 and 3: the whole model's states, gradients, weights cut in equal shares",
     .vendor = "Phalanx",
-    .license = "MIT",
+    .license = "unspecified",
     .build = __VERSION__,
     .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
     .extensions = extensions,
@@ -302,4 +311,6 @@ static const phx_plugin plugin = {
     .config_size = sizeof(zero_config),
     .table = &table,
 };
-const phx_plugin *phx_plugin_v1(void) { return &plugin; }
+const phx_plugin *phx_plugin_v1(void) {
+  return &plugin;
+}

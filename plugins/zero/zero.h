@@ -40,8 +40,8 @@ typedef struct zero_program {
 } zero_program;
 
 enum {
-  ZERO_WEIGHT = 0,  /* + flat; stages 1 and 2: whole; stage 3: the share */
-  ZERO_PERSIST = 2, /* + flat; stage 3: small parameters, whole on every rank */
+  ZERO_WEIGHT = 0,   /* + flat; stages 1 and 2: whole; stage 3: the share */
+  ZERO_PERSIST = 2,  /* + flat; stage 3: small parameters, whole on every rank */
   ZERO_GRADIENT = 4, /* whole gradients: stage 1, one rank, or micro-batches that are added before they are reduced */
   ZERO_SHARE = 5,    /* reduced gradients of the share, where they are not reduced in place */
   ZERO_STAGING = 6,  /* one reduced piece on its way to be added to the share */
@@ -57,35 +57,43 @@ typedef struct zero_plan {
   const phx_model *model;
   phx_kit_region regions[ZERO_REGIONS];
   phx_kit_shard shard[PHX_FLATS];
-  bool whole;                 /* gradients are kept whole (ZERO_GRADIENT) */
+  bool whole; /* gradients are kept whole (ZERO_GRADIENT) */
   /* weights of stage 3 */
-  int64_t *persist;           /* (n_params) element of its flat's pack, or -1: partitioned */
-  int64_t pack[PHX_FLATS];    /* elements of the packs */
-  int64_t *window;            /* (n_units) elements of a gathered unit; 0: nothing to gather */
-  zero_pieces gathers;        /* lists: by unit */
-  int64_t max_live;           /* elements gathered at once, at most */
+  int64_t *persist;        /* (n_params) element of its flat's pack, or -1: partitioned */
+  int64_t pack[PHX_FLATS]; /* elements of the packs */
+  int64_t *window;         /* (n_units) elements of a gathered unit; 0: nothing to gather */
+  zero_pieces gathers;     /* lists: by unit */
+  int64_t max_live;        /* elements gathered at once, at most */
   zero_program train, evaluate;
-  int64_t pool;               /* elements of the pool that both programs need */
+  int64_t pool; /* elements of the pool that both programs need */
   /* gradients */
   phx_kit_order order;
   phx_kit_bucket *buckets;
   uint32_t n_buckets, reserved0;
-  zero_pieces reduces;        /* lists: by bucket */
-  int64_t *gradient_at;       /* (n_units) element of ZERO_WINDOWS */
-  int32_t *gradient_after;    /* (n_units) the bucket whose windows it takes over, -1: none */
-  int64_t windows;            /* elements of ZERO_WINDOWS */
+  zero_pieces reduces;     /* lists: by bucket */
+  int64_t *gradient_at;    /* (n_units) element of ZERO_WINDOWS */
+  int32_t *gradient_after; /* (n_units) the bucket whose windows it takes over, -1: none */
+  int64_t windows;         /* elements of ZERO_WINDOWS */
 } zero_plan;
 
 /* zero_plan.c */
 phx_status zero_plan_create(const zero_config *config, const phx_topology *topology, const phx_model *model,
                             zero_plan *out, phx_error *err);
 void zero_plan_destroy(zero_plan *p);
-static inline int64_t zero_share(const zero_plan *p, uint32_t flat) { return p->shard[flat].per * PHX_BLOCK; }
+static inline int64_t zero_share(const zero_plan *p, uint32_t flat) {
+  return p->shard[flat].per * PHX_BLOCK;
+}
 static inline int64_t zero_unit_first(const zero_plan *p, uint32_t unit, uint32_t flat) {
   return phx_model_unit(p->model, unit)->first_block[flat] * PHX_BLOCK;
 }
 /* Elements [*first, *first + n) of a flat's pack that a rank owns. */
 int64_t zero_pack_part(const zero_plan *p, uint32_t flat, int32_t rank, int64_t *first);
+
+/* zero_program.c */
+phx_status zero_program_create(zero_plan *plan, uint32_t n_positions, zero_program *out, phx_error *err);
+void zero_program_destroy(zero_program *p);
+/* auto: the fewest elements with which no gather ahead is held up: a stage's own, and what its prefetch wants. */
+int64_t zero_enough_live(const zero_plan *p);
 
 struct phx_strategy {
   zero_plan plan;
@@ -97,18 +105,20 @@ struct phx_strategy {
   phx_event **whole;    /* (1) weights after an update */
   /* gathers */
   const zero_program *program;
-  uint32_t next;        /* the position whose actions come next */
-  uint32_t n_gathers;   /* so far in this program; gives gathers their order */
-  uint32_t *gather_no;  /* (n_units) its place in that order */
+  uint32_t next;       /* the position whose actions come next */
+  uint32_t n_gathers;  /* so far in this program; gives gathers their order */
+  uint32_t *gather_no; /* (n_units) its place in that order */
   /* gradients */
   int32_t micro_batch;
   uint32_t next_bucket;
-  bool reducing;        /* buckets are reduced in this micro-batch */
-  bool settled;         /* nothing of the micro-batch before is still being reduced */
-  uint8_t *open;        /* (n_units) its gradient window is in use */
-  uint8_t *complete;    /* (n_units) */
+  bool reducing;     /* buckets are reduced in this micro-batch */
+  bool settled;      /* nothing of the micro-batch before is still being reduced */
+  uint8_t *open;     /* (n_units) its gradient window is in use */
+  uint8_t *complete; /* (n_units) */
 };
-static inline float *zero_region(const phx_strategy *self, uint32_t region) { return self->plan.regions[region].at; }
+static inline float *zero_region(const phx_strategy *self, uint32_t region) {
+  return self->plan.regions[region].at;
+}
 
 /* zero_gather.c */
 phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err); /* after init, load or update */

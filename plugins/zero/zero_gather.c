@@ -2,14 +2,14 @@
  * unit by unit for a pass (stage 3).
  *
  * Every gather runs on the communication stream, after what compute was given before it (its memory may have been a
- * window that compute still reads), and compute waits for exactly the last gather that a pass needs.  A piece comes from
- * its owner by broadcast, straight from the owner's share; a unit that lies in one share is never copied there. */
+ * window that compute still reads), and compute waits for exactly the last gather that a pass needs.  A piece comes
+ * from its owner by broadcast, straight from the owner's share; a unit that lies in one share is never copied there. */
 #include "zero.h"
 
 /* ---- after an update ---- */
 
-/* The whole flat in one all_gather where the bucket holds it; else from owner after owner, a bucket at a time (a part of
- * every share is not contiguous, so there is nothing an all_gather could fill in place). */
+/* The whole flat in one all_gather where the bucket holds it; else from owner after owner, a bucket at a time (a part
+ * of every share is not contiguous, so there is nothing an all_gather could fill in place). */
 static phx_status gather_whole(phx_strategy *self, uint32_t flat, phx_error *err) {
   const phx_comm *c = self->s.comm;
   const zero_plan *p = &self->plan;
@@ -51,8 +51,8 @@ static phx_status refresh_pack(phx_strategy *self, uint32_t flat, phx_error *err
   for (int32_t owner = 0; owner < c->size && status == PHX_OK; owner++) {
     int64_t first, numel = zero_pack_part(&self->plan, flat, owner, &first);
     if (numel == 0) continue;
-    status = c->broadcast(c->ctx, zero_region(self, ZERO_PERSIST + flat) + first, numel, PHX_F32, owner,
-                          self->s.stream, err);
+    status = c->broadcast(c->ctx, zero_region(self, ZERO_PERSIST + flat) + first, numel, PHX_F32, owner, self->s.stream,
+                          err);
   }
   return status;
 }
@@ -154,8 +154,10 @@ static phx_status run_actions(phx_strategy *self, uint32_t position, phx_stream 
   if (g->first[position] < g->first[position + 1])
     PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
   for (uint32_t i = g->first[position]; i < g->first[position + 1]; i++) {
-    if (g->actions[i].offset < 0) drop_unit(self, g->actions[i].unit);
-    else PHX_KIT_TRY(gather_unit(self, g->actions[i].unit, g->actions[i].offset, err));
+    if (g->actions[i].offset < 0)
+      drop_unit(self, g->actions[i].unit);
+    else
+      PHX_KIT_TRY(gather_unit(self, g->actions[i].unit, g->actions[i].offset, err));
   }
 done:
   return status;
@@ -199,7 +201,7 @@ void zero_gather_traffic(const zero_plan *p, phx_estimate *out) {
     uint32_t u = p->train.actions[a].unit;
     if (p->train.actions[a].offset < 0) continue;
     for (uint32_t i = p->gathers.first[u]; i < p->gathers.first[u + 1]; i++)
-      phx_kit_estimate_call(out, p->topology, PHX_OP_BROADCAST, p->gathers.of[i].numel, PHX_F32,
-                            p->gathers.of[i].owner, p->topology->accumulate);
+      phx_kit_estimate_call(out, p->topology, PHX_OP_BROADCAST, p->gathers.of[i].numel, PHX_F32, p->gathers.of[i].owner,
+                            p->topology->accumulate);
   }
 }

@@ -2,9 +2,8 @@
  *
  * Pure arithmetic over (model, topology, options): estimate() adds it up, create() allocates it, the step follows it.
  * Invariants: every rank makes the same plan; windows that are in use at once do not overlap; every block is in exactly
- * one bucket.
- * The partition is ZeRO's (Rajbhandari et al., arXiv 1910.02054, 5): the whole model as one flat, cut in equal shares.
- * What leaves the pool first is what is needed last (Belady): the declared order of stages makes that known. */
+ * one bucket.  The partition is ZeRO's (Rajbhandari et al., arXiv 1910.02054, 5): the whole model as one flat, cut in
+ * equal shares.  What is gathered when is in zero_program.c. */
 #include "zero.h"
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +20,8 @@ static phx_status piece_add(zero_pieces *p, zero_piece piece, phx_error *err) {
   return PHX_OK;
 }
 
-/* Cuts a range at the owners' borders.  With merge, a piece that ends where an earlier one of the list begins joins it. */
+/* Cuts a range at the owners' borders.  With merge, a piece that ends where an earlier one of the list begins joins it.
+ */
 static phx_status pieces_cut(const zero_plan *plan, zero_pieces *p, uint32_t list_first, zero_piece range, bool merge,
                              phx_error *err) {
   int64_t share = zero_share(plan, range.flat), end = range.at + range.numel;
@@ -97,163 +97,6 @@ done:
   return status;
 }
 
-/* ---- the program of gathers: played once ---- */
-
-typedef struct player {
-  const zero_plan *plan;
-  zero_program *out;
-  int64_t *offset;   /* (n_units) in the pool, -1: not gathered */
-  uint8_t *ahead;    /* (n_units) gathered ahead and not yet used */
-  int64_t live, ahead_numel, pool;
-} player;
-
-static bool needs(const zero_plan *p, const zero_program *out, uint32_t position, uint32_t unit) {
-  uint32_t n = p->model->n_stages;
-  bool backward = position >= n;
-  if (position >= out->n_positions || p->window[unit] == 0) return false;
-  const phx_stage *stage = phx_model_stage(p->model, backward ? 2 * n - 1 - position : position);
-  for (uint32_t i = 0; i < stage->n_uses; i++) {
-    const phx_use *use = phx_model_use(p->model, stage->first_use + i);
-    if (use->unit == unit && (use->flags & (backward ? PHX_USE_BACKWARD : PHX_USE_FORWARD))) return true;
-  }
-  return false;
-}
-
-static uint32_t next_use(const player *p, uint32_t unit, uint32_t position) {
-  while (position < p->out->n_positions && !needs(p->plan, p->out, position, unit)) position++;
-  return position;
-}
-
-static int64_t first_fit(const player *p, int64_t numel) {
-  int64_t at = 0;
-  for (bool moved = true; moved;) { /* past every window that is in the way */
-    moved = false;
-    for (uint32_t u = 0; u < p->plan->model->n_units; u++) {
-      int64_t begin = p->offset[u], end = begin + p->plan->window[u];
-      if (begin < 0 || begin >= at + numel || end <= at) continue;
-      at = end;
-      moved = true;
-    }
-  }
-  return at;
-}
-
-static phx_status act(player *p, uint32_t unit, int64_t offset, phx_error *err) {
-  zero_program *out = p->out;
-  if (out->n_actions == out->room) {
-    uint32_t room = out->room ? 2 * out->room : 64;
-    zero_action *more = realloc(out->actions, room * sizeof *more);
-    if (!more) return phx_kit_fail(err, PHX_NOMEM, "no memory for the program of gathers");
-    out->actions = more;
-    out->room = room;
-  }
-  out->actions[out->n_actions++] = (zero_action){.unit = unit, .offset = offset};
-  p->live += offset < 0 ? -p->plan->window[unit] : p->plan->window[unit];
-  p->offset[unit] = offset;
-  if (offset + p->plan->window[unit] > p->pool) p->pool = offset + p->plan->window[unit];
-  return PHX_OK;
-}
-
-/* Drops what is needed last until `numel` elements may be gathered; only what is needed after position `before`. */
-static phx_status make_room(player *p, int64_t numel, uint32_t position, uint32_t before, bool *made, phx_error *err) {
-  *made = false;
-  while (p->live > p->plan->max_live - numel) {
-    uint32_t victim = UINT32_MAX, farthest = before;
-    for (uint32_t u = 0; u < p->plan->model->n_units; u++) {
-      if (p->offset[u] < 0 || needs(p->plan, p->out, position, u)) continue;
-      uint32_t use = next_use(p, u, position);
-      if (use > farthest) farthest = use, victim = u;
-    }
-    if (victim == UINT32_MAX) return PHX_OK;
-    if (p->ahead[victim]) p->ahead_numel -= p->plan->window[victim];
-    p->ahead[victim] = 0;
-    phx_status status = act(p, victim, -1, err);
-    if (status != PHX_OK) return status;
-  }
-  *made = true;
-  return PHX_OK;
-}
-
-static phx_status play_position(player *p, uint32_t position, phx_error *err) {
-  const zero_plan *plan = p->plan;
-  uint32_t n_units = plan->model->n_units, end = p->out->n_positions;
-  phx_status status = PHX_OK;
-  bool made = true;
-  for (uint32_t u = 0; u < n_units; u++)
-    if (p->offset[u] >= 0 && next_use(p, u, position) == end) PHX_KIT_TRY(act(p, u, -1, err));
-  for (uint32_t u = 0; u < n_units; u++) {
-    if (!needs(plan, p->out, position, u)) continue;
-    if (p->ahead[u]) p->ahead_numel -= plan->window[u];
-    p->ahead[u] = 0;
-    if (p->offset[u] >= 0) continue;
-    PHX_KIT_TRY(make_room(p, plan->window[u], position, position, &made, err));
-    if (!made)
-      return phx_kit_fail(err, PHX_INVALID,
-                          "stage3_max_live_parameters = %lld is too small: stage '%s' alone gathers more elements at "
-                          "once; make it larger, or auto",
-                          (long long)plan->max_live,
-                          phx_model_stage(plan->model, position < plan->model->n_stages
-                                                           ? position
-                                                           : 2 * plan->model->n_stages - 1 - position)->name);
-    PHX_KIT_TRY(act(p, u, first_fit(p, plan->window[u]), err));
-  }
-  for (uint32_t q = position + 1; q < end; q++)
-    for (uint32_t u = 0; u < n_units; u++) {
-      if (!needs(plan, p->out, q, u) || p->offset[u] >= 0) continue;
-      if (p->ahead_numel >= plan->config->stage3_prefetch_bucket_size) return PHX_OK;
-      PHX_KIT_TRY(make_room(p, plan->window[u], position, q, &made, err));
-      if (!made) return PHX_OK; /* nothing that is used later overtakes */
-      PHX_KIT_TRY(act(p, u, first_fit(p, plan->window[u]), err));
-      p->ahead[u] = 1;
-      p->ahead_numel += plan->window[u];
-    }
-done:
-  return status;
-}
-
-static phx_status plan_program(zero_plan *plan, uint32_t n_positions, zero_program *out, phx_error *err) {
-  uint32_t n_units = plan->model->n_units;
-  player p = {.plan = plan, .out = out, .offset = calloc(n_units + 1u, sizeof *p.offset),
-              .ahead = calloc(n_units + 1u, 1)};
-  phx_status status = PHX_OK;
-  out->n_positions = n_positions;
-  out->first = calloc(n_positions + 1u, sizeof *out->first);
-  if (!p.offset || !p.ahead || !out->first) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the gathers of %u units", n_units);
-    goto done;
-  }
-  for (uint32_t u = 0; u < n_units; u++) p.offset[u] = -1;
-  for (uint32_t position = 0; position < n_positions; position++) {
-    out->first[position] = out->n_actions;
-    PHX_KIT_TRY(play_position(&p, position, err));
-  }
-  out->first[n_positions] = out->n_actions;
-  if (p.pool > plan->pool) plan->pool = p.pool;
-done:
-  free(p.offset);
-  free(p.ahead);
-  return status;
-}
-
-/* auto: the fewest elements with which no gather ahead is held up: a stage's own, and what its prefetch wants. */
-static int64_t enough_live(const zero_plan *p) {
-  const zero_program all = {.n_positions = 2 * p->model->n_stages};
-  int64_t most = 0;
-  for (uint32_t position = 0; position < all.n_positions; position++) {
-    int64_t own = 0, ahead = 0;
-    for (uint32_t u = 0; u < p->model->n_units; u++)
-      if (needs(p, &all, position, u)) own += p->window[u];
-    for (uint32_t q = position + 1; q < all.n_positions; q++)
-      for (uint32_t u = 0; u < p->model->n_units && ahead < p->config->stage3_prefetch_bucket_size; u++) {
-        bool seen = !needs(p, &all, q, u);
-        for (uint32_t before = position; before < q && !seen; before++) seen = needs(p, &all, before, u);
-        if (!seen) ahead += p->window[u];
-      }
-    if (own + ahead > most) most = own + ahead;
-  }
-  return most;
-}
-
 /* ---- gradients ---- */
 
 /* The elements of a bucket, cut by unit and owner.  A unit is taken from its end: what backward completes one after the
@@ -268,7 +111,9 @@ static phx_status plan_bucket(zero_plan *p, uint32_t b, phx_error *err) {
     int64_t from = bucket->first > first ? bucket->first : first;
     int64_t to = bucket->first + bucket->numel < first + numel ? bucket->first + bucket->numel : first + numel;
     if (from >= to) continue;
-    zero_piece range = {.unit = u, .flat = PHX_FLAT_TRAINABLE, .numel = to - from,
+    zero_piece range = {.unit = u,
+                        .flat = PHX_FLAT_TRAINABLE,
+                        .numel = to - from,
                         .at = zero_unit_first(p, u, PHX_FLAT_TRAINABLE) + numel - (to - first)};
     phx_status status = pieces_cut(p, &p->reduces, list, range, p->whole, err);
     if (status != PHX_OK) return status;
@@ -291,7 +136,8 @@ static int64_t window_fit(const zero_plan *p, const uint8_t *open, int64_t numel
   for (bool moved = true; moved;) {
     moved = false;
     for (uint32_t u = 0; u < p->model->n_units; u++) {
-      int64_t begin = p->gradient_at[u], end = begin + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+      int64_t begin = p->gradient_at[u],
+              end = begin + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
       if (!open[u] || begin >= at + numel || end <= at) continue;
       at = end;
       moved = true;
@@ -300,8 +146,8 @@ static int64_t window_fit(const zero_plan *p, const uint8_t *open, int64_t numel
   return at;
 }
 
-/* Plays backward once.  A window is free when its last bucket was reduced: at once where reductions are waited for, else
- * when the next bucket is started, so that one reduction always runs beside backward. */
+/* Plays backward once.  A window is free when its last bucket was reduced: at once where reductions are waited for,
+ * else when the next bucket is started, so that one reduction always runs beside backward. */
 static phx_status plan_windows(zero_plan *p, phx_error *err) {
   const phx_model *m = p->model;
   uint8_t *open = calloc(m->n_units + 1u, 1), *complete = calloc(m->n_units + 1u, 1);
@@ -364,12 +210,12 @@ static void plan_regions(zero_plan *p) {
         .kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = zero_share(p, flat) * (sharded ? 1 : t->world_size) * 4};
     p->regions[ZERO_PERSIST + flat] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = p->pack[flat] * 4};
   }
-  p->regions[ZERO_GRADIENT] = (phx_kit_region){
-      .kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p->whole ? share * t->world_size * 4 : 0};
-  p->regions[ZERO_SHARE] = (phx_kit_region){
-      .kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = !p->whole || adds ? share * 4 : 0};
-  p->regions[ZERO_STAGING] = (phx_kit_region){
-      .kind = PHX_MEM_BUFFER, .shared = 1, .bytes = !p->whole && adds ? piece * 4 : 0};
+  p->regions[ZERO_GRADIENT] =
+      (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p->whole ? share * t->world_size * 4 : 0};
+  p->regions[ZERO_SHARE] =
+      (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = !p->whole || adds ? share * 4 : 0};
+  p->regions[ZERO_STAGING] =
+      (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = !p->whole && adds ? piece * 4 : 0};
   p->regions[ZERO_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->pool * 4};
   p->regions[ZERO_WINDOWS] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->windows * 4};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
@@ -408,10 +254,10 @@ phx_status zero_plan_create(const zero_config *config, const phx_topology *t, co
     choose_persistent(&p);
     PHX_KIT_TRY(plan_gathers(&p, err));
     p.max_live = config->stage3_max_live_parameters;
-    if (p.max_live < 0) p.max_live = enough_live(&p);
+    if (p.max_live < 0) p.max_live = zero_enough_live(&p);
   }
-  PHX_KIT_TRY(plan_program(&p, 2 * m->n_stages, &p.train, err));
-  PHX_KIT_TRY(plan_program(&p, m->n_stages, &p.evaluate, err));
+  PHX_KIT_TRY(zero_program_create(&p, 2 * m->n_stages, &p.train, err));
+  PHX_KIT_TRY(zero_program_create(&p, m->n_stages, &p.evaluate, err));
   for (uint32_t b = 0; b < p.n_buckets; b++) PHX_KIT_TRY(plan_bucket(&p, b, err));
   if (!p.whole) PHX_KIT_TRY(plan_windows(&p, err));
   plan_regions(&p);
@@ -429,8 +275,8 @@ void zero_plan_destroy(zero_plan *p) {
   free(p->window);
   free(p->gathers.of), free(p->gathers.first);
   free(p->reduces.of), free(p->reduces.first);
-  free(p->train.actions), free(p->train.first);
-  free(p->evaluate.actions), free(p->evaluate.first);
+  zero_program_destroy(&p->train);
+  zero_program_destroy(&p->evaluate);
   free(p->gradient_at), free(p->gradient_after);
   memset(p, 0, sizeof *p);
 }

@@ -97,12 +97,15 @@ Test(training, pipeline_matches_one_rank, .timeout = 120) {
   char *dir = command_temp_dir();
   double one[STEPS], two[STEPS];
   training_files(dir, training_odd_model);
-  TRAIN(dir, "one", "--set", "batch.accumulate=3");
-  TRAIN(dir, "two", "-n", "2", "--set", "batch.accumulate=3", "--strategy",
+  TRAIN(dir, "one", "--set", "batch.accumulate=3", "--set", "optimizer.lr=1e-3", "--set", "model.layer_drop=0.2");
+  TRAIN(dir, "two", "-n", "2", "--set", "batch.accumulate=3", "--set", "optimizer.lr=1e-3", "--set", "model.layer_drop=0.2", "--strategy",
         PHX_TEST_ONLY_PLUGINS "/phx_strategy_pipeline.so");
+  cJSON *json = training_json(dir, "two/run.json");
+  training_check_plan(training_get(json, "result"), "pipeline");
+  cJSON_Delete(json);
   read_losses(dir, "one", one);
   read_losses(dir, "two", two);
-  for (int i = 0; i < STEPS; i++) cr_assert_float_eq(one[i], two[i], 1e-5, "step %d", i + 1);
+  for (int i = 0; i < STEPS; i++) cr_assert_float_eq(one[i], two[i], 1e-5, "step %d: %.9f against %.9f", i + 1, two[i], one[i]);
   command_remove_dir(dir);
 }
 

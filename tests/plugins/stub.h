@@ -75,5 +75,5 @@ STUB_UNUSED static phx_status stub_update(phx_strategy *self, int64_t step, floa
 #define STUB_DESCRIPTOR(plugin_kind)                                                                           \
   .struct_size = sizeof(phx_plugin), .kind = plugin_kind, .table_major = PHX_ABI_MAJOR,                        \
   .table_minor = PHX_ABI_MINOR, .version = "1.0", .summary = "For tests.", .vendor = "phalanx",                \
-  .license = "as the project", .build = "test"
+  .license = "unspecified", .build = "test"
 #endif

@@ -54,8 +54,8 @@ struct run {
   loopback_world *world;
   pthread_mutex_t lock;
   harness_result *result;
-  uint8_t *norm_cover, *update_cover;  /* (steps, blocks), (steps, elements) */
-  uint8_t *state_cover[7][PHX_FLATS];  /* by state: weight, master, four optimizer states, buffer */
+  uint8_t *norm_cover, *update_cover; /* (steps, blocks), (steps, elements) */
+  uint8_t *state_cover[7][PHX_FLATS]; /* by state: weight, master, four optimizer states, buffer */
   int64_t blocks;
   rank_state ranks[HARNESS_RANKS];
 };
@@ -141,8 +141,10 @@ done:
 
 const phx_plugin *harness_plugin(const char *strategy, phx_error *err) {
   char path[4096];
-  if (strchr(strategy, '/')) snprintf(path, sizeof path, "%s", strategy);
-  else snprintf(path, sizeof path, "%s/phx_strategy_%s.so", PHX_TEST_PLUGINS, strategy);
+  if (strchr(strategy, '/'))
+    snprintf(path, sizeof path, "%s", strategy);
+  else
+    snprintf(path, sizeof path, "%s/phx_strategy_%s.so", PHX_TEST_PLUGINS, strategy);
   void *so = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   void *entry = so ? dlsym(so, PHX_ENTRY_SYMBOL) : NULL;
   phx_plugin_entry *call = NULL;
@@ -159,7 +161,9 @@ static void h_log(void *ctx, int32_t level, const char *message) {
   (void)ctx;
   if (level <= PHX_LOG_INFO && getenv("HARNESS_LOG")) fprintf(stderr, "%s\n", message);
 }
-static void h_metric(void *ctx, const char *name, double value) { (void)ctx, (void)name, (void)value; }
+static void h_metric(void *ctx, const char *name, double value) {
+  (void)ctx, (void)name, (void)value;
+}
 
 static phx_status h_alloc(void *ctx, const phx_memory *what, void **out, phx_error *err) {
   rank_state *k = ctx;
@@ -211,7 +215,8 @@ static const void *h_extension(void *ctx, const char *id) {
 
 static bool in_arena(const rank_state *k, const void *p) {
   for (int i = 0; i < k->n_live; i++)
-    if ((const char *)p >= (const char *)k->live[i].p && (const char *)p < (const char *)k->live[i].p + k->live[i].bytes)
+    if ((const char *)p >= (const char *)k->live[i].p &&
+        (const char *)p < (const char *)k->live[i].p + k->live[i].bytes)
       return k->live[i].arena;
   return false;
 }
@@ -311,7 +316,8 @@ static phx_status n_add(void *ctx, uint32_t unit, int64_t first_block, int64_t b
   rank_state *k = ctx;
   run *r = k->run;
   phx_status status = PHX_OK;
-  if (unit >= r->t->model.n_units || first_block < 0 || blocks <= 0 || first_block + blocks > r->t->units[unit].blocks[0])
+  if (unit >= r->t->model.n_units || first_block < 0 || blocks <= 0 ||
+      first_block + blocks > r->t->units[unit].blocks[0])
     return phx__fail(err, PHX_INVALID, "norm of unit %u, blocks %lld + %lld", unit, (long long)first_block,
                      (long long)blocks);
   PHX__TRY(k->device->stream_synchronize(k->device->ctx, stream, err));
@@ -346,7 +352,8 @@ static void compare_state(rank_state *k, const phx_slice *s, const float *p, int
   double worst = 0;
   want += base;
   for (int64_t b = 0; b < s->blocks; b++) {
-    uint64_t h = toy_mix(((uint64_t)s->kind * 8 + s->state_index) * 1000003u + (uint64_t)(base / PHX_BLOCK + b) * 2 + s->flat);
+    uint64_t h =
+        toy_mix(((uint64_t)s->kind * 8 + s->state_index) * 1000003u + (uint64_t)(base / PHX_BLOCK + b) * 2 + s->flat);
     for (int64_t e = b * PHX_BLOCK; e < (b + 1) * PHX_BLOCK; e++) {
       uint32_t bits;
       if (r->t->owner[s->flat][base + e] < 0) continue;
@@ -359,13 +366,16 @@ static void compare_state(rank_state *k, const phx_slice *s, const float *p, int
   }
   if (!same_bits(r, p, want, s->blocks * PHX_BLOCK)) {
     int64_t e = first_different(p, want, s->blocks * PHX_BLOCK);
-    note(r, "at the end, rank %d: state kind %d index %u of unit %u flat %u differs at element %lld: %.9g, expected %.9g",
+    note(r,
+         "at the end, rank %d: state kind %d index %u of unit %u flat %u differs at element %lld: %.9g, expected %.9g",
          k->rank, s->kind, s->state_index, s->unit, s->flat, (long long)(s->first_block * PHX_BLOCK + e), (double)p[e],
          (double)want[e]);
   }
   pthread_mutex_lock(&r->lock);
-  if (s->kind == PHX_STATE_OPTIM) r->result->hash[5 + s->state_index] += sum;
-  else r->result->hash[s->kind] += sum;
+  if (s->kind == PHX_STATE_OPTIM)
+    r->result->hash[5 + s->state_index] += sum;
+  else
+    r->result->hash[s->kind] += sum;
   if (s->kind == PHX_STATE_WEIGHT && !(worst <= r->result->max_difference)) r->result->max_difference = worst;
   pthread_mutex_unlock(&r->lock);
 }
@@ -427,13 +437,16 @@ static void check_view(rank_state *k, uint32_t stage, int32_t pass, const phx_vi
     bool read = pass == PHX_PASS_BACKWARD ? use->flags & PHX_USE_BACKWARD : use->flags & PHX_USE_FORWARD;
     for (uint32_t p = u->first_param; p < u->first_param + u->n_params; p++, n++) {
       if (n >= view->n_params) break;
-      const phx_param_view *v = (const phx_param_view *)(const void *)((const char *)view->params + n * view->param_stride);
+      const phx_param_view *v =
+          (const phx_param_view *)(const void *)((const char *)view->params + n * view->param_stride);
       bool frozen = (r->t->params[p].flags & PHX_PARAM_FROZEN) != 0;
       bool wants = pass == PHX_PASS_BACKWARD && (use->flags & PHX_USE_GRADIENT) && !frozen;
-      const float *want = (frozen ? r->ref->frozen : weights) + toy_first(r->t, use->unit, frozen) + r->t->params[p].offset;
+      const float *want =
+          (frozen ? r->ref->frozen : weights) + toy_first(r->t, use->unit, frozen) + r->t->params[p].offset;
       if (v->param != p || (v->gradient != NULL) != wants || (read && !v->weight) ||
           (wants && v->gradient_mode != PHX_GRAD_WRITE && v->gradient_mode != PHX_GRAD_ADD)) {
-        note(r, "step %lld rank %d stage %u pass %d: view of param %u is wrong (param %u, weight %p, gradient %p mode %d)",
+        note(r,
+             "step %lld rank %d stage %u pass %d: view of param %u is wrong (param %u, weight %p, gradient %p mode %d)",
              (long long)k->step, k->rank, stage, pass, p, v->param, v->weight, v->gradient, v->gradient_mode);
         abort(); /* running on would crash elsewhere */
       }
@@ -443,8 +456,7 @@ static void check_view(rank_state *k, uint32_t stage, int32_t pass, const phx_vi
              (long long)first_different(v->weight, want, r->t->params[p].numel));
     }
   }
-  if (n != view->n_params)
-    note(r, "stage %u: the view has %u params, expected %u", stage, view->n_params, n);
+  if (n != view->n_params) note(r, "stage %u: the view has %u params, expected %u", stage, view->n_params, n);
 }
 
 static void run_stage(rank_state *k, uint32_t stage, int32_t pass, int32_t mb, int32_t slot, const phx_view *view) {
@@ -453,10 +465,18 @@ static void run_stage(rank_state *k, uint32_t stage, int32_t pass, int32_t mb, i
   int32_t data_rank = k->layout.data_rank;
   float(*in)[TOY_BOUNDARY] = k->boundary[slot][stage], (*out)[TOY_BOUNDARY] = k->boundary[slot][stage + 1];
   if (stage == 0 && !back) toy_data(in[0], k->step, mb, data_rank);
-  toy_call c = {.t = t, .stage = stage, .step = k->step, .micro_batch = mb, .data_rank = data_rank,
-                .params = view->params, .n_params = view->n_params, .param_stride = view->param_stride,
-                .input = in[0], .output = out[0],
-                .d_output = stage + 1 < t->model.n_stages ? out[1] : NULL, .d_input = stage ? in[1] : NULL};
+  toy_call c = {.t = t,
+                .stage = stage,
+                .step = k->step,
+                .micro_batch = mb,
+                .data_rank = data_rank,
+                .params = view->params,
+                .n_params = view->n_params,
+                .param_stride = view->param_stride,
+                .input = in[0],
+                .output = out[0],
+                .d_output = stage + 1 < t->model.n_stages ? out[1] : NULL,
+                .d_input = stage ? in[1] : NULL};
   bool runs = !t->runs || t->runs(stage, k->step, mb, data_rank);
   if (runs && back) toy_backward(&c);
   if (runs && !back) toy_forward(&c);
@@ -526,7 +546,7 @@ done:
 /* ---- executor of run_step ---- */
 static int64_t x_boundary_bytes(void *ctx, uint32_t stage) {
   (void)ctx, (void)stage;
-  return TOY_BOUNDARY * (int64_t)sizeof(float);
+  return TOY_BOUNDARY * 4;
 }
 static void *x_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t gradient) {
   return ((rank_state *)ctx)->boundary[slot][stage + 1][gradient];
@@ -545,17 +565,14 @@ done:
 static phx_status x_forward(void *ctx, uint32_t stage, int32_t mb, int32_t slot, const phx_view *view, phx_error *err) {
   return x_run(ctx, stage, PHX_PASS_FORWARD, mb, slot, view, err);
 }
-/* A strategy that owns the schedule is not told which stages do not run: the executor writes their zeros. */
-static phx_status x_backward(void *ctx, uint32_t stage, int32_t mb, int32_t slot, const phx_view *view, phx_error *err) {
-  rank_state *k = ctx;
-  const toy *t = k->run->t;
-  bool runs = !t->runs || t->runs(stage, k->step, mb, k->layout.data_rank);
-  for (uint32_t i = 0; i < view->n_params && !runs; i++) {
-    const phx_param_view *v = (const phx_param_view *)(const void *)((const char *)view->params + i * view->param_stride);
-    if (v->gradient && v->gradient_mode == PHX_GRAD_WRITE)
-      memset(v->gradient, 0, (size_t)t->params[v->param].numel * sizeof(float));
-  }
+static phx_status x_backward(void *ctx, uint32_t stage, int32_t mb, int32_t slot, const phx_view *view,
+                             phx_error *err) {
   return x_run(ctx, stage, PHX_PASS_BACKWARD, mb, slot, view, err);
+}
+
+static int32_t x_runs(void *ctx, uint32_t stage, int32_t mb) {
+  const rank_state *k = ctx;
+  return !k->run->t->runs || k->run->t->runs(stage, k->step, mb, k->layout.data_rank);
 }
 
 /* ---- a rank ---- */
@@ -564,8 +581,7 @@ static void compare_plan(rank_state *k) {
   const phx_estimate *e = &k->out->planned;
   if (r->c->ignore_plan) return;
   for (int i = 0; i < PHX_OPS; i++) {
-    bool boundary = r->table->run_step && i == PHX_OP_SEND; /* its bytes are the executor's to know, not the plan's */
-    if ((e->sent[i] != k->out->sent[i] && !boundary) || e->calls[i] != k->out->calls[i])
+    if (e->sent[i] != k->out->sent[i] || e->calls[i] != k->out->calls[i])
       note(r, "step %lld rank %d: %s: planned %lld calls and %lld bytes, measured %lld and %lld", (long long)k->step,
            k->rank, phx_op_name(i), (long long)e->calls[i], (long long)e->sent[i], (long long)k->out->calls[i],
            (long long)k->out->sent[i]);
@@ -583,9 +599,15 @@ static phx_status one_step(rank_state *k, phx_error *err) {
   memset(k->out->calls, 0, sizeof calls), memset(k->out->sent, 0, sizeof sent);
   k->out->norm_blocks = 0;
   if (t->run_step) {
-    phx_executor x = {.struct_size = sizeof x, .ctx = k, .micro_batches = r->what.accumulate,
-                      .n_stages = r->t->model.n_stages, .boundary_bytes = x_boundary_bytes, .boundary = x_boundary,
-                      .forward = x_forward, .backward = x_backward};
+    phx_executor x = {.struct_size = sizeof x,
+                      .ctx = k,
+                      .micro_batches = r->what.accumulate,
+                      .n_stages = r->t->model.n_stages,
+                      .boundary_bytes = x_boundary_bytes,
+                      .boundary = x_boundary,
+                      .forward = x_forward,
+                      .backward = x_backward,
+                      .runs = x_runs};
     PHX__TRY(t->run_step(k->strategy, &x, err));
   } else {
     PHX__TRY(micro_batches(k, err));
@@ -615,17 +637,34 @@ done:
   return status;
 }
 
+#define SIX TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4
+static const int64_t boundary_bytes[TOY_STAGES] = {SIX, SIX, SIX, SIX};
+
 static phx_status fill_topology(run *r, int32_t rank, phx_topology *t, phx_layout *l, uint8_t *stages, uint8_t *units,
                                 phx_error *err) {
   const harness_config *c = r->c;
-  *t = (phx_topology){.struct_size = sizeof *t, .rank = rank, .world_size = c->ranks, .local_rank = rank,
-                      .local_size = c->ranks, .accumulate = c->accumulate ? c->accumulate : 1, .reduce = c->reduce,
+  *t = (phx_topology){.struct_size = sizeof *t,
+                      .rank = rank,
+                      .world_size = c->ranks,
+                      .local_rank = rank,
+                      .local_size = c->ranks,
+                      .accumulate = c->accumulate ? c->accumulate : 1,
+                      .reduce = c->reduce,
                       .compute_dtype = c->compute_dtype ? c->compute_dtype : PHX_F32,
-                      .reduce_dtype = c->reduce_dtype ? c->reduce_dtype : PHX_F32, .overlaps = 1,
-                      .n_optim_states = c->sgd ? 0 : 2, .optim_dtype = {PHX_F32, PHX_F32},
-                      .payload = loopback_payload};
-  *l = (phx_layout){.struct_size = sizeof *l, .data_rank = rank, .data_size = c->ranks, .activation_slots = 1,
-                    .n_axes = 1, .axes = {{"data", c->ranks, rank}}, .stage_owned = stages, .unit_owned = units};
+                      .reduce_dtype = c->reduce_dtype ? c->reduce_dtype : PHX_F32,
+                      .overlaps = 1,
+                      .n_optim_states = c->sgd ? 0 : 2,
+                      .optim_dtype = {PHX_F32, PHX_F32},
+                      .payload = loopback_payload,
+                      .boundary_bytes = boundary_bytes};
+  *l = (phx_layout){.struct_size = sizeof *l,
+                    .data_rank = rank,
+                    .data_size = c->ranks,
+                    .activation_slots = 1,
+                    .n_axes = 1,
+                    .axes = {{"data", c->ranks, rank}},
+                    .stage_owned = stages,
+                    .unit_owned = units};
   memset(stages, 1, r->t->model.n_stages);
   memset(units, 1, r->t->model.n_units);
   return r->table->layout ? r->table->layout(r->config, t, &r->t->model, l, err) : PHX_OK;
@@ -661,13 +700,26 @@ static void *rank_main(void *arg) {
   k->watch = (loopback_watch){k, on_issue};
   k->comm = loopback_comm(r->world, k->rank, k->device, &k->watch);
   k->pass = k->stage = -1;
-  k->host = (phx_host){.struct_size = sizeof(phx_host), .abi_major = PHX_ABI_MAJOR, .abi_minor = PHX_ABI_MINOR, .ctx = k,
-                       .rank = k->rank, .world_size = r->c->ranks, .local_rank = k->rank, .local_size = r->c->ranks,
-                       .log = h_log, .alloc = h_alloc, .release = h_release, .extension = h_extension,
+  k->host = (phx_host){.struct_size = sizeof(phx_host),
+                       .abi_major = PHX_ABI_MAJOR,
+                       .abi_minor = PHX_ABI_MINOR,
+                       .ctx = k,
+                       .rank = k->rank,
+                       .world_size = r->c->ranks,
+                       .local_rank = k->rank,
+                       .local_size = r->c->ranks,
+                       .log = h_log,
+                       .alloc = h_alloc,
+                       .release = h_release,
+                       .extension = h_extension,
                        .metric = h_metric};
-  k->optim = (phx_optim){.struct_size = sizeof(phx_optim), .ctx = k, .name = r->c->sgd ? "sgd" : "adamw",
-                         .grain = PHX_GRAIN_ELEMENT, .n_states = r->c->sgd ? 0 : 2,
-                         .states = {{"m", PHX_F32, 0}, {"v", PHX_F32, 0}}, .update = o_update};
+  k->optim = (phx_optim){.struct_size = sizeof(phx_optim),
+                         .ctx = k,
+                         .name = r->c->sgd ? "sgd" : "adamw",
+                         .grain = PHX_GRAIN_ELEMENT,
+                         .n_states = r->c->sgd ? 0 : 2,
+                         .states = {{"m", PHX_F32, 0}, {"v", PHX_F32, 0}},
+                         .update = o_update};
   k->out->status = rank_body(k, &err);
   k->out->error = err;
   if (k->out->status != PHX_OK) loopback_abort(r->world, err.message);
@@ -712,7 +764,8 @@ static void check_ranks(run *r) {
     if (o->planned.arena_bytes != o->arena_peak && !r->c->ignore_plan)
       note(r, "rank %d: arena: planned %lld bytes, measured %lld", i, (long long)o->planned.arena_bytes,
            (long long)o->arena_peak);
-    if (o->steady_allocations) note(r, "rank %d: %lld allocations in the steady state", i, (long long)o->steady_allocations);
+    if (o->steady_allocations)
+      note(r, "rank %d: %lld allocations in the steady state", i, (long long)o->steady_allocations);
     if (o->staged_calls) note(r, "rank %d: %lld collectives on private memory", i, (long long)o->staged_calls);
     if (o->arena_order != r->result->rank[0].arena_order) note(r, "rank %d asks for other arena memory than rank 0", i);
   }
@@ -757,8 +810,12 @@ static phx_status prepare(run *r, phx_error *err) {
   uint8_t stages[TOY_STAGES], units[TOY_UNITS];
   phx_status status = fill_topology(r, 0, &topology, &layout, stages, units, err);
   if (status != PHX_OK) return status;
-  r->what = (toy_run){.data_ranks = layout.data_size, .accumulate = topology.accumulate, .reduce = c->reduce,
-                      .steps = c->steps ? c->steps : 2, .discard_step = c->discard_step, .seed = c->seed,
+  r->what = (toy_run){.data_ranks = layout.data_size,
+                      .accumulate = topology.accumulate,
+                      .reduce = c->reduce,
+                      .steps = c->steps ? c->steps : 2,
+                      .discard_step = c->discard_step,
+                      .seed = c->seed,
                       .optim = {!c->sgd, c->sgd ? 0.5f : 0.01f, 0.1f}};
   r->ref = toy_reference_run(r->t, &r->what, 1);
   r->blocks = r->t->model.total_blocks[0];
@@ -779,15 +836,16 @@ static void run_ranks(run *r) {
     if (pthread_create(&threads[i], NULL, rank_main, &r->ranks[i])) abort();
   }
   for (int32_t i = 0; i < r->c->ranks; i++) pthread_join(threads[i], NULL);
-  loopback_world_destroy(r->world);
   for (int32_t i = 0; i < r->c->ranks; i++) { /* a rank that ended because another did is not the cause */
     if (out->rank[i].status == PHX_OK) continue;
     if (first < 0 || (out->rank[first].status == PHX_COMM && out->rank[i].status != PHX_COMM)) first = i;
   }
   if (first >= 0) {
     out->status = out->rank[first].status;
-    note(r, "rank %d: %s", first, out->rank[first].error.message);
+    bool secondary = out->status == PHX_COMM && loopback_why(r->world)[0]; /* the first reason is the cause */
+    note(r, "rank %d: %s", first, secondary ? loopback_why(r->world) : out->rank[first].error.message);
   }
+  loopback_world_destroy(r->world);
   for (int32_t i = 0; i < r->c->ranks; i++)
     if (out->rank[i].leaked_bytes)
       note(r, "rank %d: %lld bytes were not released", i, (long long)out->rank[i].leaked_bytes);

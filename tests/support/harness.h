@@ -10,9 +10,9 @@
  *
  * harness_run returns true when: the run ended well; every weight read through a view, every gradient given to the norm
  * and the optimizer, and every state at the end have the reference's bits, padding zero; over the ranks each block of
- * each state was visited once, each block of gradients added to the norm once, each element updated once a step; planned
- * bytes by kind, arena bytes, calls and bytes by collective equal the measured ones on every rank; the steady state
- * allocated nothing; nothing leaked; no collective used memory that was not allocated with its communicator;
+ * each state was visited once, each block of gradients added to the norm once, each element updated once a step;
+ * planned bytes by kind, arena bytes, calls and bytes by collective equal the measured ones on every rank; the steady
+ * state allocated nothing; nothing leaked; no collective used memory that was not allocated with its communicator;
  * ranks asked for the same arena memory in the same order.  Otherwise `message` says what differed first. */
 #ifndef HARNESS_H
 #define HARNESS_H
@@ -24,36 +24,36 @@
 enum { HARNESS_RANKS = 16, HARNESS_PHASE_SETUP = -1 };
 
 typedef struct harness_config {
-  const char *strategy;      /* "zero": PHX_TEST_PLUGINS/phx_strategy_zero.so; with a '/': a path; or */
-  const phx_plugin *plugin;  /* a descriptor in this process */
-  const char *options;       /* "key=value key=value"; the rest default */
+  const char *strategy;     /* "zero": PHX_TEST_PLUGINS/phx_strategy_zero.so; with a '/': a path; or */
+  const phx_plugin *plugin; /* a descriptor in this process */
+  const char *options;      /* "key=value key=value"; the rest default */
   const toy *toy;
   int32_t ranks;
-  int32_t accumulate;        /* 0 means 1 */
-  int32_t reduce;            /* PHX_REDUCE_* */
-  int32_t steps;             /* 0 means 2 */
-  bool sgd;                  /* else AdamW (two states) */
-  int stream_mode;           /* LOOPBACK_THREADS, LOOPBACK_DEFERRED */
+  int32_t accumulate;                  /* 0 means 1 */
+  int32_t reduce;                      /* PHX_REDUCE_* */
+  int32_t steps;                       /* 0 means 2 */
+  bool sgd;                            /* else AdamW (two states) */
+  int stream_mode;                     /* LOOPBACK_THREADS, LOOPBACK_DEFERRED */
   int32_t compute_dtype, reduce_dtype; /* 0 means PHX_F32 */
-  int32_t fail_alloc;        /* the n-th allocation (from 1) of fail_rank fails; 0: none */
-  int32_t fail_rank;         /* -1: every rank */
-  int32_t discard_step;      /* from 1: that step is discarded; 0: none */
-  bool discard_early;        /* instead of finish_gradients, else after the norm */
-  bool evaluate;             /* an evaluation after each step */
-  bool recompute;            /* acquire and release with PHX_PASS_RECOMPUTE before each backward stage */
-  bool replicas;             /* every rank updates every element, instead of one rank each */
-  double tolerance;          /* 0: bits; else weights may differ so much (absolute), and gradients are not compared */
-  bool ignore_plan;          /* do not compare planned with measured */
+  int32_t fail_alloc;                  /* the n-th allocation (from 1) of fail_rank fails; 0: none */
+  int32_t fail_rank;                   /* -1: every rank */
+  int32_t discard_step;                /* from 1: that step is discarded; 0: none */
+  bool discard_early;                  /* instead of finish_gradients, else after the norm */
+  bool evaluate;                       /* an evaluation after each step */
+  bool recompute;                      /* acquire and release with PHX_PASS_RECOMPUTE before each backward stage */
+  bool replicas;                       /* every rank updates every element, instead of one rank each */
+  double tolerance; /* 0: bits; else weights may differ so much (absolute), and gradients are not compared */
+  bool ignore_plan; /* do not compare planned with measured */
   uint64_t seed;
 } harness_config;
 
 typedef struct harness_call { /* one collective as issued */
   int32_t op;
   int64_t numel, payload;
-  bool on_stream;            /* not on the compute stream */
-  int32_t step;              /* from 1; 0 before the first */
-  int32_t pass;              /* PHX_PASS_* of the acquire or release it was issued in, -1 elsewhere */
-  int32_t stage;             /* of that acquire or release */
+  bool on_stream; /* not on the compute stream */
+  int32_t step;   /* from 1; 0 before the first */
+  int32_t pass;   /* PHX_PASS_* of the acquire or release it was issued in, -1 elsewhere */
+  int32_t stage;  /* of that acquire or release */
   bool in_acquire;
 } harness_call;
 
@@ -74,15 +74,15 @@ typedef struct harness_rank {
   harness_ticket *tickets;
   size_t n_tickets;
   int64_t most_in_flight; /* collectives issued and not yet run when a backward release returned; sure if DEFERRED */
-  int64_t norm_blocks;  /* blocks this rank added in the last step */
-  uint64_t arena_order; /* hash of the sizes asked for with a communicator */
+  int64_t norm_blocks;    /* blocks this rank added in the last step */
+  uint64_t arena_order;   /* hash of the sizes asked for with a communicator */
   phx_status status;
   phx_error error;
 } harness_rank;
 
 typedef struct harness_result {
   bool ok;
-  phx_status status;    /* of the first rank that failed by itself */
+  phx_status status; /* of the first rank that failed by itself */
   char message[640];
   uint64_t hash[5 + PHX_OPTIM_STATES_MAX]; /* by PHX_STATE_*; optimizer states from 5 on; independent of placement */
   double max_difference;                   /* of weights, absolute */

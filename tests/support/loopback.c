@@ -11,7 +11,8 @@
 
 enum { RANKS = 64, PAYLOAD = 256 };
 
-/* ==== device ======================================================================================================= */
+/* ==== device =======================================================================================================
+ */
 typedef struct item {
   struct item *next;
   phx_stream_fn *fn;
@@ -111,8 +112,10 @@ static phx_status submit(phx_stream *s, phx_stream_fn *fn, void *arg, const void
   it->arg = arg;
   if (bytes) memcpy(it->payload, payload, bytes);
   pthread_mutex_lock(&s->lock);
-  if (s->tail) s->tail->next = it;
-  else s->head = it;
+  if (s->tail)
+    s->tail->next = it;
+  else
+    s->head = it;
   s->tail = it;
   s->issued++;
   pthread_cond_broadcast(&s->changed);
@@ -264,18 +267,35 @@ phx_device *loopback_device_create(int mode) {
   device *d = calloc(1, sizeof *d);
   if (!d) abort();
   d->mode = mode;
-  d->base = (phx_device){.struct_size = sizeof(phx_device), .ctx = d, .name = "loopback", .caps = PHX_DEVICE_HOST_MEMORY,
-                         .threads = 1, .stream_create = d_stream_create, .stream_destroy = d_stream_destroy,
-                         .stream_synchronize = d_stream_synchronize, .event_create = d_event_create,
-                         .event_destroy = d_event_destroy, .event_record = d_event_record,
-                         .stream_wait = d_stream_wait, .event_synchronize = d_event_synchronize,
-                         .event_done = d_event_done, .enqueue = d_enqueue, .native_stream = d_native_stream,
-                         .copy = d_copy, .zero = d_zero, .cast = d_cast, .add = d_add, .scale = d_scale};
+  d->base = (phx_device){.struct_size = sizeof(phx_device),
+                         .ctx = d,
+                         .name = "loopback",
+                         .caps = PHX_DEVICE_HOST_MEMORY,
+                         .threads = 1,
+                         .stream_create = d_stream_create,
+                         .stream_destroy = d_stream_destroy,
+                         .stream_synchronize = d_stream_synchronize,
+                         .event_create = d_event_create,
+                         .event_destroy = d_event_destroy,
+                         .event_record = d_event_record,
+                         .stream_wait = d_stream_wait,
+                         .event_synchronize = d_event_synchronize,
+                         .event_done = d_event_done,
+                         .enqueue = d_enqueue,
+                         .native_stream = d_native_stream,
+                         .copy = d_copy,
+                         .zero = d_zero,
+                         .cast = d_cast,
+                         .add = d_add,
+                         .scale = d_scale};
   return &d->base;
 }
-void loopback_device_destroy(phx_device *d) { free(d); }
+void loopback_device_destroy(phx_device *d) {
+  free(d);
+}
 
-/* ==== communicator ================================================================================================= */
+/* ==== communicator =================================================================================================
+ */
 typedef struct call { /* what a rank shows the others; plain data */
   struct comm *comm;
   uint64_t seq;
@@ -297,13 +317,13 @@ typedef struct group {
   int32_t arrived;
   uint64_t generation;
   call slots[RANKS];
-  mail mails[RANKS][RANKS]; /* from, to */
+  mail mails[RANKS][RANKS];  /* from, to */
   struct group *made[RANKS]; /* split: by leader */
 } group;
 struct loopback_world {
   pthread_mutex_t lock;
   bool aborted;
-  char why[256];
+  char why[500];
   group *root;
 };
 typedef struct comm {
@@ -318,16 +338,23 @@ typedef struct comm {
 } comm;
 
 int64_t loopback_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root) {
-  int64_t es = (int64_t)phx_dtype_bytes(dtype), others = size - 1, part = numel * (rank + 1) / size - numel * rank / size;
+  int64_t es = (int64_t)phx_dtype_bytes(dtype), others = size - 1,
+          part = numel * (rank + 1) / size - numel * rank / size;
   switch (op) {
-    case PHX_OP_ALL_REDUCE: return 2 * others * part * es;
-    case PHX_OP_REDUCE: return rank == root ? others * numel * es : 0;
+    case PHX_OP_ALL_REDUCE:
+      return 2 * others * part * es;
+    case PHX_OP_REDUCE:
+      return rank == root ? others * numel * es : 0;
     case PHX_OP_REDUCE_SCATTER:
     case PHX_OP_ALL_GATHER:
-    case PHX_OP_ALL_TO_ALL: return others * numel * es;
-    case PHX_OP_BROADCAST: return rank == root ? 0 : numel * es;
-    case PHX_OP_SEND: return numel * es;
-    default: return 0;
+    case PHX_OP_ALL_TO_ALL:
+      return others * numel * es;
+    case PHX_OP_BROADCAST:
+      return rank == root ? 0 : numel * es;
+    case PHX_OP_SEND:
+      return numel * es;
+    default:
+      return 0;
   }
 }
 
@@ -340,7 +367,7 @@ static bool aborted(loopback_world *w) {
 
 void loopback_abort(loopback_world *w, const char *why) {
   pthread_mutex_lock(&w->lock);
-  if (!w->aborted) snprintf(w->why, sizeof w->why, "%.250s", why);
+  if (!w->aborted) snprintf(w->why, sizeof w->why, "%.490s", why);
   w->aborted = true;
   pthread_mutex_unlock(&w->lock);
 }
@@ -401,21 +428,36 @@ static void reduce_part(group *g, const call *c, void *out, int64_t at, int64_t 
   for (int64_t e = 0; e < n; e++) { /* doubles and integers: sums of whole numbers, and MIN/MAX, need no order here */
     for (int32_t r = 0; r < g->size; r++) {
       const unsigned char *p = (const unsigned char *)g->slots[r].src + (size_t)(at + e) * phx_dtype_bytes(c->dtype);
-#define FOLD(T)                                                                                                   \
-  do {                                                                                                            \
-    T x, *o = (T *)out + e;                                                                                       \
-    memcpy(&x, p, sizeof x);                                                                                      \
-    *o = r == 0 ? x : c->red == PHX_SUM ? (T)(*o + x) : (c->red == PHX_MIN ? x < *o : x > *o) ? x : *o;           \
+#define FOLD(T)                                                                                         \
+  do {                                                                                                  \
+    T x, *o = (T *)out + e;                                                                             \
+    memcpy(&x, p, sizeof x);                                                                            \
+    *o = r == 0 ? x : c->red == PHX_SUM ? (T)(*o + x) : (c->red == PHX_MIN ? x < *o : x > *o) ? x : *o; \
   } while (0)
       switch (c->dtype) {
-        case PHX_F32: FOLD(float); break;
-        case PHX_F64: FOLD(double); break;
-        case PHX_I32: FOLD(int32_t); break;
-        case PHX_U32: FOLD(uint32_t); break;
-        case PHX_I64: FOLD(int64_t); break;
-        case PHX_U64: FOLD(uint64_t); break;
-        case PHX_U8: FOLD(uint8_t); break;
-        default: abort();
+        case PHX_F32:
+          FOLD(float);
+          break;
+        case PHX_F64:
+          FOLD(double);
+          break;
+        case PHX_I32:
+          FOLD(int32_t);
+          break;
+        case PHX_U32:
+          FOLD(uint32_t);
+          break;
+        case PHX_I64:
+          FOLD(int64_t);
+          break;
+        case PHX_U64:
+          FOLD(uint64_t);
+          break;
+        case PHX_U8:
+          FOLD(uint8_t);
+          break;
+        default:
+          abort();
       }
     }
   }
@@ -457,7 +499,8 @@ static void move(group *g, const call *c) {
       for (int32_t r = 0; r < size; r++)
         memcpy((char *)c->dst + (size_t)r * bytes, (const char *)g->slots[r].src + (size_t)rank * bytes, bytes);
       break;
-    default: break;
+    default:
+      break;
   }
   free(temp);
 }
@@ -523,7 +566,8 @@ static phx_status issue(void *ctx, int32_t op, const void *src, void *dst, int64
   comm *m = ctx;
   bool mail_op = op == PHX_OP_SEND || op == PHX_OP_RECV;
   if (numel < 0 || (op != PHX_OP_BARRIER && !phx_dtype_bytes(dtype)) || root < 0 || root >= m->g->size)
-    return phx__fail(err, PHX_INVALID, "%s: numel %lld, dtype %d, root %d", phx_op_name(op), (long long)numel, dtype, root);
+    return phx__fail(err, PHX_INVALID, "%s: numel %lld, dtype %d, root %d", phx_op_name(op), (long long)numel, dtype,
+                     root);
   call c = {m, mail_op ? 0 : m->issued++, op, dtype, red, root, numel, src, dst};
   if (m->watch)
     m->watch->issued(m->watch->ctx, op, numel, loopback_payload(op, numel, dtype, m->base.rank, m->g->size, root),
@@ -617,7 +661,9 @@ static void c_destroy(phx_comm *base) {
   pthread_mutex_destroy(&m->lock);
   free(m);
 }
-static void c_annotate(void *ctx, int32_t unit) { ((comm *)ctx)->unit = unit; }
+static void c_annotate(void *ctx, int32_t unit) {
+  ((comm *)ctx)->unit = unit;
+}
 static void c_stats(void *ctx, phx_comm_stats *out) {
   comm *m = ctx;
   pthread_mutex_lock(&m->lock);
@@ -629,18 +675,34 @@ static phx_status c_health(void *ctx, phx_error *err) {
   comm *m = ctx;
   return aborted(m->g->world) ? phx__fail(err, PHX_COMM, "%s", m->g->world->why) : PHX_OK;
 }
-static void c_abort(void *ctx) { loopback_abort(((comm *)ctx)->g->world, "abort"); }
+static void c_abort(void *ctx) {
+  loopback_abort(((comm *)ctx)->g->world, "abort");
+}
 
 static phx_comm *comm_make(group *g, int32_t rank, phx_device *d, const loopback_watch *watch) {
   comm *m = calloc(1, sizeof *m);
   if (!m) abort();
   m->g = g, m->device = d, m->watch = watch;
   pthread_mutex_init(&m->lock, NULL);
-  m->base = (phx_comm){.struct_size = sizeof(phx_comm), .ctx = m, .rank = rank, .size = g->size,
-                       .all_reduce = c_all_reduce, .reduce = c_reduce, .reduce_scatter = c_reduce_scatter,
-                       .all_gather = c_all_gather, .broadcast = c_broadcast, .send = c_send, .recv = c_recv,
-                       .all_to_all = c_all_to_all, .barrier = c_barrier, .split = c_split, .destroy = c_destroy,
-                       .annotate = c_annotate, .stats = c_stats, .health = c_health, .abort = c_abort};
+  m->base = (phx_comm){.struct_size = sizeof(phx_comm),
+                       .ctx = m,
+                       .rank = rank,
+                       .size = g->size,
+                       .all_reduce = c_all_reduce,
+                       .reduce = c_reduce,
+                       .reduce_scatter = c_reduce_scatter,
+                       .all_gather = c_all_gather,
+                       .broadcast = c_broadcast,
+                       .send = c_send,
+                       .recv = c_recv,
+                       .all_to_all = c_all_to_all,
+                       .barrier = c_barrier,
+                       .split = c_split,
+                       .destroy = c_destroy,
+                       .annotate = c_annotate,
+                       .stats = c_stats,
+                       .health = c_health,
+                       .abort = c_abort};
   return &m->base;
 }
 
@@ -654,6 +716,9 @@ loopback_world *loopback_world_create(int32_t size) {
 }
 phx_comm *loopback_comm(loopback_world *w, int32_t rank, phx_device *d, const loopback_watch *watch) {
   return comm_make(w->root, rank, d, watch);
+}
+const char *loopback_why(loopback_world *w) {
+  return w->why;
 }
 void loopback_world_destroy(loopback_world *w) {
   group_leave(w->root);

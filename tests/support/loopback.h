@@ -36,5 +36,6 @@ loopback_world *loopback_world_create(int32_t size);
 /* [any] of the thread that is the rank */
 phx_comm *loopback_comm(loopback_world *w, int32_t rank, phx_device *d, const loopback_watch *watch);
 void loopback_abort(loopback_world *w, const char *why);
+const char *loopback_why(loopback_world *w); /* why it was ended first; "" if it was not */
 void loopback_world_destroy(loopback_world *w);
 #endif

@@ -20,7 +20,9 @@ uint64_t toy_mix(uint64_t x) { /* splitmix64 */
 }
 
 /* In [-1, 1), a multiple of 2^-23. */
-static float unit_float(uint64_t h) { return (float)((int64_t)(h >> 40) - (1 << 23)) * (1.0f / (1 << 23)); }
+static float unit_float(uint64_t h) {
+  return (float)((int64_t)(h >> 40) - (1 << 23)) * (1.0f / (1 << 23));
+}
 
 /* ---- building ---- */
 toy *toy_new(void) {
@@ -137,8 +139,8 @@ toy *toy_plain(int layers, int64_t width) {
 }
 
 static bool odd_runs(uint32_t stage, int64_t step, int32_t micro_batch, int32_t data_rank) {
-  if (stage == 4) return false;                                             /* never used */
-  if (stage == 5) return (step + micro_batch + data_rank) % 2 == 0;         /* layer drop, different by rank */
+  if (stage == 4) return false;                                     /* never used */
+  if (stage == 5) return (step + micro_batch + data_rank) % 2 == 0; /* layer drop, different by rank */
   return true;
 }
 
@@ -177,7 +179,9 @@ toy *toy_odd(void) {
 }
 
 /* ---- values ---- */
-int64_t toy_first(const toy *t, uint32_t unit, uint32_t flat) { return t->units[unit].first_block[flat] * PHX_BLOCK; }
+int64_t toy_first(const toy *t, uint32_t unit, uint32_t flat) {
+  return t->units[unit].first_block[flat] * PHX_BLOCK;
+}
 
 float toy_initial(const toy *t, uint64_t seed, uint32_t param, int64_t element) {
   (void)t;
@@ -210,7 +214,8 @@ void toy_forward(const toy_call *c) {
     const phx_param_view *p = view_param(c, i);
     if (!(use_of(c, i)->flags & PHX_USE_FORWARD)) continue;
     const float *w = p->weight;
-    for (int64_t e = 0; e < c->t->params[p->param].numel; e++) sum[e % TOY_BOUNDARY] += (double)w[e] * (double)(e % 7 + 1);
+    for (int64_t e = 0; e < c->t->params[p->param].numel; e++)
+      sum[e % TOY_BOUNDARY] += (double)w[e] * (double)(e % 7 + 1);
   }
   for (int i = 0; i < TOY_BOUNDARY; i++) c->output[i] = 0.75f * c->input[i] + (float)(sum[i] * 0.125);
 }
@@ -224,11 +229,13 @@ void toy_backward(const toy_call *c) {
     const phx_use *use = use_of(c, i);
     const phx_param *param = &c->t->params[p->param];
     const float *w = use->flags & PHX_USE_BACKWARD ? p->weight : NULL;
-    if (w) for (int64_t e = 0; e < param->numel; e++) through += (double)w[e];
+    if (w)
+      for (int64_t e = 0; e < param->numel; e++) through += (double)w[e];
     if (!(use->flags & PHX_USE_GRADIENT) || (param->flags & PHX_PARAM_FROZEN)) continue;
     float *g = p->gradient;
     uint64_t key = toy_mix((((uint64_t)c->step * 64u + (uint64_t)c->micro_batch) * 64u + (uint64_t)c->data_rank) * 64u +
-                           c->stage) + p->param * 0x51ed2701u;
+                           c->stage) +
+                   p->param * 0x51ed2701u;
     for (int64_t e = 0; e < param->numel; e++) {
       float noise = 0.03125f * unit_float((key + (uint64_t)e) * 0x9e3779b97f4a7c15u ^ key);
       float x = noise + 0.25f * (d_out[e % TOY_BOUNDARY] * c->input[(e + 1) % TOY_BOUNDARY]);
@@ -307,9 +314,18 @@ static double pass(const toy *t, const toy_reference *r, const float *w, float *
         memset(g + toy_first(t, use->unit, 0), 0, (size_t)(u->blocks[0] * PHX_BLOCK) * sizeof(float));
       touched[use->unit] = true;
     }
-    toy_call c = {.t = t, .stage = s, .step = step, .micro_batch = mb, .data_rank = rank, .params = views,
-                  .n_params = n, .param_stride = sizeof *views, .input = act[s], .output = act[s + 1],
-                  .d_output = s + 1 < t->model.n_stages ? d[(s + 1) % 2] : NULL, .d_input = s ? d[s % 2] : NULL};
+    toy_call c = {.t = t,
+                  .stage = s,
+                  .step = step,
+                  .micro_batch = mb,
+                  .data_rank = rank,
+                  .params = views,
+                  .n_params = n,
+                  .param_stride = sizeof *views,
+                  .input = act[s],
+                  .output = act[s + 1],
+                  .d_output = s + 1 < t->model.n_stages ? d[(s + 1) % 2] : NULL,
+                  .d_input = s ? d[s % 2] : NULL};
     if (run && !back) toy_forward(&c);
     if (run && back) toy_backward(&c);
     if (!run && !back) memcpy(act[s + 1], act[s], sizeof act[s]);

@@ -20,8 +20,8 @@ typedef struct toy {
   phx_stage stages[TOY_STAGES];
   phx_use uses[TOY_USES];
   char names[TOY_PARAMS][32];
-  int64_t elements[PHX_FLATS];    /* of the whole model's flats */
-  int32_t *owner[PHX_FLATS];      /* (elements) parameter of each element, -1: padding */
+  int64_t elements[PHX_FLATS]; /* of the whole model's flats */
+  int32_t *owner[PHX_FLATS];   /* (elements) parameter of each element, -1: padding */
   bool (*runs)(uint32_t stage, int64_t step, int32_t micro_batch, int32_t data_rank); /* NULL: always */
 } toy;
 
@@ -35,8 +35,8 @@ toy *toy_finish(toy *t);
 void toy_free(toy *t);
 
 /* Ready-made.  plain: an embedding, `layers` equal blocks, a head; nothing odd.
- * odd: tied embedding (whose backward reads no weights), a frozen unit, a half-frozen unit, a unit of one block, units of
- * odd and coprime numbers of blocks, a stage that does not run everywhere, a stage that uses two units. */
+ * odd: tied embedding (whose backward reads no weights), a frozen unit, a half-frozen unit, a unit of one block, units
+ * of odd and coprime numbers of blocks, a stage that does not run everywhere, a stage that uses two units. */
 toy *toy_plain(int layers, int64_t width);
 toy *toy_odd(void);
 
@@ -53,10 +53,10 @@ typedef struct toy_call {
   int32_t micro_batch, data_rank;
   const phx_param_view *params; /* in the order of a view */
   uint32_t n_params, param_stride;
-  const float *input;      /* (TOY_BOUNDARY) output of the stage before, or the data */
-  float *output;           /* FORWARD: written; BACKWARD: read */
-  const float *d_output;   /* BACKWARD; NULL: the last stage */
-  float *d_input;          /* BACKWARD: written; NULL: the first stage */
+  const float *input;    /* (TOY_BOUNDARY) output of the stage before, or the data */
+  float *output;         /* FORWARD: written; BACKWARD: read */
+  const float *d_output; /* BACKWARD; NULL: the last stage */
+  float *d_input;        /* BACKWARD: written; NULL: the first stage */
 } toy_call;
 void toy_forward(const toy_call *c);
 void toy_backward(const toy_call *c);
@@ -77,11 +77,11 @@ typedef struct toy_run {
   toy_optim optim;
 } toy_run;
 typedef struct toy_reference {
-  float *frozen;    /* (elements of the frozen flat) */
-  float **weights;  /* (steps + 1) of (trainable elements): before step s + 1 */
+  float *frozen;     /* (elements of the frozen flat) */
+  float **weights;   /* (steps + 1) of (trainable elements): before step s + 1 */
   float **gradients; /* (steps) reduced over ranks and micro-batches, unscaled */
-  float *m, *v;     /* after the last step */
-  double *losses;   /* (steps) mean over ranks and micro-batches */
+  float *m, *v;      /* after the last step */
+  double *losses;    /* (steps) mean over ranks and micro-batches */
 } toy_reference;
 toy_reference *toy_reference_run(const toy *t, const toy_run *run, int32_t tree /* 0: left to right (wrong) */);
 void toy_reference_free(toy_reference *r, const toy_run *run);

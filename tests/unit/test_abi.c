@@ -100,12 +100,12 @@ PIN(phx_optim, struct_size, 0); PIN(phx_optim, ctx, 8); PIN(phx_optim, name, 16)
 PIN(phx_optim, n_states, 28); PIN(phx_optim, states, 32); PIN(phx_optim, update, 96);
 
 /* ---- phalanx/strategy.h ---- */
-NO_TAIL(phx_topology, payload);
+NO_TAIL(phx_topology, boundary_bytes);
 PIN(phx_topology, struct_size, 0); PIN(phx_topology, rank, 8); PIN(phx_topology, world_size, 12);
 PIN(phx_topology, local_rank, 16); PIN(phx_topology, local_size, 20); PIN(phx_topology, accumulate, 24);
 PIN(phx_topology, reduce, 28); PIN(phx_topology, compute_dtype, 32); PIN(phx_topology, reduce_dtype, 36);
 PIN(phx_topology, overlaps, 40); PIN(phx_topology, n_optim_states, 44); PIN(phx_topology, optim_dtype, 48);
-PIN(phx_topology, payload, 64);
+PIN(phx_topology, payload, 64); PIN(phx_topology, boundary_bytes, 72);
 NO_TAIL(phx_axis, index);
 PIN(phx_axis, name, 0); PIN(phx_axis, size, 24); PIN(phx_axis, index, 28);
 NO_TAIL(phx_layout, unit_owned);
@@ -129,10 +129,10 @@ PIN(phx_view, struct_size, 0); PIN(phx_view, params, 8); PIN(phx_view, n_params,
 PIN(phx_view, ready, 24);
 NO_TAIL(phx_accumulator, add);
 PIN(phx_accumulator, struct_size, 0); PIN(phx_accumulator, ctx, 8); PIN(phx_accumulator, add, 16);
-NO_TAIL(phx_executor, backward);
+NO_TAIL(phx_executor, runs);
 PIN(phx_executor, struct_size, 0); PIN(phx_executor, ctx, 8); PIN(phx_executor, micro_batches, 16);
 PIN(phx_executor, n_stages, 20); PIN(phx_executor, boundary_bytes, 24); PIN(phx_executor, boundary, 32);
-PIN(phx_executor, forward, 40); PIN(phx_executor, backward, 48);
+PIN(phx_executor, forward, 40); PIN(phx_executor, backward, 48); PIN(phx_executor, runs, 56);
 NO_TAIL(phx_strategy_table, abort);
 PIN(phx_strategy_table, struct_size, 0); PIN(phx_strategy_table, layout, 8); PIN(phx_strategy_table, estimate, 16);
 PIN(phx_strategy_table, create, 24); PIN(phx_strategy_table, destroy, 32); PIN(phx_strategy_table, visit_state, 40);

@@ -1,4 +1,5 @@
-/* ddp on the harness: the reference's bits, planned = measured, and what each option does. */
+/* ddp on the harness: the reference's bits, planned = measured, and what each option does.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>

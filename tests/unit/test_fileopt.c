@@ -1,4 +1,5 @@
-/* fileopt: optimizer states in a file, mapped slice by slice, give the reference's bits. */
+/* fileopt: optimizer states in a file, mapped slice by slice, give the reference's bits.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,8 +13,15 @@ Test(fileopt, bits_equal_the_reference, .timeout = 60) {
   for (size_t i = 0; i < sizeof ranks / sizeof *ranks; i++)
     for (int mode = 0; mode < 3; mode++) {
       harness_result r;
-      harness_config c = {.strategy = plugin, .toy = t, .ranks = ranks[i], .accumulate = mode ? 3 : 1,
-                          .reduce = mode == 2, .evaluate = true, .sgd = i == 2, .discard_step = i == 1 ? 2 : 0, .steps = 3,
+      harness_config c = {.strategy = plugin,
+                          .toy = t,
+                          .ranks = ranks[i],
+                          .accumulate = mode ? 3 : 1,
+                          .reduce = mode == 2,
+                          .evaluate = true,
+                          .sgd = i == 2,
+                          .discard_step = i == 1 ? 2 : 0,
+                          .steps = 3,
                           .options = mode ? "slice_blocks=1" : "slice_blocks=3"};
       cr_assert(harness_run(&c, &r), "ranks %d mode %d: %s", ranks[i], mode, r.message);
       cr_assert_eq(r.rank[0].peak[PHX_MEM_OPTIMIZER], 0, "states are in the file");

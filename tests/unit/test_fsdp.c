@@ -1,4 +1,5 @@
-/* fsdp on the harness: the reference's bits under every sharding, planned = measured, and what each option does. */
+/* fsdp on the harness: the reference's bits under every sharding, planned = measured, and what each option does.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>

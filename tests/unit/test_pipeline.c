@@ -13,7 +13,8 @@ Test(pipeline, one_micro_batch_has_the_bits_of_one_rank, .timeout = 60) {
   for (int m = 0; m < 2; m++) {
     for (int i = 0; i < 3; i++) {
       harness_result r;
-      harness_config c = {.strategy = plugin, .toy = models[m], .ranks = 2, .steps = 3, .options = options[i], .sgd = i == 2};
+      harness_config c = {
+          .strategy = plugin, .toy = models[m], .ranks = 2, .steps = 3, .options = options[i], .sgd = i == 2};
       cr_assert(harness_run(&c, &r), "model %d %s: %s", m, options[i], r.message);
       cr_assert_eq(harness_count(&r.rank[0], PHX_OP_SEND, 2, NULL), 1);
       cr_assert_eq(harness_count(&r.rank[0], PHX_OP_REDUCE, 2, NULL), m == 0, "the tied unit's gradient");
@@ -34,7 +35,8 @@ Test(pipeline, many_micro_batches_match_one_rank, .timeout = 60) {
   harness_free(&r);
   toy_free(t);
   t = toy_odd();
-  c = (harness_config){.strategy = plugin, .toy = t, .ranks = 2, .accumulate = 4, .steps = 3, .sgd = false, .tolerance = 1e-6};
+  c = (harness_config){
+      .strategy = plugin, .toy = t, .ranks = 2, .accumulate = 4, .steps = 3, .sgd = false, .tolerance = 1e-6};
   cr_assert(harness_run(&c, &r), "%s", r.message);
   harness_free(&r);
   toy_free(t);
@@ -50,8 +52,12 @@ Test(pipeline, what_it_cannot_do_is_refused, .timeout = 60) {
                {2, 1, 0, "cut=4", "leaves a rank without a stage"}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     harness_result r;
-    harness_config c = {.strategy = plugin, .toy = t, .ranks = cases[i].ranks, .accumulate = cases[i].accumulate,
-                        .reduce = cases[i].reduce, .options = cases[i].options};
+    harness_config c = {.strategy = plugin,
+                        .toy = t,
+                        .ranks = cases[i].ranks,
+                        .accumulate = cases[i].accumulate,
+                        .reduce = cases[i].reduce,
+                        .options = cases[i].options};
     cr_assert_not(harness_run(&c, &r));
     cr_assert(strstr(r.message, cases[i].why), "%s", r.message);
     harness_free(&r);

@@ -1,4 +1,5 @@
-/* zero on the harness: the reference's bits, planned = measured, and what each option does. */
+/* zero on the harness: the reference's bits, planned = measured, and what each option does.
+ * TSan: run. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>
@@ -25,18 +26,30 @@ static void expect_bits(int stage) {
         snprintf(options, sizeof options,
                  "stage=%d reduce_bucket_size=5000 allgather_bucket_size=%d overlap_comm=%s sub_group_size=3000 "
                  "stage3_param_persistence_threshold=%d stage3_prefetch_bucket_size=%d",
-                 stage, i % 2 ? 6000 : 500000000, (i + deferred) % 2 ? "yes" : "no", i % 3 * 500,
-                 mode == 1 ? 0 : 8000);
-        expect_good(&(harness_config){.strategy = "zero", .toy = t, .ranks = all_ranks[i], .steps = 2,
-                                      .options = options, .accumulate = mode ? 3 : 1, .reduce = mode == 2,
-                                      .evaluate = mode == 0, .recompute = mode == 1, .sgd = i == 3,
+                 stage, i % 2 ? 6000 : 500000000, (i + deferred) % 2 ? "yes" : "no", i % 3 * 500, mode == 1 ? 0 : 8000);
+        expect_good(&(harness_config){.strategy = "zero",
+                                      .toy = t,
+                                      .ranks = all_ranks[i],
+                                      .steps = 2,
+                                      .options = options,
+                                      .accumulate = mode ? 3 : 1,
+                                      .reduce = mode == 2,
+                                      .evaluate = mode == 0,
+                                      .recompute = mode == 1,
+                                      .sgd = i == 3,
                                       .stream_mode = deferred ? LOOPBACK_DEFERRED : LOOPBACK_THREADS});
       }
   toy_free(t);
 }
-Test(zero, stage1_has_the_references_bits, .timeout = 120) { expect_bits(1); }
-Test(zero, stage2_has_the_references_bits, .timeout = 120) { expect_bits(2); }
-Test(zero, stage3_has_the_references_bits, .timeout = 120) { expect_bits(3); }
+Test(zero, stage1_has_the_references_bits, .timeout = 120) {
+  expect_bits(1);
+}
+Test(zero, stage2_has_the_references_bits, .timeout = 120) {
+  expect_bits(2);
+}
+Test(zero, stage3_has_the_references_bits, .timeout = 120) {
+  expect_bits(3);
+}
 
 /* At least 100 blocks, more ranks than blocks in places, a gradient thrown away before and after the norm. */
 Test(zero, many_blocks_and_discarded_steps, .timeout = 120) {
@@ -48,8 +61,15 @@ Test(zero, many_blocks_and_discarded_steps, .timeout = 120) {
         char options[100];
         snprintf(options, sizeof options, "stage=%d reduce_bucket_size=12345 stage3_param_persistence_threshold=100",
                  stage);
-        expect_good(&(harness_config){.strategy = "zero", .toy = t, .ranks = 3, .steps = 3, .options = options,
-                                      .accumulate = 2, .reduce = mode, .discard_step = 2, .discard_early = early,
+        expect_good(&(harness_config){.strategy = "zero",
+                                      .toy = t,
+                                      .ranks = 3,
+                                      .steps = 3,
+                                      .options = options,
+                                      .accumulate = 2,
+                                      .reduce = mode,
+                                      .discard_step = 2,
+                                      .discard_early = early,
                                       .stream_mode = mode ? LOOPBACK_DEFERRED : LOOPBACK_THREADS});
       }
   toy_free(t);
@@ -75,7 +95,8 @@ Test(zero, an_empty_share, .timeout = 60) {
 
 static harness_result measured(const toy *t, int ranks, const char *options, int mode) {
   harness_result r;
-  harness_config c = {.strategy = "zero", .toy = t, .ranks = ranks, .options = options, .stream_mode = mode, .steps = 2};
+  harness_config c = {
+      .strategy = "zero", .toy = t, .ranks = ranks, .options = options, .stream_mode = mode, .steps = 2};
   bool good = harness_run(&c, &r);
   cr_assert(good, "zero %s: %s", options, r.message);
   return r;
@@ -178,7 +199,8 @@ Test(zero, param_persistence_threshold_keeps_small_parameters_whole, .timeout = 
   cr_assert_eq(gathered(&small.rank[0], -1, -1), 4 * 64, "the vectors are refreshed after the update");
   cr_assert_lt(gathered(&small.rank[0], PHX_PASS_FORWARD, -1), gathered(&none.rank[0], PHX_PASS_FORWARD, -1));
   cr_assert_gt(small.rank[0].peak[PHX_MEM_WEIGHT], none.rank[0].peak[PHX_MEM_WEIGHT]);
-  for (int pass = PHX_PASS_FORWARD; pass <= PHX_PASS_BACKWARD; pass++) cr_assert_eq(gathered(&all.rank[0], pass, -1), 0);
+  for (int pass = PHX_PASS_FORWARD; pass <= PHX_PASS_BACKWARD; pass++)
+    cr_assert_eq(gathered(&all.rank[0], pass, -1), 0);
   harness_free(&none), harness_free(&small), harness_free(&all);
   toy_free(t);
 }
@@ -208,8 +230,10 @@ Test(zero, max_live_parameters_bounds_what_is_gathered, .timeout = 60) {
   int64_t sent[3], pool[3];
   char options[200];
   for (int i = 0; i < 3; i++) {
-    snprintf(options, sizeof options, "stage=3 stage3_param_persistence_threshold=0 reduce_bucket_size=1 "
-             "stage3_prefetch_bucket_size=0 overlap_comm=no stage3_max_live_parameters=%s", live[i]);
+    snprintf(options, sizeof options,
+             "stage=3 stage3_param_persistence_threshold=0 reduce_bucket_size=1 "
+             "stage3_prefetch_bucket_size=0 overlap_comm=no stage3_max_live_parameters=%s",
+             live[i]);
     harness_result r = measured(t, 2, options, LOOPBACK_THREADS);
     sent[i] = gathered(&r.rank[0], PHX_PASS_FORWARD, -1) + gathered(&r.rank[0], PHX_PASS_BACKWARD, -1);
     pool[i] = r.rank[0].peak[PHX_MEM_GATHERED];
@@ -217,12 +241,15 @@ Test(zero, max_live_parameters_bounds_what_is_gathered, .timeout = 60) {
   }
   int64_t numel = 2368 + 6 * 4160 + 1856;
   cr_assert_eq(sent[2], numel, "all fits: gathered once, kept from forward to backward");
-  cr_assert_eq(sent[0], 2 * numel - 2368 - 1856, "room for one: the last stage stays, the embedding's backward reads none");
+  cr_assert_eq(sent[0], 2 * numel - 2368 - 1856,
+               "room for one: the last stage stays, the embedding's backward reads none");
   cr_assert(sent[1] > sent[2] && sent[1] < sent[0]);
   cr_assert(pool[0] < pool[1] && pool[1] < pool[2]);
   cr_assert_leq(pool[0], (5120 + 2 * 5120) * 4, "one window of weights, and gradients");
   harness_result r;
-  harness_config c = {.strategy = "zero", .toy = t, .ranks = 2,
+  harness_config c = {.strategy = "zero",
+                      .toy = t,
+                      .ranks = 2,
                       .options = "stage=3 stage3_param_persistence_threshold=0 stage3_max_live_parameters=5119"};
   cr_assert_not(harness_run(&c, &r));
   cr_assert_eq(r.status, PHX_INVALID);
@@ -262,7 +289,8 @@ Test(zero, accumulation_is_planned, .timeout = 60) {
   toy *t = toy_plain(6, 64);
   int64_t sent[2], bytes[2];
   for (int mode = 0; mode < 2; mode++) {
-    harness_config c = {.strategy = "zero", .toy = t, .ranks = 2, .options = "stage=2", .accumulate = 3, .reduce = mode};
+    harness_config c = {
+        .strategy = "zero", .toy = t, .ranks = 2, .options = "stage=2", .accumulate = 3, .reduce = mode};
     harness_result r;
     cr_assert(harness_run(&c, &r), "%s", r.message);
     sent[mode] = r.rank[0].sent[PHX_OP_REDUCE];
@@ -283,8 +311,14 @@ Test(zero, a_failed_allocation_leaves_nothing, .timeout = 120) {
     for (int32_t n = 1;; n++) {
       char options[100];
       snprintf(options, sizeof options, "stage=%d stage3_param_persistence_threshold=500", stage);
-      harness_config c = {.strategy = "zero", .toy = t, .ranks = 3, .options = options, .fail_alloc = n,
-                          .fail_rank = n % 2 ? -1 : 1, .accumulate = 2, .reduce = PHX_REDUCE_MICRO_BATCH};
+      harness_config c = {.strategy = "zero",
+                          .toy = t,
+                          .ranks = 3,
+                          .options = options,
+                          .fail_alloc = n,
+                          .fail_rank = n % 2 ? -1 : 1,
+                          .accumulate = 2,
+                          .reduce = PHX_REDUCE_MICRO_BATCH};
       harness_result r;
       bool good = harness_run(&c, &r);
       for (int i = 0; i < 3; i++) cr_assert_eq(r.rank[i].leaked_bytes, 0);

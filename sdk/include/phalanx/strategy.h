@@ -34,6 +34,8 @@ typedef struct phx_topology {
   /* Pure: payload bytes that `rank` of `size` moves for one call (see phx_comm_stats.bytes); numel as in the call.
    * root is for reduce and broadcast. */
   int64_t (*payload)(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
+  /* (n_stages) bytes of the tensor between a stage and the next for one micro-batch; 0 after the last.  [borrow:self] */
+  const int64_t *boundary_bytes;
 } phx_topology;
 
 typedef struct phx_axis {
@@ -139,6 +141,9 @@ typedef struct phx_executor { /* [borrow:call] of run_step */
                         phx_error *err);
   phx_status (*backward)(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
                          phx_error *err);
+  /* [main] 0: the stage is passed over in this micro-batch (layer drop).  forward and backward are called all the same
+   * and hand their input on; the backward pass is released with PHX_RELEASE_NO_GRADIENT. */
+  int32_t (*runs)(void *ctx, uint32_t stage, int32_t micro_batch);
 } phx_executor;
 
 /* ---- the table ---- */

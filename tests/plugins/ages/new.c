@@ -22,7 +22,7 @@ static const struct {
   uint64_t tail[3];
 } plugin = {{.struct_size = sizeof plugin, .kind = PHX_KIND_STRATEGY, .table_major = PHX_ABI_MAJOR,
              .table_minor = PHX_ABI_MINOR + 7, .version = "9.0", .summary = "Newer than the core.", .vendor = "phalanx",
-             .license = "as the project", .build = "test",
+             .license = "unspecified", .build = "test",
              .id = STUB_ID, .options = &options[0].known, .n_options = 2, .option_stride = sizeof options[0],
              .config_size = sizeof(settings), .table = &table.known},
             POISON};

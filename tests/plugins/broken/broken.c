@@ -51,7 +51,7 @@ static const phx_plugin plugin = {
     .version = "1.0",
     .summary = "Wrong in one way.",
     .vendor = "phalanx",
-    .license = "as the project",
+    .license = "unspecified",
     .build = "test",
 #ifdef CASE_NEEDS17
     .needs = PHX_NEED_HOST_MEMORY | 1ull << 17,

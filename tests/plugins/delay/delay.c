@@ -278,7 +278,7 @@ static const phx_option options[] = {
 static const char *const extensions[] = {PHX_EXT_DEVICE, NULL};
 static const phx_plugin plugin = {
     .struct_size = sizeof(phx_plugin), .kind = PHX_KIND_COMM, .table_major = PHX_ABI_MAJOR,
-    .table_minor = PHX_ABI_MINOR, .id = "delay", .version = "1.0", .vendor = "Phalanx tests", .license = "see LICENSE",
+    .table_minor = PHX_ABI_MINOR, .id = "delay", .version = "1.0", .vendor = "Phalanx tests", .license = "unspecified",
     .summary = "Test only: a world of one whose collectives take the time of a wire.", .build = __VERSION__,
     .provides = PHX_CAP_DETERMINISTIC, .needs = PHX_NEED_HOST_MEMORY, .extensions = extensions, .options = options,
     .n_options = sizeof options / sizeof *options, .option_stride = sizeof(phx_option),

@@ -17,7 +17,8 @@ typedef struct fileopt_config {
   int64_t slice_blocks;
 } fileopt_config;
 static const phx_option options[] = {
-    PHX_INT(fileopt_config, slice_blocks, "4", 1, 1 << 20, "blocks", 0, "Blocks of a state that are in memory at once."),
+    PHX_INT(fileopt_config, slice_blocks, "4", 1, 1 << 20, "blocks", 0,
+            "Blocks of a state that are in memory at once."),
 };
 
 struct phx_strategy {
@@ -42,7 +43,8 @@ static void plan(const fileopt_config *config, const phx_topology *t, const phx_
   r[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = frozen};
   r[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = whole};
   r[REDUCED] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .bytes = phx_kit_adds_reduced(t) ? whole : 0};
-  r[SLICES] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_HOST,
+  r[SLICES] = (phx_kit_region){.kind = PHX_MEM_BUFFER,
+                               .space = PHX_SPACE_HOST,
                                .bytes = t->n_optim_states ? SLOTS * config->slice_blocks * PHX_BLOCK * 4 : 0};
 }
 
@@ -68,7 +70,9 @@ static void fileopt_destroy(phx_strategy *self) {
   free(self);
 }
 
-static int64_t share_bytes(const phx_strategy *self) { return self->mine[PHX_FLAT_TRAINABLE].per * PHX_BLOCK * 4; }
+static int64_t share_bytes(const phx_strategy *self) {
+  return self->mine[PHX_FLAT_TRAINABLE].per * PHX_BLOCK * 4;
+}
 
 static phx_status open_file(phx_strategy *self, phx_error *err) {
   const char *dir = getenv("TMPDIR");
@@ -161,8 +165,13 @@ static phx_status fileopt_visit_state(phx_strategy *self, const phx_visitor *vis
     for (int64_t at = 0; at < mine->blocks; at += self->config->slice_blocks) {
       int64_t blocks = mine->blocks - at < self->config->slice_blocks ? mine->blocks - at : self->config->slice_blocks;
       for (phx_kit_part p = {0}; phx_kit_part_next(self->model, flat, mine->first + at, blocks, &p);) {
-        phx_slice slice = {.struct_size = sizeof slice, .kind = PHX_STATE_WEIGHT, .unit = p.unit, .flat = flat,
-                           .first_block = p.first, .blocks = p.blocks, .dtype = PHX_F32};
+        phx_slice slice = {.struct_size = sizeof slice,
+                           .kind = PHX_STATE_WEIGHT,
+                           .unit = p.unit,
+                           .flat = flat,
+                           .first_block = p.first,
+                           .blocks = p.blocks,
+                           .dtype = PHX_F32};
         phx_status status = visitor->slice(visitor->ctx, &slice, err);
         slice.kind = PHX_STATE_OPTIM;
         slice.place = PHX_SPACE_HOST;
@@ -193,8 +202,10 @@ static phx_status fileopt_map(phx_strategy *self, const phx_slice *slice, int32_
   phx_status status = slot_take(self, &p, err);
   if (status == PHX_OK && (mode & PHX_MAP_READ))
     status = transfer(self, false, p, slice->state_index, first_of(self, slice), slice->blocks, err);
-  if (status == PHX_OK) *out = p;
-  else slot_give(self, p);
+  if (status == PHX_OK)
+    *out = p;
+  else
+    slot_give(self, p);
   return status;
 }
 
@@ -229,7 +240,8 @@ static phx_status reduce(phx_strategy *self, phx_error *err) {
   float *g = self->regions[GRADIENT].at, *sum = self->regions[REDUCED].at;
   phx_status status = c->all_reduce(c->ctx, g, g, numel, PHX_F32, PHX_SUM, NULL, err);
   if (status != PHX_OK || !sum) return status;
-  return self->micro_batch == 0 ? d->copy(d->ctx, sum, g, numel * 4, NULL, err) : d->add(d->ctx, sum, g, numel, NULL, err);
+  return self->micro_batch == 0 ? d->copy(d->ctx, sum, g, numel * 4, NULL, err)
+                                : d->add(d->ctx, sum, g, numel, NULL, err);
 }
 
 static phx_status fileopt_begin_micro_batch(phx_strategy *self, int32_t index, int32_t last, phx_error *err) {
@@ -249,13 +261,12 @@ static phx_status fileopt_acquire(phx_strategy *self, uint32_t stage, int32_t pa
   return PHX_OK;
 }
 
-static phx_status fileopt_release(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch,
-                                  uint32_t flags, phx_stream *stream, phx_error *err) {
+static phx_status fileopt_release(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
+                                  phx_stream *stream, phx_error *err) {
   (void)micro_batch;
   phx_status status = PHX_OK;
   if (pass != PHX_PASS_BACKWARD) return PHX_OK;
-  if (flags & PHX_RELEASE_NO_GRADIENT)
-    status = phx_kit_view_unused(&self->views, self->s.device, stage, stream, err);
+  if (flags & PHX_RELEASE_NO_GRADIENT) status = phx_kit_view_unused(&self->views, self->s.device, stage, stream, err);
   if (status != PHX_OK || stage != self->final_stage || !self->reducing) return status;
   self->reduced = true;
   return reduce(self, err);
@@ -289,7 +300,10 @@ static phx_status fileopt_gradient_norm(phx_strategy *self, const phx_accumulato
 static phx_status update_slice(phx_strategy *self, const phx_kit_part *p, int64_t block, float scale, phx_error *err) {
   const phx_device *d = self->s.device;
   uint32_t n = self->s.optim->n_states;
-  phx_kit_slice slice = {.unit = p->unit, .first = p->first, .blocks = p->blocks, .gradient = reduced(self, block),
+  phx_kit_slice slice = {.unit = p->unit,
+                         .first = p->first,
+                         .blocks = p->blocks,
+                         .gradient = reduced(self, block),
                          .weight = (float *)self->regions[WEIGHT].at + block * PHX_BLOCK};
   phx_status status = PHX_OK;
   for (uint32_t k = 0; k < n; k++) {
@@ -344,7 +358,7 @@ static const phx_plugin plugin = {
     .version = "0.1.0",
     .summary = "For tests: data parallelism with optimizer states in a file",
     .vendor = "Phalanx",
-    .license = "MIT",
+    .license = "unspecified",
     .build = __VERSION__,
     .provides = PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
     .needs = PHX_NEED_HOST_MEMORY,
@@ -354,4 +368,6 @@ static const phx_plugin plugin = {
     .config_size = sizeof(fileopt_config),
     .table = &table,
 };
-const phx_plugin *phx_plugin_v1(void) { return &plugin; }
+const phx_plugin *phx_plugin_v1(void) {
+  return &plugin;
+}

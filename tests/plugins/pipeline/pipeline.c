@@ -12,8 +12,16 @@
 #include <string.h>
 
 /* OWN: units of one rank alone; TIED: units of both, reached by the other rank. */
-enum { OWN = 0, OWN_FROZEN = 1, TIED = 2, TIED_FROZEN = 3, OWN_GRADIENT = 4, TIED_GRADIENT = 5, STATES = 6,
-       REGIONS = 6 + PHX_OPTIM_STATES_MAX };
+enum {
+  OWN = 0,
+  OWN_FROZEN = 1,
+  TIED = 2,
+  TIED_FROZEN = 3,
+  OWN_GRADIENT = 4,
+  TIED_GRADIENT = 5,
+  STATES = 6,
+  REGIONS = 6 + PHX_OPTIM_STATES_MAX
+};
 
 typedef struct pipeline_config {
   int64_t cut;
@@ -24,10 +32,10 @@ static const phx_option options[] = {
 };
 
 typedef struct pipeline_plan {
-  uint32_t cut;                /* stages [0, cut) are rank 0's */
-  uint8_t *users;              /* (n_units) bit r: rank r uses it; 1 where nobody does */
-  int64_t *at[PHX_FLATS];      /* (n_units) first block in its region */
-  int64_t *state_at;           /* (n_units) first block of the states that this rank keeps */
+  uint32_t cut;           /* stages [0, cut) are rank 0's */
+  uint8_t *users;         /* (n_units) bit r: rank r uses it; 1 where nobody does */
+  int64_t *at[PHX_FLATS]; /* (n_units) first block in its region */
+  int64_t *state_at;      /* (n_units) first block of the states that this rank keeps */
   phx_kit_region regions[REGIONS];
 } pipeline_plan;
 
@@ -45,8 +53,12 @@ static void plan_destroy(pipeline_plan *p) {
   free(p->state_at);
 }
 
-static bool holds(const pipeline_plan *p, uint32_t unit, int32_t rank) { return p->users[unit] >> rank & 1; }
-static bool tied(const pipeline_plan *p, uint32_t unit) { return p->users[unit] == 3; }
+static bool holds(const pipeline_plan *p, uint32_t unit, int32_t rank) {
+  return p->users[unit] >> rank & 1;
+}
+static bool tied(const pipeline_plan *p, uint32_t unit) {
+  return p->users[unit] == 3;
+}
 static bool writes(const pipeline_plan *p, uint32_t unit, int32_t rank) {
   return tied(p, unit) ? rank == 0 : holds(p, unit, rank);
 }
@@ -95,8 +107,8 @@ static phx_status plan_create(const pipeline_config *config, const phx_topology 
   p.regions[OWN_GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .bytes = p.regions[OWN].bytes};
   p.regions[TIED_GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p.regions[TIED].bytes};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
-    p.regions[STATES + k] = (phx_kit_region){
-        .kind = PHX_MEM_OPTIMIZER, .bytes = mine * PHX_BLOCK * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
+    p.regions[STATES + k] = (phx_kit_region){.kind = PHX_MEM_OPTIMIZER,
+                                             .bytes = mine * PHX_BLOCK * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
   *out = p;
   return PHX_OK;
 done:
@@ -120,14 +132,14 @@ static phx_status pipeline_layout(const void *config, const phx_topology *t, con
   return PHX_OK;
 }
 
-/* Bytes at the cut are not known here: the model does not declare them.  Their calls are. */
 static phx_status pipeline_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
                                     phx_error *err) {
   pipeline_plan p;
   phx_status status = plan_create(config, t, m, &p, err);
   if (status != PHX_OK) return status;
   phx_kit_regions_estimate(p.regions, REGIONS, out);
-  out->calls[PHX_OP_SEND] = out->calls[PHX_OP_RECV] = t->accumulate;
+  phx_kit_estimate_call(out, t, PHX_OP_SEND, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
+  phx_kit_estimate_call(out, t, PHX_OP_RECV, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
   if (p.regions[TIED].bytes > 0) {
     phx_kit_estimate_call(out, t, PHX_OP_REDUCE, p.regions[TIED].bytes / 4, PHX_F32, 0, 1);
     phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, p.regions[TIED].bytes / 4, PHX_F32, 0, 1);
@@ -254,7 +266,8 @@ static phx_status run_stage(phx_strategy *self, const phx_executor *x, uint32_t 
   phx_status status = pipeline_acquire(self, stage, pass, mb, NULL, &view, err);
   if (status == PHX_OK)
     status = (pass == PHX_PASS_FORWARD ? x->forward : x->backward)(x->ctx, stage, mb, slot, view, err);
-  if (status == PHX_OK) status = pipeline_release(self, stage, pass, mb, 0, NULL, err);
+  const uint32_t flags = x->runs(x->ctx, stage, mb) ? 0 : PHX_RELEASE_NO_GRADIENT;
+  if (status == PHX_OK) status = pipeline_release(self, stage, pass, mb, flags, NULL, err);
   return status;
 }
 
@@ -341,8 +354,10 @@ static phx_status pipeline_update(phx_strategy *self, int64_t step, float scale,
   (void)step;
   for (uint32_t u = 0; u < self->model->n_units; u++) {
     if (!writes(&self->plan, u, self->topology->rank)) continue;
-    phx_kit_slice slice = {.unit = u, .blocks = phx_model_unit(self->model, u)->blocks[PHX_FLAT_TRAINABLE],
-                           .weight = weight(self, u, PHX_FLAT_TRAINABLE), .gradient = gradient(self, u)};
+    phx_kit_slice slice = {.unit = u,
+                           .blocks = phx_model_unit(self->model, u)->blocks[PHX_FLAT_TRAINABLE],
+                           .weight = weight(self, u, PHX_FLAT_TRAINABLE),
+                           .gradient = gradient(self, u)};
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = state(self, u, k);
     phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
     if (status != PHX_OK) return status;
@@ -378,7 +393,7 @@ static const phx_plugin plugin = {
     .version = "0.1.0",
     .summary = "For tests: two ranks, each with half of the stages",
     .vendor = "Phalanx",
-    .license = "MIT",
+    .license = "unspecified",
     .build = __VERSION__,
     .provides = PHX_CAP_RUNS_STEP,
     .needs = PHX_NEED_TWO_RANKS,
@@ -388,4 +403,6 @@ static const phx_plugin plugin = {
     .config_size = sizeof(pipeline_config),
     .table = &table,
 };
-const phx_plugin *phx_plugin_v1(void) { return &plugin; }
+const phx_plugin *phx_plugin_v1(void) {
+  return &plugin;
+}
