@@ -4,7 +4,7 @@
  * is written as RUN/checkpoints/.step-00000042.<nonce>.part and renamed when all of it is flushed, so a directory with
  * the final name is whole; RUN/checkpoints/latest holds that name.  Anything that ends in .part is of a dead attempt.
  *
- * A save is begin, write each slice in order, flush, commit.  begin and commit are [main][collective]; write and flush
+ * A save is begin, write every slice, flush, commit.  begin and commit are [main][collective]; write and flush
  * may run in another thread (one at a time), while the state they read does not change: that is core/saver.c.
  * Statuses: PHX_IO a file could not be written, or (loading) is damaged; PHX_INVALID it does not fit this run. */
 #ifndef PHX__CHECKPOINT_H
@@ -28,16 +28,18 @@ typedef struct phx__save phx__save;
  * left behind on failure, which is the same on all ranks. */
 phx_status phx__save_begin(phx__runtime *rt, const char *run_dir, const phx__position *at, phx__save **out,
                            phx_error *err);
-/* This rank's slices, in the order in which they must be written; stable until commit or abandon.  Low-precision
- * weights are left out: they are derived. */
+/* This rank's slices, in the order of the file; stable until commit or abandon.  Low-precision weights are left out:
+ * they are derived.  For map and unmap: they are the slices of visit_state, in its order. */
 size_t phx__save_n(const phx__save *save);
 const phx_slice *phx__save_slice(const phx__save *save, size_t i);
 int64_t phx__save_bytes(const phx__save *save); /* of this rank's file */
-/* [any] The next slice's elements, as mapped: written, added to checksums and state hash.  After a failure every later
- * call fails, too. */
-phx_status phx__save_write(phx__save *save, const void *data, phx_error *err);
-/* [any] After the last slice: the file is flushed and closed.  A failed flush is final. */
+/* [any] Blocks [first, first + blocks) of slice i, counted from the slice's own first; data: their elements, as mapped.
+ * Each block once; in order of i and first is cheapest (else checksums read back).  After a failure every later call
+ * fails, too. */
+phx_status phx__save_write(phx__save *save, size_t i, int64_t first, int64_t blocks, const void *data, phx_error *err);
+/* [any] After the last block: the file is flushed and closed.  A failed flush is final. */
 phx_status phx__save_flush(phx__save *save, phx_error *err);
+int64_t phx__save_step(const phx__save *save);
 /* [main][collective] All ranks agree that they were flushed; rank 0 writes the manifest, renames, moves `latest`, and
  * removes what `retention` gives up.  Any rank's failure (not flushed included) is everybody's failure, with its
  * message: the part directory is removed and the checkpoints before stay.  Frees `save` in any case. */
@@ -84,6 +86,10 @@ typedef struct phx__resumed {
  * its own slices, through one chunk (1 MiB) at a time.  The same result on all ranks.  PHX_INVALID: it does not fit
  * (nothing was changed); PHX_IO: damaged, named by file (the state is then undefined: load another). */
 phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err);
+/* Pure: does the checkpoint fit this configuration (model, optimizer, seed, batch)?  PHX_INVALID says what differs.  For the
+ * launcher, before any rank exists; phx__checkpoint_load asks the same. */
+phx_status phx__checkpoint_fits(const char *path, const phx__config *config, const phx__prepared *prepared,
+                                phx__position *at, phx_error *err);
 /* [main][collective] dir as in locate: loads that one, or the newest of the run that is whole; damaged ones are passed
  * over with a line on rank 0.  PHX_IO: none is left. */
 phx_status phx__checkpoint_resume(phx__runtime *rt, const char *dir, phx__resumed *out, phx_error *err);
