@@ -62,20 +62,28 @@ static phx_status move_aside(const char *dir, phx_error *err) {
   return phx__fail(err, PHX_IO, "%s has too many earlier runs beside it: remove some, or change run.out", dir);
 }
 
+/* Beside and renamed: a run may be going on from this very file. */
+phx_status phx__run_dir_resume(const phx__config *config, phx_error *err) {
+  char path[4200], part[4300];
+  phx_status status = PHX_OK;
+  snprintf(path, sizeof path, "%s/config.ini", config->s.run.out);
+  snprintf(part, sizeof part, "%s.part", path);
+  FILE *f = fopen(part, "we");
+  if (!f) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s", part);
+  phx__config_print(config, f, true);
+  if (fflush(f) || ferror(f) || phx__sys.rename(part, path))
+    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  fclose(f);
+  return status;
+}
+
 phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
-  char path[4200], dir[4096];
+  char dir[4096];
   snprintf(dir, sizeof dir, "%s", config->s.run.out);
   for (size_t n = strlen(dir); n > 1 && dir[n - 1] == '/'; n--) dir[n - 1] = 0;
   phx_status status = move_aside(dir, err);
   if (!status) status = make_dirs(dir, err);
-  if (status) return status;
-  snprintf(path, sizeof path, "%s/config.ini", dir);
-  FILE *f = fopen(path, "we");
-  if (!f) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-  phx__config_print(config, f, true);
-  if (fflush(f) || ferror(f)) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-  fclose(f);
-  return status;
+  return status ? status : phx__run_dir_resume(config, err);
 }
 
 /* ---- run.json ---- */
@@ -126,7 +134,7 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   char text[32];
   cJSON_AddNumberToObject(o, "steps", (double)r->steps);
   snprintf(text, sizeof text, "%.17g", r->loss);
-  cJSON_AddRawToObject(o, "loss", text);
+  if (isfinite(r->loss)) cJSON_AddRawToObject(o, "loss", text); /* none when there was no step left to do */
   snprintf(text, sizeof text, "%.17g", r->valid_loss);
   if (isfinite(r->valid_loss)) cJSON_AddRawToObject(o, "valid_loss", text);
   cJSON_AddStringToObject(o, "state_hash", r->state_hash);
@@ -151,7 +159,32 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   }
 }
 
-phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, phx_error *err) {
+/* The list of resumes of the file that is there, and one more. */
+static void add_resumes(cJSON *root, const char *path, const phx__runtime *rt, const phx__resumed *resumed,
+                        const char *when) {
+  char text[65536];
+  FILE *f = fopen(path, "re");
+  const size_t n = f ? fread(text, 1, sizeof text, f) : 0;
+  if (f) fclose(f);
+  cJSON *old = cJSON_ParseWithLength(text, n);
+  cJSON *list = cJSON_DetachItemFromObjectCaseSensitive(old, "resumed");
+  cJSON_Delete(old);
+  if (resumed) {
+    if (!list) list = cJSON_CreateArray();
+    cJSON *entry = cJSON_CreateObject();
+    cJSON_AddStringToObject(entry, "time", when);
+    cJSON_AddNumberToObject(entry, "step", (double)resumed->at.step);
+    cJSON_AddNumberToObject(entry, "samples", (double)resumed->at.samples);
+    cJSON_AddStringToObject(entry, "from", resumed->path);
+    cJSON_AddStringToObject(entry, "strategy", rt->config->strategy.plugin->descriptor->id);
+    cJSON_AddNumberToObject(entry, "ranks", rt->job->size);
+    cJSON_AddItemToArray(list, entry);
+  }
+  if (list) cJSON_AddItemToObject(root, "resumed", list);
+}
+
+phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, const phx__resumed *resumed,
+                               phx_error *err) {
   phx_status status = PHX_OK;
   char path[4200], part[4300], when[64];
   time_t now = time(NULL);
@@ -171,7 +204,13 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
   add_plugin(plugins, "comm", rt->config->comm.plugin);
   add_plugin(plugins, "model", rt->config->model.plugin);
   phx__config_each(rt->config, add_config, cJSON_AddObjectToObject(root, "config"));
-  if (result) add_result(root, result);
+  add_resumes(root, path, rt, resumed, when);
+  if (result && !result->stopped) add_result(root, result);
+  if (result && result->stopped) {
+    cJSON *stopped = cJSON_AddObjectToObject(root, "stopped");
+    cJSON_AddStringToObject(stopped, "by", result->stopped);
+    cJSON_AddNumberToObject(stopped, "step", (double)result->steps);
+  }
   char *text = cJSON_Print(root);
   if (!text) {
     status = phx__fail(err, PHX_NOMEM, "no memory for %s", path);
