@@ -21,7 +21,8 @@ enum {
   PHX__MANIFEST_UNITS_MOST = 1 << 16,
   PHX__MANIFEST_PARAMS_MOST = 1 << 18,
   PHX__MANIFEST_FILES_MOST = 1 << 12,
-  PHX__MANIFEST_SLICES_MOST = 1 << 20
+  PHX__MANIFEST_SLICES_MOST = 1 << 20,
+  PHX__MANIFEST_PAIRS_MOST = 1 << 12
 };
 #define PHX__MANIFEST_NAME "manifest.json"
 
@@ -98,7 +99,7 @@ typedef struct phx__manifest {
   uint32_t n_config, n_identity;
   phx__manifest_file *files;
   uint32_t n_files;
-  phx__manifest_slice *slices;   /* sorted by kind, index, unit, flat, first_block after a read */
+  phx__manifest_slice *slices;   /* after a read or check sorted by kind (MASTER as WEIGHT), index, unit, flat, block */
   uint32_t n_slices;
   phx__manifest_private *privates;
   uint32_t n_privates;
@@ -126,9 +127,14 @@ const char *phx__manifest_config_of(const phx__manifest *m, const char *section,
 phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *err);
 /* Writes and flushes the file; checks first, as reading does.  The directory is the caller's to flush and rename. */
 phx_status phx__manifest_write(const char *dir, phx__manifest *m, phx_error *err);
-/* The same on a text; path is for messages.  The text is freed with phx__free. */
+/* The same on a text; path is for messages.  The text is freed with phx__free.
+ *
+ * The text ends with the member "checksum", exactly `,\n"checksum":"32 digits"}\n`: XXH3-128 of all that stands before it,
+ * and a '}'.  Seeds stand as texts of decimal digits, since JSON readers round numbers above 2^53. */
 phx_status phx__manifest_parse(const char *path, const char *text, size_t bytes, phx__manifest **out, phx_error *err);
 phx_status phx__manifest_print(const char *path, phx__manifest *m, char **text, size_t *bytes, phx_error *err);
+/* Of the text before the member. */
+void phx__manifest_checksum(const char *text, size_t bytes, char digits[33]);
 /* All the rules: limits, names, ranges inside files, no slice over another in a file, every block of weights and of each
  * optimizer state exactly once.  Sorts the slices. */
 phx_status phx__manifest_check(const char *path, phx__manifest *m, phx_error *err);
