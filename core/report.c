@@ -2,6 +2,7 @@
 #include "report.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -190,14 +191,19 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   }
 }
 
+enum { RUN_JSON_MAX = 16 << 20 };
+
 /* The list of resumes of the file that is there, and one more. */
 static void add_resumes(cJSON *root, const char *path, const phx__runtime *rt, const phx__resumed *resumed,
                         const char *when) {
-  char text[65536];
-  FILE *f = fopen(path, "re");
-  const size_t n = f ? fread(text, 1, sizeof text, f) : 0;
-  if (f) fclose(f);
-  cJSON *old = cJSON_ParseWithLength(text, n);
+  struct stat st;
+  char *text = NULL;
+  const int fd = phx__sys.open(path, O_RDONLY, 0);
+  if (fd >= 0 && !phx__sys.fstat(fd, &st) && st.st_size < RUN_JSON_MAX) text = phx__calloc(1, (size_t)st.st_size + 1);
+  const ssize_t n = text ? phx__sys.pread(fd, text, (size_t)st.st_size, 0) : 0;
+  if (fd >= 0) phx__sys.close(fd);
+  cJSON *old = n > 0 ? cJSON_ParseWithLength(text, (size_t)n) : NULL;
+  phx__free(text);
   cJSON *list = cJSON_DetachItemFromObjectCaseSensitive(old, "resumed");
   cJSON_Delete(old);
   if (resumed) {
