@@ -34,11 +34,6 @@ static void check_not_offered(store *p, const phx__settings *s) {
   if (s->precision.reduce == 1)
     phx__config_error(p, at(p, "precision", "reduce"),
                       "[precision] reduce = bf16 is not part of this version, which sums gradients in fp32: use fp32");
-  if (s->checkpoint.every > 0)
-    phx__config_error(p, at(p, "checkpoint", "every"),
-                      "[checkpoint] every = %lld: checkpoints are not part of this version; the final weights are "
-                      "always written: use 0",
-                      (long long)s->checkpoint.every);
   if (!*s->run.out && good(p, "run", "out"))
     phx__config_error(p, at(p, "run", "out"), "[run] out is empty: name a directory");
 }
