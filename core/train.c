@@ -197,10 +197,10 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status && r->job->size != r->config->s.run.ranks)
     status = phx__fail(err, PHX_INVALID, "run.ranks = %" PRId64 ", but the launcher started %d ranks: give -n %d",
                        r->config->s.run.ranks, r->job->size, r->job->size);
-  /* under torchrun, mpirun or srun nobody made the directory yet */
-  if (!status && r->job->rank == 0 && r->job->size > 1 && !getenv("PHALANX_RANK"))
-    status = phx__run_dir_create(r->config, err);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
+  /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
+  if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
+    status = phx__run_dir_create(r->config, err);
   return status;
 }
 
@@ -225,6 +225,7 @@ int phx__train_rank(const phx__config *config) {
   phx_status status = open_run(&r, &err);
   const bool refused = status != PHX_OK;
   if (!status) status = run_steps(&r, &err);
+  phx__progress_close(&r.progress);
   if (status) {
     fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
@@ -232,7 +233,6 @@ int phx__train_rank(const phx__config *config) {
       r.job->fail(r.job->ctx, err.message);
     }
   }
-  phx__progress_close(&r.progress);
   if (!status || refused || r.job->size == 1) { /* after a failure peers may be gone: the process ends as it is */
     phx__engine_destroy(r.engine);
     phx__runtime_close(r.rt);
@@ -266,7 +266,10 @@ int phx__train_launch(const phx__config *config, char *const *argv) {
   say_plugin("comm", config->comm.plugin);
   say_plugin("model", config->model.plugin);
   const int32_t ranks = (int32_t)config->s.run.ranks, threads = phx__threads(config, ranks);
-  if (ranks == 1) return phx__train_rank(config);
+  if (ranks == 1) { /* it was accepted above: what goes wrong now is a failure, not a refusal */
+    const int exit_status = phx__train_rank(config);
+    return exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
+  }
   const phx__launch launch = {.ranks = ranks, .threads = config->s.run.pin == 2 ? 0 : threads,
                               .timeout_s = config->s.run.timeout, .run_dir = config->s.run.out, .argv = argv};
   return phx__launch_run(&launch);

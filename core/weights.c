@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "layout.h"
 #include "safetensors.h"
@@ -87,7 +88,8 @@ phx_status phx__weights_write(phx__runtime *rt, const char *path, phx_error *err
   char *head = NULL;
   int64_t head_bytes = 0;
   const bool first = rt->job->rank == 0;
-  snprintf(part, sizeof part, "%s.part", path);
+  if (snprintf(part, sizeof part, "%s.part", path) >= (int)sizeof part)
+    return phx__fail(err, PHX_INVALID, "%s is too long for a path", path);
   f.place = phx__calloc(rt->prepared->model->n_params, sizeof *f.place);
   if (!f.place) {
     status = phx__fail(err, PHX_NOMEM, "no memory for the header of %s", path);
@@ -113,6 +115,7 @@ phx_status phx__weights_write(phx__runtime *rt, const char *path, phx_error *err
   if (first && phx__sys.rename(part, path))
     status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
 done:
+  if (status && first && f.fd >= 0) phx__sys.unlink(part);
   if (f.fd >= 0) phx__sys.close(f.fd);
   phx__free(head);
   phx__free(f.place);
@@ -123,10 +126,10 @@ done:
 static phx_status find_tensor(const weights_file *f, const phx__safetensors *st, uint32_t i, phx_error *err) {
   const phx_param *p = phx_model_param(f->rt->prepared->model, i);
   const phx__tensor *t = phx__safetensors_find(st, p->name);
-  if (!t) return phx__fail(err, PHX_INVALID, "%s has no tensor %s: not weights of this model", f->path, p->name);
+  if (!t) return phx__fail(err, PHX_IO, "%s has no tensor %s: not weights of this model", f->path, p->name);
   bool same = t->dtype == PHX_F32 && t->ndim == p->ndim;
   for (uint32_t d = 0; same && d < p->ndim; d++) same = t->shape[d] == p->shape[d];
-  if (!same) return phx__fail(err, PHX_INVALID, "%s: tensor %s is not F32 of the model's shape", f->path, p->name);
+  if (!same) return phx__fail(err, PHX_IO, "%s: tensor %s is not F32 of the model's shape", f->path, p->name);
   f->place[i] = t->begin;
   return PHX_OK;
 }
@@ -135,6 +138,7 @@ phx_status phx__weights_read(phx__runtime *rt, const char *path, phx_error *err)
   phx_status status = PHX_OK;
   weights_file f = {.rt = rt, .path = path, .fd = -1};
   phx__safetensors *st = NULL;
+  if (access(path, F_OK)) return phx__fail_errno(err, PHX_INVALID, errno, "cannot open the weights %s", path);
   f.place = phx__calloc(rt->prepared->model->n_params, sizeof *f.place);
   if (!f.place) {
     status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
