@@ -198,12 +198,12 @@ phx_status phx__json_read(const char *what, const char *text, size_t bytes, cons
                           cJSON **out, phx_error *err) {
   const unsigned char *begin = (const unsigned char *)text;
   scan s = {.at = begin, .begin = begin, .end = begin + bytes, .limits = limits};
-  if (!bytes || text[0] != '{') return phx__fail(err, PHX_IO, "%s: does not begin with '{'", what);
+  if (!bytes || text[0] != '{') return phx__fail(err, PHX_IO, "%s is not JSON: it does not begin with '{'", what);
   if (value(&s)) {
     blanks(&s);
     if (s.at != s.end) wrong(&s, "something follows the object");
   }
-  if (s.why) return phx__fail(err, PHX_IO, "%s: not JSON as it should be, at byte %zu: %s", what,
+  if (s.why) return phx__fail(err, PHX_IO, "%s is not JSON as it should be, at byte %zu: %s", what,
                               (size_t)(s.at - s.begin), s.why);
   cJSON *root = cJSON_ParseWithLength(text, bytes);
   if (!root) return phx__fail(err, PHX_NOMEM, "%s: no memory", what); /* the text is good */

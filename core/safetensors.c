@@ -123,9 +123,12 @@ static phx_status read_tensor(phx__safetensors *st, const cJSON *item, int64_t d
   phx_status status = read_shape(st->path, item, t, width, err);
   if (status) return status;
   if (!cJSON_IsArray(offsets) || cJSON_GetArraySize(offsets) != 2 ||
-      !phx__json_integer(cJSON_GetArrayItem(offsets, 0), 0, data_bytes, &begin) ||
-      !phx__json_integer(cJSON_GetArrayItem(offsets, 1), begin, data_bytes, &end))
-    return phx__fail(err, PHX_IO, "%s: tensor %s lies outside the file", st->path, t->name);
+      !phx__json_integer(cJSON_GetArrayItem(offsets, 0), 0, PHX__JSON_INTEGER_MOST, &begin) ||
+      !phx__json_integer(cJSON_GetArrayItem(offsets, 1), begin, PHX__JSON_INTEGER_MOST, &end))
+    return phx__fail(err, PHX_IO, "%s: tensor %s has no place: data_offsets are wrong", st->path, t->name);
+  if (end > data_bytes)
+    return phx__fail(err, PHX_IO, "%s: tensor %s lies outside the file: it ends at byte %lld of the data, which has %lld",
+                     st->path, t->name, (long long)end, (long long)data_bytes);
   if (end - begin != t->bytes)
     return phx__fail(err, PHX_IO, "%s: tensor %s has %lld bytes, and its shape %lld", st->path, t->name,
                      (long long)(end - begin), (long long)t->bytes);
@@ -165,7 +168,7 @@ static phx_status check_places(phx__safetensors *st, phx_error *err) {
     const phx__tensor *t = &st->tensors[i];
     if (t->begin != at)
       return phx__fail(err, PHX_IO, "%s: tensor %s begins at byte %lld, %s", st->path, t->name, (long long)t->begin,
-                       t->begin < at ? "inside the tensor before it" : "behind a hole");
+                       t->begin < at ? "and overlaps the one before it" : "behind a hole");
     at += t->bytes;
   }
   if (at != st->file_bytes)
@@ -231,7 +234,7 @@ phx_status phx__safetensors_open(const char *path, phx__safetensors **out, phx_e
   PHX__TRY(phx__file_read(fd, path, length, 8, 0, err));
   for (int i = 7; i >= 0; i--) bytes = bytes << 8 | length[i];
   if (bytes < 2 || bytes > PHX__SAFETENSORS_HEADER_MOST || (int64_t)bytes > file_bytes - 8) {
-    status = phx__fail(err, PHX_IO, "%s is not a safetensors file: a header of %llu bytes in a file of %lld", path,
+    status = phx__fail(err, PHX_IO, "%s is not a safetensors file (header of %llu bytes, file of %lld)", path,
                        (unsigned long long)bytes, (long long)file_bytes);
     goto done;
   }

@@ -135,12 +135,14 @@ Test(weights, damage_is_named) {
   expect_damaged("name", "has no tensor ");
   expect_damaged("name", first);
   put_replaced("\"F32\"", "\"F16\"");
-  expect_damaged("type", "is not F32 of the model's shape");
+  expect_damaged("type", "bytes, and its shape");
   expect_damaged("type", first);
   put_replaced("[257,30]", "[256,30]");
-  expect_damaged("shape", "is not F32 of the model's shape");
+  expect_damaged("shape", "bytes, and its shape");
+  put_replaced("[257,30]", "[30,257]");
+  expect_damaged("turned", "is not F32 of the model's shape");
   put_replaced("\"data_offsets\":[0,", "\"data_offsets\":[4,");
-  expect_damaged("size", "is not that of");
+  expect_damaged("size", "bytes, and its shape");
   cJSON_Delete(root);
 }
 
