@@ -126,7 +126,8 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   char text[32];
   cJSON_AddNumberToObject(o, "steps", (double)r->steps);
   snprintf(text, sizeof text, "%.17g", r->loss);
-  cJSON_AddRawToObject(o, "loss", text);
+  cJSON_AddRawToObject(o, "loss", isfinite(r->loss) ? text : "null");
+  cJSON_AddNumberToObject(o, "skipped_steps", (double)r->skipped);
   snprintf(text, sizeof text, "%.17g", r->valid_loss);
   if (isfinite(r->valid_loss)) cJSON_AddRawToObject(o, "valid_loss", text);
   cJSON_AddStringToObject(o, "state_hash", r->state_hash);
