@@ -8,7 +8,7 @@
 typedef struct phx__outcome {
   bool failed;     /* a rank failed: a restart may help.  Not set when the user ended the job or it was refused */
   int32_t lost;    /* ranks that were killed, stopped for too long, or never came, before the job was ended */
-  char cause[512]; /* one line: what failed first, and where */
+  char cause[1024]; /* one line: what failed first, and where */
 } phx__outcome;
 
 typedef struct phx__launch {
