@@ -105,6 +105,13 @@ static phx_status fault_all_gather(void *ctx, const void *src, void *dst, int64_
   if (here && before(src, s, &status, err)) return status;
   return after(inner.all_gather(ctx, src, dst, LESS(numel), dtype, s, err), here, dst, s, err);
 }
+static phx_status fault_broadcast(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t root, phx_stream *s,
+                                  phx_error *err) {
+  phx_status status = PHX_OK;
+  const int here = (fault.what != FLIP || root != fault.rank) && is_here(1, numel, dtype);
+  if (here && before(buf, s, &status, err)) return status;
+  return after(inner.broadcast(ctx, buf, LESS(numel), dtype, root, s, err), here, buf, s, err);
+}
 
 static phx_status fault_create(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out,
                                phx_error *err) {
@@ -119,6 +126,7 @@ static phx_status fault_create(const phx_host *host, const void *config, int64_t
   world->reduce = fault_reduce;
   world->reduce_scatter = fault_reduce_scatter;
   world->all_gather = fault_all_gather;
+  world->broadcast = fault_broadcast;
   return PHX_OK;
 }
 
