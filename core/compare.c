@@ -1,10 +1,10 @@
 /* core/compare.c - see compare.h.
  *
  * Each variant is a `phalanx train` process of its own (a strategy is chosen per process), with its run directory below
- * the base.  What is compared is read back from the files of the runs: run.json and metrics.jsonl. */
+ * the base.  What is compared is read back from the files of the runs: run.json and metrics.jsonl.
+ * Every variant is loaded and checked before the first one starts and before anything is made on disk. */
 #include "compare.h"
 
-#include <cjson/cJSON.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -17,18 +17,22 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "output.h"
 #include "progress.h"
+#include "report.h"
 #include "status.h"
 #include "sys.h"
+#include "train.h"
 
-enum { VARIANTS_MAX = 32, ARGS_MAX = 256 };
+enum { VARIANTS_MAX = 32, SETS_MAX = 16, SET_BYTES = 256, ARGS_MAX = 2 * PHX__OVERRIDES_MOST + 4 };
 
 typedef struct variant {
   char label[512];       /* as the user wrote it */
-  char strategy[128];
-  char sets[16][192];    /* "fsdp.sharding=grad_op" */
+  char strategy[512];
+  char sets[SETS_MAX][SET_BYTES]; /* "fsdp.sharding=grad_op" */
   int n_sets;
-  char dir[4200];
+  char choice[540], out[4300];    /* "run.strategy=...", "run.out=..." */
+  const char *dir;                /* in out */
   cJSON *run;            /* run.json */
   char **losses;         /* "loss,norm" of each step, as written */
   size_t n_losses;
@@ -37,14 +41,16 @@ typedef struct variant {
 static int parse_variant(variant *v, const char *text, size_t length) {
   if (length == 0 || length >= sizeof v->label) return 0;
   memcpy(v->label, text, length);
-  const size_t name = strcspn(v->label, ".");
-  const int is_path = strchr(v->label, '/') != NULL;
-  snprintf(v->strategy, sizeof v->strategy, "%.*s", is_path ? (int)length : (int)name, v->label);
-  if (is_path || !v->label[name]) return 1;
-  for (const char *at = v->label + name + 1; at[-1]; ) {
+  const int is_path = memchr(v->label, '/', strcspn(v->label, "=")) != NULL; /* a value may hold a path, too */
+  const size_t name = is_path ? length : strcspn(v->label, ".");
+  snprintf(v->strategy, sizeof v->strategy, "%.*s", (int)name, v->label);
+  snprintf(v->choice, sizeof v->choice, "run.strategy=%s", v->strategy);
+  if (name == 0) return 0;
+  if (!v->label[name]) return 1;
+  for (const char *at = v->label + name + 1; at[-1];) {
     const size_t part = strcspn(at, "+");
-    if (v->n_sets == 16 || !memchr(at, '=', part)) return 0;
-    snprintf(v->sets[v->n_sets++], sizeof v->sets[0], "%s.%.*s", v->strategy, (int)part, at);
+    if (v->n_sets == SETS_MAX || !memchr(at, '=', part)) return 0;
+    if (snprintf(v->sets[v->n_sets++], SET_BYTES, "%s.%.*s", v->strategy, (int)part, at) >= SET_BYTES) return 0;
     at += part + 1;
   }
   return 1;
@@ -54,7 +60,8 @@ static int parse_variants(variant *v, const char *text, int *n) {
   for (*n = 0; *text; (*n)++) {
     const size_t length = strcspn(text, ",");
     if (*n == VARIANTS_MAX || !parse_variant(&v[*n], text, length)) {
-      fprintf(stderr, "phalanx: --strategies: '%.*s' is not NAME or NAME.key=value[+key=value] (at most %d of them)\n",
+      fprintf(stderr, "phalanx: --strategies: '%.*s' is not NAME, NAME.key=value[+key=value] or the path of a .so (at most %d of "
+              "them)\n",
               (int)length, text, VARIANTS_MAX);
       return 0;
     }
@@ -64,38 +71,68 @@ static int parse_variants(variant *v, const char *text, int *n) {
   return *n > 0;
 }
 
-/* ---- one run ---- */
-static int run_variant(const char *command, char *const *common, variant *v) {
-  char *args[ARGS_MAX];
-  char out[4300];
-  int n = 0;
-  args[n++] = (char *)(uintptr_t)command;
-  args[n++] = (char *)(uintptr_t) "train";
-  for (char *const *c = common; *c && n < ARGS_MAX - 40; c++) args[n++] = *c;
-  args[n++] = (char *)(uintptr_t) "--strategy";
-  args[n++] = v->strategy;
-  for (int i = 0; i < v->n_sets; i++) {
-    args[n++] = (char *)(uintptr_t) "--set";
-    args[n++] = v->sets[i];
+/* ---- before the first run ---- */
+static size_t variant_overrides(const phx__compare_plan *plan, const variant *v,
+                                phx__override out[PHX__OVERRIDES_MOST]) {
+  size_t n = 0;
+  for (; n < plan->n_overrides; n++) out[n] = plan->overrides[n];
+  out[n++] = (phx__override){v->choice, "--strategies"};
+  for (int i = 0; i < v->n_sets; i++) out[n++] = (phx__override){v->sets[i], "--set"};
+  out[n++] = (phx__override){v->out, "--set"};
+  return n;
+}
+
+/* Would this run be accepted?  Nothing is made. */
+static int check_variant(const phx__compare_plan *plan, const variant *v) {
+  phx__override all[PHX__OVERRIDES_MOST];
+  phx__config *config = NULL;
+  phx_error err = PHX_ERROR_INIT;
+  char *text = NULL;
+  size_t bytes = 0;
+  if (plan->n_overrides + (size_t)v->n_sets + 2 > PHX__OVERRIDES_MOST) {
+    fprintf(stderr, "phalanx: --strategies: %s makes more than %d flags\n", v->label, PHX__OVERRIDES_MOST);
+    return 0;
   }
-  snprintf(out, sizeof out, "run.out=%s", v->dir);
-  args[n++] = (char *)(uintptr_t) "--set";
-  args[n++] = out;
+  FILE *report = open_memstream(&text, &bytes); /* warnings come from the run itself */
+  phx_status status = phx__config_load(plan->file, all, variant_overrides(plan, v, all), report ? report : stderr, &config);
+  if (report) fclose(report);
+  if (status && text) fputs(text, stderr);
+  if (!status && (status = phx__train_check(config, &err)))
+    fprintf(stderr, "phalanx: %s: %s\n", v->label, err.message);
+  phx__config_free(config);
+  free(text);
+  return status == PHX_OK;
+}
+
+/* ---- one run ---- */
+static int run_variant(const phx__compare_plan *plan, variant *v) {
+  phx__override all[PHX__OVERRIDES_MOST];
+  const char *args[ARGS_MAX];
+  const size_t n_overrides = variant_overrides(plan, v, all);
+  int n = 0;
+  args[n++] = plan->command;
+  args[n++] = "train";
+  args[n++] = plan->file;
+  for (size_t i = 0; i < n_overrides; i++) {
+    args[n++] = "--set";
+    args[n++] = all[i].text;
+  }
   args[n] = NULL;
+  const pid_t parent = getpid();
   const pid_t pid = fork();
   if (pid < 0) {
     fprintf(stderr, "phalanx: cannot start a run: %s\n", strerror(errno));
     return PHX__EXIT_RANK;
   }
   if (pid == 0) {
-    prctl(PR_SET_PDEATHSIG, SIGKILL); /* the run must not outlive the comparison */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) || getppid() != parent) _exit(127); /* no run outlives the comparison */
     setenv("PHALANX_LOG", "warn", 0);
     if (!isatty(STDOUT_FILENO)) { /* the table is this command's output; the runs' lines go to their directories */
       const int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
       if (null >= 0) dup2(null, STDOUT_FILENO);
     }
-    execv(command, args);
-    fprintf(stderr, "phalanx: cannot start %s: %s\n", command, strerror(errno));
+    execv(plan->command, (char *const *)(uintptr_t)args);
+    fprintf(stderr, "phalanx: cannot start %s: %s\n", plan->command, strerror(errno));
     _exit(127);
   }
   int status;
@@ -108,30 +145,39 @@ static char *read_text(const char *path) {
   FILE *f = fopen(path, "re");
   char *text = NULL;
   size_t used = 0, room = 0, n;
+  int whole = f != NULL;
   if (!f) return NULL;
   do {
     if (used + 65536 > room) {
-      char *more = realloc(text, room = used + (1 << 20));
-      if (!more) break;
+      char *more = phx__sys.realloc(text, room = used + (1 << 20));
+      if (!more) {
+        whole = 0;
+        break;
+      }
       text = more;
     }
     n = fread(text + used, 1, 65535, f);
     used += n;
   } while (n > 0);
+  if (ferror(f)) whole = 0;
   fclose(f);
-  if (text) text[used] = 0;
-  return text;
+  if (whole) text[used] = 0;
+  if (whole) return text;
+  phx__free(text);
+  return NULL;
 }
 
 static int keep_losses(variant *v, char *text) {
   for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
     const char *begin = strstr(line, "\"loss\":"), *end = strstr(line, ",\"lr\":");
-    char **more = realloc(v->losses, (v->n_losses + 1) * sizeof *more);
-    if (!begin || !end || end < begin || !more) return 0;
+    char **more = phx__sys.realloc(v->losses, (v->n_losses + 1) * sizeof *more);
+    if (!more) return 0;
     v->losses = more;
-    v->losses[v->n_losses] = strndup(begin, (size_t)(end - begin));
-    if (!v->losses[v->n_losses]) return 0;
-    v->n_losses++;
+    if (!begin || !end || end < begin) return 0;
+    char *kept = phx__calloc(1, (size_t)(end - begin) + 1);
+    if (!kept) return 0;
+    memcpy(kept, begin, (size_t)(end - begin));
+    v->losses[v->n_losses++] = kept;
   }
   return v->n_losses > 0;
 }
@@ -141,11 +187,11 @@ static int read_results(variant *v) {
   snprintf(path, sizeof path, "%s/run.json", v->dir);
   char *text = read_text(path);
   v->run = text ? cJSON_Parse(text) : NULL;
-  free(text);
+  phx__free(text);
   snprintf(path, sizeof path, "%s/metrics.jsonl", v->dir);
   text = read_text(path);
   const int ok = cJSON_GetObjectItemCaseSensitive(v->run, "result") && text && keep_losses(v, text);
-  free(text);
+  phx__free(text);
   if (!ok) fprintf(stderr, "phalanx: %s: the run left no complete run.json and metrics.jsonl\n", v->dir);
   return ok;
 }
@@ -207,7 +253,8 @@ static void print_table(const variant *v, int n) {
     phx__bytes_text((int64_t)total_of(&v[i], "bytes", "planned"), text[4]);
     phx__bytes_text((int64_t)array_max(cJSON_GetObjectItemCaseSensitive(result_of(&v[i]), "peak_pss")), text[5]);
     phx__bytes_text((int64_t)total_of(&v[i], "sent", "measured"), text[6]);
-    printf("%-24s %10s %10s %10s %10s %11s %11s %9.0f %10s  %.17g\n%-24s %99s%s\n", v[i].label, text[0], text[1],
+    const char *slash = strrchr(v[i].strategy, '/');
+    printf("%-24s %10s %10s %10s %10s %11s %11s %9.0f %10s  %.17g\n%-24s %99s%s\n", slash ? slash + 1 : v[i].label, text[0], text[1],
            text[2], text[3], text[4], text[5], number_of(&v[i], "tokens_per_s"), text[6], number_of(&v[i], "loss"), "",
            "", hash_of(&v[i]));
   }
@@ -223,20 +270,20 @@ static int print_verdict(const variant *v, int n) {
     else continue;
     same = 0;
   }
-  if (same)
+  if (same && n > 1)
     printf("\nequal bits: %d strategies gave the same loss and gradient norm at all %zu steps (17 digits) and the same "
            "final state\n",
            n, v[0].n_losses);
   return same;
 }
 
-static int write_json(const variant *v, int n, int same, const char *base) {
-  char path[4300], part[4400];
+static phx_status write_json(const variant *v, int n, int same, const char *base, phx_error *err) {
+  char path[4300];
   snprintf(path, sizeof path, "%s/compare.json", base);
-  snprintf(part, sizeof part, "%s.part", path);
+  phx__json_begin();
   cJSON *root = cJSON_CreateObject();
   cJSON_AddBoolToObject(root, "equal_bits", same);
-  cJSON_AddItemToObject(root, "ranks", cJSON_Duplicate(cJSON_GetObjectItemCaseSensitive(v[0].run, "ranks"), 1));
+  cJSON_AddNumberToObject(root, "ranks", cJSON_GetNumberValue(cJSON_GetObjectItemCaseSensitive(v[0].run, "ranks")));
   cJSON *list = cJSON_AddArrayToObject(root, "strategies");
   for (int i = 0; i < n; i++) {
     cJSON *o = cJSON_Duplicate(result_of(&v[i]), 1);
@@ -245,50 +292,66 @@ static int write_json(const variant *v, int n, int same, const char *base) {
     /* keep the 17 digits: cJSON prints 15 to 17 as needed, the raw text is certain */
     char text[40];
     snprintf(text, sizeof text, "%.17g", number_of(&v[i], "loss"));
-    cJSON_ReplaceItemInObjectCaseSensitive(o, "loss", cJSON_CreateRaw(text));
-    cJSON_AddItemToArray(list, o);
+    cJSON_DeleteItemFromObjectCaseSensitive(o, "loss");
+    cJSON_AddRawToObject(o, "loss", text);
+    phx__json_append(list, o);
   }
-  char *text = cJSON_Print(root);
-  FILE *f = fopen(part, "we");
-  int ok = f && text && fputs(text, f) >= 0 && fputc('\n', f) >= 0 && !fflush(f);
-  if (f) fclose(f);
-  ok = ok && !phx__sys.rename(part, path);
-  if (ok) printf("written: %s\n", path);
-  else fprintf(stderr, "phalanx: cannot write %s: %s\n", path, strerror(errno));
-  cJSON_free(text);
+  const phx_status status = phx__json_write(path, root, err);
   cJSON_Delete(root);
-  return ok;
+  if (!status) printf("written: %s\n", path);
+  return status;
 }
 
-static void directory_name(variant *v, const char *base, int index) {
+/* Each run below the base, numbered: a strategy may be compared with itself under other options. */
+static int place_run(variant *v, const char *base, int index) {
   const char *slash = strrchr(v->strategy, '/');
-  snprintf(v->dir, sizeof v->dir, "%.4000s/compare/%02d-%s", base, index + 1, slash ? slash + 1 : v->strategy);
+  v->dir = v->out + strlen("run.out=");
+  if (snprintf(v->out, sizeof v->out, "run.out=%s/compare/%02d-%s", base, index + 1, slash ? slash + 1 : v->strategy) <
+      (int)sizeof v->out)
+    return 1;
+  fprintf(stderr, "phalanx: run.out = %s is too long for a path\n", base);
+  return 0;
 }
 
-int phx__compare(const char *command, char *const *common, const char *variants, const char *base, int deterministic) {
-  int n = 0, status = PHX__EXIT_OK;
-  variant *v = phx__calloc(VARIANTS_MAX, sizeof *v);
-  if (!v || !parse_variants(v, variants, &n)) {
-    phx__free(v);
+static int run_all(const phx__compare_plan *plan, const phx__config *base, variant *v, int n) {
+  const char *out = base->s.run.out;
+  phx_error err = PHX_ERROR_INIT;
+  for (int i = 0; i < n; i++)
+    if (!place_run(&v[i], out, i) || !check_variant(plan, &v[i])) return PHX__EXIT_REFUSED;
+  if (phx__run_dir_create(base, &err)) {
+    fprintf(stderr, "phalanx: %s\n", err.message);
     return PHX__EXIT_REFUSED;
   }
-  for (int i = 0; i < n && !status; i++) {
-    directory_name(&v[i], base, i);
-    fprintf(stderr, "-- %s (%d of %d)\n", v[i].label, i + 1, n);
-    status = run_variant(command, common, &v[i]);
-    if (!status && !read_results(&v[i])) status = PHX__EXIT_RANK;
-    if (status) fprintf(stderr, "phalanx: compare stopped: %s ended with status %d\n", v[i].label, status);
-  }
-  if (!status) {
-    print_table(v, n);
-    const int same = print_verdict(v, n);
-    if (!write_json(v, n, same, base)) status = PHX__EXIT_RANK;
-    else if (!same && deterministic) status = 1;
-  }
   for (int i = 0; i < n; i++) {
+    fprintf(stderr, "-- %s (%d of %d)\n", v[i].label, i + 1, n);
+    int status = run_variant(plan, &v[i]);
+    if (!status && !read_results(&v[i])) status = PHX__EXIT_RANK;
+    if (!status) continue;
+    fprintf(stderr, "phalanx: compare stopped: %s ended with status %d\n", v[i].label, status);
+    return status;
+  }
+  print_table(v, n);
+  const int same = print_verdict(v, n);
+  if (write_json(v, n, same, out, &err)) {
+    fprintf(stderr, "phalanx: %s\n", err.message);
+    return PHX__EXIT_RANK;
+  }
+  return !same && base->s.run.deterministic ? 1 : PHX__EXIT_OK;
+}
+
+int phx__compare(const phx__compare_plan *plan) {
+  int n = 0, status = PHX__EXIT_REFUSED;
+  phx__config *base = NULL;
+  variant *v = phx__calloc(VARIANTS_MAX, sizeof *v);
+  if (!v) fprintf(stderr, "phalanx: no memory to compare\n");
+  if (v && parse_variants(v, plan->variants, &n) &&
+      phx__config_load(plan->file, plan->overrides, plan->n_overrides, stderr, &base) == PHX_OK)
+    status = run_all(plan, base, v, n);
+  phx__config_free(base);
+  for (int i = 0; v && i < n; i++) {
     cJSON_Delete(v[i].run);
-    for (size_t k = 0; k < v[i].n_losses; k++) free(v[i].losses[k]);
-    free(v[i].losses);
+    for (size_t k = 0; k < v[i].n_losses; k++) phx__free(v[i].losses[k]);
+    phx__free(v[i].losses);
   }
   phx__free(v);
   return status;

@@ -154,6 +154,19 @@ static void judge_section(loading *l, const char *name, const phx__entry *at) {
   }
 }
 
+/* A strategy named by its path and then overridden: its section may stand in the file, as any other's. */
+static void add_overridden_strategies(loading *l) {
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  for (const phx__entry *e = p->entries; e; e = e->next) {
+    const phx__plugin *plugin = NULL;
+    if (strcmp(e->section, "run") || strcmp(e->key, "strategy") || !strchr(e->value, '/')) continue;
+    if (strcmp(e->value, l->config->s.run.strategy) == 0) continue;
+    if (phx__loader_open(l->search, PHX_KIND_STRATEGY, e->value, &plugin, &err) != PHX_OK) l->strategy_unknown = true;
+    else if (!phx__config_section(p, plugin->descriptor->id, NULL)) add_plugin_section(l, plugin, false);
+  }
+}
+
 static void judge_sections(loading *l) {
   store *p = l->config->priv;
   for (const phx__header *h = p->headers; h; h = h->next) {
@@ -179,6 +192,8 @@ static void fill(loading *l) {
   add_core_sections(c);
   if (c->priv->oom) return;
   if (list_plugins(l)) select_plugins(l);
+  if (c->priv->oom) return;
+  add_overridden_strategies(l);
   if (c->priv->oom) return;
   judge_sections(l);
   phx__config_check_unknown(c->priv, l->excused);

@@ -121,6 +121,9 @@ static phx_status pass_on(phx__engine *e, const phx_stage_call *call, phx_error 
   const int64_t bytes = e->rt->prepared->stages[call->stage].memory.output;
   if (!call->input || !call->output)
     return phx__fail(err, PHX_UNSUPPORTED, "stage %u cannot be skipped: it is the first or the last", call->stage);
+  if (bytes != e->rt->prepared->stages[call->stage - 1].memory.output)
+    return phx__fail(err, PHX_UNSUPPORTED, "stage %u cannot be skipped: its output is not of its input's size",
+                     call->stage);
   if (call->pass == PHX_PASS_BACKWARD) return d->copy(d->ctx, call->d_input, call->d_output, bytes, NULL, err);
   return d->copy(d->ctx, call->output, call->input, bytes, NULL, err);
 }

@@ -52,7 +52,7 @@ static phx_status book_room(phx__memory_book *book, phx_error *err) {
 static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_error *err) {
   phx__host *h = ctx;
   phx__memory_book *book = h->book;
-  if (what->bytes <= 0 || what->kind < 0 || what->kind >= PHX_MEM_KINDS)
+  if (what->bytes <= 0 || what->bytes > INT64_MAX - PHX_ALIGN || what->kind < 0 || what->kind >= PHX_MEM_KINDS)
     return phx__fail(err, PHX_INVALID, "%s asked for %lld bytes of memory kind %d", h->plugin,
                      (long long)what->bytes, what->kind);
   phx_status status = book_room(book, err);
@@ -146,9 +146,17 @@ void phx__host_init(phx__host *h, const char *plugin, const phx_job *job, phx__m
                         .extension = host_extension, .metric = host_metric};
 }
 
-int64_t phx__host_held(const phx__host *h) {
-  int64_t held = 0;
-  for (size_t i = 0; i < h->book->n; i++)
-    if (h->book->list[i].owner == h) held += h->book->list[i].bytes;
+int64_t phx__host_held(const phx__host *h, char *text, size_t bytes) {
+  int64_t kinds[PHX_MEM_KINDS] = {0}, held = 0;
+  for (size_t i = 0; i < h->book->n; i++) {
+    const phx__allocation *a = &h->book->list[i];
+    if (a->owner != h) continue;
+    kinds[a->kind] += a->bytes;
+    held += a->bytes;
+  }
+  int used = snprintf(text, bytes, "destroy() left allocated:");
+  for (int32_t k = 0; k < PHX_MEM_KINDS && used >= 0 && (size_t)used < bytes; k++)
+    if (kinds[k])
+      used += snprintf(text + used, bytes - (size_t)used, " %lld bytes of %s", (long long)kinds[k], phx__memory_name(k));
   return held;
 }

@@ -42,8 +42,8 @@ typedef struct phx__host {
 } phx__host;
 /* Fills h->table; the other members may be set before or later. */
 void phx__host_init(phx__host *h, const char *plugin, const phx_job *job, phx__memory_book *book);
-/* Bytes the plugin still holds; names the first in err when there are any. */
-int64_t phx__host_held(const phx__host *h);
+/* Bytes the plugin still holds; when there are any, text says how many of which kinds. */
+int64_t phx__host_held(const phx__host *h, char *text, size_t bytes);
 
 const char *phx__memory_name(int32_t kind); /* "weights", "gradients", ... */
 /* One line on stderr, unless it is below the level of PHALANX_LOG=error|warn|info|debug (default: info on rank 0, warn on

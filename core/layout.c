@@ -42,7 +42,7 @@ static phx_status place_units(layout *l, phx_error *err) {
   for (uint32_t u = 0; u < l->model.n_units; u++) {
     phx_unit *unit = &l->units[u];
     int64_t ends[PHX_FLATS] = {0, 0};
-    if (unit->first_param != expected || unit->first_param + unit->n_params > l->model.n_params)
+    if (unit->first_param != expected || unit->n_params > l->model.n_params - expected)
       return phx__fail(err, PHX_INVALID, "unit %s: its parameters do not follow those of the unit before", unit->name);
     expected += unit->n_params;
     for (uint32_t i = 0; i < unit->n_params; i++) {
@@ -102,6 +102,11 @@ phx_status phx__layout_build(const phx_model *declared, phx_model **out, phx_err
   phx_status status = PHX_OK;
   layout *l = phx__calloc(1, sizeof *l);
   if (!l) return phx__fail(err, PHX_NOMEM, "no memory for the model's layout");
+  if (!declared->n_params || !declared->n_units || !declared->n_stages) {
+    status = phx__fail(err, PHX_INVALID, "the model declares %u parameters, %u units and %u stages: none may be 0",
+                       declared->n_params, declared->n_units, declared->n_stages);
+    goto done;
+  }
   l->params = phx__calloc(declared->n_params, sizeof *l->params);
   l->units = phx__calloc(declared->n_units, sizeof *l->units);
   l->stages = phx__calloc(declared->n_stages, sizeof *l->stages);

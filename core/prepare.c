@@ -9,6 +9,8 @@
 #include "status.h"
 #include "sys.h"
 
+#define STEP_TOKENS_MAX (INT64_C(1) << 32) /* so that no size in bytes overflows */
+
 static phx_status prepare_model(phx__prepared *p, phx_error *err) {
   phx_model declared = {.struct_size = sizeof declared};
   p->facts.struct_size = sizeof p->facts;
@@ -19,6 +21,12 @@ static phx_status prepare_model(phx__prepared *p, phx_error *err) {
                      "batch.sequence = %" PRId64 " is longer than the model's context of %" PRId64
                      " tokens: lower batch.sequence or raise model.context",
                      p->shape.sequence, p->facts.context);
+  const int64_t tokens = p->config->s.batch.accumulate * p->shape.micro * p->shape.sequence; /* 2^60 at most */
+  if (tokens > STEP_TOKENS_MAX)
+    return phx__fail(err, PHX_INVALID,
+                     "[batch] micro x accumulate x sequence = %" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64
+                     " tokens per rank and step: more than %" PRId64 " are refused",
+                     p->shape.micro, p->config->s.batch.accumulate, p->shape.sequence, tokens, STEP_TOKENS_MAX);
   return phx__layout_build(&declared, &p->model, err);
 }
 

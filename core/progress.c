@@ -28,7 +28,9 @@ void phx__bytes_text(int64_t bytes, char text[24]) {
 static void keep_metric(void *arg, const char *plugin, const char *name, double value) {
   phx__progress *p = arg;
   size_t used = strlen(p->extra);
-  int n = snprintf(p->extra + used, sizeof p->extra - used, ",\"%s.%s\":%.17g", plugin, name, value);
+  char number[32] = "null"; /* JSON has no NaN and no infinity */
+  if (isfinite(value)) snprintf(number, sizeof number, "%.17g", value);
+  int n = snprintf(p->extra + used, sizeof p->extra - used, ",\"%s.%s\":%s", plugin, name, number);
   if (n < 0 || (size_t)n >= sizeof p->extra - used) p->extra[used] = 0;
 }
 
@@ -61,12 +63,13 @@ static void say(phx__progress *p, int64_t step, const phx__step_result *r, doubl
   enum { WIDTH = 24 };
   char bar[WIDTH + 1];
   const int64_t full = step * WIDTH / steps;
-  const double left = (phx__now() - p->started) / (double)step * (double)(steps - step);
+  const double left = fmin((phx__now() - p->started) / (double)step * (double)(steps - step), 1e8);
   for (int64_t i = 0; i < WIDTH; i++) bar[i] = i < full ? '#' : '.';
   bar[WIDTH] = 0;
+  p->open_line = !valid[0] && step != steps;
   printf("\r\033[K[%s] %" PRId64 "/%" PRId64 " loss %.4f norm %.3f %.0f tok/s %s ETA %d:%02d%s%s", bar, step, steps,
          r->loss, r->grad_norm, rate, memory, (int)left / 60, (int)left % 60, valid,
-         valid[0] || step == steps ? "\n" : "");
+         p->open_line ? "" : "\n");
 }
 
 /* JSON has no infinity. */
@@ -93,7 +96,7 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
   if (hash) fprintf(f, ",\"state_hash\":\"%s\"", hash);
   fprintf(f, "%s}\n", p->extra);
   p->extra[0] = 0;
-  if (fflush(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
+  if (fflush(f) || ferror(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
   if (step == 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss) || r->skipped) {
     say(p, step, r, seconds, valid_loss);
     fflush(stdout);
@@ -102,6 +105,11 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
 }
 
 void phx__progress_close(phx__progress *p) {
+  if (p->open_line) {
+    putchar('\n');
+    fflush(stdout);
+  }
+  p->open_line = false;
   if (p->metrics) fclose(p->metrics);
   p->metrics = NULL;
 }

@@ -7,6 +7,7 @@ typedef struct phx__progress {
   const phx__runtime *rt;
   FILE *metrics;       /* metrics.jsonl, or NULL on other ranks */
   bool terminal;
+  bool open_line;      /* the bar stands on a line that is not ended */
   int64_t tokens_per_step;
   double started;      /* seconds, monotonic */
   char extra[1024];    /* plugins' metrics of this step, as JSON members */
@@ -17,6 +18,6 @@ phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, phx_error *err
 /* One step; valid_loss NaN and hash NULL when not taken at this step. */
 phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds,
                               int64_t bytes_sent, double valid_loss, const char *hash, phx_error *err);
-void phx__progress_close(phx__progress *p);
+void phx__progress_close(phx__progress *p); /* ends the bar's line, so that what follows stands on its own */
 void phx__bytes_text(int64_t bytes, char text[24]); /* "123.4 MiB" */
 #endif

@@ -1,9 +1,7 @@
 /* core/report.c - see report.h. */
 #include "report.h"
 
-#include <cjson/cJSON.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,8 +11,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "output.h"
 #include "status.h"
 #include "sys.h"
+
+enum { RUN_DIR_MAX = 4000 }; /* PATH_MAX, with room for the names below it */
 
 int64_t phx__pss_bytes(void) {
   FILE *f = fopen("/proc/self/smaps_rollup", "re");
@@ -27,31 +28,50 @@ int64_t phx__pss_bytes(void) {
   return kib < 0 ? -1 : kib * 1024;
 }
 
-int64_t phx__report_sum(const int64_t *values, int32_t n) {
-  int64_t sum = 0;
-  for (int32_t i = 0; i < n; i++) sum += values[i];
-  return sum;
-}
-
 /* ---- the run's directory ---- */
-static phx_status make_dirs(const char *path, phx_error *err) {
-  char part[4096];
-  if (snprintf(part, sizeof part, "%s", path) >= (int)sizeof part)
-    return phx__fail(err, PHX_INVALID, "run.out = %s is too long for a path", path);
+/* Makes path and its parents; *made of them, the last ones of the path, are new. */
+static phx_status make_dirs(const char *path, int *made, phx_error *err) {
+  char part[RUN_DIR_MAX];
+  *made = 0;
+  snprintf(part, sizeof part, "%s", path);
   for (char *slash = strchr(part + 1, '/');; slash = strchr(slash + 1, '/')) {
     if (slash) *slash = 0;
-    if (phx__sys.mkdir(part, 0755) && errno != EEXIST)
+    if (!phx__sys.mkdir(part, 0755)) ++*made;
+    else if (errno != EEXIST)
       return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
     if (!slash) return PHX_OK;
     *slash = '/';
   }
 }
 
-static phx_status move_aside(const char *dir, phx_error *err) {
-  char name[4200];
+/* Takes new directories back, the deepest first; those that are not there or not empty end it. */
+static void unmake_dirs(const char *path, int made) {
+  char part[RUN_DIR_MAX];
+  snprintf(part, sizeof part, "%s", path);
+  while (made > 0 && *part) {
+    if (!rmdir(part)) made--;
+    else if (errno == ENOTEMPTY || errno == EEXIST) return;
+    char *slash = strrchr(part, '/');
+    if (!slash) return;
+    *slash = 0;
+  }
+}
+
+static bool holds_a_run(const char *dir) {
+  static const char *const names[] = {"run.json", "compare.json", "compare"};
+  char name[RUN_DIR_MAX + 32];
   struct stat st;
-  snprintf(name, sizeof name, "%s/run.json", dir);
-  if (stat(name, &st)) return PHX_OK;
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    snprintf(name, sizeof name, "%s/%s", dir, names[i]);
+    if (!stat(name, &st)) return true;
+  }
+  return false;
+}
+
+static phx_status move_aside(const char *dir, phx_error *err) {
+  char name[RUN_DIR_MAX + 32];
+  struct stat st;
+  if (!holds_a_run(dir)) return PHX_OK;
   for (int n = 1; n < 100000; n++) {
     snprintf(name, sizeof name, "%s.%d", dir, n);
     if (!lstat(name, &st)) continue;
@@ -62,19 +82,33 @@ static phx_status move_aside(const char *dir, phx_error *err) {
   return phx__fail(err, PHX_IO, "%s has too many earlier runs beside it: remove some, or change run.out", dir);
 }
 
+static phx_status write_config(const phx__config *config, const char *dir, phx_error *err) {
+  char path[RUN_DIR_MAX + 32], *text = NULL;
+  size_t bytes = 0;
+  FILE *f = open_memstream(&text, &bytes);
+  if (!f) return phx__fail_errno(err, PHX_NOMEM, errno, "cannot write %s/config.ini", dir);
+  phx__config_print(config, f, true);
+  const bool short_of_memory = ferror(f);
+  phx_status status = PHX_OK;
+  snprintf(path, sizeof path, "%s/config.ini", dir);
+  if (fclose(f) || short_of_memory || !text) status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+  else status = phx__text_write(path, text, err);
+  free(text);
+  return status;
+}
+
 phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
-  char path[4200], dir[4096];
-  snprintf(dir, sizeof dir, "%s", config->s.run.out);
+  char dir[RUN_DIR_MAX];
+  int made = 0;
+  if (snprintf(dir, sizeof dir, "%s", config->s.run.out) >= (int)sizeof dir)
+    return phx__fail(err, PHX_INVALID, "run.out has %zu characters: more than %d are too long for a path",
+                     strlen(config->s.run.out), RUN_DIR_MAX - 1);
   for (size_t n = strlen(dir); n > 1 && dir[n - 1] == '/'; n--) dir[n - 1] = 0;
   phx_status status = move_aside(dir, err);
-  if (!status) status = make_dirs(dir, err);
   if (status) return status;
-  snprintf(path, sizeof path, "%s/config.ini", dir);
-  FILE *f = fopen(path, "we");
-  if (!f) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-  phx__config_print(config, f, true);
-  if (fflush(f) || ferror(f)) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-  fclose(f);
+  status = make_dirs(dir, &made, err);
+  if (!status) status = write_config(config, dir, err);
+  if (status) unmake_dirs(dir, made);
   return status;
 }
 
@@ -117,7 +151,7 @@ static void add_ranks(cJSON *parent, const char *name, const phx__run_result *r,
   for (int32_t i = 0; i < r->n_ranks; i++) {
     int64_t value;
     memcpy(&value, (const char *)&r->ranks[i] + offset, sizeof value);
-    cJSON_AddItemToArray(a, cJSON_CreateNumber((double)value));
+    phx__json_append(a, cJSON_CreateNumber((double)value));
   }
 }
 
@@ -153,14 +187,12 @@ static void add_result(cJSON *root, const phx__run_result *r) {
 }
 
 phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, phx_error *err) {
-  phx_status status = PHX_OK;
-  char path[4200], part[4300], when[64];
+  char path[4200], when[64];
   time_t now = time(NULL);
   struct tm tm;
-  FILE *f = NULL;
+  phx__json_begin();
   cJSON *root = cJSON_CreateObject();
   snprintf(path, sizeof path, "%s/run.json", rt->config->s.run.out);
-  snprintf(part, sizeof part, "%s.part", path);
   strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &tm));
   cJSON_AddStringToObject(root, "phalanx", PHX__VERSION);
   cJSON_AddStringToObject(root, result ? "finished" : "started", when);
@@ -173,17 +205,7 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
   add_plugin(plugins, "model", rt->config->model.plugin);
   phx__config_each(rt->config, add_config, cJSON_AddObjectToObject(root, "config"));
   if (result) add_result(root, result);
-  char *text = cJSON_Print(root);
-  if (!text) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for %s", path);
-    goto done;
-  }
-  f = fopen(part, "we");
-  if (!f || fputs(text, f) < 0 || fputc('\n', f) < 0 || fflush(f) || fsync(fileno(f)) || phx__sys.rename(part, path))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-done:
-  if (f) fclose(f);
-  cJSON_free(text);
+  const phx_status status = phx__json_write(path, root, err);
   cJSON_Delete(root);
   return status;
 }

@@ -23,9 +23,9 @@ typedef struct phx__run_result {
 
 /* Proportional set size of this process, or -1. */
 int64_t phx__pss_bytes(void);
-/* Creates run_dir (and parents); a previous run there is moved aside to run_dir.N; writes config.ini.  Launcher only. */
+/* Creates run.out (and parents); an earlier run there is moved aside to run.out.N; writes config.ini.  On failure no new
+ * directory is left.  The launcher, or rank 0 under another launcher. */
 phx_status phx__run_dir_create(const phx__config *config, phx_error *err);
 /* run.json; result NULL while the run goes on.  Written beside and renamed. */
 phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, phx_error *err);
-int64_t phx__report_sum(const int64_t *values, int32_t n);
 #endif

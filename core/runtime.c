@@ -105,9 +105,11 @@ void phx__runtime_close(phx__runtime *rt) {
   if (rt->model) rt->prepared->model_table->destroy(rt->model);
   if (rt->core) rt->core->destroy(rt->core);
   const phx__host *plugins[] = {&rt->strategy_host, &rt->model_host};
-  for (int i = 0; i < 2; i++)
-    if (phx__host_held(plugins[i]) > 0)
-      phx__log(rt->job->rank, plugins[i]->plugin, PHX_LOG_ERROR, "destroy() left memory allocated");
+  for (int i = 0; i < 2; i++) {
+    char text[128];
+    if (phx__host_held(plugins[i], text, sizeof text) > 0)
+      phx__log(rt->job->rank, plugins[i]->plugin, PHX_LOG_ERROR, text);
+  }
   phx__memory_book_clear(&rt->book);
   if (rt->world) rt->prepared->comm->destroy(rt->world);
   if (rt->device_self) rt->prepared->device->destroy(rt->device_self);
@@ -133,11 +135,11 @@ static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error 
   phx__runtime *rt = ((state_walk *)ctx)->rt;
   void *data = NULL;
   if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK; /* the strategy's own business */
-  phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_WRITE, &data, err);
-  if (status) return status;
   if (slice->dtype != PHX_F32)
     return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
                      slice->dtype);
+  phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_WRITE, &data, err);
+  if (status) return status;
   memset(data, 0, (size_t)slice->blocks * PHX_BLOCK * sizeof(float));
   if (slice->kind == PHX_STATE_WEIGHT || slice->kind == PHX_STATE_MASTER) {
     phx__range r = {0};

@@ -4,6 +4,7 @@
  * that sampling uses the very path that training uses. */
 #include "sample.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -78,7 +79,8 @@ static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_err
     show(tokens[n++], bytes);
     fflush(stdout);
   }
-  putchar('\n');
+  if (putchar('\n') == EOF || fflush(stdout) || ferror(stdout))
+    status = phx__fail_errno(err, PHX_IO, errno, "cannot write the text");
 done:
   phx__free(candidates);
   phx__free(logits);
@@ -86,22 +88,32 @@ done:
   return status;
 }
 
-static phx_status open_and_generate(const phx__config *config, const phx__sample_options *o, phx_error *err) {
+/* What the caller of the command can tell apart: refused (2), failed here (3), damaged weights (4). */
+static int exit_of_weights(phx_status status) {
+  if (status == PHX_INVALID) return PHX__EXIT_REFUSED; /* cannot be opened */
+  return status == PHX_IO ? PHX__EXIT_DAMAGED : PHX__EXIT_RANK;
+}
+
+static int open_and_generate(const phx__config *config, const phx__sample_options *o, phx_error *err) {
   char path[4200];
+  int exit_status = PHX__EXIT_REFUSED;
   const phx_job *job = NULL;
   phx__prepared *prepared = NULL;
   phx__runtime *rt = NULL;
   phx__engine *engine = NULL;
   phx_status status = phx__job_open(config->s.run.timeout, &job, err);
   if (!status) status = phx__prepare(config, 0, 1, 0, 1, 1, 0, &prepared, err);
-  if (!status) status = phx__runtime_open(config, job, prepared, &rt, err);
+  if (status) return exit_status;
+  status = phx__runtime_open(config, job, prepared, &rt, err);
   if (!status) status = phx__engine_create(rt, &engine, err);
+  exit_status = status ? PHX__EXIT_RANK : PHX__EXIT_OK;
   snprintf(path, sizeof path, "%s/weights.safetensors", o->run_dir);
-  if (!status) status = phx__weights_read(rt, path, err);
-  if (!status) status = generate(engine, o, err);
+  if (!status && (status = phx__weights_read(rt, path, err))) exit_status = exit_of_weights(status);
+  if (!status && (status = generate(engine, o, err)))
+    exit_status = status == PHX_UNSUPPORTED ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
   phx__engine_destroy(engine);
   phx__runtime_close(rt);
-  return status;
+  return exit_status;
 }
 
 int phx__sample(const phx__sample_options *o) {
@@ -114,9 +126,8 @@ int phx__sample(const phx__sample_options *o) {
   setenv("PHALANX_LOG", "warn", 0); /* the text is what is wanted */
   snprintf(path, sizeof path, "%s/config.ini", o->run_dir);
   if (phx__config_load(path, one_rank, sizeof one_rank / sizeof *one_rank, stderr, &config)) return PHX__EXIT_REFUSED;
-  phx_status status = open_and_generate(config, o, &err);
+  const int exit_status = open_and_generate(config, o, &err);
   phx__config_free(config);
-  if (!status) return PHX__EXIT_OK;
-  fprintf(stderr, "phalanx: %s\n", err.message);
-  return PHX__EXIT_REFUSED;
+  if (exit_status) fprintf(stderr, "phalanx: %s\n", err.message);
+  return exit_status;
 }

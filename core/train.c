@@ -210,10 +210,10 @@ static phx_status open_run(run *r, phx_error *err) {
                        "run.max_restarts = %" PRId64 " is for ranks that this command starts; another launcher started "
                        "these: use its restarts, and 0 here",
                        r->config->s.run.max_restarts);
-  /* under torchrun, mpirun or srun nobody made the directory yet */
-  if (!status && r->job->rank == 0 && r->job->size > 1 && !getenv("PHALANX_RANK"))
-    status = phx__run_dir_create(r->config, err);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
+  /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
+  if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
+    status = phx__run_dir_create(r->config, err);
   return status;
 }
 
@@ -240,6 +240,7 @@ int phx__train_rank(const phx__config *config) {
   phx_status status = open_run(&r, &err);
   const bool refused = status != PHX_OK;
   if (!status) status = run_steps(&r, &err);
+  phx__progress_close(&r.progress);
   if (status) {
     fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
@@ -247,7 +248,6 @@ int phx__train_rank(const phx__config *config) {
       r.job->fail(r.job->ctx, err.message);
     }
   }
-  phx__progress_close(&r.progress);
   if (!status || refused || r.job->size == 1) { /* after a failure peers may be gone: the process ends as it is */
     phx__drift_close(r.drift);
     phx__engine_destroy(r.engine);
@@ -281,6 +281,8 @@ int phx__train_launch(const phx__config *config, char *const *argv) {
   say_plugin("device", config->device.plugin);
   say_plugin("comm", config->comm.plugin);
   say_plugin("model", config->model.plugin);
-  return config->s.run.ranks == 1 && config->s.run.max_restarts == 0 ? phx__train_rank(config)
-                                                                      : phx__restart_run(config, argv);
+  if (config->s.run.ranks > 1 || config->s.run.max_restarts > 0) return phx__restart_run(config, argv);
+  /* it was accepted above: what goes wrong now is a failure, not a refusal */
+  const int exit_status = phx__train_rank(config);
+  return exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
 }

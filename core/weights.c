@@ -4,15 +4,16 @@
  * without holes, in declaration order.  The header is read under limits; damage names the file and the tensor. */
 #include "weights.h"
 
-#include <cjson/cJSON.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "layout.h"
+#include "output.h"
 #include "status.h"
 #include "sys.h"
 
@@ -29,7 +30,7 @@ static phx_status transfer(const weights_file *f, bool out, void *data, int64_t 
   char *p = data;
   while (bytes > 0) {
     const size_t part = bytes > 1 << 30 ? 1u << 30 : (size_t)bytes;
-    ssize_t n = out ? phx__sys.pwrite(f->fd, p, part, at) : pread(f->fd, p, part, at);
+    ssize_t n = out ? phx__sys.pwrite(f->fd, p, part, at) : phx__sys.pread(f->fd, p, part, at);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return phx__fail_errno(err, PHX_IO, errno, "%s %s", out ? "cannot write" : "cannot read", f->path);
     if (n == 0) return phx__fail(err, PHX_IO, "%s %s at byte %lld", f->path,
@@ -80,22 +81,25 @@ static phx_status walk_slices(const weights_file *f, bool out, phx_error *err) {
 /* ---- writing ---- */
 static char *header_text(const phx_model *model, int64_t *place) {
   int64_t at = 0;
+  phx__json_begin();
   cJSON *root = cJSON_CreateObject();
   for (uint32_t i = 0; i < model->n_params; i++) {
     const phx_param *p = phx_model_param(model, i);
     cJSON *tensor = cJSON_AddObjectToObject(root, p->name);
     cJSON_AddStringToObject(tensor, "dtype", "F32");
     cJSON *shape = cJSON_AddArrayToObject(tensor, "shape");
-    for (uint32_t d = 0; d < p->ndim; d++) cJSON_AddItemToArray(shape, cJSON_CreateNumber((double)p->shape[d]));
+    for (uint32_t d = 0; d < p->ndim; d++) phx__json_append(shape, cJSON_CreateNumber((double)p->shape[d]));
     cJSON *offsets = cJSON_AddArrayToObject(tensor, "data_offsets");
-    cJSON_AddItemToArray(offsets, cJSON_CreateNumber((double)at));
-    cJSON_AddItemToArray(offsets, cJSON_CreateNumber((double)(at + p->numel * 4)));
+    phx__json_append(offsets, cJSON_CreateNumber((double)at));
+    phx__json_append(offsets, cJSON_CreateNumber((double)(at + p->numel * 4)));
     place[i] = at;
     at += p->numel * 4;
   }
   char *text = cJSON_PrintUnformatted(root);
   cJSON_Delete(root);
-  return text;
+  if (!phx__json_lost()) return text;
+  cJSON_free(text);
+  return NULL;
 }
 
 static phx_status write_header(const weights_file *f, const char *text, int64_t padded, phx_error *err) {
@@ -117,7 +121,8 @@ phx_status phx__weights_write(phx__runtime *rt, const char *path, phx_error *err
   weights_file f = {.rt = rt, .path = part, .fd = -1};
   char *text = NULL;
   const bool first = rt->job->rank == 0;
-  snprintf(part, sizeof part, "%s.part", path);
+  if (snprintf(part, sizeof part, "%s.part", path) >= (int)sizeof part)
+    return phx__fail(err, PHX_INVALID, "%s is too long for a path", path);
   f.place = phx__calloc(rt->prepared->model->n_params, sizeof *f.place);
   if (f.place) text = header_text(rt->prepared->model, f.place);
   if (!text) {
@@ -145,6 +150,7 @@ phx_status phx__weights_write(phx__runtime *rt, const char *path, phx_error *err
   if (first && phx__sys.rename(part, path))
     status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
 done:
+  if (status && first && f.fd >= 0) phx__sys.unlink(part);
   if (f.fd >= 0) phx__sys.close(f.fd);
   cJSON_free(text);
   phx__free(f.place);
@@ -159,17 +165,26 @@ static phx_status read_tensor(const weights_file *f, const cJSON *root, uint32_t
   const cJSON *shape = cJSON_GetObjectItemCaseSensitive(tensor, "shape");
   const cJSON *offsets = cJSON_GetObjectItemCaseSensitive(tensor, "data_offsets");
   const char *dtype = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(tensor, "dtype"));
-  if (!tensor) return phx__fail(err, PHX_INVALID, "%s has no tensor %s: not weights of this model", f->path, p->name);
+  if (!tensor) return phx__fail(err, PHX_IO, "%s has no tensor %s: not weights of this model", f->path, p->name);
   bool same = dtype && !strcmp(dtype, "F32") && cJSON_GetArraySize(shape) == (int)p->ndim &&
               cJSON_GetArraySize(offsets) == 2;
   for (uint32_t d = 0; same && d < p->ndim; d++)
     same = cJSON_GetNumberValue(cJSON_GetArrayItem(shape, (int)d)) == (double)p->shape[d];
-  if (!same) return phx__fail(err, PHX_INVALID, "%s: tensor %s is not F32 of the model's shape", f->path, p->name);
+  if (!same) return phx__fail(err, PHX_IO, "%s: tensor %s is not F32 of the model's shape", f->path, p->name);
   const double begin = cJSON_GetNumberValue(cJSON_GetArrayItem(offsets, 0));
   const double end = cJSON_GetNumberValue(cJSON_GetArrayItem(offsets, 1));
-  if (!(begin >= 0) || end - begin != (double)p->numel * 4 || end > (double)(file_bytes - data_at))
-    return phx__fail(err, PHX_INVALID, "%s: tensor %s lies outside the file", f->path, p->name);
+  if (!(begin >= 0) || begin != floor(begin) || end - begin != (double)p->numel * 4)
+    return phx__fail(err, PHX_IO, "%s: the place of tensor %s (bytes %.0f to %.0f) is not that of %lld numbers", f->path,
+                     p->name, begin, end, (long long)p->numel);
+  if (end > (double)(file_bytes - data_at))
+    return phx__fail(err, PHX_IO, "%s: tensor %s ends at byte %.0f of the data, which has only %lld: the file is truncated",
+                     f->path, p->name, end, (long long)(file_bytes - data_at));
   f->place[i] = data_at + (int64_t)begin;
+  for (uint32_t j = 0; j < i; j++) {
+    const phx_param *q = phx_model_param(f->rt->prepared->model, j);
+    if (f->place[i] < f->place[j] + q->numel * 4 && f->place[j] < f->place[i] + p->numel * 4)
+      return phx__fail(err, PHX_IO, "%s: tensors %s and %s overlap", f->path, q->name, p->name);
+  }
   return PHX_OK;
 }
 
@@ -179,12 +194,12 @@ static phx_status read_header(const weights_file *f, phx_error *err) {
   struct stat st;
   char *text = NULL;
   cJSON *root = NULL;
-  if (fstat(f->fd, &st)) return phx__fail_errno(err, PHX_IO, errno, "cannot look at %s", f->path);
+  if (phx__sys.fstat(f->fd, &st)) return phx__fail_errno(err, PHX_IO, errno, "cannot look at %s", f->path);
   PHX__TRY(transfer(f, false, length, 8, 0, err));
   uint64_t bytes = 0;
   for (int i = 7; i >= 0; i--) bytes = bytes << 8 | length[i];
   if (bytes < 2 || bytes > HEADER_MAX || (int64_t)bytes > st.st_size - 8) {
-    status = phx__fail(err, PHX_INVALID, "%s is not a safetensors file (header of %llu bytes)", f->path,
+    status = phx__fail(err, PHX_IO, "%s is not a safetensors file (header of %llu bytes)", f->path,
                        (unsigned long long)bytes);
     goto done;
   }
@@ -194,9 +209,14 @@ static phx_status read_header(const weights_file *f, phx_error *err) {
     goto done;
   }
   PHX__TRY(transfer(f, false, text, (int64_t)bytes, 8, err));
+  phx__json_begin();
   root = cJSON_ParseWithLength(text, bytes);
+  if (phx__json_lost()) {
+    status = phx__fail(err, PHX_NOMEM, "no memory for the header of %s", f->path);
+    goto done;
+  }
   if (!cJSON_IsObject(root)) {
-    status = phx__fail(err, PHX_INVALID, "%s: the header is not JSON", f->path);
+    status = phx__fail(err, PHX_IO, "%s: the header is not JSON", f->path);
     goto done;
   }
   for (uint32_t i = 0; i < f->rt->prepared->model->n_params; i++)
@@ -211,7 +231,7 @@ phx_status phx__weights_read(phx__runtime *rt, const char *path, phx_error *err)
   phx_status status = PHX_OK;
   weights_file f = {.rt = rt, .path = path};
   f.fd = phx__sys.open(path, O_RDONLY, 0);
-  if (f.fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s", path);
+  if (f.fd < 0) return phx__fail_errno(err, PHX_INVALID, errno, "cannot open the weights %s", path);
   f.place = phx__calloc(rt->prepared->model->n_params, sizeof *f.place);
   if (!f.place) {
     status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);

@@ -4,12 +4,18 @@
  * backward pass computes the probabilities again from qkv and lse.  Tiles above the diagonal are not computed, and
  * inside a diagonal tile only what the mask leaves, in steps of 4 rows and one vector.
  *
+ * Order of the loops.  Forward: for a group of up to 4 tiles of queries, for each tile of keys, for each tile of the
+ * group: so keys and values are copied once per group, and the outputs stay in scratch until they are complete.
+ * Backward: for a group of tiles of keys, for each tile of queries, for each tile of the group: so queries and output
+ * gradients are copied, and dq read and written, once per group, and dk and dv stay in scratch.  A group, its
+ * gradients and one tile of scores stay in the second-level cache (1 MiB), what one product reuses in the first.
+ *
  * Forward computes scores transposed, S^T = K Q^T: the softmax then runs down the columns of a tile, without a
  * horizontal sum, and neither K nor the probabilities need a transpose.  Backward computes S = Q K^T with K^T and V^T
- * transposed once per 64 keys.  Everything else is copied into dense tiles: rows of qkv are 3C apart, a distance at
+ * transposed once per 64 keys.  All operands are copied into dense tiles: rows of qkv are 3C apart, a distance at
  * which they evict each other from the first-level cache.
  *
- * Invariant: scratch per thread is a constant, whatever the shape.  One item (a tile of queries forward, a head
+ * Invariant: scratch per thread is a constant, whatever the shape.  One item (a group of queries forward, a head
  * backward) is computed by one thread in one order, so the bits do not depend on the number of threads.
  * Unlike the other kernels this file may contract a * b + c; its bits differ between instruction sets.
  *
@@ -19,28 +25,30 @@
 #include "tile.h"
 
 #define WIDEST 256 /* largest head size */
+#define GROUP 4    /* most tiles that are held at once; fewer where a head is wide */
+#define LAZY 8.0f  /* the running maximum is left behind by up to this, in powers of two */
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
-/* One thread's part of the scratch; each pass uses some of it. */
+/* One thread's part of the scratch; each pass uses some of it.  Arrays of TILE * WIDEST hold a group of tiles one
+ * after the other (part below), or one tile. */
 typedef struct tiles {
-  float q[TILE * WIDEST]; /* (TILE, dp) forward: Q^T (d, TILE) */
-  float k[TILE * WIDEST];
-  float v[TILE * WIDEST];  /* backward: V^T (d, TILE) */
-  float kt[TILE * WIDEST]; /* K^T (d, TILE) */
-  float o[TILE * WIDEST];  /* forward: unnormalised output; backward: dO */
-  float dk[TILE * WIDEST], dv[TILE * WIDEST], dq[TILE * WIDEST];
+  float q[TILE * WIDEST];                     /* (TILE, dp); forward: group of Q^T (d, TILE) */
+  float k[TILE * WIDEST];                     /* (TILE, dp); backward: group */
+  float v[TILE * WIDEST];                     /* (TILE, dp); backward: group of V^T (d, TILE) */
+  float kt[TILE * WIDEST];                    /* group of K^T (d, TILE) */
+  float o[TILE * WIDEST];                     /* forward: group of unnormalised outputs; backward: dO */
+  float dk[TILE * WIDEST], dv[TILE * WIDEST]; /* groups */
+  float dq[TILE * WIDEST];
   float s[TILE * TILE], dp[TILE * TILE];
-  float max[TILE], sum[TILE], decay[TILE];
-  float fill[64];
+  float max[GROUP * TILE], sum[GROUP * TILE];
+  float decay[TILE];
 } tiles;
 _Static_assert(sizeof(tiles) % PHX_ALIGN == 0, "each thread's tiles begin at PHX_ALIGN");
 
 int64_t phx__cpu_attention_scratch(int32_t threads) {
   return threads * (int64_t)sizeof(tiles);
 }
-
-/* ---- forward ---- */
 
 typedef struct job {
   const float *qkv, *out, *lse, *dout;
@@ -50,9 +58,23 @@ typedef struct job {
   tiles *scratch;
 } job;
 
-/* One vector of columns (queries) of S^T(keys, TILE) becomes probabilities relative to the new running maximum.  In a
- * diagonal tile `lane` is the first query's place in it: keys after a query are masked. */
-INLINE void softmax_column(float *s, int64_t keys, int diagonal, int64_t lane, float *max, float *sum, float *decay) {
+/* Tiles in a group: what fits TILE * WIDEST. */
+static int64_t group_of(int64_t dp) {
+  return WIDEST / dp < GROUP ? WIDEST / dp : GROUP;
+}
+
+/* The number of rows in the tile that begins at t0, of t in all; 0 past the end. */
+static int64_t rows_at(int64_t t0, int64_t t) {
+  return t0 >= t ? 0 : t - t0 < TILE ? t - t0 : TILE;
+}
+
+/* ---- forward ---- */
+
+/* One vector of columns (queries) of S^T(keys, TILE) becomes probabilities relative to the running maximum.  In a
+ * diagonal tile `lane` is the first query's place in it: keys after a query are masked.  The maximum follows only when
+ * it is more than LAZY behind: until then probabilities up to 2^LAZY are as exact, and nothing has to be rescaled.
+ * Returns whether any query's has moved. */
+INLINE int softmax_column(float *s, int64_t keys, int diagonal, int64_t lane, float *max, float *sum, float *decay) {
   const phx__vf none = phx__splat(-INFINITY), query = lane_numbers() + (float)lane;
   if (diagonal) {
     if (keys > lane + VL) keys = lane + VL;
@@ -65,20 +87,36 @@ INLINE void softmax_column(float *s, int64_t keys, int diagonal, int64_t lane, f
   phx__vf top[4] = {none, none, none, none};
   int64_t k = 0;
   for (; k + 4 <= keys; k += 4)
-    for (int u = 0; u < 4; u++) top[u] = larger(phx__load(s + (k + u) * TILE), top[u]);
+    UNROLL for (int u = 0; u < 4; u++) top[u] = larger(phx__load(s + (k + u) * TILE), top[u]);
   for (; k < keys; k++) top[0] = larger(phx__load(s + k * TILE), top[0]);
   const phx__vf old = phx__load(max);
-  const phx__vf now = larger(larger(larger(top[0], top[1]), larger(top[2], top[3])), old);
-  const phx__vf shrink = exp2_lanes(old - now);
-  phx__vf total[2] = {(phx__vf){0}, (phx__vf){0}};
-  for (k = 0; k < keys; k++) {
+  const phx__vf here = larger(larger(top[0], top[1]), larger(top[2], top[3]));
+  const phx__vi moves = here - old > LAZY;
+  const phx__vf now = phx__choose(moves, here, old);
+  phx__vf total[4] = {(phx__vf){0}, (phx__vf){0}, (phx__vf){0}, (phx__vf){0}};
+  for (k = 0; k + 4 <= keys; k += 4) {
+    phx__vf p[4];
+    UNROLL for (int u = 0; u < 4; u++) p[u] = exp2_lanes(phx__load(s + (k + u) * TILE) - now);
+    UNROLL for (int u = 0; u < 4; u++) phx__store(s + (k + u) * TILE, p[u]);
+    UNROLL for (int u = 0; u < 4; u++) total[u] += p[u];
+  }
+  for (; k < keys; k++) {
     const phx__vf p = exp2_lanes(phx__load(s + k * TILE) - now);
     phx__store(s + k * TILE, p);
-    total[k & 1] += p;
+    total[0] += p;
   }
-  phx__store(max, now);
-  phx__store(decay, shrink);
-  phx__store(sum, phx__load(sum) * shrink + (total[0] + total[1]));
+  phx__vf before = phx__load(sum);
+  const int moved = any_lane(moves);
+  if (moved) {
+    const phx__vf shrink = exp2_lanes(old - now);
+    phx__store(max, now);
+    before *= shrink;
+    phx__store(decay, shrink);
+  } else {
+    phx__store(decay, phx__splat(1.0f));
+  }
+  phx__store(sum, before + ((total[0] + total[1]) + (total[2] + total[3])));
+  return moved;
 }
 
 /* Rows of o(rows, dp) times decay[row]; rows that keep their maximum are left alone. */
@@ -89,59 +127,86 @@ static void rescale(float *o, int64_t dp, int64_t rows, const float *decay) {
   }
 }
 
-/* Queries q0 .. q0 + rows - 1 of one head. */
-static void forward_tile(const job *a, tiles *w, int64_t batch, int64_t head, int64_t q0, soon next_q) {
-  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), left = a->t - q0, rows = left < TILE ? left : TILE;
-  const float *q = a->qkv + batch * a->t * ld + head * d, *k = q + a->c, *v = k + a->c;
+/* A tile of queries of w's group against the keys in w. */
+static void forward_tile(tiles *w, int64_t part, int64_t rows, int64_t keys, int diagonal, int first, int64_t d,
+                         soon soon_s, soon soon_o) {
+  const int64_t dp = round_up(d, VL);
   const int vecs = (int)(round_up(rows, VL) / VL);
-  float *out = a->new_out + (batch * a->t + q0) * a->c + head * d;
-  pack_transposed(w->q, q + q0 * ld, ld, rows, d, a->scale * LOG2E);
-  memset(w->o, 0, (size_t)(TILE * dp) * sizeof *w->o);
-  for (int64_t i = 0; i < TILE; i++) w->max[i] = -INFINITY, w->sum[i] = 0.0f;
-  for (int64_t k0 = 0; k0 <= q0; k0 += TILE) {
-    const int diagonal = k0 == q0;
-    const int64_t keys = diagonal ? rows : TILE;
-    operand keys_at = {k + k0 * ld, ld, 1};
-    const int64_t next = k0 + TILE, more = next == q0 ? rows : TILE;
-    const soon next_k = diagonal ? nothing : (soon){k + next * ld, ld, more};
-    const soon next_v = diagonal ? nothing : (soon){v + next * ld, ld, more};
-    if (keys % ROWS) {
-      pack(w->k, dp, k + k0 * ld, ld, keys, d);
-      keys_at = (operand){w->k, dp, 1};
-    }
-    pack(w->v, dp, v + k0 * ld, ld, keys, d);
-    product(diagonal ? COLS_FROM : WHOLE, keys, vecs, d, keys_at, w->q, TILE, w->s, TILE, 0,
-            diagonal ? (soon){out, a->c, rows} : next_k, d);
-    for (int64_t i = 0; i < vecs; i++)
-      softmax_column(w->s + i * VL, keys, diagonal, i * VL, w->max + i * VL, w->sum + i * VL, w->decay + i * VL);
-    if (k0) rescale(w->o, dp, rows, w->decay);
-    product(diagonal ? DEPTH_UPTO : WHOLE, rows, (int)(dp / VL), keys, (operand){w->s, 1, TILE}, w->v, dp, w->o, dp, 1,
-            diagonal ? next_q : next_v, d);
-  }
-  float *lse = a->new_lse + (batch * a->heads + head) * a->t + q0;
+  float *o = w->o + part * TILE * dp;
+  int moved = 0;
+  product(diagonal ? COLS_FROM : WHOLE, keys, vecs, d, (operand){w->k, dp, 1}, w->q + part * TILE * dp, TILE, w->s,
+          TILE, 0, soon_s, d);
+  for (int64_t i = 0; i < vecs * VL; i += VL)
+    moved |=
+        softmax_column(w->s + i, keys, diagonal, i, w->max + part * TILE + i, w->sum + part * TILE + i, w->decay + i);
+  if (moved && !first) rescale(o, dp, rows, w->decay);
+  product(diagonal ? DEPTH_UPTO : WHOLE, rows, (int)(dp / VL), keys, (operand){w->s, 1, TILE}, w->v, dp, o, dp, !first,
+          soon_o, d);
+}
+
+/* out(rows, d; c) and lse of a tile of queries that has seen all its keys */
+static void forward_end(const tiles *w, int64_t part, float *out, float *lse, int64_t c, int64_t rows, int64_t d) {
+  const int64_t dp = round_up(d, VL);
+  const float *o = w->o + part * TILE * dp, *max = w->max + part * TILE, *sum = w->sum + part * TILE;
   for (int64_t r = 0; r < rows; r++) {
-    const float by = 1.0f / w->sum[r];
-    for (int64_t i = 0; i < d; i++) out[r * a->c + i] = w->o[r * dp + i] * by;
-    lse[r] = w->max[r] * LN2 + logf(w->sum[r]);
+    const float by = 1.0f / sum[r];
+    for (int64_t i = 0; i < d; i++) out[r * c + i] = o[r * dp + i] * by;
+    lse[r] = max[r] * LN2 + logf(sum[r]);
   }
 }
 
-/* The first query of a head's x-th tile: tiles are taken from both ends in turn, so that equal numbers of items are
- * about equal work. */
-static int64_t forward_query(int64_t x, int64_t n) {
-  return (x % 2 ? n - 1 - x / 2 : x / 2) * TILE;
+/* Queries q0 .. q0 + n * TILE - 1 of one head: every tile of keys is packed once for the group.  `after`: the queries
+ * of the next group. */
+static void forward_group(const job *a, tiles *w, int64_t batch, int64_t head, int64_t q0, int64_t n, soon after) {
+  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), t = a->t;
+  const float *q = a->qkv + batch * t * ld + head * d, *k = q + a->c, *v = k + a->c;
+  float *out = a->new_out + batch * t * a->c + head * d, *lse = a->new_lse + (batch * a->heads + head) * t;
+  for (int64_t i = 0; i < n; i++)
+    pack_transposed(w->q + i * TILE * dp, q + (q0 + i * TILE) * ld, ld, rows_at(q0 + i * TILE, t), d, a->scale * LOG2E);
+  for (int64_t i = 0; i < n * TILE; i++) w->max[i] = -INFINITY, w->sum[i] = 0.0f;
+  for (int64_t k0 = 0; k0 < q0 + n * TILE; k0 += TILE) {
+    const int64_t keys = rows_at(k0, t), next = k0 + TILE, on_diagonal = k0 < q0 ? -1 : (k0 - q0) / TILE;
+    const int64_t first = on_diagonal < 0 ? 0 : on_diagonal;
+    pack(w->k, dp, k + k0 * ld, ld, keys, d);
+    pack(w->v, dp, v + k0 * ld, ld, keys, d);
+    for (int64_t i = first; i < n; i++) {
+      const int64_t rows = rows_at(q0 + i * TILE, t);
+      soon soon_s = nothing, soon_o = nothing;
+      if (i == on_diagonal) { /* the last of this tile of queries */
+        const int64_t left = after.rows - i * TILE;
+        soon_s = (soon){out + k0 * a->c, a->c, rows};
+        soon_o = (soon){after.p + i * TILE * ld, ld, left < TILE ? left : TILE};
+      } else if (i == on_diagonal + 1) {
+        soon_s = (soon){k + next * ld, ld, rows_at(next, t)};
+        soon_o = (soon){v + next * ld, ld, rows_at(next, t)};
+      }
+      forward_tile(w, i, rows, keys, i == on_diagonal, k0 == 0, d, soon_s, soon_o);
+    }
+    if (on_diagonal >= 0) forward_end(w, on_diagonal, out + k0 * a->c, lse + k0, a->c, keys, d);
+  }
 }
 
-/* Items are the tiles of queries of every head. */
+/* The first query of a head's x-th group of n: groups are taken from both ends in turn, so that equal numbers of items
+ * are about equal work. */
+static int64_t forward_query(int64_t x, int64_t n, int64_t size) {
+  return (x % 2 ? n - 1 - x / 2 : x / 2) * size;
+}
+
+static int64_t forward_groups(const job *a) { /* of a head */
+  const int64_t size = group_of(round_up(a->d, VL)) * TILE;
+  return (a->t + size - 1) / size;
+}
+
+/* Items are the groups of queries of every head. */
 static void forward_items(void *arg, int64_t first, int64_t last, int32_t worker) {
   const job *a = arg;
-  const int64_t n = (a->t + TILE - 1) / TILE, ld = 3 * a->c;
+  const int64_t size = group_of(round_up(a->d, VL)) * TILE, n = forward_groups(a), ld = 3 * a->c;
   for (int64_t i = first; i < last; i++) {
-    const int64_t bh = i / n, q0 = forward_query(i % n, n), next = i + 1 == last ? i : i + 1,
-                  nq0 = forward_query(next % n, n);
-    const float *q = a->qkv + next / n / a->heads * a->t * ld + next / n % a->heads * a->d + nq0 * ld;
-    const soon next_q = {q, ld, a->t - nq0 < TILE ? a->t - nq0 : TILE};
-    forward_tile(a, a->scratch + worker, bh / a->heads, bh % a->heads, q0, next_q);
+    const int64_t bh = i / n, q0 = forward_query(i % n, n, size), left = a->t - q0;
+    const int64_t next = i + 1 == last ? i : i + 1, nq0 = forward_query(next % n, n, size), nleft = a->t - nq0;
+    const float *q = a->qkv + (next / n / a->heads * a->t + nq0) * ld + next / n % a->heads * a->d;
+    forward_group(a, a->scratch + worker, bh / a->heads, bh % a->heads, q0,
+                  ((left < size ? left : size) + TILE - 1) / TILE, (soon){q, ld, nleft < size ? nleft : size});
   }
 }
 
@@ -175,24 +240,18 @@ static void probabilities(float *s, float *dp, int64_t rows, int64_t keys, int d
   }
 }
 
-/* D(t) = sum over the head of dout * out */
-static void row_dots(const job *a, int64_t batch, int64_t head, float *dots) {
-  for (int64_t t = 0; t < a->t; t++) {
-    const float *x = a->dout + (batch * a->t + t) * a->c + head * a->d;
-    const float *y = a->out + (batch * a->t + t) * a->c + head * a->d;
+/* dots[r] = sum over the head of dout * out, rows of both c apart */
+static void row_dots(float *dots, const float *dout, const float *out, int64_t c, int64_t rows, int64_t d) {
+  for (int64_t r = 0; r < rows; r++, dout += c, out += c) {
     phx__vf acc = {0};
     int64_t i = 0;
-    for (int64_t l = 0; t + 8 < a->t && l < a->d; l += 16) {
-      __builtin_prefetch(x + 8 * a->c + l);
-      __builtin_prefetch(y + 8 * a->c + l);
-    }
-    for (; i + VL <= a->d; i += VL) acc += phx__load(x + i) * phx__load(y + i);
-    if (i < a->d) acc += phx__load_part(x + i, a->d - i) * phx__load_part(y + i, a->d - i);
+    for (; i + VL <= d; i += VL) acc += phx__load(dout + i) * phx__load(out + i);
+    if (i < d) acc += phx__load_part(dout + i, d - i) * phx__load_part(out + i, d - i);
     float lane[VL];
     phx__store(lane, acc);
     for (int width = VL / 2; width; width /= 2)
       for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-    dots[t] = lane[0];
+    dots[r] = lane[0];
   }
 }
 
@@ -209,58 +268,82 @@ static void unpack(float *dst, int64_t ld, const float *src, int64_t dp, int64_t
 
 /* One tile of queries and what is needed of it. */
 typedef struct queries {
-  const float *q, *dout, *lse, *dots;
-  float *dq;
-  int64_t rows, next; /* queries in this tile, in the one after it */
+  const float *q, *out, *dout, *lse;
+  float *dq, *dots;
+  int64_t rows;
 } queries;
 
-/* A tile of queries against the keys that w holds: adds to w->dk and w->dv, and to dq in memory. */
-static void backward_tile(const job *a, tiles *w, const queries *x, int64_t keys, int diagonal, int add_dq, soon next_k,
-                          soon next_v) {
-  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), rows = x->rows, next = x->next;
-  const int dvecs = (int)(dp / VL);
+/* What may be asked for during the products of one tile. */
+typedef struct ahead {
+  soon of[5];
+} ahead;
+
+/* The tile of queries in w->q, w->o against one tile of keys of w's group: adds to (on the diagonal: sets) its dk and
+ * dv, adds to (first: sets) w->dq. */
+static void backward_tile(tiles *w, int64_t part, int64_t rows, int64_t keys, int64_t d, int diagonal, const queries *x,
+                          const ahead *next) {
+  const int64_t dp = round_up(d, VL), at = part * TILE * dp;
+  const int dvecs = (int)(dp / VL), add = !diagonal;
   const enum mask upper = diagonal ? COLS_UPTO : WHOLE, later = diagonal ? DEPTH_FROM : WHOLE;
-  const soon next_q = next > 0 ? (soon){x->q + TILE * ld, ld, next} : nothing;
-  const soon next_dq = next > 0 ? (soon){x->dq + TILE * ld, ld, next} : nothing;
-  const soon next_dout = next > 0 ? (soon){x->dout + TILE * a->c, a->c, next} : nothing;
-  pack(w->q, dp, x->q, ld, rows, d);
-  pack(w->o, dp, x->dout, a->c, rows, d);
-  product(upper, rows, TV, d, (operand){w->q, dp, 1}, w->kt, TILE, w->s, TILE, 0, next_q, d);
-  product(upper, rows, TV, d, (operand){w->o, dp, 1}, w->v, TILE, w->dp, TILE, 0, next_dout, d);
-  probabilities(w->s, w->dp, rows, keys, diagonal, x->lse, x->dots);
   const operand p = {w->s, 1, TILE}, ds = {w->dp, 1, TILE};
-  product(later, keys, dvecs, rows, p, w->o, dp, w->dv, dp, 1, next_dq, d);
-  product(later, keys, dvecs, rows, ds, w->q, dp, w->dk, dp, 1, next_k, d);
-  product(diagonal ? DEPTH_UPTO : WHOLE, rows, dvecs, keys, (operand){w->dp, TILE, 1}, w->k, dp, w->dq, dp, 0, next_v,
-          d);
-  unpack(x->dq, ld, w->dq, dp, rows, d, a->scale, add_dq);
+  product(upper, rows, TV, d, (operand){w->q, dp, 1}, w->kt + at, TILE, w->s, TILE, 0, next->of[0], d);
+  product(upper, rows, TV, d, (operand){w->o, dp, 1}, w->v + at, TILE, w->dp, TILE, 0, next->of[1], d);
+  probabilities(w->s, w->dp, rows, keys, diagonal, x->lse, x->dots);
+  product(later, keys, dvecs, rows, p, w->o, dp, w->dv + at, dp, add, next->of[2], d);
+  product(later, keys, dvecs, rows, ds, w->q, dp, w->dk + at, dp, add, next->of[3], d);
+  product(diagonal ? DEPTH_UPTO : WHOLE, rows, dvecs, keys, (operand){w->dp, TILE, 1}, w->k + at, dp, w->dq, dp,
+          part > 0, next->of[4], d);
+}
+
+/* The tile of queries at q0 against the group of n tiles of keys at k0. */
+static void backward_queries(const job *a, tiles *w, const queries *x, int64_t q0, int64_t k0, int64_t n,
+                             const float *k, const float *dk) {
+  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), next = q0 + TILE, more = rows_at(next, a->t);
+  if (k0 == 0) row_dots(x->dots, x->dout, x->out, a->c, x->rows, d);
+  pack(w->q, dp, x->q, ld, x->rows, d);
+  pack(w->o, dp, x->dout, a->c, x->rows, d);
+  for (int64_t i = 0; i < n && k0 + i * TILE <= q0; i++) {
+    const int64_t keys = rows_at(k0 + i * TILE, a->t), k_next = k0 + (n + i) * TILE;
+    ahead soon_of = {{nothing, nothing, nothing, nothing, nothing}};
+    if (more == 0) { /* what this group of keys writes, and the next one */
+      soon_of.of[0] = (soon){dk + i * TILE * ld, ld, keys};
+      soon_of.of[1] = (soon){dk + i * TILE * ld + a->c, ld, keys};
+      soon_of.of[3] = (soon){k + k_next * ld, ld, rows_at(k_next, a->t)};
+      soon_of.of[4] = (soon){k + k_next * ld + a->c, ld, rows_at(k_next, a->t)};
+    } else if (i == 0) { /* the next queries */
+      soon_of.of[0] = (soon){x->q + TILE * ld, ld, more};
+      soon_of.of[1] = (soon){x->dout + TILE * a->c, a->c, more};
+      soon_of.of[2] = (soon){x->dq + TILE * ld, ld, more};
+      if (k0 == 0) soon_of.of[3] = (soon){x->out + TILE * a->c, a->c, more};
+    }
+    backward_tile(w, i, x->rows, keys, d, k0 + i * TILE == q0, x, &soon_of);
+  }
+  unpack(x->dq, ld, w->dq, dp, x->rows, d, a->scale, k0 > 0);
 }
 
 static void backward_head(const job *a, tiles *w, int64_t batch, int64_t head) {
-  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), t = a->t;
+  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), t = a->t, n = group_of(dp);
   const int64_t at = batch * t * ld + head * d;
   const float *q = a->qkv + at, *k = q + a->c, *v = k + a->c;
-  const float *dout = a->dout + batch * t * a->c + head * d, *lse = a->lse + (batch * a->heads + head) * t;
+  const float *dout = a->dout + batch * t * a->c + head * d, *out = a->out + batch * t * a->c + head * d;
+  const float *lse = a->lse + (batch * a->heads + head) * t;
   float *dq = a->dqkv + at, *dots = a->work + (batch * a->heads + head) * t;
-  row_dots(a, batch, head, dots);
-  for (int64_t k0 = 0; k0 < t; k0 += TILE) {
-    const int64_t keys = t - k0 < TILE ? t - k0 : TILE;
-    pack(w->k, dp, k + k0 * ld, ld, keys, d);
-    pack_transposed(w->kt, k + k0 * ld, ld, keys, d, a->scale * LOG2E);
-    pack_transposed(w->v, v + k0 * ld, ld, keys, d, 1.0f);
-    memset(w->dk, 0, (size_t)(TILE * dp) * sizeof *w->dk);
-    memset(w->dv, 0, (size_t)(TILE * dp) * sizeof *w->dv);
-    for (int64_t q0 = k0; q0 < t; q0 += TILE) {
-      const int64_t rows = t - q0 < TILE ? t - q0 : TILE, left = t - q0 - rows, keys_left = t - k0 - keys;
-      const queries x = {q + q0 * ld, dout + q0 * a->c,         lse + q0, dots + q0, dq + q0 * ld,
-                         rows,        left < TILE ? left : TILE};
-      const int last = left == 0 && keys_left > 0;
-      const int64_t more = keys_left < TILE ? keys_left : TILE;
-      backward_tile(a, w, &x, keys, q0 == k0, k0 > 0, last ? (soon){k + (k0 + TILE) * ld, ld, more} : nothing,
-                    last ? (soon){v + (k0 + TILE) * ld, ld, more} : nothing);
+  for (int64_t k0 = 0; k0 < t; k0 += n * TILE) {
+    for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {
+      const int64_t keys = rows_at(k1, t), to = i * TILE * dp;
+      pack(w->k + to, dp, k + k1 * ld, ld, keys, d);
+      pack_transposed(w->kt + to, k + k1 * ld, ld, keys, d, a->scale * LOG2E);
+      pack_transposed(w->v + to, v + k1 * ld, ld, keys, d, 1.0f);
     }
-    unpack(dq + a->c + k0 * ld, ld, w->dk, dp, keys, d, a->scale, 0);
-    unpack(dq + 2 * a->c + k0 * ld, ld, w->dv, dp, keys, d, 1.0f, 0);
+    for (int64_t q0 = k0; q0 < t; q0 += TILE) {
+      const queries x = {q + q0 * ld,  out + q0 * a->c, dout + q0 * a->c, lse + q0,
+                         dq + q0 * ld, dots + q0,       rows_at(q0, t)};
+      backward_queries(a, w, &x, q0, k0, n, k, dq + a->c + k0 * ld);
+    }
+    for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {
+      unpack(dq + a->c + k1 * ld, ld, w->dk + i * TILE * dp, dp, rows_at(k1, t), d, a->scale, 0);
+      unpack(dq + 2 * a->c + k1 * ld, ld, w->dv + i * TILE * dp, dp, rows_at(k1, t), d, 1.0f, 0);
+    }
   }
 }
 
@@ -300,7 +383,7 @@ phx_status phx__cpu_attention(void *ctx, float *out, float *lse, const float *qk
   if (status != PHX_OK) return status;
   job a = describe(t, c, heads, scratch);
   a.qkv = qkv, a.new_out = out, a.new_lse = lse;
-  phx__cpu_parallel(cpu, b * heads * ((t + TILE - 1) / TILE), 1, forward_items, &a);
+  phx__cpu_parallel(cpu, b * heads * forward_groups(&a), 1, forward_items, &a);
   return PHX_OK;
 }
 

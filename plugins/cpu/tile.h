@@ -25,6 +25,17 @@ _Static_assert(TILE % VL == 0 && TILE % ROWS == 0 && VL % ROWS == 0, "tiles are 
 
 /* ---- lanes ---- */
 
+/* Whether any lane is not 0. */
+INLINE int any_lane(phx__vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int any = 0;
+  for (int l = 0; l < VL; l++) any |= x[l];
+  return any;
+#endif
+}
+
 static phx__vf lane_numbers(void) { /* 0, 1, 2, ... */
   phx__vf x;
   for (int i = 0; i < VL; i++) x[i] = (float)i;
@@ -42,27 +53,33 @@ INLINE phx__vf larger(phx__vf x, phx__vf y) {
 #endif
 }
 
-/* 2^x within 1.5 ulp for x <= 126; exactly 0 below -120, so that nothing downstream meets a denormal number; NaN stays
- * NaN.  x = n + f with |f| <= 1/2; 2^f by a polynomial of degree 6 (relative error 2.6e-9). */
+/* 2^x within 2 ulp for x <= 126; exactly 0 below -120, so that nothing downstream meets a denormal number; NaN stays
+ * NaN.  x = n + f, 2^f by a polynomial.  With AVX-512 n is a multiple of 1/16, whose fraction a register of 16 powers
+ * turns into a factor: degree 3 does (relative error 4e-9) and the units that multiply stay free.  Else n is whole,
+ * |f| <= 1/2, degree 6 (2.6e-9). */
 INLINE phx__vf exp2_lanes(phx__vf x) {
   const float least = -120.0f;
 #if defined(__AVX512F__)
-  const phx__vf n = (phx__vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  /* the bits of 2^(j / 16), less j << 19, which the shift below adds again */
+  const vbits powers = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const float magic = 786432.0f; /* 1.5 * 2^19: adding it rounds to sixteenths in the low bits */
+  const phx__vf shifted = x + magic, f = x - (shifted - magic);
+  phx__vf p = f * 5.550410866482158e-2f + 2.402265069591007e-1f;
+  p = p * f + 6.931471805599453e-1f;
+  p = p * f + 1.0f;
+  const vbits power = (vbits)_mm512_permutexvar_epi32((__m512i)shifted, (__m512i)powers) + ((vbits)shifted << 19);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
+  return (phx__vf)_mm512_maskz_mul_ps(kept, (__m512)p, (__m512)power);
 #else
   const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
-  const phx__vf shifted = x + magic, n = shifted - magic;
-#endif
-  const phx__vf f = x - n;
+  const phx__vf shifted = x + magic, n = shifted - magic, f = x - n;
   phx__vf p = f * 1.546144469856913e-4f + 1.3400428177615838e-3f;
   p = p * f + 9.618056678524637e-3f;
   p = p * f + 5.550327226670302e-2f;
   p = p * f + 2.4022650922288757e-1f;
   p = p * f + 6.931472067028326e-1f;
   p = p * f + 1.0f;
-#if defined(__AVX512F__)
-  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return (phx__vf)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
-#else
   const phx__vf y = p * (phx__vf)(((vbits)shifted << 23) + 0x3f800000u);
   return (phx__vf)((phx__vi)y & ~(x < least));
 #endif
@@ -78,7 +95,7 @@ INLINE void micro(const int nv, int64_t klen, const float *a, int64_t rs, int64_
   UNROLL for (int r = 0; r < ROWS; r++) {
     UNROLL for (int v = 0; v < VECS; v++) acc[r][v] = add && v < nv ? phx__load(c + r * ldc + v * VL) : (phx__vf){0};
   }
-  for (int64_t k = 0; k < klen; k++, a += cs, b += ldb) {
+  UNROLL for (int64_t k = 0; k < klen; k++, a += cs, b += ldb) {
     phx__vf row[VECS];
     UNROLL for (int v = 0; v < VECS; v++) row[v] = v < nv ? phx__load(b + v * VL) : (phx__vf){0};
     UNROLL for (int r = 0; r < ROWS; r++) {

@@ -37,8 +37,11 @@ class Run:
         self.hash = self.result["state_hash"]
         self.seconds = statistics.median(s["step_ms"] for s in steps[1:] or steps) / 1e3
 
-    def sent(self):  # of one rank in a step, planned
-        return sum(op["planned"][0] for op in self.result["sent"].values())
+    def on_the_wire(self):
+        """Planned bytes of a step at 2 ranks, of each call those of the rank that moves more: the others wait for it.
+        At 2 ranks a broadcast is moved by one of them, and a reduce wholly by one and half by the root."""
+        share = {"broadcast": 1, "reduce": 2 / 3}
+        return sum(sum(op["planned"]) * share.get(name, 1 / 2) for name, op in self.result["sent"].items())
 
 
 class Bench:
@@ -48,7 +51,7 @@ class Bench:
         self.number = 0
 
     def rounds(self, n):
-        return 2 if self.quick else n
+        return 1 if self.quick else n
 
     def need_cores(self, n):
         if len(self.cores) < n:
@@ -229,23 +232,27 @@ def overlap(bench):
                "zero 3": "zero stage=3 reduce_bucket_size=393216 stage3_prefetch_bucket_size=1600000",
                "fsdp full, prefetch = 0": "fsdp sharding=full prefetch=0"}
     rounds = bench.rounds(7)
-    wire, compute, speed = {n: [] for n in buckets}, {n: [] for n in buckets}, {}
-    for name, strategy in buckets.items():  # once, for the bandwidth at which communication takes half of compute
-        run = bench.train(ini, strategy, ranks=2)
-        speed[name] = run.sent() / (0.5 * run.seconds)
-    speed["fsdp full, prefetch = 0"] = speed["fsdp full"]
+    wire, compute, speed = {n: [] for n in buckets}, {n: [] for n in buckets}, {n: [] for n in buckets}
+    known = {name: [bench.train(ini, strategy, ranks=2)] for name, strategy in buckets.items()}
     for i in range(rounds):
         for name in rotated(list(buckets), i):
-            for bandwidth in rotated([0, speed[name]], i):
-                run = bench.train(ini, buckets[name], ranks=2, sets=[f"wire.bandwidth={bandwidth:.0f}"])
-                (wire if bandwidth else compute)[name].append(run)
+            for wired in rotated([False, True], i):
+                # communication takes half of compute, as far as that is known by now
+                bandwidth = known[name][0].on_the_wire() / (0.5 * statistics.median(r.seconds for r in known[name]))
+                run = bench.train(ini, buckets[name], ranks=2, sets=[f"wire.bandwidth={bandwidth:.0f}"] if wired else [])
+                if wired:
+                    wire[name].append(run)
+                    speed[name].append(bandwidth)
+                else:
+                    compute[name].append(run)
+                    known[name].append(run)
     for name in buckets:
-        share = [a.sent() / speed[name] / b.seconds for a, b in zip(wire[name], compute[name])]
+        share = [a.on_the_wire() / bw / b.seconds for a, bw, b in zip(wire[name], speed[name], compute[name])]
         prefetch = name.endswith("= 0")
         line("overlap, communication half of compute: step over compute", name, "the same without the wire",
              [a.seconds / b.seconds for a, b in zip(wire[name], compute[name])], most=None if prefetch else 1.15,
              detail=f"{ms(wire[name]):.0f}, {ms(compute[name]):.0f} ms; communication "
-             f"{wire[name][0].sent() / 1e6:.1f} MB, {statistics.median(share):.2f} of compute: synchronous would be "
+             f"{wire[name][0].on_the_wire() / 1e6:.1f} MB, {statistics.median(share):.2f} of compute: synchronous would be "
              f"{1 + statistics.median(share):.2f}",
              void=first(differ(a, b) for a, b in zip(wire[name], compute[name])))
     slow, fast = wire["fsdp full, prefetch = 0"], wire["fsdp full"]
@@ -281,7 +288,7 @@ def overhead(bench):
              "zero 1": "zero stage=1 reduce_bucket_size=1024", "zero 2": "zero stage=2 reduce_bucket_size=1024",
              "zero 3": "zero stage=3 reduce_bucket_size=1024 stage3_param_persistence_threshold=0"}
     runs, calls = {n: [] for n in ["bare", *names]}, {n: [] for n in ["bare", *names]}
-    for i in range(3 if bench.quick else 30):
+    for i in range(bench.rounds(30)):
         for name in rotated(list(runs), i):
             runs[name].append(bench.train(ini, names.get(name, "bare")))
             if i % 3 == 0:

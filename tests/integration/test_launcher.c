@@ -22,6 +22,7 @@
 #include "launcher.h"
 #include "status.h"
 #include "sys.h"
+#include "sys_faults.h"
 
 /* ---- the rank: --rank DIR MODE WHO STEPS PAUSE_US ---- */
 
@@ -503,21 +504,6 @@ Test(launcher, ranks_of_a_real_mpirun_meet, .timeout = 60) {
 
 /* ---- what cannot be started ---- */
 
-static int fail_memfd(const char *name, unsigned flags) {
-  (void)name, (void)flags;
-  errno = EMFILE;
-  return -1;
-}
-static int fail_ftruncate(int fd, off_t bytes) {
-  (void)fd, (void)bytes;
-  errno = ENOSPC;
-  return -1;
-}
-static void *fail_mmap(void *at, size_t bytes, int prot, int flags, int fd, off_t offset) {
-  (void)at, (void)bytes, (void)prot, (void)flags, (void)fd, (void)offset;
-  errno = ENOMEM;
-  return MAP_FAILED;
-}
 static int (*real_open)(const char *path, int flags, mode_t mode);
 static int fail_second_log(const char *path, int flags, mode_t mode) {
   if (!strstr(path, "rank-2.log")) return real_open(path, flags, mode);

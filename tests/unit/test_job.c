@@ -16,6 +16,7 @@
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"
+#include "sys_faults.h"
 
 /* In a rank: Criterion's assertions belong to the test's own process. */
 #define NEED(x)                                                                              \
@@ -510,21 +511,6 @@ Test(job, several_hosts_are_refused, .timeout = 20) {
 
 /* ---- failing system calls ---- */
 
-static int fail_memfd(const char *name, unsigned flags) {
-  (void)name, (void)flags;
-  errno = EMFILE;
-  return -1;
-}
-static int fail_ftruncate(int fd, off_t bytes) {
-  (void)fd, (void)bytes;
-  errno = ENOSPC;
-  return -1;
-}
-static void *fail_mmap(void *at, size_t bytes, int prot, int flags, int fd, off_t offset) {
-  (void)at, (void)bytes, (void)prot, (void)flags, (void)fd, (void)offset;
-  errno = ENOMEM;
-  return MAP_FAILED;
-}
 static void *fail_calloc(size_t n, size_t bytes) {
   (void)n, (void)bytes;
   return NULL;

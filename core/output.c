@@ -1,0 +1,74 @@
+/* core/output.c - see output.h.  Invariant: the final name never holds a part of a file. */
+#include "output.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "status.h"
+#include "sys.h"
+
+static phx_status write_all(int fd, const char *text, size_t bytes, const char *path, phx_error *err) {
+  while (bytes > 0) {
+    const ssize_t n = phx__sys.write(fd, text, bytes);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return phx__fail_errno(err, PHX_IO, n < 0 ? errno : ENOSPC, "cannot write %s", path);
+    text += n;
+    bytes -= (size_t)n;
+  }
+  return PHX_OK;
+}
+
+phx_status phx__text_write(const char *path, const char *text, phx_error *err) {
+  char part[4400];
+  if (snprintf(part, sizeof part, "%s.part", path) >= (int)sizeof part)
+    return phx__fail(err, PHX_INVALID, "%s is too long for a path", path);
+  const int fd = phx__sys.open(part, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", part);
+  phx_status status = write_all(fd, text, strlen(text), path, err);
+  if (!status && phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  if (phx__sys.close(fd) && !status) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  if (!status && phx__sys.rename(part, path))
+    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
+  if (status) phx__sys.unlink(part);
+  return status;
+}
+
+/* ---- JSON ---- */
+static bool lost;
+
+static void *json_alloc(size_t bytes) {
+  void *p = phx__calloc(1, bytes);
+  if (!p) lost = true;
+  return p;
+}
+
+void phx__json_begin(void) {
+  cJSON_Hooks hooks = {json_alloc, phx__free};
+  cJSON_InitHooks(&hooks);
+  lost = false;
+}
+
+bool phx__json_lost(void) { return lost; }
+
+void phx__json_append(cJSON *array, cJSON *item) {
+  if (!cJSON_AddItemToArray(array, item)) cJSON_Delete(item);
+}
+
+phx_status phx__json_write(const char *path, const cJSON *root, phx_error *err) {
+  char *text = cJSON_Print(root);
+  const size_t bytes = text ? strlen(text) : 0;
+  char *line = text && !lost ? phx__calloc(1, bytes + 2) : NULL;
+  phx_status status = PHX_OK;
+  if (!line) {
+    status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+  } else {
+    memcpy(line, text, bytes);
+    line[bytes] = '\n';
+    status = phx__text_write(path, line, err);
+  }
+  phx__free(line);
+  cJSON_free(text);
+  return status;
+}

@@ -1,0 +1,17 @@
+/* core/output.h - files of a run that are whole or not there, and JSON that does not lose members.  [main] */
+#ifndef PHX__OUTPUT_H
+#define PHX__OUTPUT_H
+#include <cjson/cJSON.h>
+#include <phalanx/base.h>
+#include <stdbool.h>
+
+/* Writes path.part, flushes it to the disk and renames it; on failure path is as it was and nothing is beside it. */
+phx_status phx__text_write(const char *path, const char *text, phx_error *err);
+
+/* cJSON's calls that build an object drop what they have no memory for: begin before building, ask before using. */
+void phx__json_begin(void);
+bool phx__json_lost(void);
+void phx__json_append(cJSON *array, cJSON *item); /* takes item over, also when it cannot be added */
+/* The object as indented text and a newline, by phx__text_write; refused when something was lost since begin. */
+phx_status phx__json_write(const char *path, const cJSON *root, phx_error *err);
+#endif
