@@ -1,6 +1,7 @@
 /* core/cli.c - `phalanx COMMAND ...`: which command, and the arguments that several commands share.
  *
  * A mistake on the command line is one line on stderr and exit status 2; nothing was opened by then.  [main] only. */
+#include "checkpoint.h"
 #include "cli.h"
 #include "commands.h"
 #include "nearest.h"
@@ -9,6 +10,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 typedef struct command {
   const char *name, *arguments, *summary;
@@ -17,8 +19,8 @@ typedef struct command {
 
 /* One row per command, in the order of --help. */
 static const command commands[] = {
-    {"train", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K]",
-     "one run; without another launcher it starts the ranks itself", phx__command_train},
+    {"train", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K] [--resume [DIR]]",
+     "one run, or (--resume) what is left of it; without another launcher it starts the ranks itself", phx__command_train},
     {"compare", "FILE.ini --strategies ddp,fsdp.sharding=grad_op,zero.stage=1,... [-n RANKS] [--steps K] [--set ...]",
      "the same run under several strategies: memory, speed, traffic, loss, equal bits", phx__command_compare},
     {"check", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]...",
@@ -39,7 +41,7 @@ static void print_usage(FILE *out) {
   for (int i = 0; i < COMMANDS; i++)
     fprintf(out, "  phalanx %s %s\n      %s\n", commands[i].name, commands[i].arguments, commands[i].summary);
   fprintf(out, "  phalanx --version | --help\n\n"
-               "Exit status: 0 done, 2 refused, 3 a rank failed, 4 a file of weights is damaged.\n");
+               "Exit status: 0 done, 2 refused, 3 a rank failed, 4 a checkpoint or a file of weights is damaged.\n");
 }
 
 int phx__cli_unknown(const char *what, const char *word, const char *const *known) {
@@ -109,14 +111,28 @@ static const flag_row *find_flag(const char *word, size_t length, unsigned accep
 }
 
 static void refuse_flag(const char *word, unsigned accept) {
-  const char *known[FLAGS + 1] = {NULL};
+  const char *known[FLAGS + 2] = {NULL};
   size_t n = 0;
   for (int i = 0; i < FLAGS; i++)
     if (!flags[i].accept || (flags[i].accept & accept)) known[n++] = flags[i].name;
-  if (strncmp(word, "--resume", 8) == 0)
-    fprintf(stderr, "phalanx: unknown flag '%s': checkpoints are not part of this version\n", word);
-  else
-    phx__cli_unknown("flag", word, known);
+  if (accept & PHX__ACCEPT_RESUME) known[n++] = "--resume";
+  phx__cli_unknown("flag", word, known);
+}
+
+static bool is_directory(const char *path) {
+  struct stat st;
+  return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+/* --resume [DIR]: the next word is DIR when it is a directory, or when FILE.ini has been given already. */
+static int take_resume(char **argv, phx__arguments *out) {
+  const char *next = argv[1];
+  const bool joined = argv[0][8] == '=';
+  const bool taken = !joined && next && next[0] != '-' && next[0] && (out->file || is_directory(next));
+  out->resume = joined ? argv[0] + 9 : taken ? next : "";
+  if (joined && !argv[0][9]) fprintf(stderr, "phalanx: --resume= needs a directory\n");
+  if (joined && !argv[0][9]) return 0;
+  return taken ? 2 : 1;
 }
 
 /* One argument, or a flag and its value; returns how many were used, 0 when refused. */
@@ -128,6 +144,8 @@ static int take(char **argv, unsigned accept, phx__arguments *out) {
     out->file = word;
     return 1;
   }
+  if ((accept & PHX__ACCEPT_RESUME) && strncmp(word, "--resume", 8) == 0 && (!word[8] || word[8] == '='))
+    return take_resume(argv, out);
   size_t length = word[1] == '-' ? strcspn(word, "=") : strlen(word);
   const flag_row *flag = find_flag(word, length, accept);
   if (!flag) {
@@ -147,6 +165,28 @@ static int take(char **argv, unsigned accept, phx__arguments *out) {
   return joined ? 1 : 2;
 }
 
+/* --resume DIR without FILE.ini: the run's own configuration, and its directory where it is now. */
+static bool file_of_run(phx__arguments *a) {
+  static const flag_row flag = {"--resume", "run.out", 0};
+  char run_dir[PHX__CHECKPOINT_PATH];
+  phx_error err = PHX_ERROR_INIT;
+  int64_t step;
+  if (phx__checkpoint_locate(a->resume, run_dir, &step, &err)) {
+    fprintf(stderr, "phalanx: %s\n", err.message);
+    return false;
+  }
+  if (!run_dir[0]) return true; /* of no run: FILE.ini is asked for */
+  const size_t bytes = strlen(run_dir) + sizeof "/config.ini";
+  a->own_file = phx__calloc(bytes, 1);
+  if (!a->own_file || !add_override(a, &flag, run_dir)) return false;
+  snprintf(a->own_file, bytes, "%s/config.ini", run_dir);
+  a->file = a->own_file;
+  const phx__override last = a->overrides[a->n_overrides - 1]; /* first, so that a --set wins */
+  memmove(a->overrides + 1, a->overrides, (a->n_overrides - 1) * sizeof *a->overrides);
+  a->overrides[0] = last;
+  return true;
+}
+
 bool phx__arguments_parse(int argc, char **argv, unsigned accept, phx__arguments *out) {
   *out = (phx__arguments){0};
   for (int i = 1; i < argc;) { /* argv[argc] is NULL */
@@ -154,6 +194,7 @@ bool phx__arguments_parse(int argc, char **argv, unsigned accept, phx__arguments
     if (!used) goto refused;
     i += used;
   }
+  if (!out->file && out->resume && out->resume[0] && !file_of_run(out)) goto refused;
   if (out->file) return true;
   fprintf(stderr, "phalanx: %s needs a FILE.ini\n", argv[0]);
 refused:
@@ -163,5 +204,6 @@ refused:
 
 void phx__arguments_free(phx__arguments *arguments) {
   for (size_t i = 0; i < arguments->n_overrides; i++) phx__free(arguments->texts[i]);
+  phx__free(arguments->own_file);
   *arguments = (phx__arguments){0};
 }

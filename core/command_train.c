@@ -26,7 +26,7 @@ static phx_status load(const phx__arguments *a, phx__config **config) {
 int phx__command_train(int argc, char **argv) {
   phx__arguments arguments;
   phx__config *config = NULL;
-  if (!phx__arguments_parse(argc, argv, PHX__ACCEPT_STEPS, &arguments)) return PHX__EXIT_REFUSED;
+  if (!phx__arguments_parse(argc, argv, PHX__ACCEPT_STEPS | PHX__ACCEPT_RESUME, &arguments)) return PHX__EXIT_REFUSED;
   int exit_status = PHX__EXIT_REFUSED;
   char command[4096];
   char **again = phx__calloc((size_t)argc + 2, sizeof *again);
@@ -39,7 +39,8 @@ int phx__command_train(int argc, char **argv) {
   again[0] = command;
   for (int i = 0; i < argc; i++) again[i + 1] = argv[i];
   if (load(&arguments, &config)) goto done;
-  exit_status = phx__job_is_rank() ? phx__train_rank(config) : phx__train_launch(config, again);
+  exit_status = phx__job_is_rank() ? phx__train_rank(config, arguments.resume)
+                                   : phx__train_launch(config, arguments.resume, again);
 done:
   phx__config_free(config);
   phx__free(again);

@@ -52,7 +52,9 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     const char *plugin;
   } comm;
   struct {
-    int64_t every;
+    int64_t every;         /* steps; 0: none */
+    int64_t keep;          /* newest ones; 0: all */
+    int64_t keep_every;    /* steps; 0: none */
   } checkpoint;
   struct {
     const char *path;

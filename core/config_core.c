@@ -92,7 +92,11 @@ static const phx_option comm_options[] = {
     STRING(comm, plugin, "auto", 0, "The communicator's plugin; auto takes shm."),
 };
 static const phx_option checkpoint_options[] = {
-    INT(checkpoint, every, "0", 0, STEPS_MOST, "steps", 0, "Steps between checkpoints; 0 writes only the final weights."),
+    INT(checkpoint, every, "0", 0, STEPS_MOST, "steps", 0,
+        "Steps between checkpoints, and one at the end; 0 writes only the final weights."),
+    INT(checkpoint, keep, "3", 0, STEPS_MOST, NULL, 0, "Newest checkpoints that are kept; 0 keeps all."),
+    INT(checkpoint, keep_every, "0", 0, STEPS_MOST, "steps", 0,
+        "Checkpoints of steps that are a multiple of this are kept for good; 0 keeps none so."),
 };
 static const phx_option plugins_options[] = {
     STRING(plugins, path, "", PHX_OPTF_PER_RANK, "Absolute directories of plugins, colon-separated, searched first."),

@@ -23,6 +23,7 @@
 #include "job.h"
 #include "launcher_spawn.h"
 #include "status.h"
+#include "stop.h"
 #include "sys.h"
 #include "where.h"
 
@@ -32,6 +33,7 @@
 #define STOPPED_NS (3800 * MS)   /* with the end of the others below it: within 5 s */
 #define REPORT_NS (300 * MS)     /* from the failure: the others may report */
 #define TERM_NS (300 * MS)       /* from SIGTERM to SIGKILL */
+#define PATIENCE_NS (1000 * MS)  /* a second SIGTERM after this: not a wish to save any more */
 #define GIVE_UP_NS (10000 * MS)
 
 struct rank {
@@ -56,6 +58,7 @@ struct launch {
   int32_t cause_rank; /* -1: none */
   char cause[400];    /* "": nothing is wrong; else what, unless cause_rank's own end says it better */
   uint64_t started_ns, last_ns, failed_ns, interrupt_ns;
+  uint64_t saving_ns; /* when a signal was first passed on; 0: none */
   phx_liveness *pages; /* (ranks) as they were at failed_ns */
   phx__rank_end *ends;
   struct rank ranks[PHX_RANKS_MAX];
@@ -110,10 +113,25 @@ static void reap(struct launch *l, uint64_t now) {
   }
 }
 
+static void signal_all(struct launch *l, int number) {
+  for (int32_t r = 0; r < l->started; r++)
+    if (l->ranks[r].running) kill(l->ranks[r].pid, number); /* not reaped yet: the pid is still its own */
+}
+
+/* Whoever asks a process group asks the ranks, too, and a second time after us: for them it is one wish. */
+static bool pass_on(struct launch *l, int number) {
+  const uint64_t now = phx__now_ns();
+  if (!l->asked->saves || (number != SIGTERM && number != SIGUSR1)) return false;
+  if (number == SIGTERM && l->saving_ns && now - l->saving_ns > PATIENCE_NS) return false;
+  if (!l->saving_ns) l->saving_ns = now;
+  signal_all(l, number);
+  return true;
+}
+
 static void read_signals(struct launch *l) {
   struct signalfd_siginfo info;
   while (phx__sys.read(l->signals, &info, sizeof info) == (ssize_t)sizeof info) {
-    if (l->interrupt) continue;
+    if (l->interrupt || pass_on(l, (int)info.ssi_signo)) continue;
     l->interrupt = (int)info.ssi_signo;
     l->interrupt_ns = phx__now_ns();
   }
@@ -236,11 +254,6 @@ static void take_pictures(struct launch *l, uint64_t now) {
     }
     l->ends[r].pid = (int32_t)rank->pid;
   }
-}
-
-static void signal_all(struct launch *l, int number) {
-  for (int32_t r = 0; r < l->started; r++)
-    if (l->ranks[r].running) kill(l->ranks[r].pid, number); /* not reaped yet: the pid is still its own */
 }
 
 /* Wakes the waiters, gives them time to report unless the user is waiting, asks, kills, reaps. */
@@ -380,11 +393,11 @@ static phx_status check(const phx__launch *asked, phx_error *err) {
 
 /* Blocks the signals that end us and reads them from a file; what somebody chose to ignore (nohup) stays ignored. */
 static phx_status take_signals(struct launch *l, sigset_t *before, phx_error *err) {
-  static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+  static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1};
   struct sigaction action;
   sigset_t taken;
   sigemptyset(&taken);
-  for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+  for (size_t i = 0; i < sizeof numbers / sizeof *numbers - !l->asked->saves; i++) /* SIGUSR1 is last */
     if (sigaction(numbers[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN) sigaddset(&taken, numbers[i]);
   if (sigprocmask(SIG_BLOCK, &taken, before) != 0)
     return phx__fail_errno(err, PHX_INTERNAL, errno, "cannot block signals");
@@ -413,11 +426,13 @@ int phx__launch_run(const phx__launch *asked) {
   struct sigaction child = {.sa_handler = SIG_DFL}, child_before;
   phx__cpus cpus;
   phx__spawn spawn = {.launch = asked};
+  sigset_t before, heeded;
   int result = PHX__EXIT_RANK;
   if (asked->outcome) *asked->outcome = (phx__outcome){0};
   phx_status status = check(asked, &err);
   if (status == PHX_OK) status = prepare(&l, &err);
-  if (status == PHX_OK) status = take_signals(&l, &spawn.mask, &err);
+  sigemptyset(&before);
+  if (status == PHX_OK) status = take_signals(&l, &before, &err);
   if (status != PHX_OK) {
     fprintf(stderr, "phalanx: %s\n", err.message);
     result = status == PHX_INVALID ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
@@ -425,6 +440,11 @@ int phx__launch_run(const phx__launch *asked) {
   }
   sigaction(SIGCHLD, &child, &child_before); /* ignored, it would let dead ranks vanish unseen */
   phx__cpus_read(&cpus);
+  spawn.mask = before;
+  if (asked->saves) { /* a rank hears them when it has its handler */
+    phx__stop_signals(&heeded);
+    sigorset(&spawn.mask, &spawn.mask, &heeded);
+  }
   spawn.segment = l.segment;
   spawn.memfd = l.memfd;
   spawn.cpus = asked->threads > 0 && asked->threads <= cpus.count / asked->ranks ? &cpus : NULL;
@@ -441,7 +461,7 @@ int phx__launch_run(const phx__launch *asked) {
     result = status == PHX_IO ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
   }
   sigaction(SIGCHLD, &child_before, NULL);
-  sigprocmask(SIG_SETMASK, &spawn.mask, NULL);
+  sigprocmask(SIG_SETMASK, &before, NULL);
 done:
   if (l.signals >= 0) phx__sys.close(l.signals);
   phx__segment_unmap(l.segment);

@@ -5,11 +5,13 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "status.h"
+#include "sys.h"
 
 double phx__now(void) {
   struct timespec t;
@@ -34,9 +36,29 @@ static void keep_metric(void *arg, const char *plugin, const char *name, double 
   if (n < 0 || (size_t)n >= sizeof p->extra - used) p->extra[used] = 0;
 }
 
-phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, phx_error *err) {
+/* Keeps the whole lines of steps up to `last`; written beside and renamed.  No file is fine. */
+static phx_status cut_metrics(const char *path, int64_t last, phx_error *err) {
+  char part[4300], *line = NULL;
+  size_t room = 0;
+  int64_t step = 0;
+  phx_status status = PHX_OK;
+  FILE *in = fopen(path, "re");
+  if (!in) return errno == ENOENT ? PHX_OK : phx__fail_errno(err, PHX_IO, errno, "cannot read %s", path);
+  snprintf(part, sizeof part, "%s.part", path);
+  FILE *out = fopen(part, "we");
+  for (ssize_t n; out && (n = getline(&line, &room, in)) > 0;)
+    if (line[n - 1] == '\n' && sscanf(line, "{\"step\":%" SCNd64, &step) == 1 && step <= last) fputs(line, out);
+  if (!out || ferror(in) || fflush(out) || fsync(fileno(out)) || phx__sys.rename(part, path))
+    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  if (out) fclose(out);
+  fclose(in);
+  free(line);
+  return status;
+}
+
+phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err) {
   char path[4200];
-  *p = (phx__progress){.rt = rt, .started = phx__now()};
+  *p = (phx__progress){.rt = rt, .first = first, .started = phx__now()};
   p->tokens_per_step = rt->prepared->shape.micro * rt->prepared->shape.sequence * rt->prepared->topology.accumulate *
                        rt->prepared->layout.data_size;
   if (rt->job->rank != 0) return PHX_OK;
@@ -44,7 +66,9 @@ phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, phx_error *err
   rt->strategy_host.metric_arg = p;
   p->terminal = isatty(STDOUT_FILENO);
   snprintf(path, sizeof path, "%s/metrics.jsonl", rt->config->s.run.out);
-  p->metrics = fopen(path, "we");
+  phx_status status = first > 0 ? cut_metrics(path, first, err) : PHX_OK;
+  if (status) return status;
+  p->metrics = fopen(path, first > 0 ? "ae" : "we");
   return p->metrics ? PHX_OK : phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
 }
 
@@ -63,7 +87,7 @@ static void say(phx__progress *p, int64_t step, const phx__step_result *r, doubl
   enum { WIDTH = 24 };
   char bar[WIDTH + 1];
   const int64_t full = step * WIDTH / steps;
-  const double left = fmin((phx__now() - p->started) / (double)step * (double)(steps - step), 1e8);
+  const double left = fmin((phx__now() - p->started) / (double)(step - p->first) * (double)(steps - step), 1e8);
   for (int64_t i = 0; i < WIDTH; i++) bar[i] = i < full ? '#' : '.';
   bar[WIDTH] = 0;
   p->open_line = !valid[0] && step != steps;
@@ -97,7 +121,8 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
   fprintf(f, "%s}\n", p->extra);
   p->extra[0] = 0;
   if (fflush(f) || ferror(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
-  if (step == 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss) || r->skipped) {
+  if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss) ||
+      r->skipped) {
     say(p, step, r, seconds, valid_loss);
     fflush(stdout);
   }

@@ -8,13 +8,14 @@ typedef struct phx__progress {
   FILE *metrics;       /* metrics.jsonl, or NULL on other ranks */
   bool terminal;
   bool open_line;      /* the bar stands on a line that is not ended */
-  int64_t tokens_per_step;
+  int64_t tokens_per_step, first; /* first: the step that this run began after */
   double started;      /* seconds, monotonic */
   char extra[1024];    /* plugins' metrics of this step, as JSON members */
 } phx__progress;
 
 double phx__now(void); /* seconds, CLOCK_MONOTONIC */
-phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, phx_error *err);
+/* first: the step of the checkpoint that the run goes on from, or 0.  Lines of later steps are cut from metrics.jsonl. */
+phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err);
 /* One step; valid_loss NaN and hash NULL when not taken at this step. */
 phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds,
                               int64_t bytes_sent, double valid_loss, const char *hash, phx_error *err);

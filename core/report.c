@@ -2,6 +2,7 @@
 #include "report.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -112,6 +113,11 @@ phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
   return status;
 }
 
+/* Beside and renamed: the run may be going on from this very file. */
+phx_status phx__run_dir_resume(const phx__config *config, phx_error *err) {
+  return write_config(config, config->s.run.out, err);
+}
+
 /* ---- run.json ---- */
 static void add_config(void *arg, const char *section, const char *key, const char *value, const char *source) {
   cJSON *root = arg;
@@ -160,7 +166,7 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   char text[32];
   cJSON_AddNumberToObject(o, "steps", (double)r->steps);
   snprintf(text, sizeof text, "%.17g", r->loss);
-  cJSON_AddRawToObject(o, "loss", isfinite(r->loss) ? text : "null");
+  if (isfinite(r->loss)) cJSON_AddRawToObject(o, "loss", text); /* none when there was no step left to do */
   cJSON_AddNumberToObject(o, "skipped_steps", (double)r->skipped);
   snprintf(text, sizeof text, "%.17g", r->valid_loss);
   if (isfinite(r->valid_loss)) cJSON_AddRawToObject(o, "valid_loss", text);
@@ -186,7 +192,37 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   }
 }
 
-phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, phx_error *err) {
+enum { RUN_JSON_MAX = 16 << 20 };
+
+/* The list of resumes of the file that is there, and one more. */
+static void add_resumes(cJSON *root, const char *path, const phx__runtime *rt, const phx__resumed *resumed,
+                        const char *when) {
+  struct stat st;
+  char *text = NULL;
+  const int fd = phx__sys.open(path, O_RDONLY, 0);
+  if (fd >= 0 && !phx__sys.fstat(fd, &st) && st.st_size < RUN_JSON_MAX) text = phx__calloc(1, (size_t)st.st_size + 1);
+  const ssize_t n = text ? phx__sys.pread(fd, text, (size_t)st.st_size, 0) : 0;
+  if (fd >= 0) phx__sys.close(fd);
+  cJSON *old = n > 0 ? cJSON_ParseWithLength(text, (size_t)n) : NULL;
+  phx__free(text);
+  cJSON *list = cJSON_DetachItemFromObjectCaseSensitive(old, "resumed");
+  cJSON_Delete(old);
+  if (resumed) {
+    if (!list) list = cJSON_CreateArray();
+    cJSON *entry = cJSON_CreateObject();
+    cJSON_AddStringToObject(entry, "time", when);
+    cJSON_AddNumberToObject(entry, "step", (double)resumed->at.step);
+    cJSON_AddNumberToObject(entry, "samples", (double)resumed->at.samples);
+    cJSON_AddStringToObject(entry, "from", resumed->path);
+    cJSON_AddStringToObject(entry, "strategy", rt->config->strategy.plugin->descriptor->id);
+    cJSON_AddNumberToObject(entry, "ranks", rt->job->size);
+    phx__json_append(list, entry);
+  }
+  if (list) cJSON_AddItemToObject(root, "resumed", list);
+}
+
+phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, const phx__resumed *resumed,
+                               phx_error *err) {
   char path[4200], when[64];
   time_t now = time(NULL);
   struct tm tm;
@@ -204,7 +240,13 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
   add_plugin(plugins, "comm", rt->config->comm.plugin);
   add_plugin(plugins, "model", rt->config->model.plugin);
   phx__config_each(rt->config, add_config, cJSON_AddObjectToObject(root, "config"));
-  if (result) add_result(root, result);
+  add_resumes(root, path, rt, resumed, when);
+  if (result && !result->stopped) add_result(root, result);
+  if (result && result->stopped) {
+    cJSON *stopped = cJSON_AddObjectToObject(root, "stopped");
+    cJSON_AddStringToObject(stopped, "by", result->stopped);
+    cJSON_AddNumberToObject(stopped, "step", (double)result->steps);
+  }
   const phx_status status = phx__json_write(path, root, err);
   cJSON_Delete(root);
   return status;

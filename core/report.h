@@ -1,6 +1,7 @@
 /* core/report.h - what a run measured, of every rank, and the files it leaves: run.json and metrics.jsonl.  [main] */
 #ifndef PHX__REPORT_H
 #define PHX__REPORT_H
+#include "checkpoint.h"
 #include "engine.h"
 
 /* One rank's numbers, as plain int64 so that they travel by all_gather. */
@@ -19,6 +20,7 @@ typedef struct phx__run_result {
   char state_hash[33];
   phx__rank_report ranks[PHX_RANKS_MAX];
   int32_t n_ranks;
+  const char *stopped;      /* the signal that ended the run at `steps`, or NULL: only steps is filled then */
 } phx__run_result;
 
 /* Proportional set size of this process, or -1. */
@@ -26,6 +28,10 @@ int64_t phx__pss_bytes(void);
 /* Creates run.out (and parents); an earlier run there is moved aside to run.out.N; writes config.ini.  On failure no new
  * directory is left.  The launcher, or rank 0 under another launcher. */
 phx_status phx__run_dir_create(const phx__config *config, phx_error *err);
-/* run.json; result NULL while the run goes on.  Written beside and renamed. */
-phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, phx_error *err);
+/* For a run that goes on there: only config.ini is written anew. */
+phx_status phx__run_dir_resume(const phx__config *config, phx_error *err);
+/* run.json; result NULL while the run goes on; resumed (or NULL) is added to its list of resumes, which stays.  Written
+ * beside and renamed. */
+phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, const phx__resumed *resumed,
+                               phx_error *err);
 #endif

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "checkpoint.h"
 #include "launcher.h"
 #include "status.h"
 #include "sys.h"
@@ -33,8 +34,8 @@ phx_status phx__restart_accumulate(const phx__config *config, int32_t ranks, int
 
 typedef struct attempt {
   int32_t ranks;
-  int64_t accumulate;
-  char n[16], set[64];
+  int64_t accumulate, from; /* from: the checkpoint that it begins with, or 0 */
+  char n[16], set[64], resume[PHX__CHECKPOINT_PATH];
   char **argv; /* the caller's, and what differs */
 } attempt;
 
@@ -54,13 +55,20 @@ static phx_status make_argv(attempt *a, const phx__config *config, char *const *
     a->argv[n++] = flag_set;
     a->argv[n++] = a->set;
   }
+  if (a->from > 0) {
+    snprintf(a->resume, sizeof a->resume, "--resume=%s", config->s.run.out);
+    a->argv[n++] = a->resume;
+  }
   return PHX_OK;
 }
 
 /* How the next attempt differs; refuses what would not run. */
 static phx_status prepare_next(attempt *a, const phx__config *config, int32_t lost, phx_error *err) {
-  if (!config->s.run.elastic || lost == 0) return PHX_OK;
-  phx_status status = phx__restart_accumulate(config, a->ranks - lost, &a->accumulate, err);
+  bool found = false;
+  phx_status status = phx__checkpoint_newest(config->s.run.out, INT64_MAX, &a->from, &found, err);
+  if (!found) a->from = 0;
+  if (status || !config->s.run.elastic || lost == 0) return status;
+  status = phx__restart_accumulate(config, a->ranks - lost, &a->accumulate, err);
   if (status) return status;
   phx__config next = *config; /* a copy of the values; the rest stays the caller's */
   a->ranks -= lost;
@@ -75,6 +83,7 @@ static int launch(const attempt *a, const phx__config *config, phx__outcome *out
                               .timeout_s = config->s.run.timeout,
                               .run_dir = config->s.run.out,
                               .argv = a->argv,
+                              .saves = config->s.checkpoint.every > 0,
                               .outcome = outcome};
   return phx__launch_run(&launch);
 }
@@ -94,8 +103,10 @@ int phx__restart_run(const phx__config *config, char *const *argv) {
     if (!status) status = make_argv(&a, config, argv, &err);
     if (status) break;
     restarts++;
-    fprintf(stderr, "phalanx: restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from the beginning\n",
-            restarts, config->s.run.max_restarts, a.ranks, a.ranks == 1 ? "" : "s", a.accumulate);
+    char from[48] = "the beginning";
+    if (a.from > 0) snprintf(from, sizeof from, "the checkpoint of step %" PRId64, a.from);
+    fprintf(stderr, "phalanx: restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from %s\n",
+            restarts, config->s.run.max_restarts, a.ranks, a.ranks == 1 ? "" : "s", a.accumulate, from);
   }
   if (status) fprintf(stderr, "phalanx: %s%s\n", first.failed ? "no restart: " : "", err.message);
   if (restarts > 0)

@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <math.h>
 #include <sched.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,9 @@
 #include "progress.h"
 #include "report.h"
 #include "restart.h"
+#include "resume.h"
 #include "status.h"
+#include "stop.h"
 #include "sys.h"
 #include "weights.h"
 
@@ -44,6 +47,13 @@ typedef struct run {
   double *step_seconds; /* (steps) */
   double sampling;      /* seconds of this step that went into measuring memory */
   phx__rank_report mine;
+  const char *asked;    /* --resume's directory; NULL: a new run */
+  phx__resume resume;   /* with asked */
+  phx__resumed resumed; /* at.step 0: a new run */
+  int64_t step;         /* the last whole one */
+  int64_t saved;        /* the step of the newest checkpoint, or 0 */
+  int stopped;          /* the signal that ended it before its last step, or 0 */
+  int failed_exit;      /* the exit status if it fails */
 } run;
 
 /* ---- before anything is allocated ---- */
@@ -141,7 +151,8 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   const phx__settings *s = &r->config->s;
   phx_comm_stats before, after;
   phx__step_result result;
-  const bool measured = step == (s->run.steps < MEASURED_STEP ? s->run.steps : MEASURED_STEP);
+  const int64_t first = r->resumed.at.step, steady = first + MEASURED_STEP;
+  const bool measured = step == (s->run.steps < steady ? s->run.steps : steady);
   const int64_t allocator_calls = r->rt->book.calls;
   r->engine->at_stage = measured ? sample_pss : NULL;
   r->engine->at_stage_arg = r;
@@ -154,7 +165,7 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   strategy_traffic(r->rt, &after);
   r->step_seconds[step - 1] = seconds;
   if (measured) keep_traffic(r, &before, &after);
-  if (step > 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;
+  if (step > first + 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;
 
   const bool last = step == s->run.steps;
   if (r->drift && (last || step % s->run.drift_every == 0)) status = phx__drift_check(r->drift, step, err);
@@ -178,21 +189,107 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
                             hashed ? hash : NULL, err);
 }
 
+/* Of the steps that this process did, without its first. */
+static double median_seconds(run *r) {
+  const int64_t first = r->resumed.at.step, done = r->config->s.run.steps - first;
+  double *t = r->step_seconds + first + (done > 1);
+  const size_t count = (size_t)(done > 1 ? done - 1 : done);
+  if (count == 0) return 0;
+  qsort(t, count, sizeof *t, by_value);
+  return count % 2 ? t[count / 2] : 0.5 * (t[count / 2 - 1] + t[count / 2]);
+}
+
 static phx_status finish(run *r, phx_error *err) {
   char path[4200];
-  const int64_t n = r->config->s.run.steps;
-  double *t = n > 1 ? r->step_seconds + 1 : r->step_seconds;
-  const size_t count = (size_t)(n > 1 ? n - 1 : 1);
+  phx__state_hash sum;
+  phx_status status = PHX_OK;
   snprintf(path, sizeof path, "%s/weights.safetensors", r->config->s.run.out);
-  phx_status status = phx__weights_write(r->rt, path, err);
+  if (!r->result.state_hash[0]) { /* resumed behind the last step: nothing was left to do */
+    status = phx__runtime_state_hash(r->rt, &sum, err);
+    if (!status) phx__state_hash_text(sum, r->result.state_hash);
+  }
+  if (!status) status = phx__weights_write(r->rt, path, err);
   if (!status) status = gather_reports(r, err);
   if (status || r->job->rank != 0) return status;
-  qsort(t, count, sizeof *t, by_value);
-  const double median = count % 2 ? t[count / 2] : 0.5 * (t[count / 2 - 1] + t[count / 2]);
-  r->result.steps = n;
+  const double median = median_seconds(r);
+  r->result.steps = r->config->s.run.steps;
   r->result.step_ms = 1e3 * median;
-  r->result.tokens_per_s = (double)r->progress.tokens_per_step / median;
-  return phx__run_json_write(r->rt, &r->result, err);
+  r->result.tokens_per_s = median > 0 ? (double)r->progress.tokens_per_step / median : 0;
+  return phx__run_json_write(r->rt, &r->result, NULL, err);
+}
+
+/* ---- checkpoints ---- */
+static void say(const run *r, int32_t level, const char *format, ...) __attribute__((format(printf, 3, 4)));
+static void say(const run *r, int32_t level, const char *format, ...) {
+  char text[1024];
+  va_list args;
+  if (r->job->rank != 0) return;
+  va_start(args, format);
+  vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  phx__log(0, "checkpoint", level, text);
+}
+
+static int64_t global_batch(const phx__prepared *p) {
+  return p->shape.micro * p->topology.accumulate * p->layout.data_size;
+}
+
+/* Collective.  A failure is a warning while training goes on, and an error where nothing comes after it. */
+static phx_status save(run *r, bool last, phx_error *err) {
+  const phx__settings *s = &r->config->s;
+  const phx__position at = {.step = r->step,
+                            .samples = (r->step + r->engine->batch_ahead) * global_batch(r->rt->prepared)};
+  const phx__retention retention = {.keep = s->checkpoint.keep, .keep_every = s->checkpoint.keep_every};
+  phx_error why = PHX_ERROR_INIT;
+  const double begin = phx__now();
+  if (r->step == r->saved) return PHX_OK;
+  const phx_status status = phx__checkpoint_save(r->rt, s->run.out, &at, &retention, &why);
+  phx__job_heartbeat(r->job);
+  if (!status) {
+    r->saved = r->step;
+    say(r, PHX_LOG_INFO, "step %" PRId64 " saved in %.0f ms", r->step, 1e3 * (phx__now() - begin));
+    return PHX_OK;
+  }
+  if (last || status == PHX_COMM) return phx__fail(err, status, "%s", why.message);
+  say(r, PHX_LOG_WARN, "step %" PRId64 " was not saved: %s; training goes on, and %s", r->step, why.message,
+      r->saved ? "the checkpoint before stays the newest" : "there is none yet");
+  return PHX_OK;
+}
+
+/* Collective: all ranks stop at the same step, whoever heard the signal. */
+static phx_status agree_to_stop(run *r, phx_error *err) {
+  int64_t asked = phx__stop_asked();
+  const phx_status status =
+      r->rt->core->all_reduce(r->rt->core->ctx, &asked, &asked, 1, PHX_I64, PHX_MAX, NULL, err);
+  if (!status) r->stopped = (int)asked;
+  return status;
+}
+
+static phx_status after_step(run *r, phx_error *err) {
+  const phx__settings *s = &r->config->s;
+  phx_status status = PHX_OK;
+  if (s->checkpoint.every == 0) return PHX_OK;
+  if (r->step < s->run.steps) status = agree_to_stop(r, err);
+  if (status || (r->step < s->run.steps && !r->stopped && r->step % s->checkpoint.every != 0)) return status;
+  return r->step < s->run.steps ? save(r, r->stopped != 0, err) : PHX_OK; /* the last one: below */
+}
+
+static phx_status finish_stopped(run *r, phx_error *err) {
+  r->result.stopped = phx__stop_name(r->stopped);
+  r->result.steps = r->step;
+  say(r, PHX_LOG_INFO, "stopped by %s after step %" PRId64 ", which is saved: --resume goes on from there",
+      r->result.stopped, r->step);
+  return r->job->rank == 0 ? phx__run_json_write(r->rt, &r->result, NULL, err) : PHX_OK;
+}
+
+/* The final weights are written even where the last checkpoint cannot be. */
+static phx_status finish_last(run *r, phx_error *err) {
+  phx_error why = PHX_ERROR_INIT;
+  const phx_status saved = r->config->s.checkpoint.every > 0 ? save(r, true, &why) : PHX_OK;
+  if (saved == PHX_COMM) return phx__fail(err, saved, "%s", why.message);
+  const phx_status status = finish(r, err);
+  if (status || !saved) return status;
+  return phx__fail(err, saved, "the last step's checkpoint was not saved: %.400s", why.message);
 }
 
 static phx_status open_run(run *r, phx_error *err) {
@@ -213,8 +310,24 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
-    status = phx__run_dir_create(r->config, err);
+    status = r->asked && r->resume.continues ? phx__run_dir_resume(r->config, err)
+                                             : phx__run_dir_create(r->config, err);
   return status;
+}
+
+/* The state: of a checkpoint, or the initial one. */
+static phx_status begin_state(run *r, phx_error *err) {
+  if (!r->asked) return phx__runtime_initialise(r->rt, err);
+  const phx_status status = phx__resume_load(&r->resume, r->rt, &r->resumed, err);
+  if (status == PHX_INVALID || status == PHX_UNSUPPORTED) r->failed_exit = PHX__EXIT_REFUSED;
+  if (status == PHX_IO) r->failed_exit = PHX__EXIT_DAMAGED;
+  if (status) return status;
+  r->engine->batch_ahead = r->resumed.at.samples / global_batch(r->rt->prepared) - r->resumed.at.step;
+  r->step = r->resumed.at.step;
+  if (r->resume.continues) r->saved = r->step;
+  if (r->step == r->config->s.run.steps)
+    say(r, PHX_LOG_WARN, "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
+  return PHX_OK;
 }
 
 static phx_status run_steps(run *r, phx_error *err) {
@@ -222,24 +335,35 @@ static phx_status run_steps(run *r, phx_error *err) {
   r->prepared = NULL;
   phx_status status = phx__runtime_open(r->config, r->job, prepared, &r->rt, err);
   if (!status) status = phx__engine_create(r->rt, &r->engine, err);
-  if (!status) status = phx__runtime_initialise(r->rt, err);
+  if (!status) status = begin_state(r, err);
   if (!status && r->config->s.run.drift_every > 0 && r->job->size > 1)
     status = phx__drift_open(r->rt, &r->drift, err);
-  if (!status) status = phx__progress_open(&r->progress, r->rt, err);
-  if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, err);
+  if (!status) status = phx__progress_open(&r->progress, r->rt, r->resumed.at.step, err);
+  if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, r->asked ? &r->resumed : NULL, err);
   r->step_seconds = phx__calloc((size_t)r->config->s.run.steps, sizeof(double));
   if (!status && !r->step_seconds) status = phx__fail(err, PHX_NOMEM, "no memory for the step times");
-  for (int64_t step = 1; step <= r->config->s.run.steps && !status; step++) status = train_step(r, step, err);
-  return status ? status : finish(r, err);
+  while (!status && r->step < r->config->s.run.steps && !r->stopped) {
+    status = train_step(r, r->step + 1, err);
+    if (status) break;
+    r->step++;
+    status = after_step(r, err);
+  }
+  if (status) return status;
+  return r->stopped ? finish_stopped(r, err) : finish_last(r, err);
 }
 
-int phx__train_rank(const phx__config *config) {
+int phx__train_rank(const phx__config *config, const char *resume) {
   phx_error err = PHX_ERROR_INIT;
-  run r = {.config = config};
-  r.result.valid_loss = NAN;
-  phx_status status = open_run(&r, &err);
-  const bool refused = status != PHX_OK;
-  if (!status) status = run_steps(&r, &err);
+  run r = {.config = config, .asked = resume, .failed_exit = PHX__EXIT_REFUSED};
+  r.result.loss = r.result.valid_loss = NAN;
+  if (config->s.checkpoint.every > 0) phx__stop_install();
+  phx_status status = resume ? phx__resume_locate(config, resume, &r.resume, &err) : PHX_OK;
+  if (!status) status = open_run(&r, &err);
+  if (!status) {
+    r.failed_exit = PHX__EXIT_RANK;
+    status = run_steps(&r, &err);
+  }
+  const bool refused = status && r.failed_exit != PHX__EXIT_RANK;
   phx__progress_close(&r.progress);
   if (status) {
     fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
@@ -259,7 +383,7 @@ int phx__train_rank(const phx__config *config) {
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
   if (!status) return PHX__EXIT_OK;
-  return refused ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
+  return r.failed_exit;
 }
 
 static void say_plugin(const char *kind, const phx__plugin *p) {
@@ -269,13 +393,30 @@ static void say_plugin(const char *kind, const phx__plugin *p) {
   phx__log(0, "core", PHX_LOG_INFO, line);
 }
 
-int phx__train_launch(const phx__config *config, char *const *argv) {
+/* What --resume names, before anything is touched. */
+static phx_status check_resume(const phx__config *config, const char *asked, phx__resume *out, phx_error *err) {
+  phx__prepared *p = NULL;
+  const int32_t size = (int32_t)config->s.run.ranks;
+  phx_status status = phx__resume_locate(config, asked, out, err);
+  if (!status) status = phx__prepare(config, 0, size, 0, size, 0, 0, &p, err);
+  if (!status) status = phx__resume_check(out, config, p, err);
+  phx__prepared_free(p);
+  return status;
+}
+
+int phx__train_launch(const phx__config *config, const char *resume, char *const *argv) {
   phx_error err = PHX_ERROR_INIT;
+  phx__resume found = {.continues = false};
+  int refusal = PHX__EXIT_REFUSED;
   phx_status status = phx__train_check(config, &err);
-  if (!status) status = phx__run_dir_create(config, &err);
+  if (!status && resume) {
+    status = check_resume(config, resume, &found, &err);
+    if (status == PHX_IO) refusal = PHX__EXIT_DAMAGED;
+  }
+  if (!status) status = found.continues ? phx__run_dir_resume(config, &err) : phx__run_dir_create(config, &err);
   if (status) {
     fprintf(stderr, "phalanx: %s\n", err.message);
-    return PHX__EXIT_REFUSED;
+    return refusal;
   }
   say_plugin("strategy", config->strategy.plugin);
   say_plugin("device", config->device.plugin);
@@ -283,6 +424,6 @@ int phx__train_launch(const phx__config *config, char *const *argv) {
   say_plugin("model", config->model.plugin);
   if (config->s.run.ranks > 1 || config->s.run.max_restarts > 0) return phx__restart_run(config, argv);
   /* it was accepted above: what goes wrong now is a failure, not a refusal */
-  const int exit_status = phx__train_rank(config);
+  const int exit_status = phx__train_rank(config, resume);
   return exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
 }

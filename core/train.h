@@ -7,8 +7,9 @@
 int32_t phx__threads(const phx__config *config, int32_t local_ranks);
 /* Refuses what does not fit (model, batch, strategy's estimate, data) for every rank, before a process is started. */
 phx_status phx__train_check(const phx__config *config, phx_error *err);
-/* A rank: trains and writes the run's files.  Returns the exit status; errors are printed to stderr. */
-int phx__train_rank(const phx__config *config);
+/* A rank: trains and writes the run's files.  Returns the exit status; errors are printed to stderr.  resume: a run's
+ * directory or a checkpoint to go on from, "" for run.out's newest; NULL: a new run. */
+int phx__train_rank(const phx__config *config, const char *resume);
 /* Checks, makes the run's directory, and starts the ranks with argv (or trains here when there is one). */
-int phx__train_launch(const phx__config *config, char *const *argv);
+int phx__train_launch(const phx__config *config, const char *resume, char *const *argv);
 #endif

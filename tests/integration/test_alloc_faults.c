@@ -38,7 +38,7 @@ static int run(void) {
   int status = PHX__EXIT_REFUSED;
   if (phx__config_load("run.ini", overrides, 1, stderr, &config)) return status;
   if (phx__train_check(config, &err) || phx__run_dir_create(config, &err)) fprintf(stderr, "%s\n", err.message);
-  else status = phx__train_rank(config);
+  else status = phx__train_rank(config, NULL);
   phx__config_free(config);
   return status;
 }

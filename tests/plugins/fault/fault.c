@@ -46,7 +46,7 @@ static int is_here(int gather, int64_t numel, int32_t dtype) {
 }
 
 __attribute__((noinline)) static void crash_here(void) {
-  volatile int *nowhere = (volatile int *)(uintptr_t)fault_job->size; /* no address anybody has */
+  volatile int *nowhere = (volatile int *)(uintptr_t)(64 * fault_job->size); /* no address anybody has */
   *nowhere = 1;
 }
 

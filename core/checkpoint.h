@@ -1,0 +1,96 @@
+/* core/checkpoint.h - a run's whole state on disk: committed or absent; loaded under any strategy and world size.
+ *
+ * RUN/checkpoints/step-00000042/ holds rank-00000.safetensors, ... (the slices each rank owns) and manifest.json.  It
+ * is written as RUN/checkpoints/.step-00000042.<nonce>.part and renamed when all of it is flushed, so a directory with
+ * the final name is whole; RUN/checkpoints/latest holds that name.  Anything that ends in .part is of a dead attempt.
+ *
+ * A save is begin, write every slice, flush, commit.  begin and commit are [main][collective]; write and flush
+ * may run in another thread (one at a time), while the state they read does not change: that is core/saver.c.
+ * Statuses: PHX_IO a file could not be written, or (loading) is damaged; PHX_INVALID it does not fit this run. */
+#ifndef PHX__CHECKPOINT_H
+#define PHX__CHECKPOINT_H
+#include "runtime.h"
+
+typedef struct phx__position { /* of the run, after a whole step */
+  int64_t step;    /* updates made */
+  int64_t samples; /* sequences consumed by them, all ranks together */
+} phx__position;
+
+typedef struct phx__retention {
+  int64_t keep;       /* this many newest stay; 0: all */
+  int64_t keep_every; /* steps that are a multiple of this stay, too; 0: none */
+} phx__retention;
+
+/* ---- saving ---- */
+typedef struct phx__save phx__save;
+
+/* [main][collective] Removes leftovers, makes the part directory and this rank's file, writes its header.  Nothing is
+ * left behind on failure, which is the same on all ranks. */
+phx_status phx__save_begin(phx__runtime *rt, const char *run_dir, const phx__position *at, phx__save **out,
+                           phx_error *err);
+/* This rank's slices, in the order of the file; stable until commit or abandon.  Low-precision weights are left out:
+ * they are derived.  For map and unmap: they are the slices of visit_state, in its order. */
+size_t phx__save_n(const phx__save *save);
+const phx_slice *phx__save_slice(const phx__save *save, size_t i);
+int64_t phx__save_bytes(const phx__save *save); /* of this rank's file */
+/* [any] Blocks [first, first + blocks) of slice i, counted from the slice's own first; data: their elements, as mapped.
+ * Each block once; in order of i and first is cheapest (else checksums read back).  After a failure every later call
+ * fails, too. */
+phx_status phx__save_write(phx__save *save, size_t i, int64_t first, int64_t blocks, const void *data, phx_error *err);
+/* [any] After the last block: the file is flushed and closed.  A failed flush is final. */
+phx_status phx__save_flush(phx__save *save, phx_error *err);
+int64_t phx__save_step(const phx__save *save);
+/* [main][collective] All ranks agree that they were flushed; rank 0 writes the manifest, renames, moves `latest`, and
+ * removes what `retention` gives up.  Any rank's failure (not flushed included) is everybody's failure, with its
+ * message: the part directory is removed and the checkpoints before stay.  Frees `save` in any case. */
+phx_status phx__save_commit(phx__save *save, const phx__retention *retention, phx_error *err);
+/* [main] Gives the save up without the other ranks (the job ends): closes, removes what this rank wrote; NULL is fine. */
+void phx__save_abandon(phx__save *save);
+
+/* [main][collective] All of the above at once. */
+phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx__position *at,
+                                const phx__retention *retention, phx_error *err);
+
+/* ---- finding: plain file system work, no run needed ---- */
+enum { PHX__CHECKPOINT_NAME = 32, PHX__CHECKPOINT_PATH = 4096 };
+
+typedef struct phx__checkpoint_list {
+  int64_t *steps; /* (n) newest first */
+  size_t n;
+} phx__checkpoint_list;
+/* The committed checkpoints of a run, by name; none is no error.  Freed with phx__checkpoint_list_free. */
+phx_status phx__checkpoint_list_read(const char *run_dir, phx__checkpoint_list *out, phx_error *err);
+void phx__checkpoint_list_free(phx__checkpoint_list *list);
+/* run_dir/checkpoints/step-00000042 */
+phx_status phx__checkpoint_path(const char *run_dir, int64_t step, char path[PHX__CHECKPOINT_PATH], phx_error *err);
+/* dir: a run directory, or one checkpoint in it (*step -1, or its step).  run_dir is "" for a checkpoint that lies in
+ * no run's directory. */
+phx_status phx__checkpoint_locate(const char *dir, char run_dir[PHX__CHECKPOINT_PATH], int64_t *step, phx_error *err);
+/* The newest one below step `below` whose manifest is whole and whose files have its lengths (contents are verified
+ * as they are read); what is passed over is said in the log.  PHX_IO: none is left; *found false, PHX_OK: there are
+ * none at all. */
+phx_status phx__checkpoint_newest(const char *run_dir, int64_t below, int64_t *step, bool *found, phx_error *err);
+/* Removes what a retention gives up: renamed to a .part first, so that no half checkpoint is ever seen. */
+phx_status phx__checkpoint_retain(const char *run_dir, const phx__retention *retention, phx_error *err);
+/* Removes the leftovers of dead attempts; *removed counts them (may be NULL).  Not while a save is in flight. */
+phx_status phx__checkpoint_sweep(const char *run_dir, int64_t *removed, phx_error *err);
+/* Removes a directory of files, without following links. */
+phx_status phx__checkpoint_remove(const char *path, phx_error *err);
+
+/* ---- loading ---- */
+typedef struct phx__resumed {
+  phx__position at;
+  char path[PHX__CHECKPOINT_PATH]; /* of the checkpoint */
+} phx__resumed;
+/* [main][collective] Fills the state from one checkpoint and tells the strategy.  Each rank streams only the ranges of
+ * its own slices, through one chunk (1 MiB) at a time.  The same result on all ranks.  PHX_INVALID: it does not fit
+ * (nothing was changed); PHX_IO: damaged, named by file (the state is then undefined: load another). */
+phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err);
+/* Pure: does the checkpoint fit this configuration (model, optimizer, seed, batch)?  PHX_INVALID says what differs.  For the
+ * launcher, before any rank exists; phx__checkpoint_load asks the same. */
+phx_status phx__checkpoint_fits(const char *path, const phx__config *config, const phx__prepared *prepared,
+                                phx__position *at, phx_error *err);
+/* [main][collective] dir as in locate: loads that one, or the newest of the run that is whole; damaged ones are passed
+ * over with a line on rank 0.  PHX_IO: none is left. */
+phx_status phx__checkpoint_resume(phx__runtime *rt, const char *dir, phx__resumed *out, phx_error *err);
+#endif

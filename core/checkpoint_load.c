@@ -1,0 +1,276 @@
+/* core/checkpoint_load.c - loading: any strategy and world size from any other; see checkpoint.h.
+ *
+ * Each rank asks the manifest where the blocks of its own slices are and reads those ranges; every chunk is hashed
+ * before a byte of it is used, and the hash of what all ranks took together must be the checkpoint's.
+ * Memory: the manifest, and one chunk (1 MiB) per file that is open; state goes to where it belongs directly.
+ * What it does not do: fall back inside one checkpoint, or guess.  Private state of a strategy is restored at equal
+ * strategy and world size, and else left out by name.
+ * Threads: [main]. */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "checkpoint.h"
+#include "checkpoint_agree.h"
+#include "checkpoint_dir.h"
+#include "manifest.h"
+#include "status.h"
+#include "sys.h"
+
+/* ---- does it fit? ---- */
+static phx_status fits_optimizer(const char *path, const phx__manifest *m, const phx__settings *s, phx_error *err) {
+  phx_optim now;
+  phx__optim_states(s, &now);
+  bool same = strcmp(m->optimizer, now.name) == 0 && m->n_states == now.n_states;
+  for (uint32_t i = 0; same && i < now.n_states; i++)
+    same = strcmp(m->states[i].name, now.states[i].name) == 0 && m->states[i].dtype == now.states[i].dtype;
+  if (same) return PHX_OK;
+  return phx__fail(err, PHX_INVALID, "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit",
+                   path, m->optimizer, now.name);
+}
+
+static phx_status fits_data(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,
+                            phx_error *err) {
+  const int64_t micro = p->shape.micro, accumulate = p->topology.accumulate, ranks = p->layout.data_size;
+  const int64_t batch = micro * accumulate * ranks;
+  if (m->data_seed != (uint64_t)c->s.run.seed || m->generator_seed != m->data_seed)
+    return phx__fail(err, PHX_INVALID,
+                     "%s was saved with run.seed = %" PRIu64 ", and this run has %" PRId64
+                     ": the samples would come in another order",
+                     path, m->data_seed, c->s.run.seed);
+  if (m->samples % batch == 0) return PHX_OK;
+  return phx__fail(err, PHX_INVALID,
+                   "%s has consumed %" PRId64 " sequences, and a step of this run takes micro x accumulate x ranks = "
+                   "%" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64 ": %" PRId64 " / %" PRId64
+                   " is not whole; choose a batch that divides it",
+                   path, m->samples, micro, accumulate, ranks, batch, m->samples, batch);
+}
+
+static phx_status fits(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,
+                       phx_error *err) {
+  phx_status status = phx__manifest_match(path, m, p->model, err);
+  if (!status) status = fits_optimizer(path, m, &c->s, err);
+  if (!status) status = fits_data(path, m, c, p, err);
+  if (!status && m->step > c->s.run.steps)
+    status = phx__fail(err, PHX_INVALID, "%s is of step %" PRId64 ", and this run ends at run.steps = %" PRId64, path,
+                       m->step, c->s.run.steps);
+  return status;
+}
+
+phx_status phx__checkpoint_fits(const char *path, const phx__config *config, const phx__prepared *prepared,
+                                phx__position *at, phx_error *err) {
+  phx__manifest *m = NULL;
+  phx_status status = phx__manifest_read(path, &m, err);
+  if (!status) status = fits(path, m, config, prepared, err);
+  if (!status) *at = (phx__position){.step = m->step, .samples = m->samples};
+  phx__manifest_free(m);
+  return status;
+}
+
+/* ---- reading the state ---- */
+typedef struct load_walk {
+  phx__runtime *rt;
+  phx__checkpoint_reader *reader;
+  phx__state_hash hash;
+  bool private_fits;
+  int64_t privates; /* restored */
+} load_walk;
+
+static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *data, phx_error *err) {
+  const uint32_t index = slice->kind == PHX_STATE_OPTIM ? slice->state_index : 0;
+  if (slice->dtype != PHX_F32)
+    return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is loaded", slice->unit,
+                     slice->dtype);
+  phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
+                                                    slice->first_block, slice->blocks, data, err);
+  if (status) return status;
+  phx_slice saved = *slice; /* its hash is of the kind that was saved: a master where it was one */
+  const phx__manifest_slice *from = phx__manifest_find(walk->reader->manifest, slice->kind, index, slice->unit,
+                                                       slice->flat, slice->first_block);
+  if (from) saved.kind = from->kind;
+  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &saved, data);
+  return PHX_OK;
+}
+
+static const phx__manifest_private *find_private(const load_walk *walk, const phx_slice *slice) {
+  const phx__manifest *m = walk->reader->manifest;
+  if (!walk->private_fits || !slice->name) return NULL;
+  for (uint32_t i = 0; i < m->n_privates; i++) {
+    const phx__manifest_private *p = &m->privates[i];
+    if (p->rank == walk->rt->job->rank && p->unit == slice->unit && p->flat == slice->flat &&
+        p->first_block == slice->first_block && p->blocks == slice->blocks && p->dtype == slice->dtype &&
+        strcmp(p->name, slice->name) == 0)
+      return p;
+  }
+  return NULL;
+}
+
+static phx_status load_slice(void *ctx, const phx_slice *slice, phx_error *err) {
+  load_walk *walk = ctx;
+  const phx_strategy_table *strategy = walk->rt->prepared->strategy;
+  const bool private = slice->kind == PHX_STATE_PRIVATE;
+  const phx__manifest_private *from = private ? find_private(walk, slice) : NULL;
+  void *data = NULL;
+  if (private && !from) return PHX_OK;
+  if (slice->kind == PHX_STATE_WEIGHT && slice->dtype != PHX_F32) return PHX_OK; /* derived */
+  phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_WRITE, &data, err);
+  if (status) return status;
+  status = from ? phx__checkpoint_reader_private(walk->reader, from, data, err) : load_blocks(walk, slice, data, err);
+  walk->privates += from && !status;
+  const phx_status unmapped = strategy->unmap(walk->rt->strategy, slice, PHX_MAP_WRITE, data, status ? NULL : err);
+  return status ? status : unmapped;
+}
+
+/* ---- what is different now, and what was left out ---- */
+static void say(const phx__runtime *rt, const char *text) { phx__log(rt->job->rank, "checkpoint", PHX_LOG_INFO, text); }
+
+typedef struct difference {
+  const phx__runtime *rt;
+  const phx__manifest *m;
+} difference;
+
+/* Everything that changes results, and the strategy; what only names files of this run is left out. */
+static void say_config(void *arg, const char *section, const char *key, const char *value, const char *source) {
+  static const char *const told[] = {"batch", "data", "model", "optimizer", "precision", NULL};
+  const difference *d = arg;
+  char text[1024];
+  const char *before = phx__manifest_config_of(d->m, section, key);
+  bool wanted = false;
+  (void)source;
+  for (int i = 0; told[i]; i++) wanted = wanted || strcmp(told[i], section) == 0;
+  wanted = wanted || (strcmp(section, "run") == 0 && strcmp(key, "steps") == 0); /* the schedule ends there */
+  if (!wanted || !before || strcmp(before, value) == 0) return;
+  snprintf(text, sizeof text, "[%s] %s was %.300s and is %.300s", section, key, before, value);
+  say(d->rt, text);
+}
+
+static void say_plugin(const phx__runtime *rt, const phx__manifest *m, const char *kind, const phx__plugin *now) {
+  const phx__manifest_plugin *p = phx__manifest_plugin_of(m, kind);
+  char text[512];
+  if (!p || (strcmp(p->id, now->descriptor->id) == 0 && strcmp(p->sha256, now->sha256) == 0)) return;
+  if (strcmp(p->id, now->descriptor->id) != 0)
+    snprintf(text, sizeof text, "the %s was %s and is %s", kind, p->id, now->descriptor->id);
+  else
+    snprintf(text, sizeof text, "the %s %s is another build: version %.60s, sha256 %.12s... was %.60s, %.12s...", kind,
+             p->id, now->descriptor->version, now->sha256, p->version, p->sha256);
+  say(rt, text);
+}
+
+static void say_identity(const phx__runtime *rt, const phx__manifest *m) {
+  char text[512], threads[24];
+  snprintf(threads, sizeof threads, "%d", rt->device->threads);
+  for (uint32_t i = 0; i < m->n_identity; i++) {
+    const phx__manifest_pair *p = &m->identity[i];
+    const char *now = strcmp(p->key, "device") == 0    ? rt->device->name
+                      : strcmp(p->key, "threads") == 0 ? threads
+                      : strcmp(p->key, "phalanx") == 0 ? PHX__VERSION
+                                                       : NULL;
+    if (!now || strcmp(now, p->value) == 0) continue;
+    snprintf(text, sizeof text, "%s was %.200s and is %.200s: the same bits are not promised across this", p->key,
+             p->value, now);
+    say(rt, text);
+  }
+}
+
+static void say_privates(const load_walk *walk) {
+  const phx__manifest *m = walk->reader->manifest;
+  const phx__manifest_plugin *p = phx__manifest_plugin_of(m, "strategy");
+  char text[512];
+  for (uint32_t i = 0; i < m->n_privates; i++) {
+    bool said = false;
+    for (uint32_t j = 0; j < i && !said; j++) said = strcmp(m->privates[j].name, m->privates[i].name) == 0;
+    if (said || walk->private_fits) continue;
+    snprintf(text, sizeof text, "state %s is private to strategy %s on %d ranks, and left out", m->privates[i].name,
+             p ? p->id : "?", m->ranks);
+    say(walk->rt, text);
+  }
+}
+
+static void say_all(const load_walk *walk, const char *path) {
+  const phx__runtime *rt = walk->rt;
+  const phx__manifest *m = walk->reader->manifest;
+  const phx__config *c = rt->config;
+  difference d = {rt, m};
+  char text[PHX__CHECKPOINT_PATH + 200];
+  snprintf(text, sizeof text, "%s: step %" PRId64 ", %" PRId64 " sequences, state_hash %s", path, m->step, m->samples,
+           m->state_hash);
+  say(rt, text);
+  snprintf(text, sizeof text, "the world size was %d and is %d", m->ranks, rt->job->size);
+  if (m->ranks != rt->job->size) say(rt, text);
+  say_plugin(rt, m, "strategy", c->strategy.plugin);
+  say_plugin(rt, m, "model", c->model.plugin);
+  say_plugin(rt, m, "device", c->device.plugin);
+  say_plugin(rt, m, "comm", c->comm.plugin);
+  say_identity(rt, m);
+  phx__config_each(c, say_config, &d);
+  say_privates(walk);
+}
+
+/* ---- one checkpoint ---- */
+phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err) {
+  load_walk walk = {.rt = rt};
+  phx_error why = PHX_ERROR_INIT;
+  phx__verdict verdict = {0};
+  char hash[33];
+  const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = load_slice};
+  const phx_strategy_table *strategy = rt->prepared->strategy;
+  phx_status status = phx__checkpoint_reader_open(path, &walk.reader, &why);
+  const phx__manifest *m = status ? NULL : walk.reader->manifest;
+  if (!status) status = fits(path, m, rt->config, rt->prepared, &why);
+  PHX__TRY(phx__agree(rt, status, &why, NULL, err));
+  const phx__manifest_plugin *saved_by = phx__manifest_plugin_of(m, "strategy");
+  walk.private_fits = saved_by && strcmp(saved_by->id, rt->config->strategy.plugin->descriptor->id) == 0 &&
+                      m->ranks == rt->job->size;
+  status = strategy->visit_state(rt->strategy, &visitor, &why);
+  verdict.hash = walk.hash;
+  PHX__TRY(phx__agree(rt, status, &why, &verdict, err));
+  phx__state_hash_text(verdict.sum, hash);
+  if (strcmp(hash, m->state_hash) != 0) {
+    status = phx__fail(err, PHX_IO, "%s: the state that was read hashes to %s, and the manifest says %s", path, hash,
+                       m->state_hash);
+    goto done;
+  }
+  PHX__TRY(strategy->state_changed(rt->strategy, err));
+  if (rt->job->rank == 0) say_all(&walk, path);
+  out->at = (phx__position){.step = m->step, .samples = m->samples};
+  snprintf(out->path, sizeof out->path, "%s", path);
+done:
+  phx__checkpoint_reader_close(walk.reader);
+  return status;
+}
+
+/* ---- the newest that is whole ---- */
+static phx_status load_newest(phx__runtime *rt, const char *run_dir, phx__resumed *out, phx_error *err) {
+  char path[PHX__CHECKPOINT_PATH], text[PHX__CHECKPOINT_PATH + 700];
+  for (int64_t below = INT64_MAX, passed = 0;; passed++) {
+    phx_error why = PHX_ERROR_INIT;
+    phx__verdict verdict = {.value = -1};
+    bool found = false;
+    phx_status status = PHX_OK;
+    if (rt->job->rank == 0) status = phx__checkpoint_newest(run_dir, below, &verdict.value, &found, &why);
+    status = phx__agree(rt, status, &why, &verdict, err); /* rank 0 chooses */
+    if (status) return status;
+    if (verdict.first < 0)
+      return phx__fail(err, passed ? PHX_IO : PHX_INVALID, "%s has no %scheckpoint", run_dir, passed ? "whole " : "");
+    status = phx__checkpoint_path(run_dir, verdict.first, path, &why);
+    status = phx__agree(rt, status, &why, NULL, err);
+    if (!status) status = phx__checkpoint_load(rt, path, out, err ? err : &why);
+    if (status != PHX_IO) return status;
+    snprintf(text, sizeof text, "%s cannot be used, the one before is tried: %s", path, (err ? err : &why)->message);
+    if (rt->job->rank == 0) phx__log(0, "checkpoint", PHX_LOG_WARN, text);
+    below = verdict.first;
+  }
+}
+
+phx_status phx__checkpoint_resume(phx__runtime *rt, const char *dir, phx__resumed *out, phx_error *err) {
+  char run_dir[PHX__CHECKPOINT_PATH], path[PHX__CHECKPOINT_PATH];
+  phx_error why = PHX_ERROR_INIT;
+  int64_t step = -1;
+  phx_status status = phx__checkpoint_locate(dir, run_dir, &step, &why);
+  if (!status && step >= 0 && !realpath(dir, path))
+    status = phx__fail(&why, PHX_IO, "cannot find the checkpoint %s", dir);
+  status = phx__agree(rt, status, &why, NULL, err);
+  if (status) return status;
+  return step >= 0 ? phx__checkpoint_load(rt, path, out, err) : load_newest(rt, run_dir, out, err);
+}

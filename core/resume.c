@@ -1,0 +1,63 @@
+/* core/resume.c - see resume.h. */
+#include "resume.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "checkpoint_agree.h"
+#include "checkpoint_dir.h"
+#include "status.h"
+
+phx_status phx__resume_locate(const phx__config *config, const char *asked, phx__resume *out, phx_error *err) {
+  char run_dir[PHX__CHECKPOINT_PATH], own[PHX__CHECKPOINT_PATH];
+  int64_t step = -1;
+  const char *dir = asked[0] ? asked : config->s.run.out;
+  phx_status status = phx__checkpoint_locate(dir, run_dir, &step, err);
+  if (status) return status;
+  if (!realpath(dir, out->dir)) return phx__fail(err, PHX_INVALID, "cannot find %s", dir);
+  out->continues = strlen(config->s.run.out) < sizeof own && realpath(config->s.run.out, own) && !strcmp(own, run_dir);
+  return PHX_OK;
+}
+
+phx_status phx__resume_check(const phx__resume *resume, const phx__config *config, const phx__prepared *prepared,
+                             phx_error *err) {
+  char run_dir[PHX__CHECKPOINT_PATH], path[PHX__CHECKPOINT_PATH], text[PHX__CHECKPOINT_PATH + 600];
+  phx__position at;
+  int64_t step = -1;
+  bool found = false;
+  phx_status status = phx__checkpoint_locate(resume->dir, run_dir, &step, err);
+  if (status) return status;
+  if (step >= 0) return phx__checkpoint_fits(resume->dir, config, prepared, &at, err);
+  status = phx__checkpoint_newest(run_dir, INT64_MAX, &step, &found, err);
+  if (!status && !found)
+    status = phx__fail(err, PHX_INVALID, "%s has no checkpoint to go on from: start without --resume", run_dir);
+  if (!status) status = phx__checkpoint_path(run_dir, step, path, err);
+  if (!status) status = phx__checkpoint_fits(path, config, prepared, &at, err);
+  if (status) return status;
+  snprintf(text, sizeof text, "goes on from %s", path);
+  phx__log(0, "checkpoint", PHX_LOG_DEBUG, text);
+  return PHX_OK;
+}
+
+/* Rank 0: what lies behind the step is of another future; what is half there, of a dead attempt. */
+static phx_status tidy(const phx__resume *resume, const phx__config *config, int64_t step, phx_error *err) {
+  char text[120];
+  int64_t removed = 0;
+  if (!resume->continues) return PHX_OK;
+  phx_status status = phx__checkpoint_sweep(config->s.run.out, &removed, err);
+  if (!status) status = phx__checkpoint_set_aside(config->s.run.out, step, err);
+  snprintf(text, sizeof text, "%" PRId64 " leftover%s of dead attempts removed", removed, removed == 1 ? "" : "s");
+  if (!status && removed > 0) phx__log(0, "checkpoint", PHX_LOG_INFO, text);
+  return status;
+}
+
+phx_status phx__resume_load(const phx__resume *resume, phx__runtime *rt, phx__resumed *out, phx_error *err) {
+  phx_error why = PHX_ERROR_INIT;
+  phx_status status = phx__checkpoint_resume(rt, resume->dir, out, err);
+  if (status) return status;
+  if (rt->job->rank == 0) status = tidy(resume, rt->config, out->at.step, &why);
+  status = phx__agree(rt, status, &why, NULL, err);
+  return status == PHX_IO ? PHX_STATE : status; /* the checkpoint is whole: it is this directory that cannot be changed */
+}
