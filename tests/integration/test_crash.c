@@ -104,18 +104,20 @@ typedef struct crash {
   int all;       /* everything was killed */
 } crash;
 
-static crash disturb(const char *dir, pid_t launcher, int wait_for_save, double length) {
+/* Waits for a random moment, kills, and waits for the end. */
+static crash disturb(const char *dir, pid_t launcher, int wait_for_save) {
   crash c = {.all = rand_r(&seed) % 3 == 0};
   int status;
-  const double begin = now(), at = random_part() * length;
-  double until = begin + at;
-  for (;;) {
+  const int target = rand_r(&seed) % STEPS; /* after this step's save; 0: from the first moment on */
+  double until = target ? 0 : now() + random_part() * 0.15;
+  for (;; usleep(100)) {
     if (waitpid(launcher, &status, WNOHANG) == launcher) return (crash){.ended = 1};
     c.committed = look(dir, &c.in_save);
-    if (now() >= until && (!wait_for_save || c.in_save)) break;
+    if (c.committed >= target && until == 0) until = now() + (wait_for_save ? 0 : random_part() * 0.03);
+    if (until > 0 && now() >= until && (!wait_for_save || c.in_save)) break;
   }
-  if (wait_for_save && rand_r(&seed) % 2) { /* somewhere later in the same save */
-    for (until = now() + random_part() * 4e-3; now() < until;) continue;
+  if (wait_for_save && rand_r(&seed) % 2) { /* later in the same save, maybe behind its end */
+    usleep((useconds_t)(random_part() * 1e4));
     c.committed = look(dir, &c.in_save);
   }
   const pid_t victim = c.all ? -launcher : a_rank(launcher);
@@ -167,14 +169,12 @@ Test(crash, every_resume_after_a_kill_has_the_same_bits, .timeout = 7200) {
   const char *asked = getenv("PHX_TEST_CRASHES"), *other = getenv("PHX_TEST_SEED");
   const int crashes = asked ? atoi(asked) : 10;
   char *dir = command_temp_dir();
-  double length = 0;
   int in_save = 0, resumed = 0, whole = 0;
   seed = other ? (unsigned)atoi(other) : 1;
   training_files(dir, training_odd_model);
   for (int s = 0; s < 3; s++) {
     command_result r = RUN(dir, 60, ARGUMENTS(strategies[s]));
     cr_assert_eq(r.status, 0, "%s", r.out);
-    length = r.seconds;
     command_free(&r);
     cr_assert_eq(read_hashes(dir, reference[s]), STEPS);
     for (int i = 1; i <= STEPS; i++) cr_assert_str_eq(reference[s][i], reference[0][i]);
@@ -184,7 +184,7 @@ Test(crash, every_resume_after_a_kill_has_the_same_bits, .timeout = 7200) {
     const int s = done % 3;
     const char *const argv[] = {PHX_TEST_COMMAND, ARGUMENTS(strategies[s]), NULL};
     const pid_t launcher = start(dir, argv);
-    const crash c = disturb(dir, launcher, done % 4 != 3, length);
+    const crash c = disturb(dir, launcher, done % 4 != 3);
     if (!c.ended) {
       done++;
       in_save += c.in_save;
