@@ -53,7 +53,8 @@ static void check_strategy(store *p, const phx__settings *s, const phx_plugin *s
                       strategy->id, (long long)s->run.ranks);
   if (s->run.elastic && ((const phx_strategy_table *)strategy->table)->layout && good(p, "run", "elastic"))
     phx__config_error(p, at(p, "run", "elastic"),
-                      "[run] elastic = yes: strategy %s decides itself who computes what, and cannot lose a rank: use no",
+                      "[run] elastic = yes: strategy %s decides itself who computes what, and cannot lose a rank: use "
+                      "no",
                       strategy->id);
   if (!s->run.deterministic || (strategy->provides & PHX_CAP_DETERMINISTIC)) return;
   if (asked)

@@ -26,17 +26,17 @@ phx_status phx__drift_supported(const phx__prepared *p, phx_error *err) {
   for (uint32_t s = 0; s < p->model->n_stages; s++)
     if (!p->layout.stage_owned[s])
       return phx__fail(err, PHX_UNSUPPORTED,
-                       "run.drift_every: strategy %s holds stage %u on other ranks only, so there is nothing to compare: "
-                       "use 0",
+                       "run.drift_every: strategy %s holds stage %u on other ranks only, so there is nothing to "
+                       "compare: use 0",
                        p->config->strategy.plugin->descriptor->id, s);
   return PHX_OK;
 }
 
 phx_status phx__drift_open(phx__runtime *rt, phx__drift **out, phx_error *err) {
   const size_t n = rt->prepared->model->n_params;
-  phx_status status = PHX_OK;
   if (!(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
-    return phx__fail(err, PHX_UNSUPPORTED, "run.drift_every reads weights where they are, and %s is not host memory: use 0",
+    return phx__fail(err, PHX_UNSUPPORTED,
+                     "run.drift_every reads weights where they are, and %s is not host memory: use 0",
                      rt->device->name);
   phx__drift *d = phx__calloc(1, sizeof *d);
   if (!d) return phx__fail(err, PHX_NOMEM, "no memory for the check of replicas");
@@ -48,7 +48,7 @@ phx_status phx__drift_open(phx__runtime *rt, phx__drift **out, phx_error *err) {
     return phx__fail(err, PHX_NOMEM, "no memory for the hashes of %zu parameters", n);
   }
   *out = d;
-  return status;
+  return PHX_OK;
 }
 
 void phx__drift_close(phx__drift *d) {
@@ -111,8 +111,8 @@ static phx_status say_drift(phx__drift *d, int64_t step, uint32_t first, uint32_
   if (status) return status;
   name_ranks(all, c->size, ranks, sizeof ranks);
   return phx__fail(err, PHX_COMM,
-                   "step %" PRId64 ": the ranks' weights have drifted apart: '%s' is the first of %u tensors that differ, "
-                   "%s; a rank's memory or its arithmetic is wrong: do not go on from this state",
+                   "step %" PRId64 ": the ranks' weights have drifted apart: '%s' is the first of %u tensors that "
+                   "differ, %s; a rank's memory or its arithmetic is wrong: do not go on from this state",
                    step, phx_model_param(d->rt->prepared->model, first)->name, different, ranks);
 }
 

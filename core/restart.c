@@ -1,7 +1,7 @@
 /* core/restart.c - see restart.h.
  *
- * Every attempt is a job of its own, with new shared memory and new processes, so nothing of a failed one is left in the
- * next.  An attempt goes on from what the one before has committed, or from the beginning when it has committed
+ * Every attempt is a job of its own, with new shared memory and new processes, so nothing of a failed one is left in
+ * the next.  An attempt goes on from what the one before has committed, or from the beginning when it has committed
  * nothing.  The first failure is kept, and told again at the end: later ones are often only its echo.
  * Not restarted: what the user ended, and what was refused (status 2) or found damaged (4), which a second try meets
  * again.  Threads: [main]. */
@@ -27,7 +27,8 @@ phx_status phx__restart_accumulate(const phx__config *config, int32_t ranks, int
                      "run.elastic: the global batch of %" PRId64 " ranks x %" PRId64 " micro x %" PRId64
                      " accumulate = %" PRId64 " sequences does not divide over %d ranks x %" PRId64 " = %" PRId64
                      " (remainder %" PRId64 "); choose batch.micro and batch.accumulate so that it does",
-                     s->run.ranks, s->batch.micro, s->batch.accumulate, total, ranks, s->batch.micro, once, total % once);
+                     s->run.ranks, s->batch.micro, s->batch.accumulate, total, ranks, s->batch.micro, once,
+                     total % once);
   *out = total / once;
   return PHX_OK;
 }
@@ -105,8 +106,9 @@ int phx__restart_run(const phx__config *config, char *const *argv) {
     restarts++;
     char from[48] = "the beginning";
     if (a.from > 0) snprintf(from, sizeof from, "the checkpoint of step %" PRId64, a.from);
-    fprintf(stderr, "phalanx: restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from %s\n",
-            restarts, config->s.run.max_restarts, a.ranks, a.ranks == 1 ? "" : "s", a.accumulate, from);
+    fprintf(stderr,
+            "phalanx: restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from %s\n", restarts,
+            config->s.run.max_restarts, a.ranks, a.ranks == 1 ? "" : "s", a.accumulate, from);
   }
   if (status) fprintf(stderr, "phalanx: %s%s\n", first.failed ? "no restart: " : "", err.message);
   if (restarts > 0)

@@ -38,7 +38,8 @@ bool phx__where_text(const phx_liveness *page, char *out, size_t bytes) {
   text t = {out, bytes};
   if (bytes == 0) return false;
   out[0] = 0;
-  if (call <= PHX_IN_CORE || call > PHX_IN_COLLECTIVE || kind < PHX_KIND_STRATEGY || kind > PHX_KIND_MODEL) return false;
+  if (call <= PHX_IN_CORE || call > PHX_IN_COLLECTIVE) return false;
+  if (kind < PHX_KIND_STRATEGY || kind > PHX_KIND_MODEL) return false;
   put(&t, kinds[kind], 16);
   put(&t, " ", 1);
   put(&t, page->plugins[kind], sizeof page->plugins[kind] - 1);

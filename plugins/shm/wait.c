@@ -9,7 +9,9 @@
  *
  * Invariant: a wait is given up only after its condition was looked at once more; so a process that was itself stopped
  * for long does not accuse a peer who came meanwhile.  Time in which this process did not run (Ctrl-Z, then fg) is
- * nobody's absence: a look that comes SUSPENDED_NS after the one before moves the deadline by as much.  Threads: the one that runs the call; shm_drain is [main]. */
+ * nobody's absence: a look that comes SUSPENDED_NS after the one before moves the deadline by as much.
+ *
+ * Threads: the one that runs the call; shm_drain is [main]. */
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>

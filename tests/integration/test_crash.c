@@ -148,7 +148,8 @@ static void remove_out(const char *dir) {
 static int finish(const char *dir, int s, const crash *c) {
   int in_flight, newest = look(dir, &in_flight);
   cr_assert_geq(newest, c->committed, "step %d was committed, and is lost", c->committed);
-  command_result r = newest ? RUN(dir, 60, ARGUMENTS(strategies[s]), "--resume") : RUN(dir, 60, ARGUMENTS(strategies[s]));
+  command_result r = newest ? RUN(dir, 60, ARGUMENTS(strategies[s]), "--resume")
+                            : RUN(dir, 60, ARGUMENTS(strategies[s]));
   cr_assert_eq(r.status, 0, "%s after a kill at step %d: status %d\n%s", strategies[s], newest, r.status, r.out);
   cr_assert_null(strstr(r.out, "damaged"), "%s", r.out);
   if (newest) {
@@ -193,8 +194,8 @@ Test(crash, every_resume_after_a_kill_has_the_same_bits, .timeout = 7200) {
     }
     remove_out(dir);
   }
-  printf("%d crashes, %d of them of the whole job, %d inside a save; %d resumed from a checkpoint, all bit-exact\n", crashes,
-         whole, in_save, resumed);
+  printf("%d crashes, %d of them of the whole job, %d inside a save; %d resumed from a checkpoint, all bit-exact\n",
+         crashes, whole, in_save, resumed);
   cr_expect_geq(2 * in_save, crashes, "only %d of %d kills fell into a save", in_save, crashes);
   cr_expect_gt(resumed, 0);
   command_remove_dir(dir);

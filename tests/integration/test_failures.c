@@ -51,8 +51,9 @@ static command_result run_under(const char *dir, const char *strategy, const cha
   return command_run(dir, 60, argv);
 }
 #define UNDER(dir, strategy, ...) run_under(dir, strategy, (const char *const[]){__VA_ARGS__, NULL})
-static const char *const strategies[] = {"ddp",          "fsdp",         "fsdp fsdp.sharding=grad_op", "fsdp fsdp.sharding=none",
-                                         "zero zero.stage=1", "zero zero.stage=2", "zero zero.stage=3"};
+static const char *const strategies[] = {
+    "ddp",           "fsdp", "fsdp fsdp.sharding=grad_op", "fsdp fsdp.sharding=none", "zero zero.stage=1",
+    "zero zero.stage=2", "zero zero.stage=3"};
 enum { STRATEGIES = sizeof strategies / sizeof *strategies };
 
 /* ---- named ---- */
@@ -107,8 +108,8 @@ Test(failures, drift_is_found_within_k_steps, .timeout = 200) {
   for (int s = 0; s < STRATEGIES; s++) {
     const int whole = s == 0 || s == 3; /* gradients are reduced to all, weights never gathered */
     command_result r = UNDER(dir, strategies[s], "-n", "3", "--set", "run.drift_every=3", "--set", "fault.what=flip",
-                             "--set", whole ? "fault.on=reduction" : "fault.on=gather", "--set", "fault.step=5", "--set",
-                             whole ? "fault.lasting=no" : "fault.lasting=yes");
+                             "--set", whole ? "fault.on=reduction" : "fault.on=gather", "--set", "fault.step=5",
+                             "--set", whole ? "fault.lasting=no" : "fault.lasting=yes");
     cr_expect_eq(r.status, 3, "%s: status %d\n%s", strategies[s], r.status, r.out);
     EXPECT(r.out, "step 6: the ranks' weights have drifted apart: '");
     EXPECT(r.out, "' is the first of ");
@@ -348,7 +349,8 @@ static int end_of(const job *j, double seconds) {
     waitpid(j->launcher, &status, 0);
   }
   for (int r = 0; r < j->n; r++) {
-    for (double end = now() + 1; kill(j->ranks[r], 0) == 0 && now() < end; usleep(1000)) waitpid(j->ranks[r], NULL, WNOHANG);
+    for (double end = now() + 1; kill(j->ranks[r], 0) == 0 && now() < end; usleep(1000))
+      waitpid(j->ranks[r], NULL, WNOHANG);
     cr_expect(kill(j->ranks[r], 0) == -1 && errno == ESRCH, "rank %d is left", r);
   }
   DIR *shared = opendir("/dev/shm");
@@ -368,8 +370,6 @@ Test(failures, stops_that_are_continued_change_no_bit, .timeout = 120) {
   read_result(dir, plain, NULL);
   command_free(&r);
   for (int all = 0; all < 2; all++) { /* one rank for 2 s; then Ctrl-Z of all, longer than any limit */
-    char *drop = command_read_file(dir, "out/metrics.jsonl");
-    free(drop);
     command_result gone = command_run(dir, 5, (const char *const[]){"/bin/rm", "-rf", "out", NULL});
     command_free(&gone);
     job j = START(dir, 2, LONG_RUN, "--set", all ? "run.timeout=2" : "run.timeout=30");
@@ -464,7 +464,8 @@ Test(failures, no_false_alarm_on_a_busy_machine, .timeout = 3600) {
       for (volatile unsigned turns = 0;; turns++) continue;
     }
   }
-  fake_setup setup = {.n = 2, .timeout_s = 3, .limit_s = 3500, .share_bytes = 64 << 20, .arg = (void *)(uintptr_t)plugin};
+  fake_setup setup = {
+      .n = 2, .timeout_s = 3, .limit_s = 3500, .share_bytes = 64 << 20, .arg = (void *)(uintptr_t)plugin};
   const int ran = fake_job_run(&setup, many_calls, &result);
   for (int i = 0; i < 8; i++) {
     kill(busy[i], SIGKILL);

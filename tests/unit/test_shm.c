@@ -613,9 +613,6 @@ static void suspended(fake_rank *rank) {
   rig_close(&g);
 }
 Test(shm, time_in_which_a_rank_was_suspended_is_nobodys_absence, .timeout = 30) {
-#ifdef __SANITIZE_THREAD__
-  return; /* ranks are threads there */
-#endif
   static fake_result result;
   run_limited(2, (int64_t)32 << 20, 2, 20, suspended, NULL, &result);
   const char *report = fake_job_report(&result, 2);

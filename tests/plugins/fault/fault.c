@@ -5,7 +5,7 @@
  *   skip   the call is left out             count  it has one element less       op     it is a barrier
  *   nan    the first element that it sends is NaN
  *   flip   the first element that it receives is changed afterwards
- *   crash  a bad memory access              kill   SIGKILL                       exit   the process leaves with status 9
+ *   crash  a bad memory access              kill   SIGKILL                       exit   it leaves with status 9
  * With once = FILE nothing happens when the file is there, and it is made when something does: the next attempt of a
  * job runs through.  One world per process. */
 #define phx_plugin_v1 shm_entry
