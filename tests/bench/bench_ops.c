@@ -129,7 +129,8 @@ static void bench_adamw(void) {
 
 typedef struct attention {
   int64_t b, t, c, heads, rows;
-  float *qkv, *out, *lse, *dout, *dqkv, *work, *p, *block;
+  int by_blocks;
+  float *qkv, *out, *lse, *dout, *dqkv, *work, *p, *dp;
   int passes; /* 1 forward, 2 backward, 3 both */
 } attention;
 
@@ -154,18 +155,18 @@ static double fused_rate(void *arg) {
 static double unfused_rate(void *arg) {
   const attention *a = arg;
   const double start = bench_busy();
-  if (a->passes & 1) unfused_forward(a->out, a->p, a->qkv, a->b, a->t, a->c, a->heads, a->rows);
-  if (a->passes & 2)
-    unfused_backward(a->dqkv, a->dout, a->qkv, a->out, a->p, a->block, a->b, a->t, a->c, a->heads, a->rows);
+  const unfused u = {a->qkv, a->dout, a->out, a->dqkv, a->p, a->dp, a->b, a->t, a->c, a->heads, a->rows, a->by_blocks};
+  if (a->passes & 1) unfused_forward(&u);
+  if (a->passes & 2) unfused_backward(&u);
   return flops(a) / (bench_busy() - start);
 }
 
-static attention attention_of(int64_t b, int64_t t, int unfused) {
+static attention attention_of(int64_t b, int64_t t, int with_squares) {
   attention a = {.b = b, .t = t, .c = 768, .heads = 12, .passes = 3};
   a.qkv = bench_memory(a.b * t * 3 * a.c * 4), a.dqkv = bench_memory(a.b * t * 3 * a.c * 4);
   a.out = bench_memory(a.b * t * a.c * 4), a.dout = bench_memory(a.b * t * a.c * 4);
   a.lse = bench_memory(a.b * a.heads * t * 4), a.work = bench_memory(a.b * a.heads * t * 4);
-  if (unfused) a.p = bench_memory(a.b * a.heads * t * t * 4), a.block = bench_memory(t * t * 4);
+  if (with_squares) a.p = bench_memory(a.b * a.heads * t * t * 4), a.dp = bench_memory(a.b * a.heads * t * t * 4);
   bench_fill(a.qkv, a.b * t * 3 * a.c, 1.0f, 1);
   bench_fill(a.dout, a.b * t * a.c, 1.0f, 2);
   return a;
@@ -193,19 +194,21 @@ static void prepare_unfused(attention *a, float *worst) {
   *worst /= most;
 }
 
-static void bench_attention(int64_t batch, int least_passes, double limit) {
+static void bench_attention(int64_t batch, int by_blocks, int least_passes, double limit) {
   static const char *const names[] = {"", "attention forward", "attention backward", "attention"};
-  char fused[96], unfused[160];
+  char fused[96], other[160];
   if (!bench_wanted(names[1]) && !bench_wanted(names[2])) return;
   attention a = attention_of(batch, 1024, 1);
+  a.by_blocks = by_blocks;
   float worst;
   prepare_unfused(&a, &worst);
   snprintf(fused, sizeof fused, "fused, B = %d, T = 1024, C = 768, 12 heads", (int)batch);
-  snprintf(unfused, sizeof unfused, "unfused, %s, blocks of %d rows", versions, (int)a.rows);
+  snprintf(other, sizeof other, "unfused, %s, blocks of %d rows%s", versions, (int)a.rows,
+           by_blocks ? ", all operations of a block in turn" : "");
   for (a.passes = 3; a.passes >= least_passes; a.passes--) {
     bench_line line = {.name = names[a.passes],
                        .a = fused,
-                       .b = unfused,
+                       .b = other,
                        .unit = "GFLOP/s",
                        .divisor = 1e9,
                        .limit = a.passes == 3 ? limit : 0.0};
@@ -330,8 +333,9 @@ int main(int argc, char **argv) {
   snprintf(versions, sizeof versions, "dnnl_sgemm %d.%d.%d", v->major, v->minor, v->patch);
   bench_note("device", "%s; %s", d.device->name, versions);
   bench_adamw();
-  bench_attention(1, 1, 1.3);
-  bench_attention(4, 3, 0.0); /* where the probabilities fit no cache */
+  bench_attention(1, 0, 1, 1.3);
+  bench_attention(1, 1, 1, 0.0); /* the strongest form short of fusion */
+  bench_attention(4, 0, 3, 0.0); /* where the probabilities fit no cache */
   bench_attention_memory();
   bench_products();
   bench_note("fma peak", "%.1f GFLOP/s on one core, fp32, 10 chains of %d lanes", fma_peak(NULL) / 1e9, PHX__LANES);

@@ -1,6 +1,6 @@
-/* tests/bench/unfused.c - causal attention as a framework without a fused kernel does it: oneDNN's products over blocks
- * of query rows, each only as wide as the causal mask leaves it, a vectorised softmax in place, and the T x T
- * probabilities kept from forward to backward.  Backward needs four products then, the fused one five. */
+/* tests/bench/unfused.c - causal attention as separate operations: oneDNN's products over blocks of query rows, each only
+ * as wide as the causal mask leaves it, a vectorised softmax in place, and the T x T probabilities kept from forward to
+ * backward.  Backward needs four products then, the fused one five. */
 #include <dnnl.h>
 #include <math.h>
 #include "unfused.h"
@@ -34,47 +34,93 @@ static void softmax(float *x, int64_t n, int64_t end) {
   for (; i < end; i++) x[i] = 0.0f;
 }
 
-void unfused_forward(float *out, float *p, const float *qkv, int64_t b, int64_t t, int64_t c, int64_t heads,
-                     int64_t rows) {
-  const int64_t d = c / heads, ld = 3 * c;
-  const float scale = 1.0f / sqrtf((float)d);
-  for (int64_t i = 0; i < b * heads; i++) {
-    const float *q = qkv + i / heads * t * ld + i % heads * d, *k = q + c, *v = k + c;
-    float *o = out + i / heads * t * c + i % heads * d;
-    for (int64_t r = 0; r < t; r += rows) {
-      const int64_t n = least(rows, t - r), end = r + n;
-      float *s = p + (i * t + r) * t;
-      dnnl_sgemm('N', 'T', n, end, d, scale, q + r * ld, ld, k, ld, 0.0f, s, t);
-      for (int64_t y = 0; y < n; y++) softmax(s + y * t, r + y + 1, end);
-      dnnl_sgemm('N', 'N', n, d, end, 1.0f, s, t, v, ld, 0.0f, o + r * c, c);
-    }
-  }
+/* One operation on one block of rows of one head. */
+typedef struct block {
+  const unfused *u;
+  int64_t head, first, n, end; /* rows [first, first + n); columns below end = first + n */
+} block;
+typedef void operation(const block *k);
+
+static int64_t model_at(const block *k) {
+  const unfused *u = k->u;
+  return k->head / u->heads * u->t * 3 * u->c + k->head % u->heads * (u->c / u->heads);
+}
+static int64_t out_at(const block *k) {
+  const unfused *u = k->u;
+  return (k->head / u->heads * u->t + k->first) * u->c + k->head % u->heads * (u->c / u->heads);
+}
+static float *square_at(const block *k, float *p) { return p + (k->head * k->u->t + k->first) * k->u->t; }
+static float scale_of(const unfused *u) { return 1.0f / sqrtf((float)(u->c / u->heads)); }
+
+static void scores(const block *k) {
+  const unfused *u = k->u;
+  const float *q = u->qkv + model_at(k);
+  dnnl_sgemm('N', 'T', k->n, k->end, u->c / u->heads, scale_of(u), q + k->first * 3 * u->c, 3 * u->c, q + u->c,
+             3 * u->c, 0.0f, square_at(k, u->p), u->t);
+}
+static void probabilities(const block *k) {
+  for (int64_t y = 0; y < k->n; y++) softmax(square_at(k, k->u->p) + y * k->u->t, k->first + y + 1, k->end);
+}
+static void values(const block *k) {
+  const unfused *u = k->u;
+  dnnl_sgemm('N', 'N', k->n, u->c / u->heads, k->end, 1.0f, square_at(k, u->p), u->t, u->qkv + model_at(k) + 2 * u->c,
+             3 * u->c, 0.0f, u->out + out_at(k), u->c);
 }
 
-void unfused_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *p, float *block,
-                      int64_t b, int64_t t, int64_t c, int64_t heads, int64_t rows) {
-  const int64_t d = c / heads, ld = 3 * c;
-  const float scale = 1.0f / sqrtf((float)d);
-  for (int64_t i = 0; i < b * heads; i++) {
-    const int64_t at = i / heads * t * ld + i % heads * d, at_out = i / heads * t * c + i % heads * d;
-    const float *q = qkv + at, *k = q + c, *v = k + c, *g = dout + at_out, *o = out + at_out;
-    float *dq = dqkv + at, *dk = dq + c, *dv = dk + c;
-    /* from the last block down: the first product then writes every row of dk and dv */
-    for (int64_t r = (t - 1) / rows * rows; r >= 0; r -= rows) {
-      const int64_t n = least(rows, t - r), end = r + n;
-      const float *s = p + (i * t + r) * t, add = end < t ? 1.0f : 0.0f;
-      dnnl_sgemm('T', 'N', end, d, n, 1.0f, s, t, g + r * c, c, add, dv, ld);
-      dnnl_sgemm('N', 'T', n, end, d, 1.0f, g + r * c, c, v, ld, 0.0f, block, t);
-      for (int64_t y = 0; y < n; y++) {
-        float dot = 0.0f;
-        for (int64_t x = 0; x < d; x++) dot += g[(r + y) * c + x] * o[(r + y) * c + x];
-        int64_t x = 0;
-        for (; x + PHX__LANES <= end; x += PHX__LANES)
-          phx__store(block + y * t + x, phx__load(s + y * t + x) * (phx__load(block + y * t + x) - dot));
-        for (; x < end; x++) block[y * t + x] = s[y * t + x] * (block[y * t + x] - dot);
-      }
-      dnnl_sgemm('N', 'N', n, d, end, scale, block, t, k, ld, 0.0f, dq + r * ld, ld);
-      dnnl_sgemm('T', 'N', end, d, n, scale, block, t, q + r * ld, ld, add, dk, ld);
-    }
+/* Blocks come from the last down: the first product then writes every row of dk and dv, later ones add. */
+static float adds(const block *k) { return k->end < k->u->t ? 1.0f : 0.0f; }
+static void values_gradient(const block *k) {
+  const unfused *u = k->u;
+  dnnl_sgemm('T', 'N', k->end, u->c / u->heads, k->n, 1.0f, square_at(k, u->p), u->t, u->dout + out_at(k), u->c,
+             adds(k), u->dqkv + model_at(k) + 2 * u->c, 3 * u->c);
+}
+static void probabilities_gradient(const block *k) {
+  const unfused *u = k->u;
+  dnnl_sgemm('N', 'T', k->n, k->end, u->c / u->heads, 1.0f, u->dout + out_at(k), u->c,
+             u->qkv + model_at(k) + 2 * u->c, 3 * u->c, 0.0f, square_at(k, u->dp), u->t);
+}
+static void scores_gradient(const block *k) {
+  const unfused *u = k->u;
+  const float *g = u->dout + out_at(k), *o = u->out + out_at(k);
+  for (int64_t y = 0; y < k->n; y++) {
+    const float *s = square_at(k, u->p) + y * u->t;
+    float *d = square_at(k, u->dp) + y * u->t, dot = 0.0f;
+    int64_t x = 0;
+    for (int64_t i = 0; i < u->c / u->heads; i++) dot += g[y * u->c + i] * o[y * u->c + i];
+    for (; x + PHX__LANES <= k->end; x += PHX__LANES)
+      phx__store(d + x, phx__load(s + x) * (phx__load(d + x) - dot));
+    for (; x < k->end; x++) d[x] = s[x] * (d[x] - dot);
   }
+}
+static void queries_gradient(const block *k) {
+  const unfused *u = k->u;
+  dnnl_sgemm('N', 'N', k->n, u->c / u->heads, k->end, scale_of(u), square_at(k, u->dp), u->t,
+             u->qkv + model_at(k) + u->c, 3 * u->c, 0.0f, u->dqkv + model_at(k) + k->first * 3 * u->c, 3 * u->c);
+}
+static void keys_gradient(const block *k) {
+  const unfused *u = k->u;
+  dnnl_sgemm('T', 'N', k->end, u->c / u->heads, k->n, scale_of(u), square_at(k, u->dp), u->t,
+             u->qkv + model_at(k) + k->first * 3 * u->c, 3 * u->c, adds(k), u->dqkv + model_at(k) + u->c, 3 * u->c);
+}
+
+static void run_block(const unfused *u, int64_t head, int64_t first, operation *const *list, int n) {
+  const block k = {u, head, first, least(u->rows, u->t - first), first + least(u->rows, u->t - first)};
+  for (int i = 0; i < n; i++) list[i](&k);
+}
+static void run_all(const unfused *u, operation *const *list, int n) {
+  const int at_once = u->by_blocks ? n : 1;
+  for (int i = 0; i < n; i += at_once)
+    for (int64_t head = 0; head < u->b * u->heads; head++)
+      for (int64_t first = (u->t - 1) / u->rows * u->rows; first >= 0; first -= u->rows)
+        run_block(u, head, first, list + i, at_once);
+}
+
+void unfused_forward(const unfused *u) {
+  static operation *const list[] = {scores, probabilities, values};
+  run_all(u, list, 3);
+}
+void unfused_backward(const unfused *u) {
+  static operation *const list[] = {values_gradient,  probabilities_gradient, scores_gradient,
+                                    queries_gradient, keys_gradient};
+  run_all(u, list, 5);
 }
