@@ -33,6 +33,9 @@ static const command commands[] = {
      phx__command_data},
     {"sample", "RUNDIR [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",
      "text from a run's final weights", phx__command_sample},
+    {"checkpoint", "ls RUN | verify CHECKPOINT | export CHECKPOINT OUTDIR | import DIR -o CHECKPOINT|RUN | diff A B",
+     "what a run saved: a list, a check of every byte, from and to Hugging Face's GPT-2 files, differences",
+     phx__command_checkpoint},
 };
 enum { COMMANDS = sizeof commands / sizeof commands[0] };
 

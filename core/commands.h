@@ -12,4 +12,5 @@ int phx__command_train(int argc, char **argv);
 int phx__command_compare(int argc, char **argv);
 int phx__command_data(int argc, char **argv);
 int phx__command_sample(int argc, char **argv);
+int phx__command_checkpoint(int argc, char **argv);
 #endif

@@ -325,6 +325,9 @@ static phx_status begin_state(run *r, phx_error *err) {
   r->engine->batch_ahead = r->resumed.at.samples / global_batch(r->rt->prepared) - r->resumed.at.step;
   r->step = r->resumed.at.step;
   if (r->resume.continues) r->saved = r->step;
+  if (r->engine->batch_ahead)
+    say(r, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
+        r->step + r->engine->batch_ahead, global_batch(r->rt->prepared));
   if (r->step == r->config->s.run.steps)
     say(r, PHX_LOG_WARN, "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
   return PHX_OK;

@@ -72,7 +72,7 @@ Test(refusals, configuration) {
   EXPECT_INI(GOOD "[zero]\nstage = 4\n", "a.ini:4: [zero] '4' is not valid for stage");
   EXPECT_INI(GOOD "[batch]\ntotal = 7\n", "ranks x micro x accumulate = 1 x 4 x 1 = 4");
   EXPECT_INI(GOOD "[precision]\ncompute = bf16\n", "a.ini:4: [precision] compute = bf16 is not offered");
-  EXPECT_INI(GOOD "[checkpoint]\nevery = 5\n", "checkpoints are not part of this version");
+  EXPECT_INI(GOOD "[checkpoint]\nevery = -5\n", "a.ini:4: [checkpoint] '-5' is not valid for every");
 }
 
 Test(refusals, all_at_once) {
@@ -129,7 +129,7 @@ Test(refusals, command_line) {
   expect_result(RUN(dir, 20, "trian", "a.ini"), "command", "unknown command 'trian': did you mean 'train'?");
   expect_result(RUN(dir, 20, "--verison"), "flag", "unknown flag '--verison': did you mean '--version'?");
   expect_result(RUN(dir, 20, "train", "a.ini", "--stratgy", "ddp"), "flag", "did you mean '--strategy'?");
-  expect_result(RUN(dir, 20, "train", "a.ini", "--resume"), "resume", "checkpoints are not part of this version");
+  expect_result(RUN(dir, 20, "check", "a.ini", "--resume"), "resume", "unknown flag '--resume'");
   expect_result(RUN(dir, 20, "train", "a.ini", "--strategies", "ddp"), "flag", "unknown flag '--strategies'");
   expect_result(RUN(dir, 20, "train", "a.ini", "-n"), "value", "-n needs a value");
   expect_result(RUN(dir, 20, "train", "a.ini", "--set="), "value", "--set needs a value");

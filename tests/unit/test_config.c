@@ -202,9 +202,7 @@ Test(config, settings_that_do_not_go_together) {
                 ":4: [precision] compute = bf16 is not offered by device cpu in this version: use fp32\n");
   expect_report(DATA "[precision]\nreduce = bf16\n",
                 ":4: [precision] reduce = bf16 is not part of this version, which sums gradients in fp32: use fp32\n");
-  expect_report(DATA "[checkpoint]\nevery = 5\n",
-                ":4: [checkpoint] every = 5: checkpoints are not part of this version; the final weights are always "
-                "written: use 0\n");
+  phx__config_free(expect_good(DATA "[checkpoint]\nevery = 5\nkeep = 0\nkeep_every = 10\n"));
   expect_report("[run]\nout =\n" DATA, ":2: [run] out is empty: name a directory\n");
   expect_report("[data]\ntrain =\n",
                 ":2: [data] '' is not valid for train: expected text on one line, not empty, without ' ;' in it\n");

@@ -1,0 +1,314 @@
+/* core/command_checkpoint.c - `phalanx checkpoint ls|verify|export|import|diff`: which part, and ls and verify.
+ *
+ * Every part streams: what is in memory at once is a few MiB, and for export and import one matrix or 64 MiB of it.
+ * [main] only. */
+#include "command_checkpoint.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cli.h"
+#include "commands.h"
+#include "manifest_inner.h"
+#include "state_hash.h"
+#include "status.h"
+#include "sys.h"
+
+int phx__checkpoint_refuse(phx_status status, const phx_error *err) {
+  fprintf(stderr, "phalanx: %s\n", err->message);
+  return status == PHX_IO ? PHX__EXIT_DAMAGED : PHX__EXIT_REFUSED;
+}
+
+int phx__checkpoint_usage(const char *usage) {
+  fprintf(stderr, "usage: phalanx checkpoint %s\n", usage);
+  return PHX__EXIT_REFUSED;
+}
+
+static bool exists(const char *dir, const char *name) {
+  char path[PHX__TOOL_PATH];
+  struct stat st;
+  snprintf(path, sizeof path, "%s/%s", dir, name);
+  return !stat(path, &st);
+}
+
+static bool step_name(const char *name) {
+  return !strncmp(name, "step-", 5) && name[5] && strspn(name + 5, "0123456789") == strlen(name + 5) &&
+         strlen(name) < 32;
+}
+
+phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], phx_error *err) {
+  char latest[PHX__TOOL_PATH], name[64] = "";
+  int fd = -1;
+  int64_t bytes = 0;
+  const char *slash = strrchr(path, '/');
+  if (exists(path, PHX__MANIFEST_NAME) || step_name(slash ? slash + 1 : path)) {
+    if (snprintf(out, PHX__TOOL_PATH, "%s", path) >= PHX__TOOL_PATH)
+      return phx__fail(err, PHX_INVALID, "a path is too long");
+    return PHX_OK;
+  }
+  snprintf(latest, sizeof latest, "%s/checkpoints/latest", path);
+  if (access(latest, F_OK))
+    return phx__fail(err, PHX_INVALID, "%s is neither a checkpoint (it has no %s) nor a run with checkpoints", path,
+                     PHX__MANIFEST_NAME);
+  phx_status status = phx__file_open(latest, &fd, &bytes, err);
+  if (status) return status;
+  if (bytes >= (int64_t)sizeof name) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
+  else status = phx__file_read(fd, latest, name, bytes, 0, err);
+  phx__sys.close(fd);
+  name[strcspn(name, "\r\n")] = 0;
+  if (!status && !step_name(name)) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
+  if (!status && snprintf(out, PHX__TOOL_PATH, "%s/checkpoints/%s", path, name) >= PHX__TOOL_PATH)
+    status = phx__fail(err, PHX_INVALID, "a path is too long");
+  return status;
+}
+
+/* ---- ls ---- */
+static int by_name(const void *a, const void *b) {
+  const char *x = *(char *const *)a, *y = *(char *const *)b;
+  const size_t n = strlen(x), m = strlen(y);
+  return n != m ? (n < m ? -1 : 1) : strcmp(x, y);
+}
+
+static const char *age_text(int64_t seconds, char text[32]) {
+  static const struct {
+    int64_t s;
+    const char *unit;
+  } units[] = {{86400, "days"}, {3600, "h"}, {60, "min"}, {0, "s"}};
+  int i = 0;
+  if (seconds < 0) seconds = 0;
+  while (units[i].s && seconds < 2 * units[i].s) i++;
+  snprintf(text, 32, "%" PRId64 " %s", seconds / (units[i].s ? units[i].s : 1), units[i].unit);
+  return text;
+}
+
+static int list_one(const char *dir, const char *name, bool latest) {
+  char path[PHX__TOOL_PATH], age[32];
+  phx_error err = PHX_ERROR_INIT;
+  phx__manifest *m = NULL;
+  int64_t bytes = 0;
+  snprintf(path, sizeof path, "%.4000s/%.100s", dir, name);
+  phx_status status = phx__manifest_read(path, &m, &err);
+  if (status) {
+    printf("%10s  damaged or unreadable\n", name + 5);
+    fflush(stdout);
+    return phx__checkpoint_refuse(status, &err);
+  }
+  for (uint32_t i = 0; i < m->n_files; i++) bytes += m->files[i].bytes;
+  printf("%10" PRId64 "  %-10s %5" PRId32 "  %14" PRId64 "  %10s%s\n", m->step,
+         phx__manifest_plugin_of(m, "strategy")->id, m->ranks, bytes, age_text((int64_t)time(NULL) - m->time, age),
+         latest ? "  latest" : "");
+  phx__manifest_free(m);
+  return PHX__EXIT_OK;
+}
+
+static int command_ls(int argc, char **argv) {
+  enum { MOST = 1 << 16 };
+  char dir[PHX__TOOL_PATH], latest[PHX__TOOL_PATH] = "";
+  phx_error err = PHX_ERROR_INIT;
+  int worst = PHX__EXIT_OK, parts = 0;
+  size_t n = 0;
+  if (argc != 2) return phx__checkpoint_usage("ls RUN");
+  snprintf(dir, sizeof dir, "%.4000s/checkpoints", argv[1]);
+  DIR *d = opendir(dir);
+  if (!d) {
+    fprintf(stderr, "phalanx: %s has no checkpoints: %s\n", argv[1], strerror(errno));
+    return PHX__EXIT_REFUSED;
+  }
+  char **names = phx__calloc(MOST, sizeof *names);
+  for (struct dirent *e; names && n < MOST && (e = readdir(d));) {
+    const size_t length = strlen(e->d_name);
+    if (e->d_name[0] == '.' && length > 5 && !strcmp(e->d_name + length - 5, ".part")) parts++;
+    if (step_name(e->d_name) && (names[n] = phx__strdup(e->d_name))) n++;
+  }
+  closedir(d);
+  if (phx__checkpoint_resolve(argv[1], latest, &err)) latest[0] = 0;
+  if (n) qsort(names, n, sizeof *names, by_name);
+  printf("%10s  %-10s %5s  %14s  %10s\n", "step", "strategy", "ranks", "bytes", "age");
+  for (size_t i = 0; i < n; i++) {
+    const char *slash = strrchr(latest, '/');
+    const int one = list_one(dir, names[i], slash && !strcmp(slash + 1, names[i]));
+    if (one > worst) worst = one;
+  }
+  if (parts) printf("and %d unfinished, of saves that go on or were cut off\n", parts);
+  for (size_t i = 0; i < n; i++) phx__free(names[i]);
+  phx__free(names);
+  return worst;
+}
+
+/* ---- verify ---- */
+typedef struct verification {
+  phx__checkpoint_reader *reader;
+  int64_t bytes, damaged; /* damaged: complaints */
+} verification;
+
+static void complain(verification *v, const phx_error *err) {
+  fflush(stdout);
+  fprintf(stderr, "phalanx: %s\n", err->message);
+  v->damaged++;
+}
+
+/* The tensors that lie in a chunk, as a text: at most three names. */
+static void tensors_in(const phx__safetensors *st, int64_t chunk, char *out, size_t room) {
+  const int64_t from = chunk * PHX__CHUNK_BYTES, to = from + PHX__CHUNK_BYTES;
+  uint32_t found = 0;
+  snprintf(out, room, "%s", st && from >= st->data_at ? "no tensor" : "the header");
+  for (uint32_t i = 0; st && i < st->n; i++) {
+    const phx__tensor *t = &st->tensors[i];
+    const size_t used = found || from < st->data_at ? strlen(out) : 0;
+    if (t->begin >= to || t->begin + t->bytes <= from || !t->bytes) continue;
+    if (++found > 3) {
+      snprintf(out + used, room - used, ", ...");
+      return;
+    }
+    snprintf(out + used, room - used, "%s%s", used ? ", " : "tensor ", t->name);
+  }
+}
+
+/* Every slice that the manifest puts in this file is a tensor of it, at that place. */
+static void verify_header(verification *v, const phx__safetensors *st, uint32_t file) {
+  const phx__manifest *m = v->reader->manifest;
+  phx_error err = PHX_ERROR_INIT;
+  char name[96];
+  for (uint32_t i = 0; i < m->n_slices; i++) {
+    const phx__manifest_slice *s = &m->slices[i];
+    if (s->file != file) continue;
+    phx__manifest_tensor_name(m, s->kind, s->index, s->unit, s->flat, s->first_block, name);
+    const phx__tensor *t = phx__safetensors_find(st, name);
+    if (t && t->dtype == s->dtype && t->begin == s->offset && t->numel == s->blocks * PHX_BLOCK) continue;
+    phx__fail(&err, PHX_IO, "%s: tensor %s is not where the manifest says", st->path, name);
+    complain(v, &err);
+  }
+}
+
+static void verify_file(verification *v, uint32_t file, unsigned char *buffer) {
+  const phx__manifest_file *entry = &v->reader->manifest->files[file];
+  char path[PHX__TOOL_PATH], what[400];
+  phx_error err = PHX_ERROR_INIT;
+  phx__checked_file f = {.fd = -1};
+  phx__safetensors *st = NULL;
+  snprintf(path, sizeof path, "%s/%s", v->reader->dir, entry->name);
+  if (phx__checked_open(v->reader->dir, entry, &f, &err)) {
+    complain(v, &err);
+    return;
+  }
+  if (phx__safetensors_open(path, &st, &err)) complain(v, &err);
+  else verify_header(v, st, file);
+  for (int64_t c = 0; c < phx__chunks_count(entry->bytes); c++) {
+    const int64_t at = c * PHX__CHUNK_BYTES, left = entry->bytes - at;
+    const int64_t bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
+    tensors_in(st, c, what, sizeof what);
+    if (phx__checked_read(&f, what, buffer, bytes, at, &err)) complain(v, &err);
+    v->bytes += bytes;
+  }
+  phx__safetensors_close(st);
+  phx__checked_close(&f);
+}
+
+/* The model as layout.h reads it; the parts are freed by the caller. */
+static bool model_of(const phx__manifest *m, phx_model *out, phx_param **params, phx_unit **units) {
+  *params = phx__calloc(m->n_params, sizeof **params);
+  *units = phx__calloc(m->n_units, sizeof **units);
+  if (!*params || !*units) return false;
+  for (uint32_t i = 0; i < m->n_units; i++) (*units)[i].name = m->units[i].name;
+  for (uint32_t i = 0; i < m->n_params; i++) {
+    const phx__manifest_param *p = &m->params[i];
+    (*params)[i] = (phx_param){.name = p->name, .unit = p->unit, .numel = p->numel, .offset = p->offset,
+                               .flags = p->flat == PHX_FLAT_FROZEN ? PHX_PARAM_FROZEN : 0};
+    phx_unit *u = &(*units)[p->unit];
+    if (!u->n_params++) u->first_param = i;
+  }
+  *out = (phx_model){.struct_size = sizeof *out, .params = *params, .units = *units, .n_params = m->n_params,
+                     .n_units = m->n_units, .param_stride = sizeof **params, .unit_stride = sizeof **units};
+  return true;
+}
+
+/* From end to end: the hash of what is read is the hash of what was trained. */
+static phx_status verify_hash(verification *v, phx_error *err) {
+  enum { PART = PHX__TOOL_PART / PHX_BLOCK };
+  const phx__manifest *m = v->reader->manifest;
+  phx_status status = PHX_OK;
+  phx_model model;
+  phx_param *params = NULL;
+  phx_unit *units = NULL;
+  phx__state_hash sum = {0, 0};
+  char text[33];
+  float *data = phx__calloc(PHX__TOOL_PART, sizeof *data);
+  if (!model_of(m, &model, &params, &units) || !data) {
+    status = phx__fail(err, PHX_NOMEM, "no memory to verify %s", v->reader->dir);
+    goto done;
+  }
+  for (uint32_t i = 0; i < m->n_slices; i++) {
+    const phx__manifest_slice *s = &m->slices[i];
+    if (s->kind == PHX_STATE_MASTER) goto done; /* the hash is also over weights derived from it, which are not here */
+    for (int64_t b = 0; b < s->blocks; b += PART) {
+      const phx_slice part = {.struct_size = sizeof part, .kind = s->kind, .state_index = s->index, .unit = s->unit,
+                              .flat = s->flat, .first_block = s->first_block + b, .dtype = s->dtype,
+                              .blocks = s->blocks - b < PART ? s->blocks - b : PART};
+      PHX__TRY(phx__checkpoint_reader_blocks(v->reader, s->kind, s->index, s->unit, s->flat, part.first_block,
+                                             part.blocks, data, err));
+      phx__state_hash_slice(&sum, &model, &part, data);
+    }
+  }
+  phx__state_hash_text(sum, text);
+  if (strcmp(text, m->state_hash))
+    status = phx__fail(err, PHX_IO, "%s/%s: state_hash is %s, and the tensors have %s", v->reader->dir,
+                       PHX__MANIFEST_NAME, m->state_hash, text);
+done:
+  phx__free(data);
+  phx__free(params);
+  phx__free(units);
+  return status;
+}
+
+static int command_verify(int argc, char **argv) {
+  char dir[PHX__TOOL_PATH];
+  phx_error err = PHX_ERROR_INIT;
+  verification v = {0};
+  if (argc != 2) return phx__checkpoint_usage("verify CHECKPOINT|RUN");
+  phx_status status = phx__checkpoint_resolve(argv[1], dir, &err);
+  if (!status) status = phx__checkpoint_reader_open(dir, &v.reader, &err);
+  if (status) return phx__checkpoint_refuse(status, &err);
+  unsigned char *buffer = phx__calloc(1, PHX__CHUNK_BYTES);
+  if (!buffer) {
+    status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
+    goto done;
+  }
+  for (uint32_t i = 0; i < v.reader->manifest->n_files; i++) verify_file(&v, i, buffer);
+  if (!v.damaged) status = verify_hash(&v, &err);
+done:
+  if (!status && !v.damaged)
+    printf("%s: whole: %" PRIu32 " parameters, %" PRIu32 " optimizer states, %" PRIu32 " slices in %" PRIu32
+           " files, %" PRId64 " bytes\n", dir, v.reader->manifest->n_params, v.reader->manifest->n_states,
+           v.reader->manifest->n_slices, v.reader->manifest->n_files, v.bytes);
+  phx__free(buffer);
+  phx__checkpoint_reader_close(v.reader);
+  if (status) return phx__checkpoint_refuse(status, &err);
+  return v.damaged ? PHX__EXIT_DAMAGED : PHX__EXIT_OK;
+}
+
+/* ---- dispatch ---- */
+static const struct {
+  const char *name;
+  int (*run)(int argc, char **argv);
+} parts[] = {{"ls", command_ls},
+             {"verify", command_verify},
+             {"export", phx__checkpoint_export},
+             {"import", phx__checkpoint_import},
+             {"diff", phx__checkpoint_diff}};
+enum { PARTS = sizeof parts / sizeof parts[0] };
+
+int phx__command_checkpoint(int argc, char **argv) {
+  const char *known[PARTS + 1] = {NULL};
+  if (argc < 2) return phx__checkpoint_usage("ls RUN | verify CHECKPOINT | export CHECKPOINT OUTDIR | import DIR -o "
+                                             "CHECKPOINT|RUN | diff A B");
+  for (int i = 0; i < PARTS; i++) {
+    if (!strcmp(argv[1], parts[i].name)) return parts[i].run(argc - 1, argv + 1);
+    known[i] = parts[i].name;
+  }
+  return phx__cli_unknown("part of checkpoint", argv[1], known);
+}

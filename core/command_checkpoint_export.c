@@ -1,0 +1,169 @@
+/* core/command_checkpoint_export.c - `phalanx checkpoint export`: one model.safetensors and config.json for others.
+ *
+ * Names and layout are those of the GPT-2 files that Hugging Face publishes: without "transformer." in front (their loader
+ * takes both), linear weights (in, out) as Conv1D keeps them, no lm_head, since it is wte.weight.  Our own names are the
+ * same, and linear weights are (out, in). */
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "command_checkpoint.h"
+#include "json.h"
+#include "status.h"
+#include "sys.h"
+
+typedef struct exported {
+  phx__checkpoint_reader *reader;
+  const char *dir; /* the target */
+  int64_t layers, heads, width, context, vocab;
+  float *blocks, *part;
+} exported;
+
+static const phx__manifest_param *param_of(const phx__manifest *m, const char *name) {
+  for (uint32_t i = 0; i < m->n_params; i++)
+    if (!strcmp(m->params[i].name, name)) return &m->params[i];
+  return NULL;
+}
+
+static int64_t configured(const phx__manifest *m, const char *key) {
+  const char *text = phx__manifest_config_of(m, "model", key);
+  return text ? strtoll(text, NULL, 10) : 0;
+}
+
+/* Heads are the only size that no shape tells: from the configuration, by number or by the preset's name. */
+static int64_t heads_of(const phx__manifest *m) {
+  static const struct {
+    const char *size;
+    int64_t heads;
+  } presets[] = {{"tiny", 4}, {"124M", 12}, {"355M", 16}, {"774M", 20}, {"1558M", 25}};
+  const char *size = phx__manifest_config_of(m, "model", "size");
+  if (configured(m, "heads") > 0) return configured(m, "heads");
+  for (int i = 0; size && i < 5; i++)
+    if (!strcmp(size, presets[i].size)) return presets[i].heads;
+  return 0;
+}
+
+static phx_status recognise(exported *e, phx_error *err) {
+  const phx__manifest *m = e->reader->manifest;
+  const char *plugin = phx__manifest_config_of(m, "model", "plugin");
+  const phx__manifest_param *wte = param_of(m, "wte.weight"), *wpe = param_of(m, "wpe.weight");
+  e->heads = heads_of(m);
+  if (!wte || !wpe || wte->ndim != 2 || wpe->ndim != 2 || wte->shape[1] != wpe->shape[1] || (m->n_params - 4) % 12 ||
+      m->n_params < 16 || !param_of(m, "ln_f.bias") || !param_of(m, "h.0.attn.c_attn.weight"))
+    return phx__fail(err, PHX_UNSUPPORTED, "%s holds a model of plugin %s, and export writes GPT-2 only", e->reader->dir,
+                     plugin ? plugin : "?");
+  e->vocab = wte->shape[0];
+  e->width = wte->shape[1];
+  e->context = wpe->shape[0];
+  e->layers = (m->n_params - 4) / 12;
+  if (e->heads < 1 || e->width % e->heads)
+    return phx__fail(err, PHX_INVALID, "%s: its configuration does not say how many heads the model has ([model] heads)",
+                     e->reader->dir);
+  for (uint32_t i = 0; i < m->n_params; i++)
+    if (phx__gpt2_transposed(m->params[i].name) && m->params[i].ndim != 2)
+      return phx__fail(err, PHX_UNSUPPORTED, "%s: parameter %s is no matrix", e->reader->dir, m->params[i].name);
+  return PHX_OK;
+}
+
+static phx_status write_param(exported *e, phx__safetensors_writer *w, uint32_t i, phx_error *err) {
+  const phx__manifest_param *p = &e->reader->manifest->params[i];
+  phx__param_source source = {e->reader, p, PHX_STATE_WEIGHT, 0, e->blocks};
+  phx__transposer turn = {.read = phx__param_elements, .ctx = &source, .rows = p->shape[0], .columns = p->shape[1]};
+  const bool turned = phx__gpt2_transposed(p->name);
+  phx__element_fn *read = turned ? phx__transposed_elements : phx__param_elements;
+  void *ctx = turned ? (void *)&turn : (void *)&source;
+  phx_status status = turned ? phx__transposer_open(&turn, err) : PHX_OK;
+  for (int64_t at = 0; at < p->numel && !status; at += PHX__TOOL_PART) {
+    const int64_t n = p->numel - at < PHX__TOOL_PART ? p->numel - at : PHX__TOOL_PART;
+    status = read(ctx, at, n, e->part, err);
+    if (!status) status = phx__safetensors_write(w, i, at * 4, n * 4, e->part, err);
+  }
+  if (turned) phx__transposer_close(&turn);
+  return status;
+}
+
+static phx_status write_weights(exported *e, phx_error *err) {
+  static const char *const metadata[] = {"format", "pt", NULL}; /* what transformers asks for */
+  const phx__manifest *m = e->reader->manifest;
+  phx_status status = PHX_OK;
+  char path[PHX__TOOL_PATH], part[PHX__TOOL_PATH + 8];
+  phx__safetensors_writer *w = NULL;
+  phx__tensor *tensors = phx__calloc(m->n_params, sizeof *tensors);
+  snprintf(path, sizeof path, "%s/model.safetensors", e->dir);
+  snprintf(part, sizeof part, "%s.part", path);
+  if (!tensors) {
+    status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+    goto done;
+  }
+  for (uint32_t i = 0; i < m->n_params; i++) {
+    const phx__manifest_param *p = &m->params[i];
+    const bool turned = phx__gpt2_transposed(p->name);
+    tensors[i] = (phx__tensor){.name = p->name, .dtype = PHX_F32, .ndim = p->ndim};
+    for (uint32_t d = 0; d < p->ndim; d++) tensors[i].shape[d] = p->shape[turned ? 1 - d : d];
+  }
+  PHX__TRY(phx__safetensors_create(part, tensors, m->n_params, metadata, false, &w, err));
+  for (uint32_t i = 0; i < m->n_params; i++) PHX__TRY(write_param(e, w, i, err));
+  PHX__TRY(phx__safetensors_finish(w, NULL, err));
+  if (phx__sys.rename(part, path)) status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
+done:
+  phx__safetensors_writer_close(w);
+  if (status && w) phx__sys.unlink(part);
+  phx__free(tensors);
+  return status;
+}
+
+static phx_status write_config(const exported *e, phx_error *err) {
+  char path[PHX__TOOL_PATH];
+  phx_status status = PHX_OK;
+  phx__text t = {0};
+  const int64_t end = e->vocab == 50257 ? 50256 : e->vocab == 257 ? 256 : -1; /* GPT-2's end of text, and our bytes' */
+  phx__text_add(&t, "{\n  \"architectures\": [\"GPT2LMHeadModel\"],\n  \"model_type\": \"gpt2\",\n"
+                "  \"n_layer\": %" PRId64 ",\n  \"n_head\": %" PRId64 ",\n  \"n_embd\": %" PRId64 ",\n"
+                "  \"n_positions\": %" PRId64 ",\n  \"n_ctx\": %" PRId64 ",\n  \"vocab_size\": %" PRId64 ",\n",
+                e->layers, e->heads, e->width, e->context, e->context, e->vocab);
+  phx__text_add(&t, "  \"activation_function\": \"gelu_new\",\n  \"layer_norm_epsilon\": 1e-05,\n"
+                "  \"attn_pdrop\": 0.0,\n  \"embd_pdrop\": 0.0,\n  \"resid_pdrop\": 0.0,\n"
+                "  \"tie_word_embeddings\": true,\n  \"torch_dtype\": \"float32\"");
+  if (end >= 0)
+    phx__text_add(&t, ",\n  \"bos_token_id\": %" PRId64 ",\n  \"eos_token_id\": %" PRId64, end, end);
+  phx__text_add(&t, "\n}\n");
+  if (t.failed) return phx__fail(err, PHX_NOMEM, "no memory for config.json");
+  snprintf(path, sizeof path, "%s/config.json", e->dir);
+  const int fd = phx__sys.open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  if (fd < 0) status = phx__fail_errno(err, PHX_IO, errno, "cannot create %s", path);
+  if (!status) status = phx__file_write(fd, path, t.data, (int64_t)t.bytes, 0, err);
+  if (!status && phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", path);
+  if (fd >= 0) phx__sys.close(fd);
+  phx__free(t.data);
+  return status;
+}
+
+int phx__checkpoint_export(int argc, char **argv) {
+  char dir[PHX__TOOL_PATH], path[PHX__TOOL_PATH];
+  phx_error err = PHX_ERROR_INIT;
+  exported e = {0};
+  if (argc != 3) return phx__checkpoint_usage("export CHECKPOINT|RUN OUTDIR");
+  e.dir = argv[2];
+  phx_status status = phx__checkpoint_resolve(argv[1], dir, &err);
+  snprintf(path, sizeof path, "%s/model.safetensors", e.dir);
+  if (!status && !access(path, F_OK))
+    status = phx__fail(&err, PHX_INVALID, "%s is there already, and is not overwritten", path);
+  if (!status) status = phx__checkpoint_reader_open(dir, &e.reader, &err);
+  if (!status) status = recognise(&e, &err);
+  e.blocks = phx__calloc(PHX__TOOL_PART + 2 * PHX_BLOCK, sizeof *e.blocks);
+  e.part = phx__calloc(PHX__TOOL_PART, sizeof *e.part);
+  if (!status && (!e.blocks || !e.part)) status = phx__fail(&err, PHX_NOMEM, "no memory to export %s", dir);
+  if (!status && phx__sys.mkdir(e.dir, 0755) && errno != EEXIST)
+    status = phx__fail_errno(&err, PHX_INVALID, errno, "cannot create the directory %s", e.dir);
+  if (!status) status = write_weights(&e, &err);
+  if (!status) status = write_config(&e, &err);
+  if (!status) printf("%s: %" PRIu32 " tensors of step %" PRId64 "\n", path, e.reader->manifest->n_params,
+                      e.reader->manifest->step);
+  phx__free(e.blocks);
+  phx__free(e.part);
+  phx__checkpoint_reader_close(e.reader);
+  return status ? phx__checkpoint_refuse(status, &err) : PHX__EXIT_OK;
+}

@@ -1,0 +1,304 @@
+/* Checkpoints of whole runs through the command: k steps, save, resume and k more are 2k steps bit for bit, under every
+ * strategy and across; any strategy and world size loads any other's; retention, leftovers, damage, refusals, signals. */
+#include <criterion/criterion.h>
+#include <dirent.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "training.h"
+
+static const char tiny_model[] =
+    "[batch]\nmicro = 1\nsequence = 9\n"
+    "[model]\nplugin = gpt\nlayers = 2\nheads = 2\nwidth = 18\ncontext = 9\nvocab = 257\n";
+
+typedef struct outcome {
+  int status;
+  char *out;
+} outcome;
+
+/* `phalanx` and the words of a command line. */
+static outcome phalanx(const char *dir, const char *format, ...) {
+  char line[2048];
+  const char *argv[64] = {"phalanx"};
+  int n = 1;
+  va_list args;
+  va_start(args, format);
+  vsnprintf(line, sizeof line, format, args);
+  va_end(args);
+  for (char *word = strtok(line, " "); word; word = strtok(NULL, " ")) argv[n++] = word;
+  argv[n] = NULL;
+  command_result r = command_run(dir, 120, argv);
+  return (outcome){r.status, r.out};
+}
+
+static void expect(outcome r, int status, const char *text) {
+  cr_assert_eq(r.status, status, "status %d instead of %d:\n%s", r.status, status, r.out);
+  cr_assert(!text || strstr(r.out, text), "no '%s' in:\n%s", text, r.out);
+  free(r.out);
+}
+#define TRAIN(dir, ...) expect(phalanx(dir, "train run.ini " __VA_ARGS__), 0, NULL)
+
+static void hash_of(const char *dir, const char *out, char hash[40]) {
+  char name[256];
+  snprintf(name, sizeof name, "%s/run.json", out);
+  cJSON *json = training_json(dir, name);
+  const cJSON *value = training_get(json, "result.state_hash");
+  cr_assert_not_null(value, "%s has no result", name);
+  snprintf(hash, 40, "%s", value->valuestring);
+  cJSON_Delete(json);
+}
+
+static void saved_hash(const char *dir, const char *out, int step, char hash[40]) {
+  char name[256];
+  snprintf(name, sizeof name, "%s/checkpoints/step-%08d/manifest.json", out, step);
+  cJSON *json = training_json(dir, name);
+  const cJSON *value = training_get(json, "state_hash");
+  cr_assert_not_null(value, "%s is missing", name);
+  snprintf(hash, 40, "%s", value->valuestring);
+  cJSON_Delete(json);
+}
+
+/* Step, loss and norm of every line of metrics.jsonl. */
+static char *losses_of(const char *dir, const char *out) {
+  char name[256];
+  snprintf(name, sizeof name, "%s/metrics.jsonl", out);
+  char *text = command_read_file(dir, name), *kept = text, *at = text;
+  cr_assert_not_null(text, "%s is missing", name);
+  while (*at) {
+    const size_t line = strcspn(at, "\n");
+    const char *end = strstr(at, ",\"lr\"");
+    cr_assert(end && end < at + line, "%s: a line without a loss: %.*s", name, (int)line, at);
+    memmove(kept, at, (size_t)(end - at));
+    kept += end - at;
+    *kept++ = '\n';
+    at += line + (at[line] == '\n');
+  }
+  *kept = 0;
+  return text;
+}
+
+static int exists(const char *dir, const char *name) {
+  char path[512];
+  struct stat st;
+  snprintf(path, sizeof path, "%s/%s", dir, name);
+  return lstat(path, &st) == 0;
+}
+
+/* Entries of out/checkpoints whose name contains `part`. */
+static int count_entries(const char *dir, const char *out, const char *part) {
+  char path[512];
+  int n = 0;
+  snprintf(path, sizeof path, "%s/%s/checkpoints", dir, out);
+  DIR *d = opendir(path);
+  cr_assert_not_null(d, "no %s", path);
+  for (struct dirent *e; (e = readdir(d));) n += strstr(e->d_name, part) != NULL;
+  closedir(d);
+  return n;
+}
+
+/* ---- exact ---- */
+Test(checkpoint, resumed_is_uninterrupted, .timeout = 240) {
+  static const char *const strategies[] = {"ddp", "fsdp", "zero --set zero.stage=3"};
+  char *dir = command_temp_dir(), whole[40], again[40];
+  training_files(dir, training_odd_model);
+  for (int s = 0; s < 3; s++) {
+    TRAIN(dir, "-n 2 --strategy %s --set run.out=whole%d --set checkpoint.every=10", strategies[s], s);
+    hash_of(dir, "whole0", whole);
+    for (int to = 0; to < 3; to++) { /* a fork: run.out is another run */
+      TRAIN(dir, "-n 2 --strategy %s --set run.out=again --resume whole%d/checkpoints/step-00000010", strategies[to], s);
+      hash_of(dir, "again", again);
+      cr_assert_str_eq(whole, again, "10 steps of %s, then 10 of %s", strategies[s], strategies[to]);
+    }
+  }
+  char *losses = losses_of(dir, "whole0"), *rest = losses_of(dir, "again");
+  cr_assert_str_eq(strstr(losses, "{\"step\":11,"), rest, "the steps after the resume");
+  /* in the same directory: metrics are cut and appended, later checkpoints set aside */
+  expect(phalanx(dir, "train --resume whole1/checkpoints/step-00000010 -n 2 --strategy ddp"), 0,
+         "the strategy was fsdp and is ddp");
+  char *joined = losses_of(dir, "whole1");
+  cr_assert_str_eq(losses, joined);
+  hash_of(dir, "whole1", again);
+  cr_assert_str_eq(whole, again);
+  cr_assert(exists(dir, "whole1/checkpoints/aside-00000020.1") && exists(dir, "whole1/checkpoints/step-00000020"));
+  cJSON *json = training_json(dir, "whole1/run.json");
+  cr_assert_eq(cJSON_GetArraySize(training_get(json, "resumed")), 1);
+  cJSON_Delete(json);
+  free(joined);
+  free(rest);
+  free(losses);
+  command_remove_dir(dir);
+}
+
+/* The batch may be divided in another way, and may change where the samples divide. */
+Test(checkpoint, another_world_size_and_batch, .timeout = 120) {
+  char *dir = command_temp_dir(), one[40], other[40];
+  training_files(dir, training_odd_model);
+  TRAIN(dir, "-n 1 --set batch.micro=4 --set run.steps=6 --set checkpoint.every=4 --set checkpoint.keep=0");
+  for (int ranks = 1; ranks <= 4; ranks += 3) {
+    expect(phalanx(dir, "train run.ini -n %d --strategy fsdp --set batch.micro=2 --set batch.accumulate=%d "
+                        "--set run.steps=6 --set run.out=on%d --resume out/checkpoints/step-00000004",
+                   ranks, ranks == 1 ? 4 : 1, ranks), 0, "goes on from batch 2 of 8 sequences");
+  }
+  hash_of(dir, "on1", one);
+  saved_hash(dir, "out", 6, other);
+  cr_assert_str_neq(one, other); /* twice the samples a step */
+  expect(phalanx(dir, "train run.ini -n 3 --set batch.micro=4 --set run.out=no --resume out/checkpoints/step-00000004"), 2,
+         "micro x accumulate x ranks = 4 x 1 x 3 = 12: 16 / 12 is not whole");
+  cr_assert(!exists(dir, "no"));
+  command_remove_dir(dir);
+}
+
+/* ---- any to any ---- */
+Test(checkpoint, matrix, .timeout = 400) {
+  static const char *const strategies[] = {"ddp",
+                                           "fsdp",
+                                           "fsdp --set fsdp.sharding=grad_op",
+                                           "zero --set zero.stage=1",
+                                           "zero --set zero.stage=2",
+                                           "zero --set zero.stage=3"};
+  enum { STRATEGIES = 6, RANKS = 4, LOADS = 3 };
+  char *dir = command_temp_dir(), saved[40], loaded[40], seen[STRATEGIES][STRATEGIES] = {{0}};
+  training_files(dir, tiny_model);
+  for (int s = 0; s < STRATEGIES; s++)
+    for (int n = 1; n <= RANKS; n++) {
+      TRAIN(dir, "-n %d --strategy %s --set run.steps=2 --set batch.micro=%d --set checkpoint.every=2", n, strategies[s],
+            12 / n);
+      hash_of(dir, "out", loaded);
+      saved_hash(dir, "out", 2, saved);
+      cr_assert_str_eq(saved, loaded, "%s on %d ranks: the manifest's hash", strategies[s], n);
+      for (int k = 0; k < LOADS; k++) { /* every strategy from every strategy, world sizes in turn */
+        const int to = ((n - 1) * LOADS + k) % STRATEGIES, ranks = 1 + (n + k + s) % RANKS;
+        seen[s][to] = 1;
+        TRAIN(dir, "-n %d --strategy %s --set run.steps=2 --set batch.micro=%d --set run.out=to --resume out", ranks,
+              strategies[to], 12 / ranks);
+        hash_of(dir, "to", loaded);
+        cr_assert_str_eq(saved, loaded, "%s on %d ranks, loaded by %s on %d", strategies[s], n, strategies[to], ranks);
+      }
+      char rm[300];
+      snprintf(rm, sizeof rm, "rm -rf %s/out %s/to*", dir, dir);
+      cr_assert_eq(system(rm), 0);
+    }
+  for (int s = 0; s < STRATEGIES * STRATEGIES; s++) cr_assert(seen[s / STRATEGIES][s % STRATEGIES]);
+  command_remove_dir(dir);
+}
+
+/* ---- the directory ---- */
+Test(checkpoint, retention_and_leftovers, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, tiny_model);
+  TRAIN(dir, "-n 2 --set checkpoint.every=2 --set checkpoint.keep=2 --set checkpoint.keep_every=6");
+  cr_assert_eq(count_entries(dir, "out", "step-"), 4);
+  static const char *const kept[] = {"06", "12", "18", "20"};
+  for (int i = 0; i < 4; i++) {
+    char name[64];
+    snprintf(name, sizeof name, "out/checkpoints/step-000000%s", kept[i]);
+    cr_assert(exists(dir, name), "%s is gone", name);
+  }
+  char *latest = command_read_file(dir, "out/checkpoints/latest");
+  cr_assert_str_eq(latest, "step-00000020\n");
+  free(latest);
+  char path[512];
+  snprintf(path, sizeof path, "%s/out/checkpoints/.step-00000099.0123456789abcdef.part", dir);
+  cr_assert_eq(mkdir(path, 0755), 0);
+  command_write_file(path, "rank-00000.safetensors", "half", 4);
+  command_write_file(dir, "out/checkpoints/.latest.part", "x", 1);
+  command_write_file(dir, "out/checkpoints/latest", "step-77777777\n", 14); /* a hint: nothing is lost by it */
+  expect(phalanx(dir, "train run.ini -n 2 --resume"), 0, "2 leftovers of dead attempts removed");
+  cr_assert_eq(count_entries(dir, "out", ".part"), 0);
+  command_remove_dir(dir);
+}
+
+static void change_byte(const char *dir, const char *name, long at) {
+  char path[512];
+  snprintf(path, sizeof path, "%s/%s", dir, name);
+  FILE *f = fopen(path, "r+b");
+  cr_assert_not_null(f, "%s", path);
+  cr_assert_eq(fseek(f, at, at < 0 ? SEEK_END : SEEK_SET), 0);
+  const int c = fgetc(f);
+  cr_assert_neq(c, EOF);
+  fseek(f, -1, SEEK_CUR);
+  fputc(c ^ 1, f);
+  fclose(f);
+}
+
+Test(checkpoint, damage_falls_back, .timeout = 120) {
+  char *dir = command_temp_dir(), whole[40], again[40];
+  training_files(dir, tiny_model);
+  TRAIN(dir, "-n 2 --set checkpoint.every=5 --set checkpoint.keep=0");
+  hash_of(dir, "out", whole);
+  /* in the state of one rank, in a manifest, a file that is gone: three times the one before */
+  change_byte(dir, "out/checkpoints/step-00000020/rank-00001.safetensors", -5000);
+  change_byte(dir, "out/checkpoints/step-00000015/manifest.json", 100);
+  char gone[512];
+  snprintf(gone, sizeof gone, "%s/out/checkpoints/step-00000010/rank-00000.safetensors", dir);
+  cr_assert_eq(remove(gone), 0);
+  expect(phalanx(dir, "train run.ini -n 2 --resume out/checkpoints/step-00000020"), 4, "rank-00001.safetensors");
+  outcome r = phalanx(dir, "train run.ini -n 2 --strategy fsdp --set checkpoint.every=5 --resume");
+  cr_assert_eq(r.status, 0, "%s", r.out);
+  cr_assert(strstr(r.out, "step-00000020/rank-00001.safetensors") && strstr(r.out, "step-00000015/manifest.json") &&
+                strstr(r.out, "step-00000010/rank-00000.safetensors"), "not all are named:\n%s", r.out);
+  free(r.out);
+  hash_of(dir, "out", again);
+  cr_assert_str_eq(whole, again);
+  cr_assert_eq(count_entries(dir, "out", "aside-"), 3);
+  for (int step = 5; step <= 20; step += 5) {
+    char name[128];
+    snprintf(name, sizeof name, "out/checkpoints/step-%08d/rank-00000.safetensors", step);
+    if (exists(dir, name)) change_byte(dir, name, -5000);
+  }
+  expect(phalanx(dir, "train run.ini -n 2 --resume"), 4, "no whole checkpoint");
+  command_remove_dir(dir);
+}
+
+Test(checkpoint, refusals, .timeout = 120) {
+  char *dir = command_temp_dir(), before[40], after[40];
+  training_files(dir, tiny_model);
+  expect(phalanx(dir, "train run.ini --resume"), 2, "out");
+  TRAIN(dir, "-n 2 --set run.steps=4");
+  expect(phalanx(dir, "train run.ini --resume"), 2, "has no checkpoint to go on from");
+  TRAIN(dir, "-n 2 --set run.steps=4 --set checkpoint.every=4");
+  hash_of(dir, "out", before);
+  expect(phalanx(dir, "train run.ini -n 2 --resume --set model.width=20"), 2, "wte.weight");
+  expect(phalanx(dir, "train run.ini -n 2 --resume --set optimizer.name=sgd"), 2, "optimizer.name = adamw");
+  expect(phalanx(dir, "train run.ini -n 2 --resume --set run.seed=1"), 2, "run.seed = 1337");
+  expect(phalanx(dir, "train run.ini -n 2 --resume --set run.steps=3"), 2, "this run ends at run.steps = 3");
+  expect(phalanx(dir, "train run.ini -n 2 --resume nowhere"), 2, "nowhere");
+  expect(phalanx(dir, "train run.ini -n 2 --resume run.ini"), 2, "no directory");
+  expect(phalanx(dir, "train --resume"), 2, "needs a FILE.ini");
+  expect(phalanx(dir, "train run.ini --resume="), 2, "needs a directory");
+  expect(phalanx(dir, "compare run.ini --strategies ddp,zero --resume"), 2, "--resume");
+  hash_of(dir, "out", after);
+  cr_assert_str_eq(before, after);
+  command_remove_dir(dir);
+}
+
+/* ---- signals ---- */
+static void check_signal(const char *signal_name, int ranks) {
+  char *dir = command_temp_dir(), line[1024], whole[40], again[40];
+  training_files(dir, tiny_model);
+  snprintf(line, sizeof line,
+           "exec timeout --preserve-status -s %s 3 %s train run.ini -n %d --set run.steps=1000000 --set "
+           "optimizer.schedule=constant --set checkpoint.every=1000000",
+           signal_name, PHX_TEST_COMMAND, ranks);
+  command_result r = command_run(dir, 60, (const char *const[]){"/bin/sh", "-c", line, NULL});
+  cr_assert_eq(r.status, 0, "SIG%s: status %d:\n%s", signal_name, r.status, r.out + (strlen(r.out) > 3000 ? strlen(r.out) - 3000 : 0));
+  command_free(&r);
+  cJSON *json = training_json(dir, "out/run.json");
+  const cJSON *step = training_get(json, "stopped.step"), *by = training_get(json, "stopped.by");
+  cr_assert(step && by && !strcmp(by->valuestring + 3, signal_name), "SIG%s: run.json does not say so", signal_name);
+  const int at = (int)step->valuedouble;
+  cJSON_Delete(json);
+  cr_assert_eq(count_entries(dir, "out", "step-"), 1);
+  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --resume", ranks, at + 3);
+  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --set run.out=whole", ranks,
+        at + 3);
+  hash_of(dir, "out", again);
+  hash_of(dir, "whole", whole);
+  cr_assert_str_eq(whole, again);
+  command_remove_dir(dir);
+}
+Test(checkpoint, sigterm_saves_and_stops, .timeout = 120) { check_signal("TERM", 2); }
+Test(checkpoint, sigusr1_saves_and_stops, .timeout = 120) { check_signal("USR1", 1); }
