@@ -35,10 +35,6 @@ static void check_not_offered(store *p, const phx__settings *s) {
   if (s->precision.reduce == 1)
     phx__config_error(p, at(p, "precision", "reduce"),
                       "[precision] reduce = bf16 is not part of this version, which sums gradients in fp32: use fp32");
-  const char *const retention[] = {"keep", "keep_every"};
-  for (int i = 0; i < 2 && s->checkpoint.every == 0; i++)
-    if (at(p, "checkpoint", retention[i]) && good(p, "checkpoint", "every") && good(p, "checkpoint", retention[i]))
-      phx__config_warn(p, at(p, "checkpoint", retention[i]), "[checkpoint] %s has no effect: every is 0", retention[i]);
   if (s->run.elastic && s->run.max_restarts == 0 && good(p, "run", "elastic") && good(p, "run", "max_restarts"))
     phx__config_error(p, at(p, "run", "elastic"),
                       "[run] elastic = yes is about restarts, and max_restarts = 0 allows none: set max_restarts");

@@ -100,7 +100,7 @@ Test(checkpoint_faults, each_call_fails_once, .timeout = 180) {
   free(ini);
   snprintf(rm, sizeof rm, "rm -rf %s/out %s/out.*", dir, dir);
   int failed_saves = 0, final_failures = 0;
-  for (failing = 1; failing == 1 || made >= failing; failing++) {
+  for (failing = 1;; failing++) {
     const int status = in_child(dir, NULL, &made);
     char *errors = command_read_file(dir, "errors");
     if (made < failing) { /* there was no such call */
