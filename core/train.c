@@ -113,6 +113,18 @@ static void strategy_traffic(const phx__runtime *rt, phx_comm_stats *out) {
   }
 }
 
+static phx_status no_slice(void *ctx, const phx_slice *slice, phx_error *err) {
+  (void)ctx, (void)slice, (void)err;
+  return PHX_OK;
+}
+
+/* Ends what a strategy leaves in flight between steps, so that it is counted with the step that began it. */
+static phx_status settle(const phx__runtime *rt, phx_error *err) {
+  const phx_visitor visitor = {.struct_size = sizeof visitor, .slice = no_slice};
+  phx_status status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, err);
+  return status ? status : rt->device->stream_synchronize(rt->device->ctx, NULL, err);
+}
+
 static int64_t bytes_of(const phx_comm_stats *s) {
   int64_t sum = 0;
   for (int op = 0; op < PHX_OPS; op++) sum += s->bytes[op];
@@ -157,11 +169,15 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   r->engine->at_stage = measured ? sample_pss : NULL;
   r->engine->at_stage_arg = r;
   r->sampling = 0;
+  phx_status status = measured ? settle(r->rt, err) : PHX_OK;
+  if (status) return status;
   strategy_traffic(r->rt, &before);
   const double begin = phx__now();
-  phx_status status = phx__engine_step(r->engine, r->train, step, &result, err);
+  status = phx__engine_step(r->engine, r->train, step, &result, err);
   if (status) return status;
   const double seconds = phx__now() - begin - r->sampling;
+  if (measured) status = settle(r->rt, err);
+  if (status) return status;
   strategy_traffic(r->rt, &after);
   r->step_seconds[step - 1] = seconds;
   if (measured) keep_traffic(r, &before, &after);

@@ -1,13 +1,13 @@
 /* plugins/zero/zero.c - ZeRO: the whole model is one flat, cut in equal shares; stage 1 shares optimizer states, stage
  * 2 also gradients, stage 3 also weights.  Rajbhandari et al., arXiv 1910.02054; options named as DeepSpeed's.
  *
- *            weights                          gradients                             states
- *   stage 1  whole, gathered after update     whole, reduced to their owners        share
- *   stage 2  whole, gathered after update     until reduced, then the share         share
- *   stage 3  share, gathered for each pass    until reduced, then the share         share
+ *            weights                              gradients                         states
+ *   stage 1  whole, gathered beside next forward  whole, reduced to their owners    share
+ *   stage 2  whole, gathered beside next forward  until reduced, then the share     share
+ *   stage 3  share, gathered for each pass        until reduced, then the share     share
  *
- * Reading order: zero.h (words), zero_plan.c (who owns what), zero_program.c (what is gathered when), zero_gather.c,
- * zero_reduce.c, and here what the core calls.
+ * Reading order: zero.h (words), zero_plan.c (who owns what), zero_program.c (what is gathered when), zero_whole.c,
+ * zero_gather.c, zero_reduce.c, and here what the core calls.
  * Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is on
  * the communication stream, in one order that every rank derives from the declared stages. Does not: low precision,
  * offload.  [main] only; the stream's thread runs what is enqueued. */
@@ -20,12 +20,13 @@
 static const phx_option options[] = {
     PHX_INT(zero_config, stage, "2", 1, 3, NULL, 0,
             "What is partitioned: 1 optimizer states, 2 also gradients, 3 also weights."),
-    ROW(reduce_bucket_size, "5000000", 1, INT64_MAX, 0,
-        "Gradients are reduced in buckets of this many elements, rounded up to blocks of 1024 (DeepSpeed's 5e8 would "
-        "leave little to overlap)."),
-    ROW(allgather_bucket_size, "500000000", 1, INT64_MAX, 0,
-        "Stages 1 and 2: updated weights are gathered this many elements at a time; at once, by one all_gather, where "
-        "the model is smaller."),
+    ROW(reduce_bucket_size, "1000000", 1, INT64_MAX, 0,
+        "Gradients are reduced in buckets of this many elements, rounded up to blocks of 1024; the last one runs "
+        "beside "
+        "nothing (DeepSpeed's 5e8 would leave little to overlap)."),
+    ROW(allgather_bucket_size, "1000000", PHX_BLOCK, INT64_MAX, 0,
+        "Stages 1 and 2: updated weights are gathered at most this many elements at a time, beside the next forward "
+        "pass and in its order; by one all_gather where this holds the whole model."),
     PHX_BOOL(zero_config, overlap_comm, "yes",
              "Reduce buckets beside the backward pass; no: wait for each bucket, which needs less memory."),
     ROW(stage3_param_persistence_threshold, "100000", 0, INT64_MAX, 0,
@@ -124,10 +125,12 @@ done:
 
 static phx_status zero_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
   const zero_plan *p = &self->plan;
+  phx_status status = zero_settle(self, err);
+  if (status != PHX_OK) return status;
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     for (phx_kit_part part = {0};
          phx_kit_part_next(p->model, flat, p->shard[flat].first, p->shard[flat].blocks, &part);) {
-      phx_status status = phx_kit_visit(visitor, self->s.optim, part.unit, flat, part.first, part.blocks, err);
+      status = phx_kit_visit(visitor, self->s.optim, part.unit, flat, part.first, part.blocks, err);
       if (status != PHX_OK) return status;
     }
   return PHX_OK;
@@ -149,6 +152,8 @@ static phx_status zero_map(phx_strategy *self, const phx_slice *slice, int32_t m
   (void)mode;
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
     return phx_kit_fail(err, PHX_INVALID, "zero keeps no state of kind %d", slice->kind);
+  phx_status status = zero_settle(self, err);
+  if (status != PHX_OK) return status;
   int64_t at = zero_unit_first(&self->plan, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
   *out = slice->kind == PHX_STATE_WEIGHT ? weight_at(self, slice->flat, at) : state_at(self, slice->state_index, at);
   return PHX_OK;
@@ -161,7 +166,8 @@ static phx_status zero_unmap(phx_strategy *self, const phx_slice *slice, int32_t
 
 static phx_status zero_state_changed(phx_strategy *self, phx_error *err) {
   phx_status status = zero_make_whole(self, PHX_FLAT_TRAINABLE, err);
-  return status == PHX_OK ? zero_make_whole(self, PHX_FLAT_FROZEN, err) : status;
+  if (status == PHX_OK) status = zero_make_whole(self, PHX_FLAT_FROZEN, err);
+  return status == PHX_OK ? zero_settle(self, err) : status;
 }
 
 /* ---- the step ---- */
@@ -256,6 +262,8 @@ static phx_status zero_update(phx_strategy *self, int64_t step, float scale, phx
   (void)step;
   const phx_kit_shard *mine = &self->plan.shard[PHX_FLAT_TRAINABLE];
   int64_t group = self->plan.config->sub_group_size / PHX_BLOCK;
+  phx_status settled = zero_settle(self, err); /* peers may still read the share, units that no stage waits for */
+  if (settled != PHX_OK) return settled;
   for (int64_t at = 0; at < mine->blocks; at += group) {
     int64_t blocks = mine->blocks - at < group ? mine->blocks - at : group;
     phx_status status = update_group(self, mine->first + at, blocks, scale, err);

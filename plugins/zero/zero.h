@@ -58,6 +58,10 @@ typedef struct zero_plan {
   phx_kit_region regions[ZERO_REGIONS];
   phx_kit_shard shard[PHX_FLATS];
   bool whole; /* gradients are kept whole (ZERO_GRADIENT) */
+  /* whole weights of stages 1 and 2 */
+  uint32_t *forward;  /* (n_units) units in the order in which forward first reads them */
+  uint32_t *turn;     /* (n_units) a unit's place in that order */
+  zero_pieces spread; /* lists: by flat, then by place in that order; empty where one all_gather does it */
   /* weights of stage 3 */
   int64_t *persist;        /* (n_params) element of its flat's pack, or -1: partitioned */
   int64_t pack[PHX_FLATS]; /* elements of the packs */
@@ -88,6 +92,10 @@ static inline int64_t zero_unit_first(const zero_plan *p, uint32_t unit, uint32_
 }
 /* Elements [*first, *first + n) of a flat's pack that a rank owns. */
 int64_t zero_pack_part(const zero_plan *p, uint32_t flat, int32_t rank, int64_t *first);
+/* Stages 1 and 2: the bucket holds the whole flat, which one all_gather makes whole. */
+static inline bool zero_at_once(const zero_plan *p, uint32_t flat) {
+  return zero_share(p, flat) * p->topology->world_size <= p->config->allgather_bucket_size;
+}
 
 /* zero_program.c */
 phx_status zero_program_create(zero_plan *plan, uint32_t n_positions, zero_program *out, phx_error *err);
@@ -100,9 +108,9 @@ struct phx_strategy {
   phx_kit_services s;
   phx_kit_views views;
   phx_event **mark;     /* (1) the compute stream's progress */
-  phx_event **gathered; /* (n_units) */
+  phx_event **gathered; /* (n_units) its weights are here: for a pass (stage 3), since the last update (1 and 2) */
   phx_event **reduced;  /* (n_buckets) */
-  phx_event **whole;    /* (1) weights after an update */
+  phx_event **whole;    /* (1) all that the last update gathers is here */
   /* gathers */
   const zero_program *program;
   uint32_t next;       /* the position whose actions come next */
@@ -120,9 +128,13 @@ static inline float *zero_region(const phx_strategy *self, uint32_t region) {
   return self->plan.regions[region].at;
 }
 
-/* zero_gather.c */
-phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err); /* after init, load or update */
+/* zero_whole.c */
+phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err); /* begins; after init, load or update */
+phx_status zero_settle(phx_strategy *self, phx_error *err); /* compute waits for all that was begun */
+phx_event *zero_whole_ready(const phx_strategy *self, uint32_t stage, int32_t pass); /* or NULL */
 void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *out);
+
+/* zero_gather.c */
 void zero_begin_program(phx_strategy *self, const zero_program *program);
 /* The unit's weights for this pass; ready: what it must wait for, or NULL. */
 phx_status zero_gather(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream, phx_event **ready,

@@ -1,92 +1,9 @@
-/* plugins/zero/zero_gather.c - making weights whole: after an update (stages 1 and 2, small parameters of stage 3), and
- * unit by unit for a pass (stage 3).
+/* plugins/zero/zero_gather.c - stage 3: weights for a pass, unit by unit.
  *
  * Every gather runs on the communication stream, after what compute was given before it (its memory may have been a
  * window that compute still reads), and compute waits for exactly the last gather that a pass needs.  A piece comes
  * from its owner by broadcast, straight from the owner's share; a unit that lies in one share is never copied there. */
 #include "zero.h"
-
-/* ---- after an update ---- */
-
-/* The whole flat in one all_gather where the bucket holds it; else from owner after owner, a bucket at a time (a part
- * of every share is not contiguous, so there is nothing an all_gather could fill in place). */
-static phx_status gather_whole(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const phx_comm *c = self->s.comm;
-  const zero_plan *p = &self->plan;
-  float *base = zero_region(self, ZERO_WEIGHT + flat);
-  int64_t share = zero_share(p, flat), bucket = p->config->allgather_bucket_size;
-  if (share * c->size <= bucket)
-    return c->all_gather(c->ctx, base + c->rank * share, base, share, PHX_F32, self->s.stream, err);
-  for (int64_t at = 0; at < share; at += bucket)
-    for (int32_t owner = 0; owner < c->size; owner++) {
-      int64_t numel = share - at < bucket ? share - at : bucket;
-      phx_status status = c->broadcast(c->ctx, base + owner * share + at, numel, PHX_F32, owner, self->s.stream, err);
-      if (status != PHX_OK) return status;
-    }
-  return PHX_OK;
-}
-
-static phx_status copy_owned_to_pack(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_device *d = self->s.device;
-  int64_t share = zero_share(p, flat), border = share * self->s.comm->rank;
-  for (uint32_t i = 0; i < p->model->n_params; i++) {
-    const phx_param *param = phx_model_param(p->model, i);
-    if (p->persist[i] < 0 || ((param->flags & PHX_PARAM_FROZEN) != 0) != (flat == PHX_FLAT_FROZEN)) continue;
-    int64_t begin = zero_unit_first(p, param->unit, flat) + param->offset, end = begin + param->numel;
-    int64_t from = begin > border ? begin : border, to = end < border + share ? end : border + share;
-    if (from >= to) continue;
-    phx_status status =
-        d->copy(d->ctx, zero_region(self, ZERO_PERSIST + flat) + p->persist[i] + from - begin,
-                zero_region(self, ZERO_WEIGHT + flat) + from - border, (to - from) * 4, self->s.stream, err);
-    if (status != PHX_OK) return status;
-  }
-  return PHX_OK;
-}
-
-/* What a rank owns of a pack is contiguous in it: one broadcast from each. */
-static phx_status refresh_pack(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const phx_comm *c = self->s.comm;
-  phx_status status = copy_owned_to_pack(self, flat, err);
-  for (int32_t owner = 0; owner < c->size && status == PHX_OK; owner++) {
-    int64_t first, numel = zero_pack_part(&self->plan, flat, owner, &first);
-    if (numel == 0) continue;
-    status = c->broadcast(c->ctx, zero_region(self, ZERO_PERSIST + flat) + first, numel, PHX_F32, owner, self->s.stream,
-                          err);
-  }
-  return status;
-}
-
-phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  phx_status status = PHX_OK;
-  bool sharded = p->config->stage == 3;
-  if (self->s.comm->size == 1 || p->model->total_blocks[flat] == 0 || (sharded && p->pack[flat] == 0)) return PHX_OK;
-  self->s.comm->annotate(self->s.comm->ctx, -1);
-  PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
-  PHX_KIT_TRY(sharded ? refresh_pack(self, flat, err) : gather_whole(self, flat, err));
-  PHX_KIT_TRY(phx_kit_after(&self->s, self->whole[0], self->s.stream, NULL, err));
-done:
-  return status;
-}
-
-void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *out) {
-  const phx_topology *t = p->topology;
-  int64_t share = zero_share(p, flat), bucket = p->config->allgather_bucket_size;
-  if (t->world_size == 1 || p->model->total_blocks[flat] == 0) return;
-  if (p->config->stage < 3 && share * t->world_size <= bucket) {
-    phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, share, PHX_F32, 0, 1);
-    return;
-  }
-  for (int32_t owner = 0; owner < t->world_size; owner++) {
-    int64_t first, numel = zero_pack_part(p, flat, owner, &first);
-    if (p->config->stage == 3 && numel > 0) phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, numel, PHX_F32, owner, 1);
-    for (int64_t at = 0; p->config->stage < 3 && at < share; at += bucket)
-      phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, share - at < bucket ? share - at : bucket, PHX_F32, owner, 1);
-  }
-}
-
-/* ---- unit by unit ---- */
 
 /* Where the owner keeps the unit's flat, if all of it is this rank's; else NULL. */
 static float *owned(phx_strategy *self, uint32_t unit, uint32_t flat) {
@@ -167,7 +84,7 @@ phx_status zero_gather(phx_strategy *self, uint32_t s, int32_t pass, phx_stream 
                        phx_error *err) {
   const phx_model *m = self->plan.model;
   uint32_t position = phx_kit_position(m, s, pass), last = 0;
-  *ready = NULL;
+  *ready = zero_whole_ready(self, s, pass);
   if (self->plan.config->stage < 3) return PHX_OK;
   if (pass == PHX_PASS_EVALUATE && s == 0) zero_begin_program(self, &self->plan.evaluate);
   if (position > self->next || position + 1 < self->next || position >= self->program->n_positions)

@@ -44,6 +44,64 @@ static phx_status pieces_cut(const zero_plan *plan, zero_pieces *p, uint32_t lis
   return PHX_OK;
 }
 
+/* ---- whole weights of stages 1 and 2 ---- */
+
+/* Units in the order in which forward first reads them; those it does not read come last. */
+static void order_forward(zero_plan *p) {
+  const phx_model *m = p->model;
+  uint32_t n = 0;
+  for (uint32_t u = 0; u < m->n_units; u++) p->turn[u] = UINT32_MAX;
+  for (uint32_t i = 0; i < m->n_stages + m->n_units; i++) {
+    bool rest = i >= m->n_stages;
+    uint32_t n_uses = rest ? 1 : phx_model_stage(m, i)->n_uses;
+    for (uint32_t k = 0; k < n_uses; k++) {
+      const phx_use *use = rest ? NULL : phx_model_use(m, phx_model_stage(m, i)->first_use + k);
+      uint32_t u = rest ? i - m->n_stages : use->unit;
+      if ((use && !(use->flags & PHX_USE_FORWARD)) || p->turn[u] != UINT32_MAX) continue;
+      p->turn[u] = n;
+      p->forward[n++] = u;
+    }
+  }
+}
+
+/* A unit's flat, cut at owners' borders and buckets; what follows on the piece before fills its bucket first. */
+static phx_status spread_unit(zero_plan *p, uint32_t list_first, uint32_t u, uint32_t flat, phx_error *err) {
+  int64_t share = zero_share(p, flat), bucket = p->config->allgather_bucket_size, at = zero_unit_first(p, u, flat);
+  int64_t end = at + phx_model_unit(p->model, u)->blocks[flat] * PHX_BLOCK;
+  while (at < end) {
+    zero_piece piece = {.at = at, .unit = u, .flat = flat, .owner = (int32_t)(at / share)};
+    zero_piece *before = p->spread.n > list_first ? &p->spread.of[p->spread.n - 1] : NULL;
+    bool joins = before && before->owner == piece.owner && before->at + before->numel == at && before->numel < bucket;
+    int64_t border = (piece.owner + 1) * share, room = joins ? bucket - before->numel : bucket;
+    piece.numel = (end < border ? end : border) - at;
+    if (piece.numel > room) piece.numel = room;
+    at += piece.numel;
+    if (joins) {
+      before->numel += piece.numel;
+      continue;
+    }
+    phx_status status = piece_add(&p->spread, piece, err);
+    if (status != PHX_OK) return status;
+  }
+  return PHX_OK;
+}
+
+static phx_status plan_spread(zero_plan *p, phx_error *err) {
+  uint32_t n_units = p->model->n_units;
+  phx_status status = PHX_OK;
+  order_forward(p);
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
+    uint32_t list_first = p->spread.n;
+    for (uint32_t k = 0; k < n_units; k++) {
+      p->spread.first[flat * n_units + k] = p->spread.n;
+      if (!zero_at_once(p, flat)) PHX_KIT_TRY(spread_unit(p, list_first, p->forward[k], flat, err));
+    }
+  }
+  p->spread.first[PHX_FLATS * n_units] = p->spread.n;
+done:
+  return status;
+}
+
 /* ---- weights of stage 3 ---- */
 
 static uint32_t param_flat(const phx_param *param) {
@@ -122,9 +180,13 @@ static phx_status plan_bucket(zero_plan *p, uint32_t b, phx_error *err) {
   return PHX_OK;
 }
 
+static int64_t trainable_numel(const zero_plan *p, uint32_t unit) {
+  return phx_model_unit(p->model, unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+}
+
 /* The last bucket that has elements of the unit. */
 static int32_t last_bucket(const zero_plan *p, uint32_t unit) {
-  int64_t end = p->order.offset[unit] + phx_model_unit(p->model, unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+  int64_t end = p->order.offset[unit] + trainable_numel(p, unit);
   uint32_t b = 0;
   while (p->buckets[b].first + p->buckets[b].numel < end) b++;
   return (int32_t)b;
@@ -136,8 +198,7 @@ static int64_t window_fit(const zero_plan *p, const uint8_t *open, int64_t numel
   for (bool moved = true; moved;) {
     moved = false;
     for (uint32_t u = 0; u < p->model->n_units; u++) {
-      int64_t begin = p->gradient_at[u],
-              end = begin + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+      int64_t begin = p->gradient_at[u], end = begin + trainable_numel(p, u);
       if (!open[u] || begin >= at + numel || end <= at) continue;
       at = end;
       moved = true;
@@ -146,25 +207,38 @@ static int64_t window_fit(const zero_plan *p, const uint8_t *open, int64_t numel
   return at;
 }
 
+/* The last bucket of the windows that were where the unit's is now, -1: none. */
+static int32_t taken_over(const zero_plan *p, const uint8_t *closed, uint32_t unit) {
+  int64_t begin = p->gradient_at[unit], end = begin + trainable_numel(p, unit);
+  int32_t after = -1;
+  for (uint32_t u = 0; u < p->model->n_units; u++) {
+    if (!closed[u] || p->gradient_at[u] >= end || p->gradient_at[u] + trainable_numel(p, u) <= begin) continue;
+    if (last_bucket(p, u) > after) after = last_bucket(p, u);
+  }
+  return after;
+}
+
 /* Plays backward once.  A window is free when its last bucket was reduced: at once where reductions are waited for,
- * else when the next bucket is started, so that one reduction always runs beside backward. */
+ * else when it was started before the last stage, so that every reduction has the backward pass of a stage to hide
+ * behind before anything waits for it. */
 static phx_status plan_windows(zero_plan *p, phx_error *err) {
   const phx_model *m = p->model;
   uint8_t *open = calloc(m->n_units + 1u, 1), *complete = calloc(m->n_units + 1u, 1);
+  uint8_t *closed = calloc(m->n_units + 1u, 1);
   uint32_t next = 0;
-  int32_t freed = -1;
-  if (!open || !complete) {
-    free(open), free(complete);
-    return phx_kit_fail(err, PHX_NOMEM, "no memory to plan the gradients of %u units", m->n_units);
+  phx_status status = PHX_OK;
+  if (!open || !complete || !closed) {
+    status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the gradients of %u units", m->n_units);
+    goto done;
   }
   for (uint32_t s = m->n_stages; s-- > 0;) {
     const phx_stage *stage = phx_model_stage(m, s);
     for (uint32_t i = 0; i < stage->n_uses; i++) {
       const phx_use *use = phx_model_use(m, stage->first_use + i);
-      int64_t numel = phx_model_unit(m, use->unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+      int64_t numel = trainable_numel(p, use->unit);
       if (!(use->flags & PHX_USE_GRADIENT) || numel == 0 || open[use->unit]) continue;
       p->gradient_at[use->unit] = window_fit(p, open, numel);
-      p->gradient_after[use->unit] = freed;
+      p->gradient_after[use->unit] = taken_over(p, closed, use->unit);
       open[use->unit] = 1;
       if (p->gradient_at[use->unit] + numel > p->windows) p->windows = p->gradient_at[use->unit] + numel;
     }
@@ -172,13 +246,17 @@ static phx_status plan_windows(zero_plan *p, phx_error *err) {
       const phx_use *use = phx_model_use(m, stage->first_use + i);
       if (use->flags & PHX_USE_LAST) complete[use->unit] = 1;
     }
-    for (; next < p->n_buckets && complete[p->order.units[p->buckets[next].last]]; next++)
-      freed = (int32_t)next - (p->config->overlap_comm ? 1 : 0);
-    for (uint32_t u = 0; u < m->n_units; u++)
-      if (open[u] && complete[u] && last_bucket(p, u) <= freed) open[u] = 0;
+    uint32_t before = next;
+    while (next < p->n_buckets && complete[p->order.units[p->buckets[next].last]]) next++;
+    for (uint32_t u = 0; u < m->n_units; u++) {
+      if (!open[u] || !complete[u] || last_bucket(p, u) >= (int32_t)(p->config->overlap_comm ? before : next)) continue;
+      open[u] = 0;
+      closed[u] = 1;
+    }
   }
-  free(open), free(complete);
-  return PHX_OK;
+done:
+  free(open), free(complete), free(closed);
+  return status;
 }
 
 /* ---- the whole ---- */
@@ -232,7 +310,11 @@ static phx_status plan_alloc(zero_plan *p, phx_error *err) {
   p->reduces.first = calloc(p->n_buckets + 1u, sizeof *p->reduces.first);
   p->gradient_at = calloc(m->n_units + 1u, sizeof *p->gradient_at);
   p->gradient_after = calloc(m->n_units + 1u, sizeof *p->gradient_after);
-  if (p->persist && p->window && p->gathers.first && p->reduces.first && p->gradient_at && p->gradient_after)
+  p->forward = calloc(m->n_units + 1u, sizeof *p->forward);
+  p->turn = calloc(m->n_units + 1u, sizeof *p->turn);
+  p->spread.first = calloc((size_t)PHX_FLATS * m->n_units + 1u, sizeof *p->spread.first);
+  if (p->persist && p->window && p->gathers.first && p->reduces.first && p->gradient_at && p->gradient_after &&
+      p->forward && p->turn && p->spread.first)
     return PHX_OK;
   return phx_kit_fail(err, PHX_NOMEM, "no memory to plan %u units", m->n_units);
 }
@@ -250,6 +332,7 @@ phx_status zero_plan_create(const zero_config *config, const phx_topology *t, co
                                      &p.n_buckets, err));
   PHX_KIT_TRY(plan_alloc(&p, err));
   for (uint32_t i = 0; i < m->n_params; i++) p.persist[i] = -1;
+  if (config->stage < 3 && t->world_size > 1) PHX_KIT_TRY(plan_spread(&p, err));
   if (config->stage == 3 && t->world_size > 1) {
     choose_persistent(&p);
     PHX_KIT_TRY(plan_gathers(&p, err));
@@ -273,6 +356,8 @@ void zero_plan_destroy(zero_plan *p) {
   free(p->buckets);
   free(p->persist);
   free(p->window);
+  free(p->forward), free(p->turn);
+  free(p->spread.of), free(p->spread.first);
   free(p->gathers.of), free(p->gathers.first);
   free(p->reduces.of), free(p->reduces.first);
   zero_program_destroy(&p->train);

@@ -484,12 +484,12 @@ static void run_stage(rank_state *k, uint32_t stage, int32_t pass, int32_t mb, i
   if (!runs && !back) memcpy(out[0], in[0], sizeof in[0]);
 }
 
-static void count_in_flight(rank_state *k) {
+static int64_t count_in_flight(const rank_state *k) {
   phx_comm_stats stats = {.struct_size = sizeof stats};
   int64_t n = (int64_t)k->out->n_trace;
   k->comm->stats(k->comm->ctx, &stats);
   for (int i = 0; i < PHX_OPS; i++) n -= stats.calls[i];
-  if (n > k->out->most_in_flight) k->out->most_in_flight = n;
+  return n;
 }
 
 static phx_status pass_stage(rank_state *k, uint32_t stage, int32_t pass, int32_t mb, phx_error *err) {
@@ -507,11 +507,13 @@ static phx_status pass_stage(rank_state *k, uint32_t stage, int32_t pass, int32_
   }
   if (runs || pass == PHX_PASS_EVALUATE) { /* a stage that does not run waits for nothing and reads nothing */
     if (view->ready) PHX__TRY(k->device->stream_wait(k->device->ctx, NULL, view->ready, err));
+    if (pass == PHX_PASS_FORWARD) k->out->forward_in_flight[stage] = count_in_flight(k);
     check_view(k, stage, pass, view);
   }
   if (pass != PHX_PASS_RECOMPUTE) run_stage(k, stage, pass, mb, 0, view);
   PHX__TRY(r->table->release(k->strategy, stage, pass, mb, flags, NULL, err));
-  if (pass == PHX_PASS_BACKWARD) count_in_flight(k);
+  int64_t in_flight = pass == PHX_PASS_BACKWARD ? count_in_flight(k) : 0;
+  if (in_flight > k->out->most_in_flight) k->out->most_in_flight = in_flight;
 done:
   k->pass = k->stage = -1;
   return status;
@@ -687,6 +689,9 @@ static phx_status rank_body(rank_state *k, phx_error *err) {
   }
   k->step = r->what.steps;
   PHX__TRY(visit_all(k, false, err));
+  if (count_in_flight(k) != 0)
+    note(r, "rank %d: %lld collectives were in flight while state was visited", k->rank,
+         (long long)count_in_flight(k));
   if (t->health) PHX__TRY(t->health(k->strategy, err));
 done:
   return status;

@@ -10,10 +10,11 @@
  *
  * harness_run returns true when: the run ended well; every weight read through a view, every gradient given to the norm
  * and the optimizer, and every state at the end have the reference's bits, padding zero; over the ranks each block of
- * each state was visited once, each block of gradients added to the norm once, each element updated once a step;
- * planned bytes by kind, arena bytes, calls and bytes by collective equal the measured ones on every rank; the steady
- * state allocated nothing; nothing leaked; no collective used memory that was not allocated with its communicator;
- * ranks asked for the same arena memory in the same order.  Otherwise `message` says what differed first. */
+ * each state was visited once (and nothing was in flight then), each block of gradients added to the norm once, each
+ * element updated once a step; planned bytes by kind, arena bytes, calls and bytes by collective equal the measured
+ * ones on every rank; the steady state allocated nothing; nothing leaked; no collective used memory that was not
+ * allocated with its communicator; ranks asked for the same arena memory in the same order.  Otherwise `message` says
+ * what differed first. */
 #ifndef HARNESS_H
 #define HARNESS_H
 #include <phalanx/strategy.h>
@@ -74,6 +75,7 @@ typedef struct harness_rank {
   harness_ticket *tickets;
   size_t n_tickets;
   int64_t most_in_flight; /* collectives issued and not yet run when a backward release returned; sure if DEFERRED */
+  int64_t forward_in_flight[TOY_STAGES]; /* the same when the stage's forward pass had waited for its view; last step */
   int64_t norm_blocks;    /* blocks this rank added in the last step */
   uint64_t arena_order;   /* hash of the sizes asked for with a communicator */
   phx_status status;

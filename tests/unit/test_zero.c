@@ -155,9 +155,10 @@ Test(zero, reduce_bucket_size_decides_how_much_is_reduced_at_once, .timeout = 60
   toy_free(t);
 }
 
+/* toy_odd's forward pass reads units in the model's order: runs end at owners' borders and at the model's end only. */
 Test(zero, allgather_bucket_size_decides_how_much_is_gathered_at_once, .timeout = 60) {
   toy *t = toy_odd();
-  int64_t largest;
+  int64_t largest, calls = 0;
   for (int stage = 1; stage <= 2; stage++) {
     char options[100];
     snprintf(options, sizeof options, "stage=%d", stage);
@@ -169,7 +170,10 @@ Test(zero, allgather_bucket_size_decides_how_much_is_gathered_at_once, .timeout 
     snprintf(options, sizeof options, "stage=%d allgather_bucket_size=3000", stage);
     r = measured(t, 3, options, LOOPBACK_THREADS);
     cr_assert_eq(harness_count(&r.rank[1], PHX_OP_ALL_GATHER, 2, NULL), 0);
-    cr_assert_eq(harness_count(&r.rank[1], PHX_OP_BROADCAST, 2, &largest), 3 * ((share + 2999) / 3000));
+    calls = 0;
+    for (int64_t at = 0; at < t->elements[0]; at += share)
+      calls += ((t->elements[0] - at < share ? t->elements[0] - at : share) + 2999) / 3000;
+    cr_assert_eq(harness_count(&r.rank[1], PHX_OP_BROADCAST, 2, &largest), calls);
     cr_assert_eq(largest, 3000);
     harness_free(&r);
   }
@@ -177,6 +181,79 @@ Test(zero, allgather_bucket_size_decides_how_much_is_gathered_at_once, .timeout 
 }
 
 /* Deferred streams run nothing until they are waited for: what overlaps is what is still in flight. */
+Test(zero, a_stage_waits_for_its_own_weights_only, .timeout = 60) {
+  toy *t = toy_plain(6, 64); /* a stage a unit; with a bucket of one block a unit's blocks are as many calls */
+  for (int stage = 1; stage <= 2; stage++) {
+    char options[100];
+    snprintf(options, sizeof options, "stage=%d allgather_bucket_size=1024", stage);
+    harness_result r = measured(t, 3, options, LOOPBACK_DEFERRED);
+    for (int i = 0; i < 3; i++) {
+      int64_t later = t->elements[0] / PHX_BLOCK;
+      for (uint32_t s = 0; s < t->model.n_stages; s++) {
+        later -= t->units[s].blocks[0];
+        cr_assert_eq(r.rank[i].forward_in_flight[s], later, "stage %u of %u: %lld in flight, expected %lld", s,
+                     t->model.n_stages, (long long)r.rank[i].forward_in_flight[s], (long long)later);
+      }
+      cr_assert_eq(later, 0);
+    }
+    harness_free(&r);
+    r = measured(t, 3, "stage=2 allgather_bucket_size=1000000", LOOPBACK_DEFERRED);
+    cr_assert_eq(r.rank[0].forward_in_flight[0], 0, "one all_gather is waited for at once");
+    harness_free(&r);
+  }
+  toy_free(t);
+}
+
+/* The last stages are read first, the tied unit by both ends: gathers follow the stages, not the model. */
+Test(zero, weights_are_gathered_in_the_order_of_the_stages, .timeout = 60) {
+  toy *t = toy_new();
+  for (int u = 0; u < 5; u++) {
+    static const char *const names[] = {"a", "b", "c", "d", "e"};
+    toy_unit(t, names[u]), toy_param(t, 50, 40 + u, PHX_PARAM_DECAY), toy_param(t, 1, 600, 0);
+  }
+  static const uint32_t order[] = {3, 4, 1, 0, 2};
+  for (int s = 0; s < 5; s++) {
+    toy_stage(t, "s"), toy_use(t, order[s], TOY_RW);
+    if (s == 4) toy_use(t, order[0], TOY_RW);
+  }
+  toy_finish(t);
+  harness_result r = measured(t, 3, "stage=1 allgather_bucket_size=1024", LOOPBACK_DEFERRED);
+  int64_t later = t->elements[0] / PHX_BLOCK;
+  for (int s = 0; s < 5; s++) {
+    later -= t->units[order[s]].blocks[0];
+    cr_assert_eq(r.rank[1].forward_in_flight[s], later, "stage %d: %lld in flight", s,
+                 (long long)r.rank[1].forward_in_flight[s]);
+  }
+  harness_free(&r);
+  for (int stage = 1; stage <= 3; stage++)
+    for (int bucket = 1024; bucket < 10000; bucket += 2500) {
+      char options[120];
+      snprintf(options, sizeof options, "stage=%d allgather_bucket_size=%d stage3_param_persistence_threshold=700",
+               stage, bucket);
+      expect_good(&(harness_config){.strategy = "zero",
+                                    .toy = t,
+                                    .ranks = 3,
+                                    .options = options,
+                                    .steps = 3,
+                                    .discard_step = 2,
+                                    .discard_early = bucket > 5000,
+                                    .evaluate = true,
+                                    .stream_mode = LOOPBACK_DEFERRED});
+    }
+  toy_free(t);
+}
+
+/* A window is taken over when its own last bucket was reduced, and nothing later is waited for: with buckets smaller
+ * than a unit, a unit's reductions are still in flight when the next unit's backward pass ends. */
+Test(zero, reductions_have_a_stage_to_hide_behind, .timeout = 60) {
+  toy *t = toy_plain(6, 64); /* layers of 5 blocks */
+  harness_result r = measured(t, 2, "stage=2 reduce_bucket_size=1024", LOOPBACK_DEFERRED);
+  cr_assert_geq(r.rank[0].most_in_flight, 10, "%lld", (long long)r.rank[0].most_in_flight);
+  cr_assert_leq(r.rank[0].peak[PHX_MEM_GATHERED], 3 * 5 * PHX_BLOCK * 4);
+  harness_free(&r);
+  toy_free(t);
+}
+
 Test(zero, overlap_comm_decides_whether_reductions_are_waited_for, .timeout = 60) {
   toy *t = toy_plain(6, 64);
   harness_result no = measured(t, 2, "stage=2 overlap_comm=no reduce_bucket_size=5000", LOOPBACK_DEFERRED);
@@ -348,6 +425,8 @@ Test(zero, what_does_not_fit_is_refused, .timeout = 60) {
   expect_refused(c, PHX_INVALID, "stage = 0");
   c.options = "sub_group_size=1023";
   expect_refused(c, PHX_INVALID, "sub_group_size");
+  c.options = "allgather_bucket_size=1023";
+  expect_refused(c, PHX_INVALID, "allgather_bucket_size");
   c.options = "reduce_bucket_size=0";
   expect_refused(c, PHX_INVALID, "reduce_bucket_size");
   c.options = "stage=3 stage3_param_persistence_threshold=0 stage3_max_live_parameters=9000";

@@ -162,7 +162,8 @@ typedef struct phx_strategy_table {
   phx_status (*create)(const phx_host *host, const void *config, const phx_topology *topology, const phx_model *model,
                        phx_strategy **out, phx_error *err);
   void (*destroy)(phx_strategy *self); /* [main] from any state after create; NULL is fine; never fails */
-  /* [main] names every slice this rank is the writer of: over the world, each block of each state exactly once */
+  /* [main] names every slice this rank is the writer of: over the world, each block of each state exactly once.  What
+   * an update left in flight is first made to end, on the compute stream */
   phx_status (*visit_state)(phx_strategy *self, const phx_visitor *visitor, phx_error *err);
   /* [main] a slice's (blocks * PHX_BLOCK) elements, in slice->place, until unmap; several may be mapped at once */
   phx_status (*map)(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err);
@@ -179,7 +180,8 @@ typedef struct phx_strategy_table {
   phx_status (*finish_gradients)(phx_strategy *self, phx_error *err);  /* [main][collective] waits for what is in flight */
   phx_status (*discard_gradients)(phx_strategy *self, phx_error *err); /* [main][collective] drops it: a skipped step */
   phx_status (*gradient_norm)(phx_strategy *self, const phx_accumulator *acc, phx_error *err); /* [main] */
-  /* [main][collective] one ticket per owned slice, then weights whole where they are kept whole.  step from 1 */
+  /* [main][collective] one ticket per owned slice, then weights whole where they are kept whole: that may go on beside
+   * the next passes, whose views wait for it (ready).  step from 1 */
   phx_status (*update)(phx_strategy *self, int64_t step, float scale, phx_error *err);
   /* [main][collective] optional: run the micro-batches of a step; gradients complete when it returns */
   phx_status (*run_step)(phx_strategy *self, const phx_executor *executor, phx_error *err);
