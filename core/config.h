@@ -19,6 +19,10 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t valid_batches;
     int64_t log_every;
     int32_t pin;         /* auto | yes | no: pin ranks to cores */
+    int32_t on_nonfinite; /* 0 stop, 1 skip */
+    int64_t drift_every; /* steps; 0: never */
+    int64_t max_restarts;
+    int32_t elastic;
   } run;
   struct {
     int64_t micro, accumulate, sequence;

@@ -4,6 +4,7 @@
  * wish that this version does not honour is refused here with the reason.  [main] only. */
 #include "config_store.h"
 
+#include <phalanx/strategy.h>
 #include <string.h>
 
 typedef struct phx__config_private store;
@@ -34,6 +35,9 @@ static void check_not_offered(store *p, const phx__settings *s) {
   if (s->precision.reduce == 1)
     phx__config_error(p, at(p, "precision", "reduce"),
                       "[precision] reduce = bf16 is not part of this version, which sums gradients in fp32: use fp32");
+  if (s->run.elastic && s->run.max_restarts == 0 && good(p, "run", "elastic") && good(p, "run", "max_restarts"))
+    phx__config_error(p, at(p, "run", "elastic"),
+                      "[run] elastic = yes is about restarts, and max_restarts = 0 allows none: set max_restarts");
   if (!*s->run.out && good(p, "run", "out"))
     phx__config_error(p, at(p, "run", "out"), "[run] out is empty: name a directory");
 }
@@ -43,6 +47,11 @@ static void check_strategy(store *p, const phx__settings *s, const phx_plugin *s
   if ((strategy->needs & PHX_NEED_TWO_RANKS) && s->run.ranks < 2 && good(p, "run", "ranks"))
     phx__config_error(p, at(p, "run", "ranks"), "strategy %s needs at least two ranks: [run] ranks = %lld",
                       strategy->id, (long long)s->run.ranks);
+  if (s->run.elastic && ((const phx_strategy_table *)strategy->table)->layout && good(p, "run", "elastic"))
+    phx__config_error(p, at(p, "run", "elastic"),
+                      "[run] elastic = yes: strategy %s decides itself who computes what, and cannot lose a rank: use "
+                      "no",
+                      strategy->id);
   if (!s->run.deterministic || (strategy->provides & PHX_CAP_DETERMINISTIC)) return;
   if (asked)
     phx__config_error(p, asked, "strategy %s does not promise the same bits as others: [run] deterministic must be no",

@@ -22,6 +22,7 @@
   { #f, doc, dflt, NULL, NULL, 0, 0, 0, 0, PHX_OPT_STRING, flags, AT(section, f) }
 
 static const char *const pin_choices[] = {"auto", "yes", "no", NULL};
+static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
 static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
 static const char *const optimizer_choices[] = {"adamw", "sgd", NULL};
 static const char *const schedule_choices[] = {"constant", "linear", "cosine", NULL};
@@ -42,6 +43,14 @@ static const phx_option run_options[] = {
     INT(run, valid_batches, "8", 1, PER_STEP_MOST, NULL, 0, "Micro-batches per rank of one validation."),
     INT(run, log_every, "1", 1, STEPS_MOST, "steps", 0, "Steps between lines on the screen; the files have them all."),
     ENUM(run, pin, "auto", pin_choices, PHX_OPTF_PER_RANK, "Pin ranks to cores; auto does so when every rank can have its own."),
+    ENUM(run, on_nonfinite, "stop", nonfinite_choices, 0,
+         "A loss or norm that is not finite stops the run, or its update is skipped; the same on all ranks."),
+    INT(run, drift_every, "0", 0, STEPS_MOST, "steps", 0,
+        "Steps between checks that all ranks compute with the same weights; 0 never checks."),
+    INT(run, max_restarts, "0", 0, 1000000, "restarts", 0,
+        "Times that a run is started again after a failure, from its latest checkpoint or else from the beginning."),
+    BOOL(run, elastic, "no",
+         "A restart goes on without the ranks that were lost; batch.accumulate rises to keep the global batch."),
 };
 static const phx_option batch_options[] = {
     INT(batch, micro, "4", 1, PER_STEP_MOST, "sequences", 0, "Sequences per rank and micro-batch."),

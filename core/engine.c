@@ -10,6 +10,7 @@
 
 #include "status.h"
 #include "sys.h"
+#include "where.h"
 
 enum { NORM_BLOCKS = 4096 };
 
@@ -135,8 +136,9 @@ static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs
   if (!runs) return pass_on(e, call, err);
   if (call->view->ready) status = d->stream_wait(d->ctx, NULL, call->view->ready, err);
   if (status) return status;
-  status = call->pass == PHX_PASS_BACKWARD ? model->backward(e->rt->model, call, err)
-                                           : model->forward(e->rt->model, call, err);
+  const int backward = call->pass == PHX_PASS_BACKWARD;
+  status = PHX__IN(e->rt->job, PHX_KIND_MODEL, backward ? PHX_IN_BACKWARD : PHX_IN_FORWARD, (int32_t)call->stage,
+                   backward ? model->backward(e->rt->model, call, err) : model->forward(e->rt->model, call, err));
   if (!status && e->at_stage) e->at_stage(e->at_stage_arg);
   return status;
 }
@@ -146,7 +148,9 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
                              const phx_stage_call *override, phx_error *err) {
   const phx__prepared *p = e->rt->prepared;
   const phx_view *view = NULL;
-  phx_status status = p->strategy->acquire(e->rt->strategy, stage, pass, micro_batch, NULL, &view, err);
+  phx_status status =
+      PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
+                       p->strategy->acquire(e->rt->strategy, stage, pass, micro_batch, NULL, &view, err));
   if (status) return status;
   const int runs = pass == PHX_PASS_EVALUATE || stage_runs(e, stage, micro_batch);
   phx_stage_call call = override ? *override : stage_call(e, stage, pass, micro_batch, 0, view);
@@ -160,7 +164,8 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
       if (phx_model_use(p->model, s->first_use + i)->flags & PHX_USE_LAST) flags |= PHX_RELEASE_LAST_USE;
     if (!runs) flags |= PHX_RELEASE_NO_GRADIENT;
   }
-  return p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err);
+  return PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
+                          p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err));
 }
 
 /* ---- the executor: what a strategy that runs the step itself may call ---- */
@@ -174,16 +179,23 @@ static void *executor_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t 
   return e->outputs[(size_t)slot * e->rt->prepared->model->n_stages + stage];
 }
 
+/* A stage within run_step: the strategy's call goes on after it. */
+static phx_status run_inside(phx__engine *e, const phx_stage_call *call, int32_t micro_batch, phx_error *err) {
+  phx_status status = run_stage(e, call, stage_runs(e, call->stage, micro_batch), err);
+  if (!status) phx__enter(e->rt->job, PHX_KIND_STRATEGY, PHX_IN_RUN_STEP, -1);
+  return status;
+}
+
 static phx_status executor_forward(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
                                    phx_error *err) {
   const phx_stage_call call = stage_call(ctx, stage, PHX_PASS_FORWARD, micro_batch, slot, view);
-  return run_stage(ctx, &call, stage_runs(ctx, stage, micro_batch), err);
+  return run_inside(ctx, &call, micro_batch, err);
 }
 
 static phx_status executor_backward(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
                                     phx_error *err) {
   const phx_stage_call call = stage_call(ctx, stage, PHX_PASS_BACKWARD, micro_batch, slot, view);
-  return run_stage(ctx, &call, stage_runs(ctx, stage, micro_batch), err);
+  return run_inside(ctx, &call, micro_batch, err);
 }
 
 static int32_t executor_runs(void *ctx, uint32_t stage, int32_t micro_batch) {
@@ -196,7 +208,8 @@ static phx_status run_own_schedule(phx__engine *e, phx_error *err) {
       .n_stages = e->rt->prepared->model->n_stages, .boundary_bytes = executor_boundary_bytes,
       .boundary = executor_boundary, .forward = executor_forward, .backward = executor_backward,
       .runs = executor_runs};
-  return e->rt->prepared->strategy->run_step(e->rt->strategy, &executor, err);
+  return PHX__IN_STRATEGY(e->rt->job, PHX_IN_RUN_STEP, -1,
+                          e->rt->prepared->strategy->run_step(e->rt->strategy, &executor, err));
 }
 
 /* ---- data, loss and norm ---- */
@@ -224,7 +237,8 @@ static phx_status combine_loss(phx__engine *e, int32_t micro_batches, double *ou
   phx_status status = d->stream_synchronize(d->ctx, NULL, err);
   if (status) return status;
   for (int32_t micro = 0; micro < micro_batches; micro++) sum += e->losses[micro];
-  status = e->rt->core->all_reduce(e->rt->core->ctx, &sum, &sum, 1, PHX_F64, PHX_SUM, NULL, err);
+  status = PHX__IN_COMM(e->rt->job,
+                        e->rt->core->all_reduce(e->rt->core->ctx, &sum, &sum, 1, PHX_F64, PHX_SUM, NULL, err));
   if (status) return status;
   *out = sum / ((double)micro_batches * e->rt->prepared->layout.data_size);
   return PHX_OK;
@@ -251,9 +265,11 @@ static phx_status norm_add(void *ctx, uint32_t unit, int64_t first_block, int64_
 static phx_status gradient_norm(phx__engine *e, double *out, phx_error *err) {
   const phx_accumulator acc = {.struct_size = sizeof acc, .ctx = e, .add = norm_add};
   memset(&e->norm, 0, sizeof e->norm);
-  phx_status status = e->rt->prepared->strategy->gradient_norm(e->rt->strategy, &acc, err);
+  phx_status status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_NORM, -1,
+                                       e->rt->prepared->strategy->gradient_norm(e->rt->strategy, &acc, err));
   if (status) return status;
-  status = e->rt->core->all_reduce(e->rt->core->ctx, &e->norm, &e->norm, PHX__SUM_WORDS, PHX_I64, PHX_SUM, NULL, err);
+  status = PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, &e->norm, &e->norm, PHX__SUM_WORDS,
+                                                            PHX_I64, PHX_SUM, NULL, err));
   if (status) return status;
   *out = sqrt(phx__exact_sum_value(&e->norm));
   return PHX_OK;
@@ -265,7 +281,8 @@ static phx_status run_micro_batches(phx__engine *e, phx_error *err) {
   const int32_t stages = (int32_t)e->rt->prepared->model->n_stages;
   phx_status status = PHX_OK;
   for (int32_t micro = 0; micro < n && !status; micro++) {
-    status = strategy->begin_micro_batch(e->rt->strategy, micro, micro == n - 1, err);
+    status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_BEGIN, -1,
+                              strategy->begin_micro_batch(e->rt->strategy, micro, micro == n - 1, err));
     for (int32_t s = 0; s < stages && !status; s++)
       status = stage_pass(e, (uint32_t)s, PHX_PASS_FORWARD, micro, NULL, err);
     for (int32_t s = stages - 1; s >= 0 && !status; s--)
@@ -275,36 +292,49 @@ static phx_status run_micro_batches(phx__engine *e, phx_error *err) {
 }
 
 /* ---- the step ---- */
+/* What happens to a step that cannot be applied: the run stops, or goes on with the weights and states as they are. */
+static phx_status not_finite(phx__engine *e, phx__step_result *result, phx_error *err) {
+  if (e->rt->config->s.run.on_nonfinite == 0)
+    return phx__fail(err, PHX_INVALID,
+                     "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr, "
+                     "set optimizer.clip, or pass over such steps with run.on_nonfinite = skip",
+                     (long long)e->step, result->loss, result->grad_norm);
+  result->skipped = true;
+  return PHX__IN_STRATEGY(e->rt->job, PHX_IN_FINISH, -1,
+                          e->rt->prepared->strategy->discard_gradients(e->rt->strategy, err));
+}
+
 phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out, phx_error *err) {
   phx_status status = PHX_OK;
   const phx_strategy_table *strategy = e->rt->prepared->strategy;
   const phx__settings *settings = &e->rt->config->s;
+  const phx_job *job = e->rt->job;
   const double terms = (double)e->rt->prepared->topology.accumulate * e->rt->prepared->layout.data_size;
   phx__step_result result = {.lr = phx__optim_lr(settings, step)};
   e->step = step;
-  phx__job_state(e->rt->job, 2, step);
+  phx__job_state(job, 2, step);
 
   PHX__TRY(load_batch(e, data, err));
   if (PHX_HAS(strategy, phx_strategy_table, run_step) && strategy->run_step) PHX__TRY(run_own_schedule(e, err));
   else PHX__TRY(run_micro_batches(e, err));
-  PHX__TRY(strategy->finish_gradients(e->rt->strategy, err));
+  PHX__TRY(PHX__IN_STRATEGY(job, PHX_IN_FINISH, -1, strategy->finish_gradients(e->rt->strategy, err)));
   PHX__TRY(combine_loss(e, e->rt->prepared->topology.accumulate, &result.loss, err));
 
   double norm = 0;
   PHX__TRY(gradient_norm(e, &norm, err));
   result.grad_norm = norm / terms;
+  /* Both numbers have the same bits on every rank, so every rank decides alike. */
   if (!isfinite(result.loss) || !isfinite(result.grad_norm)) {
-    status = phx__fail(err, PHX_INVALID,
-                       "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr "
-                       "or set optimizer.clip",
-                       (long long)step, result.loss, result.grad_norm);
+    PHX__TRY(not_finite(e, &result, err));
+    *out = result;
     goto done;
   }
   const double clip = settings->optimizer.clip;
   const double factor = clip > 0 && result.grad_norm > clip ? clip / result.grad_norm : 1.0;
   e->rt->optim.step = step;
   e->rt->optim.lr = result.lr;
-  PHX__TRY(strategy->update(e->rt->strategy, step, (float)(factor / terms), err));
+  PHX__TRY(PHX__IN_STRATEGY(job, PHX_IN_UPDATE, -1,
+                            strategy->update(e->rt->strategy, step, (float)(factor / terms), err)));
   *out = result;
 done:
   e->rt->optim.step = 0;

@@ -12,6 +12,7 @@ typedef struct phx__step_result {
   double loss;      /* mean over the global batch, nats per token */
   double grad_norm; /* of the mean gradient, before clipping */
   double lr;
+  bool skipped;     /* not finite: no update (run.on_nonfinite = skip) */
 } phx__step_result;
 
 typedef struct phx__engine {

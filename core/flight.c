@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "sys.h"
+#include "where.h"
 
 enum { TEXT_BYTES = 64 * 1024 };
 
@@ -108,10 +109,11 @@ static void put_collective(text *t, const phx_flight *f, uint64_t now) {
 static void put_rank(text *t, const phx__flight_report *report, int32_t r) {
   const phx__rank_end *end = &report->ends[r];
   const phx_liveness *page = &report->pages[r];
-  char condition[64];
+  char condition[64], where[160];
   phx__rank_end_text(end, condition, sizeof condition);
   put(t, "  %4d %8d  %-24s %6lld  ", r, end->pid, condition, (long long)page->step);
   put_collective(t, current(page), report->now_ns);
+  if (phx__where_text(page, where, sizeof where)) put(t, "; [main] is in %s", where);
   put(t, "\n");
 }
 

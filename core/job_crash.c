@@ -6,10 +6,11 @@
 #include <execinfo.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "job_segment.h"
+#include "where.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED 1
@@ -27,31 +28,42 @@ static const phx_job *crash_job;
 static const char *describe(int number) {
   switch (number) {
     case SIGSEGV:
-      return "crashed: SIGSEGV, a bad memory access; the backtrace is on stderr or in the rank's log\n";
+      return "SIGSEGV, a bad memory access";
     case SIGBUS:
-      return "crashed: SIGBUS, a mapped file became shorter or memory ran out; the backtrace is on stderr "
-             "or in the rank's log\n";
+      return "SIGBUS, a mapped file became shorter or memory ran out";
     case SIGFPE:
-      return "crashed: SIGFPE, an integer division; the backtrace is on stderr or in the rank's log\n";
+      return "SIGFPE, an integer division";
     case SIGILL:
-      return "crashed: SIGILL, an instruction this CPU lacks; the backtrace is on stderr or in the rank's "
-             "log\n";
+      return "SIGILL, an instruction this CPU lacks";
     default:
-      return "crashed: SIGABRT, an assertion; the backtrace is on stderr or in the rank's log\n";
+      return "SIGABRT, an assertion";
   }
+}
+
+static size_t append(char *message, size_t used, size_t room, const char *text) {
+  while (*text && used + 1 < room) message[used++] = *text++;
+  message[used] = 0;
+  return used;
 }
 
 static void on_crash(int number) {
   void *frames[64];
-  const char *text = describe(number);
-  char message[200];
-  size_t length = strlen(text);
+  char message[400], where[160];
+  const bool in_plugin = phx__where_text(crash_job->mine, where, sizeof where);
+  const bool in_main = (pid_t)syscall(SYS_gettid) == getpid();
+  size_t used = append(message, 0, sizeof message, "crashed: ");
+  used = append(message, used, sizeof message, describe(number));
+  if (!in_main) used = append(message, used, sizeof message, ", on the thread of a stream");
+  if (in_plugin) {
+    used = append(message, used, sizeof message, in_main ? ", in " : ", while [main] was in ");
+    used = append(message, used, sizeof message, where);
+  }
+  used = append(message, used, sizeof message, "; the backtrace is on stderr or in the rank's log");
   /* Handlers may not print through stdio; a failed write changes nothing here. */
-  if (write(STDERR_FILENO, "phalanx: this rank ", 19) < 0 || write(STDERR_FILENO, text, length) < 0)
-    length = length + 0;
+  if (write(STDERR_FILENO, "phalanx: this rank ", 19) < 0 || write(STDERR_FILENO, message, used) < 0 ||
+      write(STDERR_FILENO, "\n", 1) < 0)
+    used = 0;
   backtrace_symbols_fd(frames, backtrace(frames, 64), STDERR_FILENO);
-  memcpy(message, text, length - 1);
-  message[length - 1] = 0;
   crash_job->fail(crash_job->ctx, message);
   raise(number); /* SA_RESETHAND: the default action now */
 }

@@ -3,7 +3,7 @@
  * What it is for: no rank hangs.  A death is seen at once (pidfd), a stopped rank after 3.8 s, a rank that never joins
  * after the timeout, and ranks that wait for one that left with status 0 after the timeout too.  Then all others are
  * told (`failed`), given 0.3 s to report, asked (SIGTERM) and killed, so that a second after a death nothing is left.
- * What it does not do: restart anything, or look into what the ranks compute.
+ * What it does not do: restart anything (restart.c), or look into what the ranks compute.
  * Invariant: every rank started is waited for before phx__launch_run returns.  Time in which the launcher itself was
  * suspended (Ctrl-Z, then fg: the ranks with it) counts for none of the limits.
  * Threads: [main]; while it runs, the launcher's termination signals are blocked and read from a signalfd. */
@@ -25,6 +25,7 @@
 #include "status.h"
 #include "stop.h"
 #include "sys.h"
+#include "where.h"
 
 #define MS UINT64_C(1000000)
 #define TICK_MS 50
@@ -43,6 +44,7 @@ struct rank {
   uint64_t stopped_ns;
   phx__rank_end end; /* how it ended, when not running */
   bool was_asked;    /* it ended after our SIGTERM */
+  bool lost;         /* stopped for too long, or it never came */
   uint64_t beat, moved_ns;
 };
 
@@ -186,10 +188,13 @@ static void judge_time(struct launch *l, uint64_t now) {
   for (int32_t r = 0; r < l->started; r++) {
     struct rank *rank = &l->ranks[r];
     if (!rank->running) continue;
-    if (rank->stop_signal && now - rank->stopped_ns >= STOPPED_NS)
+    const bool stopped = rank->stop_signal && now - rank->stopped_ns >= STOPPED_NS;
+    const bool missing = now - l->started_ns > limit && state_of(l, r) == 0;
+    rank->lost = stopped || missing;
+    if (stopped)
       set_cause(l, -1, "rank %d (pid %d) has been stopped (%s) for %.1f s", r, (int)rank->pid,
                 phx__signal_name(rank->stop_signal, name, sizeof name), (double)(now - rank->stopped_ns) * 1e-9);
-    if (now - l->started_ns > limit && state_of(l, r) == 0)
+    if (missing)
       set_cause(l, -1, "rank %d (pid %d) did not join the job within %g s", r, (int)rank->pid, timeout);
   }
 }
@@ -296,16 +301,42 @@ static void watch(struct launch *l) {
 
 /* ---- the result ---- */
 
-static void report(struct launch *l) {
-  char cause[sizeof l->cause + 96], end[64];
-  int32_t r = l->cause_rank;
-  snprintf(cause, sizeof cause, "%s", l->cause);
-  if (r >= 0 && !l->ranks[r].running && !l->ranks[r].was_asked) {
-    l->ends[r] = l->ranks[r].end;
-    l->ends[r].pid = (int32_t)l->ranks[r].pid;
-    phx__rank_end_text(&l->ends[r], end, sizeof end);
-    snprintf(cause, sizeof cause, "rank %d (pid %d) %s", r, (int)l->ranks[r].pid, end);
+/* What failed, better than when it was first seen: a process that ended by itself says how. */
+static void final_cause(struct launch *l, char *cause, size_t bytes) {
+  char end[64];
+  const int32_t r = l->cause_rank;
+  snprintf(cause, bytes, "%s", l->cause);
+  if (r < 0 || l->ranks[r].running || l->ranks[r].was_asked) return;
+  l->ends[r] = l->ranks[r].end;
+  l->ends[r].pid = (int32_t)l->ranks[r].pid;
+  phx__rank_end_text(&l->ends[r], end, sizeof end);
+  snprintf(cause, bytes, "rank %d (pid %d) %s", r, (int)l->ranks[r].pid, end);
+}
+
+static void fill_outcome(const struct launch *l, const char *cause) {
+  phx__outcome *out = l->asked->outcome;
+  char where[160];
+  const int32_t r = l->cause_rank;
+  if (!out) return;
+  *out = (phx__outcome){.failed = true};
+  for (int32_t i = 0; i < l->started; i++) {
+    const struct rank *rank = &l->ranks[i];
+    out->lost += rank->lost || (!rank->running && !rank->was_asked && rank->end.condition == PHX__RANK_KILLED);
   }
+  if (r < 0) {
+    snprintf(out->cause, sizeof out->cause, "%s", cause);
+    return;
+  }
+  const phx_liveness *page = &l->pages[r];
+  const bool inside = phx__where_text(page, where, sizeof where);
+  snprintf(out->cause, sizeof out->cause, "%s, in step %lld%s%s%s%.200s", cause, (long long)page->step,
+           inside ? ", in " : "", where, page->message[0] ? ": " : "", page->message);
+}
+
+static void report(struct launch *l) {
+  char cause[sizeof l->cause + 96];
+  int32_t r = l->cause_rank;
+  final_cause(l, cause, sizeof cause);
   /* A rank that computed when the job failed has since come to the collective where it missed the others; what the
    * ranks said counts from the end anyway. */
   for (int32_t i = 0; i < l->asked->ranks; i++) {
@@ -320,6 +351,7 @@ static void report(struct launch *l) {
                                .cause = cause,
                                .first_failed = r,
                                .run_dir = l->asked->run_dir};
+  fill_outcome(l, cause);
   char *text = phx__flight_text(&flight);
   fputs(text ? text : "phalanx: the job failed, and there is no memory for the report\n", stderr);
   fflush(stderr);
@@ -396,6 +428,7 @@ int phx__launch_run(const phx__launch *asked) {
   phx__spawn spawn = {.launch = asked};
   sigset_t before, heeded;
   int result = PHX__EXIT_RANK;
+  if (asked->outcome) *asked->outcome = (phx__outcome){0};
   phx_status status = check(asked, &err);
   if (status == PHX_OK) status = prepare(&l, &err);
   sigemptyset(&before);

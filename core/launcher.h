@@ -3,6 +3,13 @@
 #ifndef PHX__LAUNCHER_H
 #define PHX__LAUNCHER_H
 #include <phalanx/base.h>
+#include <stdbool.h>
+
+typedef struct phx__outcome {
+  bool failed;     /* a rank failed: a restart may help.  Not set when the user ended the job or it was refused */
+  int32_t lost;    /* ranks that were killed, stopped for too long, or never came, before the job was ended */
+  char cause[1024]; /* one line: what failed first, and where */
+} phx__outcome;
 
 typedef struct phx__launch {
   int32_t ranks;
@@ -10,6 +17,7 @@ typedef struct phx__launch {
   double timeout_s;
   const char *run_dir;     /* rank r > 0 writes stdout and stderr to run_dir/rank-R.log; rank 0 inherits */
   char *const *argv;       /* of a rank: argv[0] is the command's own path */
+  phx__outcome *outcome;   /* filled in, or NULL */
   int32_t saves;           /* 1: SIGTERM and SIGUSR1 are passed on to the ranks, which save and stop; a SIGTERM more than
                             * a second after the first ends the job */
 } phx__launch;

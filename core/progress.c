@@ -77,6 +77,7 @@ static void say(phx__progress *p, int64_t step, const phx__step_result *r, doubl
   char memory[24], valid[40] = "";
   phx__bytes_text(p->rt->book.now_all, memory);
   if (isfinite(valid_loss)) snprintf(valid, sizeof valid, " | held-out %.4f", valid_loss);
+  if (r->skipped) snprintf(valid, sizeof valid, " | not finite: skipped");
   const double rate = (double)p->tokens_per_step / seconds;
   if (!p->terminal) {
     printf("step %*" PRId64 "/%" PRId64 " | loss %.6f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", 4, step,
@@ -95,23 +96,33 @@ static void say(phx__progress *p, int64_t step, const phx__step_result *r, doubl
          p->open_line ? "" : "\n");
 }
 
+/* JSON has no infinity. */
+static void put_real(FILE *f, const char *name, double value) {
+  if (isfinite(value)) fprintf(f, ",\"%s\":%.17g", name, value);
+  else fprintf(f, ",\"%s\":null", name);
+}
+
 phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds,
                               int64_t bytes_sent, double valid_loss, const char *hash, phx_error *err) {
   const phx__settings *s = &p->rt->config->s;
   if (!p->metrics) return PHX_OK;
   FILE *f = p->metrics;
-  fprintf(f, "{\"step\":%" PRId64 ",\"loss\":%.17g,\"grad_norm\":%.17g,\"lr\":%.17g,\"tokens_per_s\":%.6g,"
-             "\"step_ms\":%.6g,\"bytes\":{",
-          step, r->loss, r->grad_norm, r->lr, (double)p->tokens_per_step / seconds, 1e3 * seconds);
+  fprintf(f, "{\"step\":%" PRId64, step);
+  put_real(f, "loss", r->loss);
+  put_real(f, "grad_norm", r->grad_norm);
+  fprintf(f, ",\"lr\":%.17g,\"tokens_per_s\":%.6g,\"step_ms\":%.6g,\"bytes\":{", r->lr,
+          (double)p->tokens_per_step / seconds, 1e3 * seconds);
   for (int32_t k = 0; k < PHX_MEM_KINDS; k++)
     fprintf(f, "%s\"%s\":%" PRId64, k ? "," : "", phx__memory_name(k), p->rt->book.now[k]);
   fprintf(f, "},\"bytes_sent\":%" PRId64, bytes_sent);
   if (isfinite(valid_loss)) fprintf(f, ",\"valid_loss\":%.17g", valid_loss);
+  if (r->skipped) fprintf(f, ",\"skipped\":true");
   if (hash) fprintf(f, ",\"state_hash\":\"%s\"", hash);
   fprintf(f, "%s}\n", p->extra);
   p->extra[0] = 0;
   if (fflush(f) || ferror(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
-  if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss)) {
+  if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss) ||
+      r->skipped) {
     say(p, step, r, seconds, valid_loss);
     fflush(stdout);
   }

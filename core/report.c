@@ -167,6 +167,7 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   cJSON_AddNumberToObject(o, "steps", (double)r->steps);
   snprintf(text, sizeof text, "%.17g", r->loss);
   if (isfinite(r->loss)) cJSON_AddRawToObject(o, "loss", text); /* none when there was no step left to do */
+  cJSON_AddNumberToObject(o, "skipped_steps", (double)r->skipped);
   snprintf(text, sizeof text, "%.17g", r->valid_loss);
   if (isfinite(r->valid_loss)) cJSON_AddRawToObject(o, "valid_loss", text);
   cJSON_AddStringToObject(o, "state_hash", r->state_hash);

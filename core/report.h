@@ -14,7 +14,7 @@ typedef struct phx__rank_report {
 } phx__rank_report;
 
 typedef struct phx__run_result {
-  int64_t steps;
+  int64_t steps, skipped;   /* skipped: not finite, without an update */
   double loss, valid_loss;  /* valid_loss NaN: not asked for */
   double tokens_per_s, step_ms; /* median over the steps after the first */
   char state_hash[33];

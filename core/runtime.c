@@ -1,6 +1,7 @@
 /* core/runtime.c - see runtime.h.  A failed open closes what was opened. */
 #include "runtime.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "layout.h"
@@ -8,12 +9,14 @@
 #include "status.h"
 #include "sys.h"
 #include "train.h"
+#include "where.h"
 
 static phx_status open_device(phx__runtime *rt, phx_error *err) {
   const phx__config *c = rt->config;
   const phx_device_table *table = rt->prepared->device;
-  phx_status status = table->create(&rt->device_host.table, c->device.config, phx__threads(c, rt->job->local_size),
-                                    &rt->device_self, err);
+  phx_status status = PHX__IN(rt->job, PHX_KIND_DEVICE, PHX_IN_CREATE, -1,
+                              table->create(&rt->device_host.table, c->device.config,
+                                            phx__threads(c, rt->job->local_size), &rt->device_self, err));
   if (status) return status;
   rt->book.device_table = table;
   rt->book.device_self = rt->device_self;
@@ -31,18 +34,20 @@ static phx_status open_comm(phx__runtime *rt, phx_error *err) {
   phx_status status = phx__job_max(rt->job, rt->prepared->estimate.arena_bytes, &arena, err);
   if (status) return status;
   rt->comm_host.device = rt->device;
-  status = rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err);
+  status = PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
+                   rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err));
   if (status) return status;
   rt->book.arena = rt->prepared->comm->arena(rt->world);
   rt->book.arena_bytes = rt->prepared->estimate.arena_bytes;
-  return rt->world->split(rt->world->ctx, 0, rt->world->rank, &rt->core, err);
+  return PHX__IN_COMM(rt->job, rt->world->split(rt->world->ctx, 0, rt->world->rank, &rt->core, err));
 }
 
 static phx_status open_model(phx__runtime *rt, phx_error *err) {
   rt->model_host.device = rt->device;
   rt->model_host.ops = rt->ops;
-  return rt->prepared->model_table->create(&rt->model_host.table, rt->config->model.config, rt->prepared->model,
-                                           &rt->prepared->shape, &rt->model, err);
+  return PHX__IN(rt->job, PHX_KIND_MODEL, PHX_IN_CREATE, -1,
+                 rt->prepared->model_table->create(&rt->model_host.table, rt->config->model.config,
+                                                   rt->prepared->model, &rt->prepared->shape, &rt->model, err));
 }
 
 static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
@@ -55,8 +60,16 @@ static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
     if (!rt->strategy_host.table.extension(&rt->strategy_host, *wanted))
       return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs the host extension %s, which this core does not have",
                        rt->config->strategy.plugin->descriptor->id, *wanted);
-  return rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
-                                        &rt->prepared->topology, rt->prepared->model, &rt->strategy, err);
+  return PHX__IN_STRATEGY(rt->job, PHX_IN_CREATE, -1,
+                          rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
+                                                         &rt->prepared->topology, rt->prepared->model, &rt->strategy,
+                                                         err));
+}
+
+static void name_plugins(const phx__config *c, const phx_job *job) {
+  const phx__selected *const chosen[] = {NULL, &c->strategy, &c->device, &c->comm, &c->model}; /* by PHX_KIND_* */
+  for (int kind = PHX_KIND_STRATEGY; kind <= PHX_KIND_MODEL; kind++)
+    snprintf(job->mine->plugins[kind], sizeof job->mine->plugins[kind], "%s", chosen[kind]->plugin->descriptor->id);
 }
 
 phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx__prepared *prepared,
@@ -70,6 +83,7 @@ phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx_
   rt->config = config;
   rt->job = job;
   rt->prepared = prepared;
+  name_plugins(config, job);
   phx__host_init(&rt->core_host, "core", job, &rt->book);
   phx__host_init(&rt->device_host, config->device.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->comm_host, config->comm.plugin->descriptor->id, job, &rt->book);
@@ -140,8 +154,11 @@ static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error 
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err) {
   state_walk walk = {.rt = rt};
   phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = initialise_slice};
-  phx_status status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, err);
-  return status ? status : rt->prepared->strategy->state_changed(rt->strategy, err);
+  const phx_strategy_table *strategy = rt->prepared->strategy;
+  phx_status status =
+      PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->visit_state(rt->strategy, &visitor, err));
+  if (status) return status;
+  return PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err));
 }
 
 static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) {
@@ -159,9 +176,10 @@ phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_e
   state_walk walk = {.rt = rt};
   phx__state_hash all[PHX_RANKS_MAX];
   phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = hash_slice};
-  phx_status status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, err);
+  phx_status status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
+                                       rt->prepared->strategy->visit_state(rt->strategy, &visitor, err));
   if (status) return status;
-  status = rt->core->all_gather(rt->core->ctx, &walk.hash, all, 2, PHX_U64, NULL, err);
+  status = PHX__IN_COMM(rt->job, rt->core->all_gather(rt->core->ctx, &walk.hash, all, 2, PHX_U64, NULL, err));
   if (status) return status;
   phx__state_hash sum = {0, 0};
   for (int32_t r = 0; r < rt->core->size; r++) phx__state_hash_add(&sum, all[r]);

@@ -10,9 +10,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "drift.h"
 #include "launcher.h"
 #include "progress.h"
 #include "report.h"
+#include "restart.h"
 #include "resume.h"
 #include "status.h"
 #include "stop.h"
@@ -38,6 +40,7 @@ typedef struct run {
   phx__prepared *prepared; /* until the runtime owns it */
   phx__runtime *rt;
   phx__engine *engine;
+  phx__drift *drift; /* NULL: not asked for, or one rank */
   phx__data *train, *valid;
   phx__progress progress;
   phx__run_result result;
@@ -77,6 +80,7 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
     phx__data *train = NULL, *valid = NULL;
     status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
     if (!status && rank == 0) status = open_data(config, p, &train, &valid, err);
+    if (!status && config->s.run.drift_every > 0) status = phx__drift_supported(p, err);
     phx__data_close(train);
     phx__data_close(valid);
     phx__prepared_free(p);
@@ -180,6 +184,9 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   if (step > first + 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;
 
   const bool last = step == s->run.steps;
+  if (r->drift && (last || step % s->run.drift_every == 0)) status = phx__drift_check(r->drift, step, err);
+  if (status) return status;
+  r->result.skipped += result.skipped;
   double valid_loss = NAN;
   char hash[33];
   if (r->valid && (last || (s->run.valid_every > 0 && step % s->run.valid_every == 0)))
@@ -310,6 +317,12 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status && r->job->size != r->config->s.run.ranks)
     status = phx__fail(err, PHX_INVALID, "run.ranks = %" PRId64 ", but the launcher started %d ranks: give -n %d",
                        r->config->s.run.ranks, r->job->size, r->job->size);
+  if (!status && r->config->s.run.drift_every > 0) status = phx__drift_supported(r->prepared, err);
+  if (!status && r->config->s.run.max_restarts > 0 && !getenv("PHALANX_RANK"))
+    status = phx__fail(err, PHX_UNSUPPORTED,
+                       "run.max_restarts = %" PRId64 " is for ranks that this command starts; another launcher started "
+                       "these: use its restarts, and 0 here",
+                       r->config->s.run.max_restarts);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
@@ -342,6 +355,8 @@ static phx_status run_steps(run *r, phx_error *err) {
   phx_status status = phx__runtime_open(r->config, r->job, prepared, &r->rt, err);
   if (!status) status = phx__engine_create(r->rt, &r->engine, err);
   if (!status) status = begin_state(r, err);
+  if (!status && r->config->s.run.drift_every > 0 && r->job->size > 1)
+    status = phx__drift_open(r->rt, &r->drift, err);
   if (!status) status = phx__progress_open(&r->progress, r->rt, r->resumed.at.step, err);
   if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, r->asked ? &r->resumed : NULL, err);
   r->step_seconds = phx__calloc((size_t)r->config->s.run.steps, sizeof(double));
@@ -377,6 +392,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     }
   }
   if (!status || refused || r.job->size == 1) { /* after a failure peers may be gone: the process ends as it is */
+    phx__drift_close(r.drift);
     phx__engine_destroy(r.engine);
     phx__runtime_close(r.rt);
     phx__prepared_free(r.prepared);
@@ -425,13 +441,8 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
   say_plugin("device", config->device.plugin);
   say_plugin("comm", config->comm.plugin);
   say_plugin("model", config->model.plugin);
-  const int32_t ranks = (int32_t)config->s.run.ranks, threads = phx__threads(config, ranks);
-  if (ranks == 1) { /* it was accepted above: what goes wrong now is a failure, not a refusal */
-    const int exit_status = phx__train_rank(config, resume);
-    return exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
-  }
-  const phx__launch launch = {.ranks = ranks, .threads = config->s.run.pin == 2 ? 0 : threads,
-                              .timeout_s = config->s.run.timeout, .run_dir = config->s.run.out, .argv = argv,
-                              .saves = config->s.checkpoint.every > 0};
-  return phx__launch_run(&launch);
+  if (config->s.run.ranks > 1 || config->s.run.max_restarts > 0) return phx__restart_run(config, argv);
+  /* it was accepted above: what goes wrong now is a failure, not a refusal */
+  const int exit_status = phx__train_rank(config, resume);
+  return exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
 }

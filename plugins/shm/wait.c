@@ -8,7 +8,10 @@
  * with a killed process can cost.
  *
  * Invariant: a wait is given up only after its condition was looked at once more; so a process that was itself stopped
- * for long does not accuse a peer who came meanwhile.  Threads: the one that runs the call; shm_drain is [main]. */
+ * for long does not accuse a peer who came meanwhile.  Time in which this process did not run (Ctrl-Z, then fg) is
+ * nobody's absence: a look that comes SUSPENDED_NS after the one before moves the deadline by as much.
+ *
+ * Threads: the one that runs the call; shm_drain is [main]. */
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
@@ -19,6 +22,7 @@
 #include "shm.h"
 
 #define SLICE_NS 10000000
+#define SUSPENDED_NS 1000000000 /* looks are 10 ms apart */
 #define STREAM_SPIN 64
 #define FIRST_POLLS 64 /* before the clock is read: a peer who is a fraction of a microsecond behind costs no more */
 
@@ -66,7 +70,7 @@ static int crossed(const shm_call *call, int32_t peer) {
 static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word, uint32_t target, phx_error *err) {
   shm_comm *c = call->comm;
   const phx_job *job = c->world->job;
-  int64_t begin = shm_now_ns(), now = begin;
+  int64_t begin = shm_now_ns(), now = begin, last = begin, suspended = 0;
   int64_t deadline = job->timeout_s > 0 ? begin + (int64_t)(job->timeout_s * 1e9) : INT64_MAX;
   int64_t spin = job->may_spin ? c->world->config.spin : 0;
   phx_status status = PHX_OK;
@@ -77,6 +81,11 @@ static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word,
   }
   while (!shm_reached(word, target)) {
     now = shm_now_ns();
+    if (now - last > SUSPENDED_NS) {
+      suspended += now - last;
+      if (deadline < INT64_MAX) deadline += now - last;
+    }
+    last = now;
     __atomic_store_n(&job->mine->heartbeat_ns, (uint64_t)now, __ATOMIC_RELAXED);
     int over = now >= deadline;
     int failed = __atomic_load_n(job->failed, __ATOMIC_ACQUIRE) != 0 ||
@@ -86,7 +95,7 @@ static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word,
     if ((over || failed || cross) && !shm_reached(word, target)) {
       status = failed ? shm_report_failed(call, err)
                : cross ? shm_report_crossed(call, peer, err)
-                       : shm_report_absent(call, now - begin, err);
+                       : shm_report_absent(call, now - begin - suspended, err);
       break;
     }
     uint32_t *sleepers = &c->lane[peer]->sleepers;
@@ -96,7 +105,7 @@ static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word,
     __atomic_fetch_sub(sleepers, 1, __ATOMIC_SEQ_CST);
   }
 done:
-  now = shm_now_ns();
+  now = shm_now_ns() - suspended;
   __atomic_fetch_add(&c->wait_ns, now - begin, __ATOMIC_RELAXED);
   if (c != c->world->all) __atomic_fetch_add(&c->world->all->wait_ns, now - begin, __ATOMIC_RELAXED);
   return status;

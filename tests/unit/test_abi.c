@@ -145,7 +145,7 @@ PIN(phx_strategy_table, abort, 144);
 
 /* ---- phalanx/job.h: provisional, only without tail padding ---- */
 NO_TAIL(phx_flight, unit);
-NO_TAIL(phx_liveness, message);
+NO_TAIL(phx_liveness, plugins);
 NO_TAIL(phx_job, fail);
 
 /* ---- phalanx/provider.h: provisional, only without tail padding ---- */

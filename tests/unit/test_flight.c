@@ -6,6 +6,7 @@
 #include <string.h>
 #include "flight.h"
 #include "sys.h"
+#include "where.h"
 
 #define SECOND INT64_C(1000000000)
 #define NOW (UINT64_C(100) * SECOND)
@@ -62,6 +63,24 @@ Test(flight, conditions_and_collectives) {
   EXPECT(text, "runs/x/rank-R.log");
   cr_expect_null(strstr(strstr(text, "absent") + 1, "absent"), "told twice");
   phx__free(text);
+}
+
+Test(flight, says_which_call_of_a_plugin_a_rank_is_in) {
+  ends[0] = ends[1] = (phx__rank_end){.condition = PHX__RANK_ALIVE};
+  for (int r = 0; r < 2; r++) strcpy(pages[r].plugins[PHX_KIND_STRATEGY], "fsdp");
+  phx__enter(&(phx_job){.mine = &pages[0]}, PHX_KIND_STRATEGY, PHX_IN_ACQUIRE, 12);
+  phx__enter(&(phx_job){.mine = &pages[1]}, PHX_KIND_STRATEGY, PHX_IN_UPDATE, -1);
+  char *text = text_of(2, -1), small[12];
+  EXPECT(text, "; [main] is in strategy fsdp: acquire, stage 12\n");
+  EXPECT(text, "; [main] is in strategy fsdp: update\n");
+  phx__free(text);
+  cr_expect(phx__where_text(&pages[0], small, sizeof small));
+  cr_expect_str_eq(small, "strategy fs");
+  cr_expect_eq(phx__leave(&(phx_job){.mine = &pages[0]}, PHX_COMM), PHX_COMM);
+  cr_expect(phx__where_text(&pages[0], small, sizeof small), "a call that failed stays");
+  cr_expect_eq(phx__leave(&(phx_job){.mine = &pages[0]}, PHX_OK), PHX_OK);
+  cr_expect_not(phx__where_text(&pages[0], small, sizeof small));
+  cr_expect_str_empty(small);
 }
 
 Test(flight, other_communicators_are_not_absent) {

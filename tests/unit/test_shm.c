@@ -544,7 +544,8 @@ static void absent(fake_rank *rank) {
   c->annotate(c->ctx, 3);
   FAKE_CHECK(rank, c->split(c->ctx, c->rank != 0, 0, &sub, &g.err) == PHX_OK, "%s", g.err.message);
   FAKE_CHECK(rank, c->barrier(c->ctx, NULL, &g.err) == PHX_OK, "%s", g.err.message);
-  if (c->rank == 2) { /* in another collective, on a communicator whose other member does not come */
+  if (c->rank == 2) { /* in another collective, on a communicator whose other member does not come; it gives up later */
+    nanosleep(&(struct timespec){0, 250000000}, NULL);
     sub->barrier(sub->ctx, NULL, &g.err);
     return;
   }
@@ -589,6 +590,35 @@ Test(shm, late_is_not_absent, .timeout = 30) {
     const char *report = fake_job_report(&result, 2);
     cr_expect_eq(report[0], 0, "%s", report);
   }
+}
+
+/* Rank 0 waits, is stopped for longer than the timeout, and goes on waiting: only the time in which it ran counts. */
+static void suspended(fake_rank *rank) {
+  rig g;
+  int32_t x = 1;
+  if (!rig_open(&g, rank, 4096)) return;
+  phx_comm *c = g.comm;
+  if (c->rank == 1) {
+    const pid_t peer = rank->job.ranks[0]->pid;
+    nanosleep(&(struct timespec){0, 300000000}, NULL);
+    FAKE_CHECK(rank, peer > 0 && kill(peer, SIGSTOP) == 0, "cannot stop process %d", (int)peer);
+    nanosleep(&(struct timespec){2, 500000000}, NULL);
+    kill(peer, SIGCONT);
+    nanosleep(&(struct timespec){0, 500000000}, NULL);
+  }
+  phx_status status = c->all_reduce(c->ctx, &x, &x, 1, PHX_I32, PHX_SUM, NULL, &g.err);
+  FAKE_CHECK(rank, status == PHX_OK && x == 2, "%s", g.err.message);
+  phx_comm_stats st;
+  c->stats(c->ctx, &st);
+  FAKE_CHECK(rank, st.wait_ns < 1700000000, "waited %lld ns", (long long)st.wait_ns);
+  rig_close(&g);
+}
+Test(shm, time_in_which_a_rank_was_suspended_is_nobodys_absence, .timeout = 30) {
+  static fake_result result;
+  run_limited(2, (int64_t)32 << 20, 2, 20, suspended, NULL, &result);
+  const char *report = fake_job_report(&result, 2);
+  cr_expect_eq(report[0], 0, "%s", report);
+  cr_expect_eq(result.late, 0);
 }
 
 static void killed(fake_rank *rank) {

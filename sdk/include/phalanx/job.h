@@ -22,6 +22,23 @@ typedef struct phx_flight {
   int32_t op, unit;  /* PHX_OP_*, unit or -1 */
 } phx_flight;
 
+/* The plugin's call that [main] is in. */
+enum {
+  PHX_IN_CORE = 0,   /* none */
+  PHX_IN_CREATE = 1,
+  PHX_IN_STATE = 2, /* visit_state, map, unmap, state_changed */
+  PHX_IN_BEGIN = 3, /* begin_micro_batch */
+  PHX_IN_ACQUIRE = 4,
+  PHX_IN_RELEASE = 5,
+  PHX_IN_FINISH = 6, /* finish_gradients, discard_gradients */
+  PHX_IN_NORM = 7,
+  PHX_IN_UPDATE = 8,
+  PHX_IN_RUN_STEP = 9,
+  PHX_IN_FORWARD = 10,
+  PHX_IN_BACKWARD = 11,
+  PHX_IN_COLLECTIVE = 12 /* one of the core's own */
+};
+
 /* A rank's page in the job's memory: written by that rank only, read by all and by the launcher. */
 typedef struct phx_liveness {
   uint64_t heartbeat_ns; /* CLOCK_MONOTONIC, stamped at every collective and every stage */
@@ -32,6 +49,12 @@ typedef struct phx_liveness {
   uint64_t n_flights;    /* collectives begun so far; the record of number k is ring[k % PHX_FLIGHT_RING] */
   phx_flight ring[PHX_FLIGHT_RING];
   char message[512];     /* what failed, with state 4 */
+  /* Where a crash happened: written around every call of a plugin, relaxed atomics; a call that failed stays. */
+  int32_t in_call;       /* PHX_IN_* */
+  int32_t in_plugin;     /* PHX_KIND_* */
+  int32_t in_stage;      /* the stage it is for, or -1 */
+  int32_t reserved0;
+  char plugins[5][32];   /* ids by PHX_KIND_*, once the plugins are chosen */
 } phx_liveness;
 
 typedef struct phx_job {

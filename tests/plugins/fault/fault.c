@@ -1,0 +1,161 @@
+/* fault.c - shm with a fault in one rank: what a broken strategy, a broken memory or a dying process would do.
+ *
+ * In step `step` (and later, with lasting = yes), rank `rank`, at its first collective on fp32 data in the world that
+ * `on` names:
+ *   skip   the call is left out             count  it has one element less       op     it is a barrier
+ *   nan    the first element that it sends is NaN
+ *   flip   the first element that it receives is changed afterwards
+ *   crash  a bad memory access              kill   SIGKILL                       exit   it leaves with status 9
+ * With once = FILE nothing happens when the file is there, and it is made when something does: the next attempt of a
+ * job runs through.  One world per process. */
+#define phx_plugin_v1 shm_entry
+#include "shm.c"
+#undef phx_plugin_v1
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+
+enum { NONE, SKIP, COUNT, OP, NOT_A_NUMBER, FLIP, CRASH, KILL, EXIT };
+enum { ON_ANY, ON_REDUCTION, ON_GATHER };
+typedef struct fault_config {
+  shm_config shm; /* first: shm reads its part */
+  int64_t rank, step;
+  int32_t what, on, lasting, reserved0;
+  const char *once;
+} fault_config;
+
+static phx_comm inner; /* shm's own calls */
+static const phx_device *fault_device;
+static const phx_job *fault_job;
+static fault_config fault;
+static int64_t done_in_step;
+
+/* Whether the fault is in this call. */
+static int is_here(int gather, int64_t numel, int32_t dtype) {
+  const int64_t step = fault_job->mine->step;
+  if (fault.what == NONE || fault_job->rank != fault.rank || numel == 0 || dtype != PHX_F32) return 0;
+  if (fault.on && gather != (fault.on == ON_GATHER)) return 0;
+  if (fault.lasting ? step < fault.step : step != fault.step || done_in_step == step) return 0;
+  if (fault.once[0]) {
+    const int fd = open(fault.once, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (fd < 0) return 0;
+    close(fd);
+  }
+  done_in_step = step;
+  return 1;
+}
+
+__attribute__((noinline)) static void crash_here(void) {
+  volatile int *nowhere = (volatile int *)(uintptr_t)(64 * fault_job->size); /* no address anybody has */
+  *nowhere = 1;
+}
+
+static phx_status flip(void *at, phx_error *err) {
+  uint32_t word;
+  (void)err;
+  memcpy(&word, at, sizeof word);
+  word ^= 1u << 20;
+  memcpy(at, &word, sizeof word);
+  return PHX_OK;
+}
+
+/* Before the call; returns 1 when the call is not to be made. */
+static int before(const void *src, phx_stream *s, phx_status *status, phx_error *err) {
+  switch (fault.what) {
+    case SKIP: *status = PHX_OK; return 1;
+    case OP: *status = inner.barrier(inner.ctx, s, err); return 1;
+    case NOT_A_NUMBER: *(float *)(uintptr_t)src = __builtin_nanf(""); return 0;
+    case CRASH: crash_here(); return 0;
+    case KILL: raise(SIGKILL); return 0;
+    case EXIT: _exit(9);
+    default: return 0;
+  }
+}
+static phx_status after(phx_status status, int here, void *dst, phx_stream *s, phx_error *err) {
+  if (status != PHX_OK || !here || fault.what != FLIP) return status;
+  return s ? fault_device->enqueue(fault_device->ctx, s, flip, dst, err) : flip(dst, err);
+}
+#define LESS(numel) ((numel) - (here && fault.what == COUNT))
+
+static phx_status fault_all_reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
+                                   phx_stream *s, phx_error *err) {
+  phx_status status = PHX_OK;
+  const int here = is_here(0, numel, dtype);
+  if (here && before(src, s, &status, err)) return status;
+  return after(inner.all_reduce(ctx, src, dst, LESS(numel), dtype, op, s, err), here, dst, s, err);
+}
+static phx_status fault_reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
+                               int32_t root, phx_stream *s, phx_error *err) {
+  phx_status status = PHX_OK;
+  const int here = is_here(0, numel, dtype);
+  if (here && before(src, s, &status, err)) return status;
+  return inner.reduce(ctx, src, dst, LESS(numel), dtype, op, root, s, err);
+}
+static phx_status fault_reduce_scatter(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
+                                       phx_stream *s, phx_error *err) {
+  phx_status status = PHX_OK;
+  const int here = is_here(0, numel, dtype);
+  if (here && before(src, s, &status, err)) return status;
+  return after(inner.reduce_scatter(ctx, src, dst, LESS(numel), dtype, op, s, err), here, dst, s, err);
+}
+static phx_status fault_all_gather(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, phx_stream *s,
+                                   phx_error *err) {
+  phx_status status = PHX_OK;
+  const int here = is_here(1, numel, dtype);
+  if (here && before(src, s, &status, err)) return status;
+  return after(inner.all_gather(ctx, src, dst, LESS(numel), dtype, s, err), here, dst, s, err);
+}
+static phx_status fault_broadcast(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t root, phx_stream *s,
+                                  phx_error *err) {
+  phx_status status = PHX_OK;
+  const int here = (fault.what != FLIP || root != fault.rank) && is_here(1, numel, dtype);
+  if (here && before(buf, s, &status, err)) return status;
+  return after(inner.broadcast(ctx, buf, LESS(numel), dtype, root, s, err), here, buf, s, err);
+}
+
+static phx_status fault_create(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out,
+                               phx_error *err) {
+  const phx_status status = create(host, config, arena_bytes, out, err);
+  if (status != PHX_OK) return status;
+  phx_comm *world = *out;
+  inner = *world;
+  fault = *(const fault_config *)config;
+  fault_device = host->extension(host->ctx, PHX_EXT_DEVICE);
+  fault_job = host->extension(host->ctx, PHX_EXT_JOB);
+  world->all_reduce = fault_all_reduce;
+  world->reduce = fault_reduce;
+  world->reduce_scatter = fault_reduce_scatter;
+  world->all_gather = fault_all_gather;
+  world->broadcast = fault_broadcast;
+  return PHX_OK;
+}
+
+PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
+const phx_plugin *phx_plugin_v1(void) {
+  static const char *const what[] = {"none", "skip", "count", "op", "nan", "flip", "crash", "kill", "exit", NULL};
+  static const char *const on[] = {"any", "reduction", "gather", NULL};
+  static const phx_option own[] = {
+      PHX_INT(fault_config, rank, "1", 0, PHX_RANKS_MAX, NULL, 0, "Who has it."),
+      PHX_INT(fault_config, step, "5", 0, 1000000, NULL, 0, "When."),
+      PHX_ENUM(fault_config, what, "none", what, "What."),
+      PHX_ENUM(fault_config, on, "any", on, "In which calls."),
+      PHX_BOOL(fault_config, lasting, "no", "In every such call from this step on."),
+      PHX_STRING(fault_config, once, "", 0, "A file that says it has happened."),
+  };
+  enum { SHM_OPTIONS = sizeof options / sizeof *options, OWN_OPTIONS = sizeof own / sizeof *own };
+  static phx_option all[SHM_OPTIONS + OWN_OPTIONS];
+  static phx_comm_table faulty;
+  static phx_plugin renamed;
+  memcpy(all, options, sizeof options);
+  memcpy(all + SHM_OPTIONS, own, sizeof own);
+  faulty = table;
+  faulty.create = fault_create;
+  renamed = *shm_entry();
+  renamed.id = "fault";
+  renamed.summary = "Test only: shm with a fault of choice in one rank.";
+  renamed.options = all;
+  renamed.n_options = SHM_OPTIONS + OWN_OPTIONS;
+  renamed.config_size = sizeof(fault_config);
+  renamed.table = &faulty;
+  return &renamed;
+}
