@@ -49,6 +49,13 @@ static phx_status book_room(phx__memory_book *book, phx_error *err) {
   return PHX_OK;
 }
 
+void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int64_t bytes) {
+  book->now[kind] += bytes;
+  book->now_all += bytes;
+  if (book->now[kind] > book->peak[kind]) book->peak[kind] = book->now[kind];
+  if (book->now_all > book->peak_all) book->peak_all = book->now_all;
+}
+
 static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_error *err) {
   phx__host *h = ctx;
   phx__memory_book *book = h->book;
@@ -75,10 +82,7 @@ static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_
   }
   book->list[book->n++] = (phx__allocation){p, bytes, what->kind, what->space, what->comm != NULL, h};
   book->calls++;
-  book->now[what->kind] += bytes;
-  book->now_all += bytes;
-  if (book->now[what->kind] > book->peak[what->kind]) book->peak[what->kind] = book->now[what->kind];
-  if (book->now_all > book->peak_all) book->peak_all = book->now_all;
+  phx__memory_book_hold(book, what->kind, bytes);
   *out = p;
   return PHX_OK;
 }

@@ -25,6 +25,8 @@ typedef struct phx__memory_book {
   const phx_device_table *device_table;
   phx_device_self *device_self;
 } phx__memory_book;
+/* Bytes that a provider holds for itself (a communicator's staging, a device's scratch): in the table, not in the list. */
+void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int64_t bytes);
 void phx__memory_book_clear(phx__memory_book *book); /* frees what is left */
 
 typedef void phx__metric_fn(void *arg, const char *plugin, const char *name, double value);

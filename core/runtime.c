@@ -23,6 +23,7 @@ static phx_status open_device(phx__runtime *rt, phx_error *err) {
   rt->device = table->device(rt->device_self);
   rt->ops = table->ops(rt->device_self);
   rt->prepared->planned[PHX_MEM_WORKSPACE] += phx_align_bytes(rt->ops->scratch_bytes);
+  phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, phx_align_bytes(rt->ops->scratch_bytes));
   if ((c->strategy.plugin->descriptor->needs & PHX_NEED_HOST_MEMORY) && !(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
     return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs a device whose memory the CPU can read; %s is none",
                      c->strategy.plugin->descriptor->id, rt->device->name);
@@ -37,6 +38,8 @@ static phx_status open_comm(phx__runtime *rt, phx_error *err) {
   status = PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
                    rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err));
   if (status) return status;
+  phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER,
+                        rt->prepared->comm->buffer_bytes(rt->config->comm.config, rt->job->size));
   rt->book.arena = rt->prepared->comm->arena(rt->world);
   rt->book.arena_bytes = rt->prepared->estimate.arena_bytes;
   return PHX__IN_COMM(rt->job, rt->world->split(rt->world->ctx, 0, rt->world->rank, &rt->core, err));

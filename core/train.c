@@ -148,9 +148,6 @@ static phx_status gather_reports(run *r, phx_error *err) {
   const phx__runtime *rt = r->rt;
   memcpy(mine->planned, rt->prepared->planned, sizeof mine->planned);
   memcpy(mine->measured, rt->book.peak, sizeof mine->measured);
-  /* what the device and the communicator hold for themselves is not in the book, but in the plan */
-  mine->measured[PHX_MEM_WORKSPACE] += phx_align_bytes(rt->ops->scratch_bytes);
-  mine->measured[PHX_MEM_BUFFER] += rt->prepared->comm->buffer_bytes(r->config->comm.config, r->job->size);
   memcpy(mine->sent_planned, rt->prepared->estimate.sent, sizeof mine->sent_planned);
   memcpy(mine->calls_planned, rt->prepared->estimate.calls, sizeof mine->calls_planned);
   r->result.n_ranks = r->job->size;
