@@ -257,7 +257,7 @@ Test(runs, a_terminal_shows_a_bar) {
   int status;
   setenv("PHALANX_LOG", "warn", 1);
   char *out = run_on_terminal(&status);
-  static const char *const parts[] = {"] 30/30 loss ", "norm ", " tok/s ", " KiB ETA 0:", "[########################]",
+  static const char *const parts[] = {"] 30/30 loss ", "norm ", " tok/s ", "iB ETA 0:", "[########################]",
                                       "\r\033[K["};
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) cr_expect(strstr(out, parts[i]), "no '%s' in\n%s", parts[i], out);
   cr_expect_null(strstr(out, "step "), "a plain line on a terminal:\n%s", out);
