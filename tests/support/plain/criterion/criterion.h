@@ -81,7 +81,7 @@ static int plain_failed; /* in the test's process */
 #define cr_expect_float_eq(a, b, e, ...) PLAIN_CHECK_(0, fabs((double)((a) - (b))) <= (e), #a " near " #b, __VA_ARGS__)
 #define cr_skip_test(...)                \
   do {                                   \
-    fprintf(stderr, "skipped: ");        \
+    fprintf(stderr, "[SKIP] ");         \
     fprintf(stderr, "" __VA_ARGS__);     \
     fputc('\n', stderr);                 \
     _exit(0);                            \
