@@ -9,8 +9,7 @@
  * one.  Every call [main] or one thread per object. */
 #ifndef PHX__SAFETENSORS_H
 #define PHX__SAFETENSORS_H
-#include <phalanx/base.h>
-#include <stdbool.h>
+#include "stream.h"
 
 enum {
   PHX__SAFETENSORS_ALIGN = 4096,         /* of the first tensor: direct input and output can be used */
@@ -18,7 +17,7 @@ enum {
   PHX__SAFETENSORS_TENSORS_MOST = 1 << 18,
   PHX__SAFETENSORS_NAME_MOST = 255,      /* bytes */
   PHX__TENSOR_DIMS = 8,
-  PHX__CHUNK_BYTES = 1 << 20             /* of a checksum */
+  PHX__CHUNK_BYTES = PHX__STREAM_CHUNK   /* of a checksum */
 };
 
 typedef struct phx__tensor {
@@ -74,11 +73,10 @@ int64_t phx__chunks_count(int64_t file_bytes);
 uint64_t phx__chunk_sum(const void *data, size_t bytes);
 
 typedef struct phx__safetensors_writer {
-  char *path;
-  int fd;
+  phx__stream_file file;
+  phx__stream *stream;  /* NULL once drained */
   phx__tensor *tensors; /* (n) with places; names are the caller's */
   uint32_t n;
-  int64_t file_bytes;
   phx__chunks *chunks;  /* or NULL */
 } phx__safetensors_writer;
 
@@ -87,10 +85,11 @@ typedef struct phx__safetensors_writer {
 phx_status phx__safetensors_create(const char *path, const phx__tensor *tensors, uint32_t n,
                                    const char *const *metadata, bool sums, phx__safetensors_writer **out,
                                    phx_error *err);
-/* Part of a tensor, at any time and in any order; in order is cheapest. */
+/* Part of a tensor, at any time and in any order; in order is cheapest.  The data is copied and written by a thread of the
+ * writer: a failure may be told by a later call. */
 phx_status phx__safetensors_write(phx__safetensors_writer *w, uint32_t tensor, int64_t at, int64_t bytes,
                                   const void *data, phx_error *err);
-/* Flushes; sums (may be NULL without checksums) as phx__chunks_finish.  Call once, then close.  A failed flush is final:
+/* Writes what is left, and flushes; sums (may be NULL without checksums) as phx__chunks_finish.  Call once, then close.  A failed flush is final:
  * the file must be given up. */
 phx_status phx__safetensors_finish(phx__safetensors_writer *w, uint64_t *out_sums, phx_error *err);
 void phx__safetensors_writer_close(phx__safetensors_writer *w); /* NULL is fine; the file stays */
