@@ -34,9 +34,10 @@ __global__ void reverse_kernel(int *x, int *even) {
   if (i == 1) even[1] = (int)odd;
 }
 
-// Half of the threads never come to the barrier's other side.
+// Half of a warp waits for the other half in a shuffle, and that half at a barrier.
 __global__ void stuck_kernel(int *x) {
-  if (threadIdx.x < 7) (void)__shfl_sync(0x80u | (1u << threadIdx.x), 1, 7);
+  if (threadIdx.x < 4) (void)__shfl_sync(0xffu, 1, 7);
+  __syncthreads();
   x[threadIdx.x] = 1;
 }
 
