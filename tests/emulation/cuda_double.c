@@ -100,7 +100,7 @@ cuda_double_stats cuda_double_read(void) {
 void double__count(int64_t *counter, int64_t by) {
   pthread_mutex_lock(&lock);
   *counter += by;
-  if (counter == &double__stats.device_bytes && double__stats.device_peak < *counter) double__stats.device_peak = *counter;
+  if (double__stats.device_peak < double__stats.device_bytes) double__stats.device_peak = double__stats.device_bytes;
   pthread_mutex_unlock(&lock);
 }
 

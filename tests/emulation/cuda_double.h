@@ -1,7 +1,7 @@
 /* tests/emulation/cuda_double.h - the other side of the CUDA runtime's double: what a test sets and reads.
  *
- * The double runs on the processor, one per process.  Device memory comes from one reserved range of addresses, is
- * filled with 0xFF (NaN) when it is handed out, and has 256 guarded bytes behind each allocation.  Two modes of streams:
+ * The double runs on the processor, one per process.  Device memory comes from one reserved range of addresses, holds
+ * 0xFF (NaN) when it is handed out, and has 256 guarded bytes behind each allocation.  Two modes of streams:
  * - inline (default): every call does its work at once, and device memory cannot be read or written outside of device
  *   work: a plugin that touches it from the host gets SIGSEGV;
  * - threads: every stream is a thread that runs late, so that a missing wait shows (also to the thread sanitizer).

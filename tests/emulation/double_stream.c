@@ -317,7 +317,8 @@ static void do_copy(void *arg) {
 
 /* Does `kind` fit where the two ends are?  The runtime trusts it for pageable memory only. */
 static int kind_fits(const void *dst, const void *src, enum cudaMemcpyKind kind) {
-  const int to = double__find(dst, NULL, NULL) == DOUBLE_ON_DEVICE, from = double__find(src, NULL, NULL) == DOUBLE_ON_DEVICE;
+  const int to = double__find(dst, NULL, NULL) == DOUBLE_ON_DEVICE;
+  const int from = double__find(src, NULL, NULL) == DOUBLE_ON_DEVICE;
   switch (kind) {
     case cudaMemcpyHostToHost: return !to && !from;
     case cudaMemcpyHostToDevice: return to && !from;

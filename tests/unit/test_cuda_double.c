@@ -109,7 +109,9 @@ static int fatal_signal(void (*touch)(int *p)) {
 static void read_it(int *p) { _exit(*(volatile int *)p == 0 ? 2 : 3); }
 static void get_stuck(int *p) { (void)selftest_stuck(p); }
 
-Test(cuda_double, divergent_exchange_ends_the_program, .timeout = 60) { cr_expect_eq(fatal_signal(get_stuck), SIGABRT); }
+Test(cuda_double, divergent_exchange_ends_the_program, .timeout = 60) {
+  cr_expect_eq(fatal_signal(get_stuck), SIGABRT);
+}
 Test(cuda_double, the_host_cannot_read_device_memory, .timeout = 60) { cr_expect_eq(fatal_signal(read_it), SIGSEGV); }
 
 Test(cuda_double, writes_behind_an_allocation_are_counted, .timeout = 60) {
