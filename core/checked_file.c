@@ -99,7 +99,7 @@ phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader *
   int64_t bytes = 0;
   for (uint32_t i = 0; !status && i < r->manifest->n_files && bytes < PHX__STREAM_MEMORY; i++)
     bytes += r->manifest->files[i].bytes < PHX__STREAM_MEMORY ? r->manifest->files[i].bytes : PHX__STREAM_MEMORY;
-  if (!status) status = phx__stream_create(bytes, &r->stream, err);
+  if (!status) status = phx__stream_create(bytes, PHX__STREAM_READERS, &r->stream, err);
   if (!status) {
     r->dir = phx__strdup(dir);
     r->files = phx__calloc(r->manifest->n_files, sizeof *r->files);

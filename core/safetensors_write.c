@@ -200,7 +200,7 @@ static phx_status create_file(phx__safetensors_writer *w, const char *head, int6
   if (w->file.fd < 0 || phx__sys.ftruncate(w->file.fd, w->file.bytes))
     return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", w->file.path);
   phx__stream_direct(&w->file);
-  phx_status status = phx__stream_create(w->file.bytes, &w->stream, err);
+  phx_status status = phx__stream_create(w->file.bytes, 1, &w->stream, err);
   return status ? status : phx__stream_write(w->stream, &w->file, head, head_bytes, 0, err);
 }
 

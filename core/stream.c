@@ -2,7 +2,7 @@
  *
  * A slot holds a chunk of a file, or the part of one that is there.  The bytes of a file lie in a slot at the same place
  * within 4096 as in the file, as direct I/O asks; parts of pages are moved with O_DIRECT off, and no page both ways.
- * Invariant: a slot that is BUSY belongs to the thread, any other to the caller; states change under the lock.
+ * Invariant: a slot that is BUSY belongs to a thread, any other to the caller; states change under the lock.
  * What it does not do: hash, flush, or retry what failed. */
 #include "stream.h"
 
@@ -31,10 +31,11 @@ typedef struct slot {
 } slot;
 
 struct phx__stream {
-  pthread_t thread;
+  pthread_t threads[PHX__STREAM_READERS];
+  int n_threads; /* 0: the caller does their work */
   pthread_mutex_t lock;
   pthread_cond_t work, done;
-  bool threaded, stop;
+  bool stop;
   unsigned char *memory;
   slot slots[PHX__STREAM_SLOTS];
   int n;
@@ -47,7 +48,7 @@ struct phx__stream {
 static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t rounded_up(int64_t bytes) { return (bytes + PHX__STREAM_ALIGN - 1) / PHX__STREAM_ALIGN * PHX__STREAM_ALIGN; }
 
-/* ---- one transfer: [thread] ---- */
+/* ---- one transfer, in a thread or in the caller's ---- */
 static void say_buffered(const phx__stream_file *file, int why) {
   char text[700];
   snprintf(text, sizeof text, "%.500s: goes through the page cache, since direct I/O is refused: %s", file->path,
@@ -107,7 +108,7 @@ static phx_status get(slot *k, phx_error *err) {
   return PHX_OK;
 }
 
-/* ---- the thread; without one, the caller does its work ---- */
+/* ---- the threads ---- */
 static void settle(phx__stream *s, slot *k) {
   if (k->write && k->status && !s->status) {
     s->status = k->status;
@@ -144,7 +145,7 @@ static void *helper(void *arg) {
 static void queue(phx__stream *s, slot *k, bool first) {
   k->state = QUEUED;
   k->turn = first ? 0 : ++s->turn;
-  if (s->threaded) {
+  if (s->n_threads > 0) {
     pthread_cond_signal(&s->work);
     return;
   }
@@ -153,7 +154,7 @@ static void queue(phx__stream *s, slot *k, bool first) {
   settle(s, k);
 }
 
-phx_status phx__stream_create(int64_t bytes, phx__stream **out, phx_error *err) {
+phx_status phx__stream_create(int64_t bytes, int threads, phx__stream **out, phx_error *err) {
   sigset_t all, before;
   const int64_t chunks = bytes / PHX__STREAM_CHUNK + 1;
   const int n = (int)at_most(chunks, PHX__STREAM_SLOTS);
@@ -174,7 +175,8 @@ phx_status phx__stream_create(int64_t bytes, phx__stream **out, phx_error *err) 
   pthread_cond_init(&s->done, NULL);
   sigfillset(&all); /* signals are the main thread's */
   pthread_sigmask(SIG_BLOCK, &all, &before);
-  s->threaded = n > 1 && !pthread_create(&s->thread, NULL, helper, s); /* without one it is only slower */
+  while (n > 1 && s->n_threads < threads && !pthread_create(&s->threads[s->n_threads], NULL, helper, s))
+    s->n_threads++; /* without any it is only slower */
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   *out = s;
   return PHX_OK;
@@ -184,9 +186,9 @@ void phx__stream_destroy(phx__stream *s) {
   if (!s) return;
   pthread_mutex_lock(&s->lock);
   s->stop = true;
-  pthread_cond_signal(&s->work);
+  pthread_cond_broadcast(&s->work);
   pthread_mutex_unlock(&s->lock);
-  if (s->threaded) pthread_join(s->thread, NULL);
+  for (int i = 0; i < s->n_threads; i++) pthread_join(s->threads[i], NULL);
   pthread_cond_destroy(&s->done);
   pthread_cond_destroy(&s->work);
   pthread_mutex_destroy(&s->lock);
@@ -310,7 +312,7 @@ phx_status phx__stream_chunk(phx__stream *s, phx__stream_file *file, int64_t chu
     k->turn = 0;
   }
   s->current = k;
-  for (int64_t c = chunk + 1; s->threaded && c <= last; c++) {
+  for (int64_t c = chunk + 1; s->n_threads && c <= last; c++) {
     slot *next = find(s, file, c) ? NULL : spare(s, file, chunk, last);
     if (!next) continue;
     aim(next, file, c);

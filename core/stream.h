@@ -1,4 +1,4 @@
-/* core/stream.h - files moved a chunk at a time through a few buffers, by a thread of the stream's own, while the caller
+/* core/stream.h - files moved a chunk at a time through a few buffers, by threads of the stream's own, while the caller
  * hashes and copies; past the page cache (O_DIRECT) where the file system allows it.
  *
  * A stream either writes one file or reads any number of files.  All calls from one thread; only pread, pwrite and direct
@@ -11,6 +11,7 @@
 enum {
   PHX__STREAM_CHUNK = 1 << 20,
   PHX__STREAM_SLOTS = 4, /* one is filled or emptied, the others wait for the disk */
+  PHX__STREAM_READERS = 2,
   PHX__STREAM_ALIGN = 4096,
   PHX__STREAM_MEMORY = PHX__STREAM_SLOTS * PHX__STREAM_CHUNK + PHX__STREAM_ALIGN /* bytes at most */
 };
@@ -19,14 +20,15 @@ typedef struct phx__stream_file { /* the owner opens and closes it; stays where 
   int fd;
   char *path;    /* for messages */
   int64_t bytes; /* of the file */
-  bool direct;   /* O_DIRECT is set; only the stream changes it */
+  _Atomic bool direct; /* O_DIRECT is set; only the stream changes it */
 } phx__stream_file;
 /* Asks for O_DIRECT; a file system that has none is told of in the log (debug), and no failure. */
 void phx__stream_direct(phx__stream_file *file);
 
 typedef struct phx__stream phx__stream;
-/* bytes: of all files together; fewer than the buffers means fewer buffers. */
-phx_status phx__stream_create(int64_t bytes, phx__stream **out, phx_error *err);
+/* bytes: of all files together; fewer than the buffers means fewer buffers.  threads: transfers at a time, 1 for writing
+ * (parts of pages go with O_DIRECT off, which must meet no other transfer), or up to PHX__STREAM_READERS. */
+phx_status phx__stream_create(int64_t bytes, int threads, phx__stream **out, phx_error *err);
 /* Nothing of `file` is used any more. */
 void phx__stream_forget(phx__stream *s, const phx__stream_file *file);
 void phx__stream_destroy(phx__stream *s); /* NULL is fine; what was not drained may be unwritten */
