@@ -438,7 +438,7 @@ void phx__save_abandon(phx__save *s) {
   char path[PHX__CHECKPOINT_PATH];
   if (!s) return;
   if (!phx__path_join(path, s->part, s->file, NULL)) phx__sys.unlink(path);
-  rmdir(s->part); /* the last one succeeds */
+  phx__sys.rmdir(s->part); /* the last one succeeds */
   free_save(s);
 }
 

@@ -93,13 +93,13 @@ static phx_status remove_contents(int fd, const char *path, int depth, phx_error
 }
 
 static phx_status remove_entry(int dir, const char *path, const char *name, int depth, phx_error *err) {
-  if (!unlinkat(dir, name, 0) || errno == ENOENT) return PHX_OK;
+  if (!phx__sys.unlinkat(dir, name, 0) || errno == ENOENT) return PHX_OK;
   if (errno != EISDIR && errno != EPERM) return phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
   if (depth == 0) return phx__fail(err, PHX_IO, "%s holds directories in directories: not ours to remove", path);
   const int fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
   if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s/%s", path, name);
   phx_status status = remove_contents(fd, path, depth - 1, err);
-  if (!status && unlinkat(dir, name, AT_REMOVEDIR) && errno != ENOENT)
+  if (!status && phx__sys.unlinkat(dir, name, AT_REMOVEDIR) && errno != ENOENT)
     status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
   return status;
 }
@@ -109,7 +109,7 @@ phx_status phx__checkpoint_remove(const char *path, phx_error *err) {
   if (fd < 0 && errno == ENOENT) return PHX_OK;
   if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open the directory %s", path);
   phx_status status = remove_contents(fd, path, 1, err);
-  if (!status && rmdir(path) && errno != ENOENT)
+  if (!status && phx__sys.rmdir(path) && errno != ENOENT)
     status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s", path);
   return status;
 }

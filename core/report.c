@@ -50,7 +50,7 @@ static void unmake_dirs(const char *path, int made) {
   char part[RUN_DIR_MAX];
   snprintf(part, sizeof part, "%s", path);
   while (made > 0 && *part) {
-    if (!rmdir(part)) made--;
+    if (!phx__sys.rmdir(part)) made--;
     else if (errno == ENOTEMPTY || errno == EEXIST) return;
     char *slash = strrchr(part, '/');
     if (!slash) return;
