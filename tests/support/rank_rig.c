@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "command.h"
 #include "status.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/lsan_interface.h>
@@ -32,6 +33,11 @@ void rank_rig_report(rank_rig *rig, const char *file, int line, const char *what
   va_start(args, format);
   vsnprintf(rig->report + n, REPORT - (size_t)n, format, args);
   va_end(args);
+}
+
+char *rank_rig_dir(void) {
+  char name[] = "/dev/shm/phalanx-test-XXXXXX";
+  return mkdtemp(name) ? strdup(name) : command_temp_dir();
 }
 
 /* ---- a rank ---- */

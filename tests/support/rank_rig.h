@@ -37,6 +37,8 @@ typedef struct rank_rig_run {
 /* A model as small as they come; for training_files. */
 extern const char rank_rig_model[];
 
+/* A new directory, in memory where there is such a place: thousands of checkpoints may be made.  For command_remove_dir. */
+char *rank_rig_dir(void);
 bool rank_rig_ranks(rank_rig_run *run);
 /* The pieces, for a body that wants them otherwise.  On failure nothing is left open. */
 phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, phx_error *err);
