@@ -19,21 +19,37 @@ static bool fails(fault_kind kind, const char *call) {
   if (kind != FAULT_SHORT) errno = fault.error;
   return true;
 }
-static bool writing(const char *call) { return fails(FAULT_WRITING, call); }
-static bool reading(const char *call) { return fails(FAULT_READING, call); }
+static bool writing(const char *call) {
+  return fails(FAULT_WRITING, call);
+}
+static bool reading(const char *call) {
+  return fails(FAULT_READING, call);
+}
 
 static int my_open(const char *path, int flags, mode_t mode) {
   return writing("open") || reading("open") ? -1 : real.open(path, flags, mode);
 }
-static int my_mkdir(const char *path, mode_t mode) { return writing("mkdir") ? -1 : real.mkdir(path, mode); }
-static int my_rename(const char *from, const char *to) { return writing("rename") ? -1 : real.rename(from, to); }
-static int my_ftruncate(int fd, off_t bytes) { return writing("ftruncate") ? -1 : real.ftruncate(fd, bytes); }
-static int my_unlink(const char *path) { return writing("unlink") ? -1 : real.unlink(path); }
+static int my_mkdir(const char *path, mode_t mode) {
+  return writing("mkdir") ? -1 : real.mkdir(path, mode);
+}
+static int my_rename(const char *from, const char *to) {
+  return writing("rename") ? -1 : real.rename(from, to);
+}
+static int my_ftruncate(int fd, off_t bytes) {
+  return writing("ftruncate") ? -1 : real.ftruncate(fd, bytes);
+}
+static int my_unlink(const char *path) {
+  return writing("unlink") ? -1 : real.unlink(path);
+}
 static int my_unlinkat(int dir, const char *name, int flags) {
   return writing("unlinkat") ? -1 : real.unlinkat(dir, name, flags);
 }
-static int my_rmdir(const char *path) { return writing("rmdir") ? -1 : real.rmdir(path); }
-static int my_fstat(int fd, struct stat *out) { return reading("fstat") ? -1 : real.fstat(fd, out); }
+static int my_rmdir(const char *path) {
+  return writing("rmdir") ? -1 : real.rmdir(path);
+}
+static int my_fstat(int fd, struct stat *out) {
+  return reading("fstat") ? -1 : real.fstat(fd, out);
+}
 
 static int my_fsync(int fd) {
   struct stat st;
@@ -44,7 +60,9 @@ static int my_fsync(int fd) {
   return -1;
 }
 
-static size_t part(size_t bytes, const char *call) { return bytes > 1 && fails(FAULT_SHORT, call) ? bytes / 2 : bytes; }
+static size_t part(size_t bytes, const char *call) {
+  return bytes > 1 && fails(FAULT_SHORT, call) ? bytes / 2 : bytes;
+}
 static ssize_t my_write(int fd, const void *data, size_t bytes) {
   return writing("write") ? -1 : real.write(fd, data, part(bytes, "write"));
 }
@@ -62,8 +80,12 @@ static void *my_mmap(void *at, size_t bytes, int prot, int flags, int fd, off_t 
   if (fault.on) __atomic_add_fetch(&fault.maps, 1, __ATOMIC_RELAXED);
   return writing("mmap") || reading("mmap") ? MAP_FAILED : real.mmap(at, bytes, prot, flags, fd, offset);
 }
-static void *my_calloc(size_t n, size_t bytes) { return fails(FAULT_MEMORY, "calloc") ? NULL : real.calloc(n, bytes); }
-static void *my_realloc(void *p, size_t bytes) { return fails(FAULT_MEMORY, "realloc") ? NULL : real.realloc(p, bytes); }
+static void *my_calloc(size_t n, size_t bytes) {
+  return fails(FAULT_MEMORY, "calloc") ? NULL : real.calloc(n, bytes);
+}
+static void *my_realloc(void *p, size_t bytes) {
+  return fails(FAULT_MEMORY, "realloc") ? NULL : real.realloc(p, bytes);
+}
 
 void fault_install(void) {
   real = phx__sys;
@@ -79,4 +101,6 @@ void fault_begin(fault_kind kind, int error, long turn) {
   __atomic_store_n(&fault.on, true, __ATOMIC_RELEASE);
 }
 
-void fault_end(void) { __atomic_store_n(&fault.on, false, __ATOMIC_RELEASE); }
+void fault_end(void) {
+  __atomic_store_n(&fault.on, false, __ATOMIC_RELEASE);
+}

@@ -1,7 +1,7 @@
 /* tests/support/fault_turn.h - the n-th call that the core makes fails once, whichever it is.
  *
- * fault_install replaces this process's table of system calls; between fault_begin and fault_end they are counted, and the
- * n-th of the kind fails.  [any] thread may make the calls; begin and end are the test's. */
+ * fault_install replaces this process's table of system calls; between fault_begin and fault_end they are counted, and
+ * the n-th of the kind fails.  [any] thread may make the calls; begin and end are the test's. */
 #ifndef TEST_FAULT_TURN_H
 #define TEST_FAULT_TURN_H
 #include <stdbool.h>

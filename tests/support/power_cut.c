@@ -34,9 +34,9 @@ typedef struct builder {
   unsigned char *text; /* the state in one piece: what is hashed */
   int64_t n_text, text_room;
   /* the choice */
-  int32_t n;             /* entries that were made */
-  unsigned char *fate;   /* (entries) of those that are not durable */
-  int64_t block;         /* bytes that are torn off at once */
+  int32_t n;           /* entries that were made */
+  unsigned char *fate; /* (entries) of those that are not durable */
+  int64_t block;       /* bytes that are torn off at once */
   uint64_t seed;
   unsigned char garbage; /* what lost blocks read as */
   bool lengths;          /* of torn writes are there */
@@ -48,8 +48,12 @@ static uint64_t mix(uint64_t x) {
   return x ^ x >> 32;
 }
 
-static bool is_name_change(const sys_record_entry *e) { return e->kind <= SYS_RECORD_RENAME; }
-static bool is_data(const sys_record_entry *e) { return e->kind == SYS_RECORD_SIZE || e->kind == SYS_RECORD_WRITE; }
+static bool is_name_change(const sys_record_entry *e) {
+  return e->kind <= SYS_RECORD_RENAME;
+}
+static bool is_data(const sys_record_entry *e) {
+  return e->kind == SYS_RECORD_SIZE || e->kind == SYS_RECORD_WRITE;
+}
 
 static void set_durable(builder *b, bool file_syncs, bool dir_syncs) {
   for (int32_t i = 0; i < b->record->n_entries; i++) {
@@ -64,7 +68,8 @@ static void set_durable(builder *b, bool file_syncs, bool dir_syncs) {
 }
 
 static bool pending(const builder *b, int32_t i) {
-  return i < b->n && b->durable[i] >= b->n && (is_name_change(&b->record->entries[i]) || is_data(&b->record->entries[i]));
+  return i < b->n && b->durable[i] >= b->n &&
+         (is_name_change(&b->record->entries[i]) || is_data(&b->record->entries[i]));
 }
 
 /* ---- one state ---- */
@@ -115,16 +120,25 @@ static void apply(builder *b, int32_t i, int fate) {
   const sys_record_entry *e = &b->record->entries[i];
   switch (e->kind) {
     case SYS_RECORD_CREATE:
-    case SYS_RECORD_MKDIR: set_name(b, e->dir, e->name, e->object); break;
-    case SYS_RECORD_REMOVE: drop_name(b, e->dir, e->name); break;
+    case SYS_RECORD_MKDIR:
+      set_name(b, e->dir, e->name, e->object);
+      break;
+    case SYS_RECORD_REMOVE:
+      drop_name(b, e->dir, e->name);
+      break;
     case SYS_RECORD_RENAME:
       drop_name(b, e->dir, e->name);
       set_name(b, e->dir, e->to, e->object);
       break;
-    case SYS_RECORD_SIZE: set_size(&b->files[e->object], e->at); break;
-    case SYS_RECORD_WRITE: apply_write(b, i, fate); break;
+    case SYS_RECORD_SIZE:
+      set_size(&b->files[e->object], e->at);
+      break;
+    case SYS_RECORD_WRITE:
+      apply_write(b, i, fate);
+      break;
     case SYS_RECORD_SYNC:
-    case SYS_RECORD_MARK: break;
+    case SYS_RECORD_MARK:
+      break;
   }
 }
 
@@ -188,8 +202,10 @@ static void empty(const char *path, bool itself) {
   for (struct dirent *e; d && (e = readdir(d));) {
     if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
     if (snprintf(entry, sizeof entry, "%s/%s", path, e->d_name) >= (int)sizeof entry) abort();
-    if (e->d_type == DT_DIR) empty(entry, true);
-    else unlink(entry);
+    if (e->d_type == DT_DIR)
+      empty(entry, true);
+    else
+      unlink(entry);
   }
   if (d) closedir(d);
   if (itself) rmdir(path);
@@ -228,7 +244,7 @@ typedef struct known {
 typedef struct search {
   power_cut *cut;
   builder *b;
-  known *table; /* (KNOWN) open addressing */
+  known *table;                                                /* (KNOWN) open addressing */
   int32_t names[SYS_RECORD_ENTRIES], data[SYS_RECORD_ENTRIES]; /* pending entries */
   int32_t n_names, n_data;
   uint64_t random;
@@ -272,8 +288,10 @@ static void look(search *s) {
   if (is_over(s)) return;
   const power_cut_outcome *outcome = outcome_of(s, build(s->b));
   s->cut->occurrences++;
-  if (outcome->why[0]) violated(s, outcome->why);
-  else if (!s->cut->judge(s->cut->arg, s->b->n, outcome->value, why)) violated(s, why);
+  if (outcome->why[0])
+    violated(s, outcome->why);
+  else if (!s->cut->judge(s->cut->arg, s->b->n, outcome->value, why))
+    violated(s, why);
 }
 
 static uint64_t draw(search *s) {
@@ -361,8 +379,10 @@ static void look_at_point(search *s, int32_t n) {
   s->n_names = s->n_data = 0;
   for (int32_t i = 0; i < n; i++)
     if (pending(s->b, i)) {
-      if (is_data(&entries[i])) s->data[s->n_data++] = i;
-      else s->names[s->n_names++] = i;
+      if (is_data(&entries[i]))
+        s->data[s->n_data++] = i;
+      else
+        s->names[s->n_names++] = i;
     }
   look_at_names(s);
   /* inside a row of writes, those before have been looked at but for their newest */

@@ -2,8 +2,8 @@
  *
  * After the method of ALICE (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014), with a model that is
  * weaker than any file system in use.  What the file system may do:
- *   - a write is blocks of 512 or 4096 bytes of the file; until an fsync of the file has returned, each of them is on the
- *     disk or not, in any order, whatever became of the others;
+ *   - a write is blocks of 512 or 4096 bytes of the file; until an fsync of the file has returned, each of them is on
+ * the disk or not, in any order, whatever became of the others;
  *   - the length of a file is on the disk or not, independently of its data until the fsync; where the length is there
  *     and the data is not, zeros or anything else may be read;
  *   - making, renaming and removing a name is a change of its directory; until an fsync of that directory has returned,
@@ -29,9 +29,9 @@ typedef struct power_cut_outcome { /* of one state: what the test's load says */
 
 typedef struct power_cut {
   const sys_record *record;
-  const char *scratch; /* a directory that is emptied: the states are built here */
+  const char *scratch;                        /* a directory that is emptied: the states are built here */
   bool without_file_syncs, without_dir_syncs; /* as if they had not been called: the negative control */
-  long most_violations; /* it ends there; 0: never */
+  long most_violations;                       /* it ends there; 0: never */
   /* Loads what is in `scratch`; may change it. */
   void (*load)(void *arg, power_cut_outcome *out);
   /* Whether the value is right after the first n entries; else says why. */

@@ -21,14 +21,16 @@
 
 enum { REPORT = 1024 };
 
-const char rank_rig_model[] = "[batch]\nmicro = 1\nsequence = 8\n"
-                              "[model]\nplugin = gpt\nlayers = 1\nheads = 1\nwidth = 8\ncontext = 8\nvocab = 257\n";
+const char rank_rig_model[] =
+    "[batch]\nmicro = 1\nsequence = 8\n"
+    "[model]\nplugin = gpt\nlayers = 1\nheads = 1\nwidth = 8\ncontext = 8\nvocab = 257\n";
 
 void rank_rig_report(rank_rig *rig, const char *file, int line, const char *what, const char *format, ...) {
   va_list args;
   const char *base = strrchr(file, '/');
   if (rig->report[0]) return;
-  const int n = snprintf(rig->report, REPORT, "rank %d, %s:%d: not %s: ", rig->rank, base ? base + 1 : file, line, what);
+  const int n =
+      snprintf(rig->report, REPORT, "rank %d, %s:%d: not %s: ", rig->rank, base ? base + 1 : file, line, what);
   if (n < 0 || n >= REPORT) return;
   va_start(args, format);
   vsnprintf(rig->report + n, REPORT - (size_t)n, format, args);
@@ -48,8 +50,12 @@ phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, p
   snprintf(ranks, sizeof ranks, "run.ranks=%d", rig->size);
   snprintf(name, sizeof name, "run.strategy=%s", strategy ? strategy : "ddp");
   snprintf(place, sizeof place, "run.out=%s", out ? out : "out");
-  const phx__override overrides[] = {{"plugins.path=" PHX_TEST_PLUGINS, "--set"}, {ranks, "-n"}, {name, "--strategy"}, {place, "--set"},
-                                     {"run.steps=1000000", "--set"}, {"optimizer.schedule=constant", "--set"}};
+  const phx__override overrides[] = {{"plugins.path=" PHX_TEST_PLUGINS, "--set"},
+                                     {ranks, "-n"},
+                                     {name, "--strategy"},
+                                     {place, "--set"},
+                                     {"run.steps=1000000", "--set"},
+                                     {"optimizer.schedule=constant", "--set"}};
   PHX__TRY(phx__config_load("run.ini", overrides, sizeof overrides / sizeof *overrides, stderr, &rig->config));
   const phx__settings *s = &rig->config->s;
   if (!rig->job) PHX__TRY(phx__job_open(s->run.timeout, &rig->job, err));
@@ -127,8 +133,10 @@ static void child(const rank_rig_run *run, int32_t rank, int segment, char *repo
   snprintf(text, sizeof text, "errors.%d", rank);
   if (chdir(run->dir) || !freopen(text, "we", stderr)) _exit(2);
   setvbuf(stderr, NULL, _IOLBF, 0);
-  if (rank_rig_open(&rig, run->strategy, run->out, &err)) rank_rig_report(&rig, __FILE__, __LINE__, "opened", "%s", err.message);
-  else run->body(&rig, run->arg);
+  if (rank_rig_open(&rig, run->strategy, run->out, &err))
+    rank_rig_report(&rig, __FILE__, __LINE__, "opened", "%s", err.message);
+  else
+    run->body(&rig, run->arg);
   fflush(stderr);
   if (report[0]) _exit(1); /* it left its body where it stood */
   rank_rig_close(&rig);
@@ -147,8 +155,8 @@ static double now(void) {
 bool rank_rig_ranks(rank_rig_run *run) {
   phx_error err = PHX_ERROR_INIT;
   pid_t pids[PHX_RANKS_MAX] = {0};
-  char(*reports)[REPORT] = mmap(NULL, sizeof *reports * (size_t)run->size, PROT_READ | PROT_WRITE,
-                                MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  char(*reports)[REPORT] =
+      mmap(NULL, sizeof *reports * (size_t)run->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   const int segment = phx__job_create_segment(run->size, &err);
   if (reports == MAP_FAILED || segment < 0) abort();
   run->message[0] = 0;

@@ -1,12 +1,12 @@
-/* tests/support/rank_rig.h - ranks of one job as children of a test, each with a whole runtime: the core's own code between
- * configuration and checkpoints, without the launcher and the command.
+/* tests/support/rank_rig.h - ranks of one job as children of a test, each with a whole runtime: the core's own code
+ * between configuration and checkpoints, without the launcher and the command.
  *
  *   training_files(dir, rank_rig_model);
  *   rank_rig_run run = {.size = 2, .dir = dir, .limit_s = 60, .body = body, .arg = &arg};
  *   cr_assert(rank_rig_ranks(&run), "%s", run.message);
  *
- * A body reports with RIG_CHECK, which leaves it; leaks that the leak sanitizer finds when it has returned are reported,
- * too, and so is a child that is late (they are all killed) or dies. */
+ * A body reports with RIG_CHECK, which leaves it; leaks that the leak sanitizer finds when it has returned are
+ * reported, too, and so is a child that is late (they are all killed) or dies. */
 #ifndef TEST_RANK_RIG_H
 #define TEST_RANK_RIG_H
 #include "checkpoint.h"
@@ -37,7 +37,8 @@ typedef struct rank_rig_run {
 /* A model as small as they come; for training_files. */
 extern const char rank_rig_model[];
 
-/* A new directory, in memory where there is such a place: thousands of checkpoints may be made.  For command_remove_dir. */
+/* A new directory, in memory where there is such a place: thousands of checkpoints may be made.  For
+ * command_remove_dir. */
 char *rank_rig_dir(void);
 bool rank_rig_ranks(rank_rig_run *run);
 /* The pieces, for a body that wants them otherwise.  On failure nothing is left open. */

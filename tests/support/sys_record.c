@@ -37,7 +37,9 @@ static void enter(void) {
     sched_yield();
   }
 }
-static void leave(void) { __atomic_store_n(&record->lock, 0, __ATOMIC_RELEASE); }
+static void leave(void) {
+  __atomic_store_n(&record->lock, 0, __ATOMIC_RELEASE);
+}
 
 static sys_record_entry *add(sys_record_kind kind, int32_t dir, int32_t object, const char *name) {
   if (record->n_entries == SYS_RECORD_ENTRIES) refuse("too many entries", name);
@@ -67,8 +69,8 @@ static int32_t new_object(const struct stat *st) {
 }
 
 typedef struct place { /* of a path, before the call */
-  int32_t dir;    /* -1: not in the recorded directory */
-  int32_t object; /* -1: nothing is there */
+  int32_t dir;         /* -1: not in the recorded directory */
+  int32_t object;      /* -1: nothing is there */
   char name[SYS_RECORD_NAME];
 } place;
 
@@ -78,8 +80,10 @@ static place find(const char *path) {
   place p = {-1, -1, ""};
   if (snprintf(parent, sizeof parent, "%s", path) >= (int)sizeof parent) refuse("a long path", path);
   char *slash = strrchr(parent, '/');
-  if (slash) *(slash == parent ? slash + 1 : slash) = 0;
-  else memcpy(parent, ".", 2);
+  if (slash)
+    *(slash == parent ? slash + 1 : slash) = 0;
+  else
+    memcpy(parent, ".", 2);
   if (stat(parent, &st)) return p;
   p.dir = object_of(&st);
   if (p.dir < 0) return p;
@@ -225,28 +229,32 @@ static void *my_mmap(void *at, size_t bytes, int prot, int flags, int fd, off_t 
   return real.mmap(at, bytes, prot, flags, fd, offset);
 }
 
-static void unknown_call(void) { refuse("a call of phx__sys that is not modelled", "core/sys.h"); }
+static void unknown_call(void) {
+  refuse("a call of phx__sys that is not modelled", "core/sys.h");
+}
 
 /* ---- the recording ---- */
 sys_record *sys_record_create(const char *dir) {
   struct stat st;
-  sys_record *r = mmap(NULL, sizeof *r + DATA_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE,
-                       -1, 0);
+  sys_record *r =
+      mmap(NULL, sizeof *r + DATA_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (r == MAP_FAILED || stat(dir, &st)) abort();
   record = r;
   new_object(&st);
   return r;
 }
 
-void sys_record_destroy(sys_record *r) { munmap(r, sizeof *r + DATA_BYTES); }
+void sys_record_destroy(sys_record *r) {
+  munmap(r, sizeof *r + DATA_BYTES);
+}
 
 void sys_record_install(sys_record *r, int32_t rank) {
   enum { SLOTS = sizeof(phx__sys_table) / sizeof(void (*)(void)) };
   /* those that change nothing on the disk, by themselves */
   static const size_t harmless[] = {
       offsetof(phx__sys_table, calloc), offsetof(phx__sys_table, realloc), offsetof(phx__sys_table, free),
-      offsetof(phx__sys_table, close), offsetof(phx__sys_table, read), offsetof(phx__sys_table, pread),
-      offsetof(phx__sys_table, fstat), offsetof(phx__sys_table, munmap), offsetof(phx__sys_table, memfd_create)};
+      offsetof(phx__sys_table, close),  offsetof(phx__sys_table, read),    offsetof(phx__sys_table, pread),
+      offsetof(phx__sys_table, fstat),  offsetof(phx__sys_table, munmap),  offsetof(phx__sys_table, memfd_create)};
   void (*const trap)(void) = unknown_call;
   record = r;
   self = rank;
@@ -259,7 +267,9 @@ void sys_record_install(sys_record *r, int32_t rank) {
   phx__sys.unlink = my_unlink, phx__sys.unlinkat = my_unlinkat, phx__sys.rmdir = my_rmdir;
 }
 
-void sys_record_uninstall(void) { phx__sys = real; }
+void sys_record_uninstall(void) {
+  phx__sys = real;
+}
 
 void sys_record_mark(sys_record *r, int64_t value) {
   enter();

@@ -2,11 +2,11 @@
  * an error, never another state.
  *
  * Two ranks train and save three times with keep = 1, into a directory with a dead attempt's leftovers; their system
- * calls are recorded (sys_record.h), the states are rebuilt (power_cut.h says under which assumptions) and loaded by the
- * core.  The load must give: before step k's directory was renamed, k - 1 (or, before the first, that there is none);
- * once the commit has returned on any rank, k; in between, one of the two; with the hash that the run had.  Besides, no
- * directory with a checkpoint's name is damaged even where nobody would load it, `latest` names a checkpoint that is
- * there, and leftovers are removed. */
+ * calls are recorded (sys_record.h), the states are rebuilt (power_cut.h says under which assumptions) and loaded by
+ * the core.  The load must give: before step k's directory was renamed, k - 1 (or, before the first, that there is
+ * none); once the commit has returned on any rank, k; in between, one of the two; with the hash that the run had.
+ * Besides, no directory with a checkpoint's name is damaged even where nobody would load it, `latest` names a
+ * checkpoint that is there, and leftovers are removed. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <fcntl.h>
@@ -98,7 +98,8 @@ static void check_directory(const phx__checkpoint_list *list, power_cut_outcome 
   long step = 0;
   bool there = !latest;
   phx_error err = PHX_ERROR_INIT;
-  if (latest && (sscanf(latest, "step-%8ld\n", &step) != 1 || strlen(latest) != 14)) fail(out, "latest is '%.40s'%s", latest, "");
+  if (latest && (sscanf(latest, "step-%8ld\n", &step) != 1 || strlen(latest) != 14))
+    fail(out, "latest is '%.40s'%s", latest, "");
   for (size_t i = 0; i < list->n; i++) there = there || list->steps[i] == step;
   if (!there) fail(out, "latest is %.40s, which is not there%s", latest, "");
   free(latest);
@@ -128,8 +129,8 @@ static bool judge(void *arg, int32_t n, int64_t value, char why[600]) {
     if (e->kind == SYS_RECORD_RENAME && sscanf(e->to, "step-%8ld", &step) == 1 && step > renamed) renamed = step;
   }
   if (value == committed || (value == renamed && renamed > committed)) return true;
-  snprintf(why, 600, "step %lld is loaded; %lld was committed, and %lld renamed", (long long)value, (long long)committed,
-           (long long)renamed);
+  snprintf(why, 600, "step %lld is loaded; %lld was committed, and %lld renamed", (long long)value,
+           (long long)committed, (long long)renamed);
   return false;
 }
 
@@ -177,7 +178,8 @@ static void search(power_cut *cut, const char *what) {
   power_cut_run(cut);
   clock_gettime(CLOCK_MONOTONIC, &end);
   printf("%s: %d calls, %ld states in %ld places, %ld violations, %.1f s\n", what, all->record->n_entries, cut->states,
-         cut->occurrences, cut->violations, (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec));
+         cut->occurrences, cut->violations,
+         (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec));
   rank_rig_close(&rig);
 }
 

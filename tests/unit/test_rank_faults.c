@@ -3,9 +3,10 @@
  * next save, no file stays open, no memory is leaked, nobody hangs, and a failed fsync is never repeated.
  *
  * Save and load map no file: the state is written and read with pwrite and pread (the calls of mmap are counted, and
- * there are none).  The creation of a rank is made to run out of memory in the same way, and damaged checkpoints are loaded
- * by several ranks: the one before is taken, and said to be.  test_checkpoint_faults.c and test_alloc_faults.c do the like
- * to whole runs of one rank, test_manifest.c and test_checkpoint_tools.c flip every bit of manifests and headers. */
+ * there are none).  The creation of a rank is made to run out of memory in the same way, and damaged checkpoints are
+ * loaded by several ranks: the one before is taken, and said to be.  test_checkpoint_faults.c and test_alloc_faults.c
+ * do the like to whole runs of one rank, test_manifest.c and test_checkpoint_tools.c flip every bit of manifests and
+ * headers. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <errno.h>
@@ -28,11 +29,15 @@ typedef struct fault_case {
   int error;
   const char *text; /* what an error says */
 } fault_case;
-static const fault_case saving[] = {{FAULT_WRITING, ENOSPC, "No space left"}, {FAULT_WRITING, EIO, "Input/output error"},
-                                    {FAULT_WRITING, EINTR, "Interrupted"},    {FAULT_SHORT, 0, "no error is allowed"},
+static const fault_case saving[] = {{FAULT_WRITING, ENOSPC, "No space left"},
+                                    {FAULT_WRITING, EIO, "Input/output error"},
+                                    {FAULT_WRITING, EINTR, "Interrupted"},
+                                    {FAULT_SHORT, 0, "no error is allowed"},
                                     {FAULT_MEMORY, 0, "memory"}};
-static const fault_case loading[] = {{FAULT_READING, EIO, "Input/output error"}, {FAULT_READING, EINTR, "Interrupted"},
-                                     {FAULT_SHORT, 0, "no error is allowed"},    {FAULT_MEMORY, 0, "memory"}};
+static const fault_case loading[] = {{FAULT_READING, EIO, "Input/output error"},
+                                     {FAULT_READING, EINTR, "Interrupted"},
+                                     {FAULT_SHORT, 0, "no error is allowed"},
+                                     {FAULT_MEMORY, 0, "memory"}};
 
 typedef struct seen { /* by a test */
   long fired, failed, passed_over;
@@ -83,7 +88,8 @@ static void check_told(rank_rig *rig, const fault_case *f, phx_status status, co
   if (status) RIG_CHECK(rig, strstr(err->message, f->text), "%s: no clear error: %s", when, err->message);
 }
 
-static void save_once(rank_rig *rig, int32_t target, const fault_case *f, long turn, newest *now, seen *s, bool *fired) {
+static void save_once(rank_rig *rig, int32_t target, const fault_case *f, long turn, newest *now, seen *s,
+                      bool *fired) {
   char when[160];
   phx_error err = PHX_ERROR_INIT;
   phx_status status = PHX_OK;
@@ -103,7 +109,8 @@ static void save_once(rank_rig *rig, int32_t target, const fault_case *f, long t
   step_and_save(rig, 1, NULL, 0, now, &status, &err);
   RIG_CHECK(rig, status == PHX_OK, "the save after %s: %s", when, err.message);
   if (rig->rank == 0) RIG_CHECK(rig, count(".part") == 0 && count("step-") == 1, "%s: something is left", when);
-  RIG_CHECK(rig, rank_rig_open_files() == files, "%s: %d files were open, and now %d", when, files, rank_rig_open_files());
+  RIG_CHECK(rig, rank_rig_open_files() == files, "%s: %d files were open, and now %d", when, files,
+            rank_rig_open_files());
 }
 
 static long next_turn(const fault_case *f, long turn) {
@@ -130,12 +137,13 @@ static void fail_saves(rank_rig *rig, void *arg) {
         save_once(rig, target, &saving[k], turn, &now, &s, &fired);
         if (rig->report[0]) return;
       }
-      RIG_CHECK(rig, turn > (target == 0 ? 5 : 3), "kind %d on rank %d: only %ld calls were seen", saving[k].kind, target,
-                turn);
-      RIG_CHECK(rig, (s.failed > failed) == (saving[k].kind != FAULT_SHORT), "kind %d: %ld saves failed", saving[k].kind,
-                s.failed - failed);
+      RIG_CHECK(rig, turn > (target == 0 ? 5 : 3), "kind %d on rank %d: only %ld calls were seen", saving[k].kind,
+                target, turn);
+      RIG_CHECK(rig, (s.failed > failed) == (saving[k].kind != FAULT_SHORT), "kind %d: %ld saves failed",
+                saving[k].kind, s.failed - failed);
     }
-  if (rig->rank == 0) fprintf(stdout, "%d ranks: %ld failures, %ld saves failed by them\n", rig->size, s.fired, s.failed);
+  if (rig->rank == 0)
+    fprintf(stdout, "%d ranks: %ld failures, %ld saves failed by them\n", rig->size, s.fired, s.failed);
   fflush(stdout);
 }
 
@@ -184,7 +192,8 @@ static void load_once(rank_rig *rig, int32_t target, const fault_case *f, long t
   }
   expect_newest(rig, &both[1], when);
   if (rig->report[0]) return;
-  RIG_CHECK(rig, rank_rig_open_files() == files, "%s: %d files were open, and now %d", when, files, rank_rig_open_files());
+  RIG_CHECK(rig, rank_rig_open_files() == files, "%s: %d files were open, and now %d", when, files,
+            rank_rig_open_files());
 }
 
 static void fail_loads(rank_rig *rig, void *arg) {
@@ -208,11 +217,11 @@ static void fail_loads(rank_rig *rig, void *arg) {
         if (rig->report[0]) return;
       }
     }
-  RIG_CHECK(rig, s.fired > 20 && s.passed_over > 5 && s.failed > 5, "%ld failures, %ld passed over, %ld failed", s.fired,
-            s.passed_over, s.failed);
+  RIG_CHECK(rig, s.fired > 20 && s.passed_over > 5 && s.failed > 5, "%ld failures, %ld passed over, %ld failed",
+            s.fired, s.passed_over, s.failed);
   if (rig->rank == 0)
-    fprintf(stdout, "%d ranks: %ld failures, %ld checkpoints passed over, %ld loads failed by them\n", rig->size, s.fired,
-            s.passed_over, s.failed);
+    fprintf(stdout, "%d ranks: %ld failures, %ld checkpoints passed over, %ld loads failed by them\n", rig->size,
+            s.fired, s.passed_over, s.failed);
   fflush(stdout);
 }
 
@@ -234,8 +243,8 @@ static void fail_creation(rank_rig *rig, void *arg) {
     RIG_CHECK(rig, !status == !more, "allocation %ld: status %d: %s", turn, status, err.message);
     fflush(stderr);
     if (status) /* of the configuration, it is said; of the rest, returned */
-      RIG_CHECK(rig, strstr(err.message, "memory") || said_since(said, "memory"), "allocation %ld: no clear error: %s", turn,
-                err.message);
+      RIG_CHECK(rig, strstr(err.message, "memory") || said_since(said, "memory"), "allocation %ld: no clear error: %s",
+                turn, err.message);
   }
   RIG_CHECK(rig, fired > 100, "only %ld allocations were seen", fired);
   RIG_CHECK(rig, rank_rig_open_files() <= files, "%d files were open, and now %d", files, rank_rig_open_files());
@@ -353,9 +362,21 @@ static void run(int32_t size, const char *strategy, void (*body)(rank_rig *rig, 
   cr_assert(rank_rig_ranks(&run), "%s", run.message);
   command_remove_dir(dir);
 }
-Test(rank_faults, saves_of_two, .timeout = 240) { run(2, "fsdp", fail_saves); }
-Test(rank_faults, saves_of_three, .timeout = 240) { run(3, "zero", fail_saves); }
-Test(rank_faults, creation, .timeout = 240) { run(1, NULL, fail_creation); }
-Test(rank_faults, damage_seen_by_three, .timeout = 240) { run(3, "fsdp", load_damaged); }
-Test(rank_faults, loads_of_two, .timeout = 240) { run(2, "fsdp", fail_loads); }
-Test(rank_faults, loads_of_three, .timeout = 240) { run(3, "ddp", fail_loads); }
+Test(rank_faults, saves_of_two, .timeout = 240) {
+  run(2, "fsdp", fail_saves);
+}
+Test(rank_faults, saves_of_three, .timeout = 240) {
+  run(3, "zero", fail_saves);
+}
+Test(rank_faults, creation, .timeout = 240) {
+  run(1, NULL, fail_creation);
+}
+Test(rank_faults, damage_seen_by_three, .timeout = 240) {
+  run(3, "fsdp", load_damaged);
+}
+Test(rank_faults, loads_of_two, .timeout = 240) {
+  run(2, "fsdp", fail_loads);
+}
+Test(rank_faults, loads_of_three, .timeout = 240) {
+  run(3, "ddp", fail_loads);
+}
