@@ -85,7 +85,7 @@ static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *dat
     return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is loaded", slice->unit,
                      slice->dtype);
   for (int64_t done = 0; done < slice->blocks; done += PART) {
-    phx_slice part = *slice; /* its hash is of the kind that was saved: a master where it was one */
+    phx_slice part = *slice;
     float *at = (float *)data + done * PHX_BLOCK;
     part.first_block += done;
     part.blocks = slice->blocks - done < PART ? slice->blocks - done : PART;
@@ -93,9 +93,6 @@ static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *dat
     phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
                                                       part.first_block, part.blocks, at, err);
     if (status) return status;
-    const phx__manifest_slice *from = phx__manifest_find(walk->reader->manifest, slice->kind, index, slice->unit,
-                                                         slice->flat, part.first_block);
-    if (from) part.kind = from->kind;
     phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &part, at);
   }
   return PHX_OK;
@@ -121,7 +118,7 @@ static phx_status load_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   const phx__manifest_private *from = private ? find_private(walk, slice) : NULL;
   void *data = NULL;
   if (private && !from) return PHX_OK;
-  if (slice->kind == PHX_STATE_WEIGHT && slice->dtype != PHX_F32) return PHX_OK; /* derived */
+  if (phx__state_derived(slice)) return PHX_OK;
   phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_WRITE, &data, err);
   if (status) return status;
   status = from ? phx__checkpoint_reader_private(walk->reader, from, data, err) : load_blocks(walk, slice, data, err);
