@@ -1,8 +1,10 @@
-/* core/command_checkpoint_diff.c - `phalanx checkpoint diff A B`: the first tensor that differs, and by how much at most.
+/* core/command_checkpoint_diff.c - `phalanx checkpoint diff A B`: the first tensor that differs, and by how much at
+ * most.
  *
- * A and B are checkpoints, runs (their latest) or safetensors files.  Tensors are compared by name, bit for bit; optimizer
- * states only when both sides have them.  A file in the layout of Hugging Face's GPT-2 is recognised by the shape of its
- * first attention matrix, and compared with other layouts as if it were turned.  Exit status 0: equal, 1: they differ (as of diff and cmp). */
+ * A and B are checkpoints, runs (their latest) or safetensors files.  Tensors are compared by name, bit for bit;
+ * optimizer states only when both sides have them.  A file in the layout of Hugging Face's GPT-2 is recognised by the
+ * shape of its first attention matrix, and compared with other layouts as if it were turned.  Exit status 0: equal, 1:
+ * they differ (as of diff and cmp). */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>

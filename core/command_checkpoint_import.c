@@ -1,9 +1,11 @@
-/* core/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint of step 0.
+/* core/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint of
+ * step 0.
  *
- * DIR holds model.safetensors and config.json as Hugging Face writes them for GPT-2; names with or without "transformer.".
- * lm_head.weight may be there if it equals wte.weight, since our head is tied; masks (attn.bias, attn.masked_bias) carry
- * nothing and are passed over; anything else is refused by name.  Optimizer states are zero.  The checkpoint is written
- * beside its place and renamed when it is whole.  The model's layout is the plugin's own, asked through a configuration. */
+ * DIR holds model.safetensors and config.json as Hugging Face writes them for GPT-2; names with or without
+ * "transformer.". lm_head.weight may be there if it equals wte.weight, since our head is tied; masks (attn.bias,
+ * attn.masked_bias) carry nothing and are passed over; anything else is refused by name.  Optimizer states are zero. 
+ * The checkpoint is written beside its place and renamed when it is whole.  The model's layout is the plugin's own,
+ * asked through a configuration. */
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>

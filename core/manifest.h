@@ -129,14 +129,14 @@ phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *e
 phx_status phx__manifest_write(const char *dir, phx__manifest *m, phx_error *err);
 /* The same on a text; path is for messages.  The text is freed with phx__free.
  *
- * The text ends with the member "checksum", exactly `,\n"checksum":"32 digits"}\n`: XXH3-128 of all that stands before it,
- * and a '}'.  Seeds stand as texts of decimal digits, since JSON readers round numbers above 2^53. */
+ * The text ends with the member "checksum", exactly `,\n"checksum":"32 digits"}\n`: XXH3-128 of all that stands before
+ * it, and a '}'.  Seeds stand as texts of decimal digits, since JSON readers round numbers above 2^53. */
 phx_status phx__manifest_parse(const char *path, const char *text, size_t bytes, phx__manifest **out, phx_error *err);
 phx_status phx__manifest_print(const char *path, phx__manifest *m, char **text, size_t *bytes, phx_error *err);
 /* Of the text before the member. */
 void phx__manifest_checksum(const char *text, size_t bytes, char digits[33]);
-/* All the rules: limits, names, ranges inside files, no slice over another in a file, every block of weights and of each
- * optimizer state exactly once.  Sorts the slices. */
+/* All the rules: limits, names, ranges inside files, no slice over another in a file, every block of weights and of
+ * each optimizer state exactly once.  Sorts the slices. */
 phx_status phx__manifest_check(const char *path, phx__manifest *m, phx_error *err);
 /* Does it fit this model?  PHX_INVALID names the first parameter that differs. */
 phx_status phx__manifest_match(const char *path, const phx__manifest *m, const phx_model *model, phx_error *err);

@@ -1,7 +1,8 @@
 /* core/safetensors_write.c - see safetensors.h: writing, and checksums on the way.
  *
- * No tensor is ever held: every part goes to its place in the file when it comes, through the few MiB of a stream.  The sum of a chunk is of the bytes that
- * were given, so that damage on the way to the disk is found; only a chunk whose parts came out of order is read back. */
+ * No tensor is ever held: every part goes to its place in the file when it comes, through the few MiB of a stream. 
+ * The sum of a chunk is of the bytes that were given, so that damage on the way to the disk is found; only a chunk
+ * whose parts came out of order is read back. */
 #include "safetensors.h"
 
 #include <errno.h>

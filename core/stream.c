@@ -1,8 +1,8 @@
 /* core/stream.c - see stream.h.
  *
- * A slot holds a chunk of a file, or the part of one that is there.  The bytes of a file lie in a slot at the same place
- * within 4096 as in the file, as direct I/O asks; parts of pages are moved with O_DIRECT off, and no page both ways.
- * Invariant: a slot that is BUSY belongs to a thread, any other to the caller; states change under the lock.
+ * A slot holds a chunk of a file, or the part of one that is there.  The bytes of a file lie in a slot at the same
+ * place within 4096 as in the file, as direct I/O asks; parts of pages are moved with O_DIRECT off, and no page both
+ * ways. Invariant: a slot that is BUSY belongs to a thread, any other to the caller; states change under the lock.
  * What it does not do: hash, flush, or retry what failed. */
 #include "stream.h"
 

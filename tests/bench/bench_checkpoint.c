@@ -1,8 +1,8 @@
 /* bench_checkpoint.c - saving and loading a whole checkpoint, over dd with direct I/O on the same disk.
  *
  * Ranks are children of this program that do what they are told through pipes, so that nothing but the save or the load
- * is between the two ends of a clock.  A save ends when it is flushed and renamed; dd flushes, too (conv=fsync).  Neither
- * finds anything in the page cache. */
+ * is between the two ends of a clock.  A save ends when it is flushed and renamed; dd flushes, too (conv=fsync). 
+ * Neither finds anything in the page cache. */
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>

@@ -1,5 +1,5 @@
-/* Private state of a strategy (PHX_STATE_PRIVATE), with the test strategy `residue`: restored bit by bit at equal strategy
- * and world size, and left out by name otherwise. */
+/* Private state of a strategy (PHX_STATE_PRIVATE), with the test strategy `residue`: restored bit by bit at equal
+ * strategy and world size, and left out by name otherwise. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>
