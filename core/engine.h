@@ -25,6 +25,7 @@ typedef struct phx__engine {
   double *norm_blocks;           /* sums of squares on their way from the device */
   phx__exact_sum norm;
   int64_t step;                  /* in progress, from 1 */
+  bool not_finite;               /* the step was stopped before its update, on all ranks (run.on_nonfinite = stop) */
   int64_t batch_ahead;           /* step k takes batch k - 1 + this: not 0 after a resume with another batch size */
   void (*at_stage)(void *arg);   /* called at every stage boundary, or NULL */
   void *at_stage_arg;

@@ -20,6 +20,9 @@ enum { PHX_KIND_STRATEGY = 1, PHX_KIND_DEVICE = 2, PHX_KIND_COMM = 3, PHX_KIND_M
 #define PHX_CAP_SHARDS_OPTIMIZER (1ull << 2)
 #define PHX_CAP_DETERMINISTIC (1ull << 3) /* same bits as every other strategy that says so */
 #define PHX_CAP_RUNS_STEP (1ull << 4)     /* takes over the schedule (run_step) */
+/* Between updates map() gives the state itself, never a copy, and it stays there; only what the optimizer does for a
+ * ticket changes it (and a load).  On a device with PHX_DEVICE_HOST_MEMORY checkpoints are then saved in the background. */
+#define PHX_CAP_LIVE_STATE (1ull << 5)
 
 /* needs: the core refuses a plugin whose bit it does not know, or cannot meet, with the bit's number or name. */
 #define PHX_NEED_HOST_MEMORY (1ull << 0) /* device memory must be readable by the CPU */
