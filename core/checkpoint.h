@@ -30,7 +30,8 @@ typedef struct phx__save phx__save;
 phx_status phx__save_begin(phx__runtime *rt, const char *run_dir, const phx__position *at, phx__save **out,
                            phx_error *err);
 bool phx__is_saved(const phx_slice *slice); /* is it in a checkpoint?  Low-precision weights are derived: no */
-/* This rank's slices, in the order of the file; stable until commit or abandon.  For map and unmap: they are the slices of visit_state, in its order. */
+/* This rank's slices, in the order of the file; stable until commit or abandon.  For map and unmap: they are the slices
+ * of visit_state, in its order. */
 size_t phx__save_n(const phx__save *save);
 const phx_slice *phx__save_slice(const phx__save *save, size_t i);
 int64_t phx__save_bytes(const phx__save *save); /* of this rank's file */
@@ -45,7 +46,8 @@ int64_t phx__save_step(const phx__save *save);
 void phx__save_fail(phx__save *save, phx_status status, const phx_error *why);
 /* The commit, in three parts.  Any rank's failure (not flushed included) is everybody's failure, with its message: the
  * part directory is removed and the checkpoints before stay.
- * gather [main][collective]: all ranks agree that they were flushed and exchange their tables.  Frees `save` on failure.
+ * gather [main][collective]: all ranks agree that they were flushed, and exchange their tables; on failure `save` is
+ * freed.
  * publish [any]: rank 0 writes the manifest, renames, moves `latest` and removes what `retention` gives up; nothing on
  * the other ranks.  When it returns the checkpoint is there or is none; end tells whether.
  * end [main][collective]: all ranks learn what became of it; *most (or NULL): this rank's value in, the largest out.

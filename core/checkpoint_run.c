@@ -1,7 +1,7 @@
 /* core/checkpoint_run.c - see checkpoint_run.h.
  *
- * At most one save is in flight: before the next one begins, and before the run ends, it is waited for.  What a save cost
- * is told by rank 0: a line in the log, a member of the next line of metrics.jsonl, totals in run.json. */
+ * At most one save is in flight: before the next one begins, and before the run ends, it is waited for.  What a save
+ * cost is told by rank 0: a line in the log, a member of the next line of metrics.jsonl, totals in run.json. */
 #include "checkpoint_run.h"
 
 #include <inttypes.h>
@@ -12,14 +12,27 @@
 #include "status.h"
 #include "stop.h"
 
-void phx__checkpoints_say(int32_t rank, int32_t level, const char *format, ...) {
+static void say_list(int32_t rank, int32_t level, const char *format, va_list args) {
   char text[1024];
-  va_list args;
   if (rank != 0) return;
-  va_start(args, format);
   vsnprintf(text, sizeof text, format, args);
-  va_end(args);
   phx__log(0, "checkpoint", level, text);
+}
+
+void phx__checkpoints_say(int32_t rank, int32_t level, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  say_list(rank, level, format, args);
+  va_end(args);
+}
+
+static void say(const phx__checkpoints *c, int32_t level, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+static void say(const phx__checkpoints *c, int32_t level, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  say_list(c->rt->job->rank, level, format, args);
+  va_end(args);
 }
 
 /* Is there a step whose save can go on beside another step? */
@@ -32,11 +45,13 @@ phx_status phx__checkpoints_open(phx__checkpoints *c, phx__runtime *rt, phx__pro
                                  int64_t saved, phx_error *err) {
   const phx__settings *s = &rt->config->s;
   const char *why;
-  *c = (phx__checkpoints){.rt = rt, .progress = progress, .saved = saved,
+  *c = (phx__checkpoints){.rt = rt,
+                          .progress = progress,
+                          .saved = saved,
                           .retention = {.keep = s->checkpoint.keep, .keep_every = s->checkpoint.keep_every}};
   if (!can_overlap(s, first)) return PHX_OK;
   if (!phx__saver_possible(rt, &why)) {
-    phx__checkpoints_say(c->rt->job->rank, PHX_LOG_INFO, "training waits for every save (checkpoint.background): %s", why);
+    say(c, PHX_LOG_INFO, "training waits for every save (checkpoint.background): %s", why);
     return PHX_OK;
   }
   return phx__saver_open(rt, s->run.out, &c->retention, s->checkpoint.copy, &c->saver, err);
@@ -59,14 +74,14 @@ static void tell(phx__checkpoints *c, const phx__save_report *r, bool background
   if (r->stall > t->stall_most) t->stall_most = r->stall;
   phx__bytes_text(r->bytes, bytes);
   if (background)
-    phx__checkpoints_say(c->rt->job->rank, PHX_LOG_INFO,
-                         "step %" PRId64 " saved in the background: %s in %.3f s, %.0f MB/s; training stood still for "
-                         "%.1f ms (here: begin %.1f, copies %.1f, waits %.1f, commit %.1f)",
-                         r->step, bytes, r->seconds, rate, 1e3 * r->stall, 1e3 * r->begin, 1e3 * r->copies,
-                         1e3 * r->waits, 1e3 * r->commit);
+    say(c, PHX_LOG_INFO,
+        "step %" PRId64
+        " saved in the background: %s in %.3f s, %.0f MB/s; training stood still for "
+        "%.1f ms (here: begin %.1f, copies %.1f, waits %.1f, commit %.1f)",
+        r->step, bytes, r->seconds, rate, 1e3 * r->stall, 1e3 * r->begin, 1e3 * r->copies, 1e3 * r->waits,
+        1e3 * r->commit);
   else
-    phx__checkpoints_say(c->rt->job->rank, PHX_LOG_INFO, "step %" PRId64 " saved: %s in %.3f s, %.0f MB/s", r->step, bytes, r->seconds,
-                         rate);
+    say(c, PHX_LOG_INFO, "step %" PRId64 " saved: %s in %.3f s, %.0f MB/s", r->step, bytes, r->seconds, rate);
   snprintf(member, sizeof member,
            ",\"checkpoint\":{\"saved_step\":%" PRId64 ",\"background\":%s,\"bytes\":%" PRId64
            ",\"stall_ms\":%.6g,\"begin_ms\":%.6g,\"copies_ms\":%.6g,\"waits_ms\":%.6g,\"commit_ms\":%.6g,"
@@ -78,8 +93,8 @@ static void tell(phx__checkpoints *c, const phx__save_report *r, bool background
 
 static void tell_failure(phx__checkpoints *c, int64_t step, const char *why) {
   c->totals.failed++;
-  phx__checkpoints_say(c->rt->job->rank, PHX_LOG_WARN, "step %" PRId64 " was not saved: %s; training goes on, and %s", step, why,
-                       c->saved ? "the checkpoint before stays the newest" : "there is none yet");
+  say(c, PHX_LOG_WARN, "step %" PRId64 " was not saved: %s; training goes on, and %s", step, why,
+      c->saved ? "the checkpoint before stays the newest" : "there is none yet");
 }
 
 /* What became of the save in flight: a failure is no reason to stop, but ranks that cannot meet are. */
@@ -122,8 +137,7 @@ static phx_status finish(phx__checkpoints *c, phx_error *err) {
 static phx_status save_now(phx__checkpoints *c, phx_error *err) {
   const double begin = phx__now();
   phx__save_report r = {.step = c->at.step};
-  const phx_status status =
-      phx__checkpoint_save(c->rt, c->rt->config->s.run.out, &c->at, &c->retention, &r.bytes, err);
+  const phx_status status = phx__checkpoint_save(c->rt, c->rt->config->s.run.out, &c->at, &c->retention, &r.bytes, err);
   phx__job_heartbeat(c->rt->job);
   if (status) return status;
   c->saved = c->at.step;
@@ -135,8 +149,7 @@ static phx_status save_now(phx__checkpoints *c, phx_error *err) {
 phx_status phx__checkpoints_save(phx__checkpoints *c, const phx__position *at, bool last, phx_error *err) {
   phx_error why = PHX_ERROR_INIT;
   if (!last && c->saver && phx__saver_busy(c->saver))
-    phx__checkpoints_say(c->rt->job->rank, PHX_LOG_INFO, "step %" PRId64 " waits: step %" PRId64 " is still being saved", at->step,
-                         c->at.step);
+    say(c, PHX_LOG_INFO, "step %" PRId64 " waits: step %" PRId64 " is still being saved", at->step, c->at.step);
   phx_status status = finish(c, err);
   if (status || at->step == c->saved) return status;
   c->at = *at;

@@ -2,13 +2,13 @@
  *
  * The state is cut into chunks (1 MiB at most), in the order of the file.  Each is in one of these, under one lock:
  *   LIVE     to be written, from the state itself
- *   BUSY     the writer reads the state itself
+ *   BUSY     the writer reads the state itself; [main] waits, and copies others meanwhile
  *   COPYING  [main] copies it, since the state is about to change; the writer waits for it
  *   COPIED   to be written, from the copy
  *   DONE     nothing is read any more
  * LIVE -> BUSY -> DONE by the writer; LIVE -> COPYING -> COPIED by [main] in before_change, -> DONE by the writer.
- * Invariant: before_change returns for a range only when every chunk that touches it is COPIED or DONE, or the writer has
- * ended; so the state never changes while it is read, and what is written is of the step that the save began with.
+ * Invariant: before_change returns for a range only when every chunk that touches it is COPIED or DONE, or the writer
+ * has ended; so the state never changes while it is read, and what is written is of the step that the save began with.
  * [main] waits only while it holds no chunk in COPYING, and the writer only for COPYING: neither waits for the other.
  * What it does not do: decide when to save, or say anything (checkpoint_run.c).
  * Threads: [main] and one writer, which calls no plugin: phx__save_write, flush and publish. */
@@ -27,9 +27,9 @@
 #include "sys.h"
 #include "where.h"
 
-enum { LIVE = 0, BUSY, COPYING, COPIED, DONE };      /* a chunk */
-enum { NOTHING = 0, WRITE, PUBLISH, QUIT };          /* what the thread is asked for */
-enum { IDLE = 0, WRITING, PUBLISHING };              /* the save, the same on all ranks */
+enum { LIVE = 0, BUSY, COPYING, COPIED, DONE }; /* a chunk */
+enum { NOTHING = 0, WRITE, PUBLISH, QUIT };     /* what the thread is asked for */
+enum { IDLE = 0, WRITING, PUBLISHING };         /* the save, the same on all ranks */
 enum { CHUNK_BYTES = 1 << 20, GRAIN = PHX_BLOCK * 8, /* one block of the widest type */ WAIT_MS = 100 };
 
 typedef struct chunk {
@@ -56,7 +56,7 @@ struct phx__saver {
   size_t n_mapped;
   chunk *chunks; /* (n_chunks) */
   chunk **by_address;
-  size_t n_chunks;
+  size_t n_chunks, ahead; /* ahead: of the chunks, what [main] looked at in copying ahead */
   int phase;
   double began;
   phx__save_report report;
@@ -65,8 +65,8 @@ struct phx__saver {
   pthread_mutex_t lock;
   pthread_cond_t to_writer, to_main;
   bool started, reading, cancelled;
-  int asked;      /* NOTHING: the thread has done what it was asked for */
-  double ended;   /* when it was published */
+  int asked;    /* NOTHING: the thread has done what it was asked for */
+  double ended; /* when it was published */
 };
 
 bool phx__saver_possible(const phx__runtime *rt, const char **why) {
@@ -179,24 +179,41 @@ static bool take_place(phx__saver *v, chunk *c) {
   return c->copy != NULL;
 }
 
+/* LIVE -> COPIED; the lock is held, but while it copies. */
+static void copy_chunk(phx__saver *v, chunk *c) {
+  const double begin = phx__now();
+  c->state = COPYING;
+  pthread_mutex_unlock(&v->lock);
+  memcpy(c->copy, c->live, (size_t)c->bytes);
+  pthread_mutex_lock(&v->lock);
+  c->state = COPIED;
+  pthread_cond_signal(&v->to_writer);
+  v->report.copies += phx__now() - begin;
+}
+
+/* Updates come in the order of the file, too: who only waited for the chunk in BUSY would wait for the next again, and
+ * so for the whole disk.  So the time goes into the chunks behind it, which the same update is going to change. */
+static bool copy_ahead(phx__saver *v, const chunk *c) {
+  const size_t behind = (size_t)(c - v->chunks) + 1;
+  if (v->ahead < behind) v->ahead = behind;
+  while (v->ahead < v->n_chunks && v->chunks[v->ahead].state != LIVE) v->ahead++;
+  if (v->ahead == v->n_chunks || !take_place(v, &v->chunks[v->ahead])) return false;
+  copy_chunk(v, &v->chunks[v->ahead]);
+  return true;
+}
+
 static phx_status keep_chunk(phx__saver *v, chunk *c, phx_error *err) { /* the lock is held */
-  while (v->reading && c->state != DONE && c->state != COPIED) {
-    const double begin = phx__now();
+  phx_status status = PHX_OK;
+  while (v->reading && c->state != DONE && c->state != COPIED && !status) {
     if (c->state == LIVE && take_place(v, c)) {
-      c->state = COPYING;
-      pthread_mutex_unlock(&v->lock);
-      memcpy(c->copy, c->live, (size_t)c->bytes);
-      pthread_mutex_lock(&v->lock);
-      c->state = COPIED;
-      pthread_cond_signal(&v->to_writer);
-      v->report.copies += phx__now() - begin;
-      continue;
+      copy_chunk(v, c);
+    } else if (c->state != BUSY || !copy_ahead(v, c)) {
+      const double begin = phx__now();
+      status = wait_a_moment(v, err);
+      v->report.waits += phx__now() - begin;
     }
-    const phx_status status = wait_a_moment(v, err);
-    v->report.waits += phx__now() - begin;
-    if (status) return status;
   }
-  return PHX_OK;
+  return status;
 }
 
 /* The first chunk, by address, that ends behind p. */
@@ -204,8 +221,10 @@ static size_t first_behind(const phx__saver *v, const char *p) {
   size_t low = 0, high = v->n_chunks;
   while (low < high) {
     const size_t middle = low + (high - low) / 2;
-    if (v->by_address[middle]->live + v->by_address[middle]->bytes > p) high = middle;
-    else low = middle + 1;
+    if (v->by_address[middle]->live + v->by_address[middle]->bytes > p)
+      high = middle;
+    else
+      low = middle + 1;
   }
   return low;
 }
@@ -229,7 +248,9 @@ typedef struct sizes {
   int64_t all;
 } sizes;
 
-static int64_t slice_bytes(const phx_slice *s) { return s->blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(s->dtype); }
+static int64_t slice_bytes(const phx_slice *s) {
+  return s->blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(s->dtype);
+}
 
 static phx_status add_size(void *ctx, const phx_slice *slice, phx_error *err) {
   (void)err;
@@ -256,8 +277,8 @@ static phx_status take_pool(phx__saver *v, int64_t copy, phx_error *err) {
     if (!v->free_places) return phx__fail(err, PHX_NOMEM, "no memory for the list of a checkpoint's copies");
   }
   if (v->pool_bytes == 0) return PHX_OK;
-  const phx_memory what = {.struct_size = sizeof what, .bytes = v->pool_bytes, .kind = PHX_MEM_BUFFER,
-                           .space = PHX_SPACE_HOST};
+  const phx_memory what = {
+      .struct_size = sizeof what, .bytes = v->pool_bytes, .kind = PHX_MEM_BUFFER, .space = PHX_SPACE_HOST};
   void *pool = NULL;
   status = rt->core_host.table.alloc(rt->core_host.table.ctx, &what, &pool, err);
   if (status) return status;
@@ -304,7 +325,10 @@ static void cut_slice(phx__saver *v, size_t i, int64_t *at) {
   for (int64_t first = 0; first < s->blocks; first += most) {
     chunk *c = &v->chunks[v->n_chunks];
     const int64_t blocks = s->blocks - first < most ? s->blocks - first : most;
-    *c = (chunk){.slice = i, .first = first, .blocks = blocks, .bytes = blocks * block,
+    *c = (chunk){.slice = i,
+                 .first = first,
+                 .blocks = blocks,
+                 .bytes = blocks * block,
                  .live = (const char *)v->mapped[i] + first * block};
     if (v->place_for_each && *at + c->bytes <= v->pool_bytes) c->copy = v->pool + *at;
     *at += c->bytes;
@@ -326,22 +350,24 @@ static phx_status map_all(phx__saver *v, phx_error *err) {
   const phx__runtime *rt = v->rt;
   const size_t n = phx__save_n(v->save);
   int64_t at = 0;
-  size_t room = count_chunks(v);
+  const size_t room = count_chunks(v);
+  v->ahead = 0;
   v->mapped = phx__calloc(n, sizeof *v->mapped);
   v->chunks = phx__calloc(room, sizeof *v->chunks);
   v->by_address = phx__calloc(room, sizeof *v->by_address);
   if (!v->mapped || !v->chunks || !v->by_address)
     return phx__fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's chunks");
   for (; v->n_mapped < n; v->n_mapped++) {
-    const phx_status status = PHX__IN_STRATEGY(
-        rt->job, PHX_IN_STATE, -1,
-        rt->prepared->strategy->map(rt->strategy, phx__save_slice(v->save, v->n_mapped), PHX_MAP_READ,
-                                    &v->mapped[v->n_mapped], err));
+    const phx_status status =
+        PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
+                         rt->prepared->strategy->map(rt->strategy, phx__save_slice(v->save, v->n_mapped), PHX_MAP_READ,
+                                                     &v->mapped[v->n_mapped], err));
     if (status) return status;
     cut_slice(v, v->n_mapped, &at);
   }
   if (v->n_chunks > 1) qsort(v->by_address, v->n_chunks, sizeof *v->by_address, by_address);
-  for (v->n_free = 0; v->n_free < v->n_places; v->n_free++) v->free_places[v->n_free] = v->pool + v->n_free * v->chunk_bytes;
+  for (v->n_free = 0; v->n_free < v->n_places; v->n_free++)
+    v->free_places[v->n_free] = v->pool + v->n_free * v->chunk_bytes;
   return PHX_OK;
 }
 
@@ -350,15 +376,16 @@ static void unmap_all(phx__saver *v) {
   phx_error why = PHX_ERROR_INIT;
   while (v->n_mapped > 0) {
     const size_t i = --v->n_mapped;
-    const phx_status status =
-        PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
-                         rt->prepared->strategy->unmap(rt->strategy, phx__save_slice(v->save, i), PHX_MAP_READ,
-                                                       v->mapped[i], &why));
+    const phx_status status = PHX__IN_STRATEGY(
+        rt->job, PHX_IN_STATE, -1,
+        rt->prepared->strategy->unmap(rt->strategy, phx__save_slice(v->save, i), PHX_MAP_READ, v->mapped[i], &why));
     if (status) phx__save_fail(v->save, status, &why);
   }
 }
 
-bool phx__saver_busy(const phx__saver *v) { return v->phase != IDLE; }
+bool phx__saver_busy(const phx__saver *v) {
+  return v->phase != IDLE;
+}
 
 bool phx__saver_ready(phx__saver *v) {
   pthread_mutex_lock(&v->lock);

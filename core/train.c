@@ -319,9 +319,10 @@ static phx_status begin_state(run *r, phx_error *err) {
   r->step = r->resumed.at.step;
   if (r->engine->batch_ahead)
     phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
-        r->step + r->engine->batch_ahead, global_batch(r->rt->prepared));
+                         r->step + r->engine->batch_ahead, global_batch(r->rt->prepared));
   if (r->step == r->config->s.run.steps)
-    phx__checkpoints_say(r->job->rank, PHX_LOG_WARN, "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
+    phx__checkpoints_say(r->job->rank, PHX_LOG_WARN,
+                         "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
   return PHX_OK;
 }
 
@@ -335,7 +336,8 @@ static phx_status run_steps(run *r, phx_error *err) {
     status = phx__drift_open(r->rt, &r->drift, err);
   if (!status) status = phx__progress_open(&r->progress, r->rt, r->resumed.at.step, err);
   if (!status)
-    status = phx__checkpoints_open(&r->checkpoints, r->rt, &r->progress, r->step, r->resume.continues ? r->step : 0, err);
+    status = phx__checkpoints_open(&r->checkpoints, r->rt, &r->progress, r->step, r->resume.continues ? r->step : 0,
+                                   err);
   if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, r->asked ? &r->resumed : NULL, err);
   r->step_seconds = phx__calloc((size_t)r->config->s.run.steps, sizeof(double));
   if (!status && !r->step_seconds) status = phx__fail(err, PHX_NOMEM, "no memory for the step times");
