@@ -29,7 +29,7 @@ typedef struct phx__save phx__save;
  * left behind on failure, which is the same on all ranks. */
 phx_status phx__save_begin(phx__runtime *rt, const char *run_dir, const phx__position *at, phx__save **out,
                            phx_error *err);
-bool phx__is_saved(const phx_slice *slice); /* is it in a checkpoint?  Low-precision weights are derived: no */
+/* Low-precision weights are left out: they are derived (phx__state_derived). */
 /* This rank's slices, in the order of the file; stable until commit or abandon.  For map and unmap: they are the slices
  * of visit_state, in its order. */
 size_t phx__save_n(const phx__save *save);

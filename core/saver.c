@@ -254,7 +254,7 @@ static int64_t slice_bytes(const phx_slice *s) {
 
 static phx_status add_size(void *ctx, const phx_slice *slice, phx_error *err) {
   (void)err;
-  if (phx__is_saved(slice)) ((sizes *)ctx)->all += slice_bytes(slice);
+  if (!phx__state_derived(slice)) ((sizes *)ctx)->all += slice_bytes(slice);
   return PHX_OK;
 }
 
