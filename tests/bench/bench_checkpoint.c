@@ -73,7 +73,7 @@ static void serve(const job *j, int rank, int ask, int answer) {
     const phx__position at = {.step = step};
     const double begin = bench_now();
     phx_status status = step < 0 ? phx__checkpoint_path(j->dir, -step, path, &err)
-                                 : phx__checkpoint_save(rt, j->dir, &at, NULL, &err);
+                                 : phx__checkpoint_save(rt, j->dir, &at, NULL, NULL, &err);
     if (!status && step < 0) status = phx__checkpoint_load(rt, path, &resumed, &err);
     const double seconds = bench_now() - begin;
     if (status) die(step < 0 ? "load" : "save", err.message);
