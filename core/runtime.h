@@ -18,6 +18,7 @@ typedef struct phx__runtime {
   phx_device_self *device_self;
   const phx_device *device;
   const phx_ops *ops;
+  void *chunk;     /* pinned, PHX__STATE_CHUNK bytes; NULL where the CPU can read the device's memory */
   phx_comm *world; /* the strategy's */
   phx_comm *core;  /* the core's own order: losses, norms, hashes */
   phx__optim optim;
