@@ -86,11 +86,7 @@ static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *dat
   phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
                                                     slice->first_block, slice->blocks, data, err);
   if (status) return status;
-  phx_slice saved = *slice; /* its hash is of the kind that was saved: a master where it was one */
-  const phx__manifest_slice *from = phx__manifest_find(walk->reader->manifest, slice->kind, index, slice->unit,
-                                                       slice->flat, slice->first_block);
-  if (from) saved.kind = from->kind;
-  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &saved, data);
+  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, slice, data);
   return PHX_OK;
 }
 
@@ -138,7 +134,7 @@ static phx_status load_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   const bool private = slice->kind == PHX_STATE_PRIVATE;
   slice_load load = {.walk = walk, .slice = slice, .from = private ? find_private(walk, slice) : NULL};
   if (private && !load.from) return PHX_OK;
-  if (slice->kind == PHX_STATE_WEIGHT && slice->dtype != PHX_F32) return PHX_OK; /* derived */
+  if (phx__state_derived(slice)) return PHX_OK;
   const phx_status status = phx__slice_write(walk->rt, slice, load_part, &load, err);
   walk->privates += load.from && !status;
   phx__free(load.whole);

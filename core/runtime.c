@@ -174,7 +174,7 @@ static phx_status initialise_part(void *ctx, void *data, int64_t at, int64_t byt
 static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   state_walk *walk = ctx;
   slice_walk w = {walk, slice};
-  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK; /* the strategy's own business */
+  if (slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK; /* the strategy's own business */
   if (slice->dtype != PHX_F32)
     return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
                      slice->dtype);
@@ -203,7 +203,7 @@ static phx_status hash_part(void *ctx, const void *data, int64_t at, int64_t byt
 static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   state_walk *walk = ctx;
   slice_walk w = {walk, slice};
-  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK;
+  if (slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK;
   return phx__slice_read(walk->rt, slice, hash_part, &w, err);
 }
 

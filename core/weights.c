@@ -60,7 +60,7 @@ static phx_status walk_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   slice_walk *walk = ctx;
   walk->slice = slice;
   walk->weights = slice->dtype == PHX_F32 && (slice->kind == PHX_STATE_WEIGHT || slice->kind == PHX_STATE_MASTER);
-  if ((walk->out && !walk->weights) || slice->kind == PHX_STATE_PRIVATE) return PHX_OK;
+  if ((walk->out && !walk->weights) || slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK;
   return walk->out ? phx__slice_read(walk->file->rt, slice, write_part, walk, err)
                    : phx__slice_write(walk->file->rt, slice, read_part, walk, err);
 }
