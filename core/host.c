@@ -49,7 +49,9 @@ static phx_status book_room(phx__memory_book *book, phx_error *err) {
   return PHX_OK;
 }
 
-void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int64_t bytes) {
+void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int32_t space, int64_t bytes) {
+  book->now_in[space] += bytes;
+  if (book->now_in[space] > book->peak_in[space]) book->peak_in[space] = book->now_in[space];
   book->now[kind] += bytes;
   book->now_all += bytes;
   if (book->now[kind] > book->peak[kind]) book->peak[kind] = book->now[kind];
@@ -69,9 +71,10 @@ static phx_status zero(const phx__memory_book *book, void *p, int64_t bytes, phx
 static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_error *err) {
   phx__host *h = ctx;
   phx__memory_book *book = h->book;
-  if (what->bytes <= 0 || what->bytes > INT64_MAX - PHX_ALIGN || what->kind < 0 || what->kind >= PHX_MEM_KINDS)
-    return phx__fail(err, PHX_INVALID, "%s asked for %lld bytes of memory kind %d", h->plugin,
-                     (long long)what->bytes, what->kind);
+  if (what->bytes <= 0 || what->bytes > INT64_MAX - PHX_ALIGN || what->kind < 0 || what->kind >= PHX_MEM_KINDS ||
+      what->space < PHX_SPACE_DEVICE || what->space > PHX_SPACE_PINNED)
+    return phx__fail(err, PHX_INVALID, "%s asked for %lld bytes of memory kind %d in space %d", h->plugin,
+                     (long long)what->bytes, what->kind, what->space);
   phx_status status = book_room(book, err);
   if (status) return status;
   const int64_t bytes = phx_align_bytes(what->bytes);
@@ -94,7 +97,7 @@ static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_
   }
   book->list[book->n++] = (phx__allocation){p, bytes, what->kind, what->space, arena, h};
   book->calls++;
-  phx__memory_book_hold(book, what->kind, bytes);
+  phx__memory_book_hold(book, what->kind, what->space, bytes);
   *out = p;
   return PHX_OK;
 }
@@ -104,6 +107,7 @@ static void book_drop(phx__memory_book *book, size_t i) {
   book->list[i] = book->list[--book->n];
   book->now[a.kind] -= a.bytes;
   book->now_all -= a.bytes;
+  book->now_in[a.space] -= a.bytes;
   if (!a.arena) {
     book->device_table->free(book->device_self, a.space, a.p, a.bytes);
     return;

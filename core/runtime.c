@@ -33,7 +33,8 @@ static phx_status open_device(phx__runtime *rt, phx_error *err) {
   rt->device = table->device(rt->device_self);
   rt->ops = table->ops(rt->device_self);
   rt->prepared->planned[PHX_MEM_WORKSPACE] += phx_align_bytes(rt->ops->scratch_bytes);
-  phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, phx_align_bytes(rt->ops->scratch_bytes));
+  phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, PHX_SPACE_DEVICE,
+                        phx_align_bytes(rt->ops->scratch_bytes));
   rt->book.device = rt->device;
   status = take_chunk(rt, err);
   if (status) return status;
@@ -51,7 +52,7 @@ static phx_status open_comm(phx__runtime *rt, phx_error *err) {
   status = PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
                    rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err));
   if (status) return status;
-  phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER,
+  phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER, PHX_SPACE_HOST,
                         rt->prepared->comm->buffer_bytes(rt->config->comm.config, rt->job->size));
   rt->book.arena = rt->prepared->comm->arena(rt->world);
   rt->book.arena_bytes = rt->prepared->estimate.arena_bytes;
@@ -134,6 +135,11 @@ void phx__runtime_close(phx__runtime *rt) {
   if (rt->device_self) rt->prepared->device->destroy(rt->device_self);
   phx__prepared_free(rt->prepared);
   phx__free(rt);
+}
+
+int64_t phx__driver_bytes(const phx__runtime *rt) {
+  const phx_device_table *t = rt->prepared->device;
+  return PHX_HAS(t, phx_device_table, driver_bytes) && t->driver_bytes ? t->driver_bytes(rt->device_self) : -1;
 }
 
 /* ---- state ---- */

@@ -33,6 +33,8 @@ void phx__runtime_close(phx__runtime *rt);
 
 /* [collective] every slice gets its initial values: weights from the counter-based generator, states zero. */
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err);
+/* Bytes of this process on the device as its driver counts them; -1: it does not say. */
+int64_t phx__driver_bytes(const phx__runtime *rt);
 /* [collective] the hash of the whole training state. */
 phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err);
 /* Initial values of logical elements [in_param, in_param + numel) of a parameter. */
