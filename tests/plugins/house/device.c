@@ -48,6 +48,5 @@ static const phx_device_table table = {.struct_size = sizeof table, .probe = pro
                                        .destroy = destroy, .device = device, .ops = ops, .alloc = take, .free = give,
                                        .count = STUB_COUNT};
 static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_DEVICE), .id = STUB_ID,
-                                  .provides = STUB_PROVIDES,
-                                  .table = &table};
+                                  .provides = STUB_PROVIDES, .table = &table};
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }
