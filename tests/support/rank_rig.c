@@ -94,7 +94,7 @@ phx_status rank_rig_step(rank_rig *rig, phx_error *err) {
 
 phx_status rank_rig_save(rank_rig *rig, const phx__retention *retention, phx_error *err) {
   const phx__position at = {.step = rig->step, .samples = rig->step * rig->size};
-  return phx__checkpoint_save(rig->rt, rig->config->s.run.out, &at, retention, err);
+  return phx__checkpoint_save(rig->rt, rig->config->s.run.out, &at, retention, NULL, err);
 }
 
 phx_status rank_rig_hash(rank_rig *rig, char text[33], phx_error *err) {
