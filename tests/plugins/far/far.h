@@ -1,10 +1,11 @@
 /* far.h - a device as a GPU looks from the host, without one: what the files of the plugin share.
  *
- * Memory    A device pointer is the real address plus FAR_AWAY, which no process can map: the CPU crashes on it.  Only the
- *           device's own work takes FAR_AWAY off.  Every allocation ends at an unmapped page, and is unmapped when freed.
+ * Memory    A device pointer is the real address plus FAR_AWAY, which no process can map: the CPU crashes on it.  Only
+ *           the device's own work takes FAR_AWAY off.  An allocation ends at an unmapped page, and is unmapped when freed.
  * Streams   All of them, the compute stream (NULL) too, are threads; `delay` makes each wait when it wakes up.
- * Checks    Free with work pending, leaks at destroy, foreign pointers, copies beyond an allocation or from memory that
- *           is not pinned: the first two end the process, since nothing could return them; the others are errors. */
+ * Checks    Free with work pending on the compute stream, leaks at destroy, foreign pointers, copies beyond an
+ *           allocation or from memory that is not pinned: the first two end the process, since nothing could return
+ *           them; the others are errors. */
 #ifndef FAR_H
 #define FAR_H
 #include <phalanx/provider.h>
@@ -64,7 +65,6 @@ struct phx_device_self {
   pthread_cond_t done;  /* an event was reached */
   pthread_mutex_t compute; /* the cpu's operations share one scratch */
   phx_stream *null;
-  uint64_t pending; /* entries that are not finished, of all streams */
   far_block blocks[FAR_ALLOCATIONS];
   size_t n_blocks;
   char name[128];

@@ -17,7 +17,6 @@ static void put(phx_stream *s, far_entry *e) {
   *s->last = e;
   s->last = &e->next;
   s->put++;
-  self->pending++;
   pthread_cond_broadcast(&s->change);
   pthread_mutex_unlock(&self->lock);
 }
@@ -84,8 +83,7 @@ static void *stream_main(void *arg) {
   phx_stream *s = arg;
   phx_device_self *self = s->far;
   pthread_mutex_lock(&self->lock);
-  for (;;) {
-    const int idle = !s->first;
+  for (int idle = 1;; idle = !s->first) {
     while (!s->first && !s->stop) pthread_cond_wait(&s->change, &self->lock);
     if (!s->first) break;
     if (idle) wait_a_little(s);
@@ -96,7 +94,6 @@ static void *stream_main(void *arg) {
     if (!s->first) s->last = &s->first;
     free(e);
     s->finished++;
-    self->pending--;
     pthread_cond_broadcast(&s->change);
   }
   pthread_mutex_unlock(&self->lock);
