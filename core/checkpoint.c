@@ -55,8 +55,6 @@ static phx_status note(phx__save *s, phx_status status, const phx_error *why, ph
   return status;
 }
 
-static bool is_saved(const phx_slice *slice) { return slice->kind != PHX_STATE_WEIGHT || slice->dtype == PHX_F32; }
-
 /* ---- the table of slices ---- */
 static phx_status grow(phx__save *s, phx_error *err) {
   const size_t room = s->room ? s->room * 2 : 64;
@@ -90,7 +88,7 @@ static phx_status name_slice(const phx__save *s, const phx_slice *slice, char na
 
 static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   phx__save *s = ctx;
-  if (!is_saved(slice)) return PHX_OK;
+  if (phx__state_derived(slice)) return PHX_OK;
   if (slice->kind < 0 || slice->kind > PHX_STATE_PRIVATE ||
       (slice->kind == PHX_STATE_OPTIM && slice->state_index >= s->rt->optim.table.n_states))
     return phx__fail(err, PHX_INTERNAL, "the strategy names a state of kind %d, index %u", slice->kind,
@@ -453,7 +451,7 @@ static phx_status save_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   const phx__runtime *rt = walk->save->rt;
   const phx_strategy_table *strategy = rt->prepared->strategy;
   void *data = NULL;
-  if (!is_saved(slice)) return PHX_OK;
+  if (phx__state_derived(slice)) return PHX_OK;
   phx_status status = strategy->map(rt->strategy, slice, PHX_MAP_READ, &data, err);
   if (status) return status;
   status = phx__save_write(walk->save, walk->i++, 0, slice->blocks, data, err);

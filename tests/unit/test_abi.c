@@ -149,10 +149,10 @@ NO_TAIL(phx_liveness, plugins);
 NO_TAIL(phx_job, exchange);
 
 /* ---- phalanx/provider.h: provisional, only without tail padding ---- */
-NO_TAIL(phx_ops, block_norms);
-NO_TAIL(phx_device_table, free);
+NO_TAIL(phx_ops, mean);
+NO_TAIL(phx_device_table, driver_bytes);
 NO_TAIL(phx_comm_table, arena);
-NO_TAIL(phx_batch_shape, sequence);
+NO_TAIL(phx_batch_shape, reserved0);
 NO_TAIL(phx_stage_memory, workspace);
 NO_TAIL(phx_model_facts, flops_per_token);
 NO_TAIL(phx_stage_call, stream);
