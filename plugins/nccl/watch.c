@@ -319,16 +319,16 @@ static void *watch(void *arg) {
     last = now;
     for (int i = 0; i < n && !give_up; i++) give_up = look_at(list[i], asleep);
     if (__atomic_load_n(w->job->failed, __ATOMIC_ACQUIRE)) __atomic_store_n(&w->aborted, 1, __ATOMIC_RELEASE);
+    const int all_gone = __atomic_load_n(&w->aborted, __ATOMIC_ACQUIRE) != 0;
     for (int i = 0; i < n; i++) give_up |= ncx_is_aborted(list[i]);
-    if (give_up) ncx_abort_now(w);
+    if (give_up || all_gone) ncx_abort_now(w);
     pthread_mutex_lock(&w->lock);
     w->looking = 0;
     pthread_cond_broadcast(&w->changed);
     pthread_mutex_unlock(&w->lock);
     nanosleep(&(struct timespec){0, LOOK_NS}, NULL);
     pthread_mutex_lock(&w->lock);
-    if (__atomic_load_n(&w->aborted, __ATOMIC_ACQUIRE) && !w->stop && !w->busy)
-      pthread_cond_wait(&w->changed, &w->lock); /* nothing more will come */
+    if (all_gone && !w->stop && !w->busy) pthread_cond_wait(&w->changed, &w->lock); /* nothing more will come */
   }
   pthread_mutex_unlock(&w->lock);
   return NULL;
