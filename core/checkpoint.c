@@ -397,15 +397,16 @@ done:
   return status;
 }
 
-/* What goes wrong after the commit takes nothing back. */
+/* What goes wrong after the commit takes nothing back.  A flush of the directory that failed is not made good by
+ * another one: nothing is removed then. */
 static void after_commit(const phx__save *s, const phx__retention *retention) {
   phx_error why = PHX_ERROR_INIT;
   char text[700];
   if (phx__checkpoint_point(s->run_dir, s->at.step, &why)) {
-    snprintf(text, sizeof text, "step %" PRId64 " is saved, but `latest` was not moved: %s", s->at.step, why.message);
+    snprintf(text, sizeof text, "step %" PRId64 " is saved, but `latest` was not moved, and old ones stay: %s",
+             s->at.step, why.message);
     phx__log(s->rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
-  }
-  if (retention && phx__checkpoint_retain(s->run_dir, retention, &why)) {
+  } else if (retention && phx__checkpoint_retain(s->run_dir, retention, &why)) {
     snprintf(text, sizeof text, "step %" PRId64 " is saved, but an old one was not removed: %s", s->at.step,
              why.message);
     phx__log(s->rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
@@ -436,7 +437,7 @@ void phx__save_abandon(phx__save *s) {
   char path[PHX__CHECKPOINT_PATH];
   if (!s) return;
   if (!phx__path_join(path, s->part, s->file, NULL)) phx__sys.unlink(path);
-  rmdir(s->part); /* the last one succeeds */
+  phx__sys.rmdir(s->part); /* the last one succeeds */
   free_save(s);
 }
 
