@@ -7,8 +7,9 @@
  * Does nothing when the ranks are on several hosts.  [main]; ncx_say_absent also the watchdog. */
 #include "comm_nccl.h"
 
-#define LOAD(p) __atomic_load_n(&(p), __ATOMIC_RELAXED)
-#define STORE(p, v) __atomic_store_n(&(p), (v), __ATOMIC_RELAXED)
+/* A record is read whole or not at all: its number is taken away first and looked at twice. */
+#define LOAD(p) __atomic_load_n(&(p), __ATOMIC_ACQUIRE)
+#define STORE(p, v) __atomic_store_n(&(p), (v), __ATOMIC_RELEASE)
 
 static ncx_lane *lane_of(const ncx_comm *c, int32_t member) {
   ncx_lane *lanes = c->world->lanes[c->ranks[member]];
@@ -17,7 +18,6 @@ static ncx_lane *lane_of(const ncx_comm *c, int32_t member) {
 
 static void publish(ncx_record *to, const ncx_record *r) {
   STORE(to->number, 0);
-  __atomic_thread_fence(__ATOMIC_RELEASE);
   STORE(to->comm, r->comm);
   STORE(to->numel, r->numel);
   STORE(to->op, r->op);
@@ -25,14 +25,14 @@ static void publish(ncx_record *to, const ncx_record *r) {
   STORE(to->reduce, r->reduce);
   STORE(to->root, r->root);
   STORE(to->staged, r->staged);
-  __atomic_store_n(&to->number, r->number, __ATOMIC_RELEASE);
+  /* Then the peers are looked at: either we see theirs, or they ours. */
+  __atomic_store_n(&to->number, r->number, __ATOMIC_SEQ_CST);
 }
 /* 1: there is a whole record of that number. */
 static int look(const ncx_record *from, uint64_t number, uint64_t comm, ncx_record *out) {
-  if (__atomic_load_n(&from->number, __ATOMIC_ACQUIRE) != number) return 0;
+  if (__atomic_load_n(&from->number, __ATOMIC_SEQ_CST) != number) return 0;
   *out = (ncx_record){number, LOAD(from->comm), LOAD(from->numel), LOAD(from->op), LOAD(from->dtype),
                       LOAD(from->reduce), LOAD(from->root), LOAD(from->staged), 0};
-  __atomic_thread_fence(__ATOMIC_ACQUIRE);
   return LOAD(from->number) == number && out->comm == comm;
 }
 
@@ -59,7 +59,6 @@ static phx_status announce_pair(ncx_call *call, const ncx_record *r, phx_error *
   ncx_record other;
   if (!mine || !theirs) return PHX_OK;
   publish(sends ? &mine->sent[they][place] : &mine->received[they][place], r);
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
   if (!look(sends ? &theirs->received[me][place] : &theirs->sent[me][place], r->number, c->id, &other)) return PHX_OK;
   if (other.numel == r->numel && other.dtype == r->dtype) return PHX_OK;
   return report(call, peer, &other, 0, err);
@@ -77,7 +76,6 @@ phx_status ncx_announce(ncx_call *call, phx_error *err) {
   if (!mine) return PHX_OK;
   publish(&mine->ring[r.number % NCX_PENDING], &r);
   __atomic_store_n(&mine->begun, r.number, __ATOMIC_RELEASE);
-  __atomic_thread_fence(__ATOMIC_SEQ_CST); /* either we see theirs, or they ours */
   for (int32_t p = 0; p < c->n; p++) {
     ncx_record other;
     const ncx_lane *theirs = lane_of(c, p);

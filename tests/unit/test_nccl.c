@@ -262,7 +262,7 @@ static void on_the_way(fake_rank *rank) {
   const phx_device *d = rank->device;
   int32_t *x = (int32_t *)(void *)g.arena;
   FAKE_CHECK(rank, d->stream_create(d->ctx, "comm", &s, &g.err) == PHX_OK, "a stream");
-  FAKE_CHECK(rank, c->barrier(c->ctx, NULL, &g.err) == PHX_OK, "%s", g.err.message);
+  (void)c->barrier(c->ctx, NULL, &g.err); /* the other rank may have failed before this one is back */
   for (int k = 0; k < 3; k++) (void)c->all_reduce(c->ctx, x, x, 1000, PHX_I32, PHX_SUM, s, &g.err);
   d->stream_synchronize(d->ctx, s, &g.err); /* comes back when NCCL was aborted */
   for (int k = 0; k < 2000 && c->health(c->ctx, &g.err) == PHX_OK; k++) nanosleep(&(struct timespec){0, 1000000}, NULL);
