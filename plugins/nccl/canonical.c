@@ -1,15 +1,16 @@
 /* canonical.c - reductions in the order T(n) of phalanx/comm.h, whatever NCCL's own order is.
  *
- * Each member owns a slice.  A chunk at a time: everybody sends every owner its part of that slice (one group of sends
- * and receives), the owner adds the n rows up in the order of the tree, and the sums go where they are needed (all, the
- * root, nowhere else).  fp32 and bf16 sums are done by the device's own `add` and `cast` (bf16 is widened to fp32, and
- * rounded once); other types by the CPU (tree.c), after which the call is done when it returns.
+ * Each member owns a slice.  A chunk at a time: everybody sends every owner its part of that slice (one group of
+ * sends and receives), the owner adds the n rows up in the order of the tree, and the sums go where they are needed
+ * (all, the root, nowhere else).  fp32 and bf16 sums are done by the device's own `add` and `cast` (bf16 is widened
+ * to fp32, and rounded once); other types by the CPU (tree.c), after which the call is done when it returns.
  *
- * What it costs, S bytes on n ranks: as many bytes on the wire as a ring, 2 S (n - 1) / n received, in two steps instead of
- * a pipeline of 2 (n - 1); and on the device about 3 S (n - 1) / n read and written for the additions, n launches a chunk.
+ * What it costs, S bytes on n ranks: as many bytes on the wire as a ring, 2 S (n - 1) / n received, in two steps
+ * instead of a pipeline of 2 (n - 1); and on the device about 3 S (n - 1) / n read and written for the additions, n
+ * launches a chunk.
  *
- * The staging's second half, per row of `stride` elements: for the device n rows as received and n rows of fp32; for the
- * CPU n rows, whose copy in pinned memory is added up. */
+ * The staging's second half, per row of `stride` elements: for the device n rows as received and n rows of fp32;
+ * for the CPU n rows, whose copy in pinned memory is added up. */
 #include "comm_nccl.h"
 
 typedef struct canonical {

@@ -1,12 +1,12 @@
 /* collective.c - from a call to NCCL's calls on a stream.
  *
- * Moves (gather, broadcast, all_to_all, send, recv) are of bytes, so every dtype can travel.  Reductions are NCCL's own
- * where their bits cannot depend on an order (integers) or nobody asked that they do not; else canonical.c's.  Memory
- * that the device does not own passes through the first half of the staging, a quarter for what goes out and a quarter for
- * what comes back, with the pinned buffer as its mirror.
+ * Moves (gather, broadcast, all_to_all, send, recv) are of bytes, so every dtype can travel.  Reductions are NCCL's
+ * own where their bits cannot depend on an order (integers) or nobody asked that they do not; else canonical.c's.
+ * Memory that the device does not own passes through the first half of the staging, a quarter for what goes out and a
+ * quarter for what comes back, with the pinned buffer as its mirror.
  *
- * All ranks of a collective must bring the same kind of memory (lane.c names who does not); send and recv travel in the
- * same pieces from either.  [main] only. */
+ * All ranks of a collective must bring the same kind of memory (lane.c names who does not); send and recv travel in
+ * the same pieces from either.  [main] only. */
 #include <string.h>
 
 #include "comm_nccl.h"
@@ -136,7 +136,8 @@ static sides sides_of(const ncx_call *call) {
   if (op == PHX_OP_REDUCE_SCATTER || op == PHX_OP_ALL_TO_ALL) s.in = n;
   if (op == PHX_OP_ALL_GATHER || op == PHX_OP_ALL_TO_ALL) s.out = n;
   if (op == PHX_OP_RECV || (op == PHX_OP_BROADCAST && call->root != me)) s.in = 0;
-  if (op == PHX_OP_SEND || ((op == PHX_OP_REDUCE || op == PHX_OP_BROADCAST) && (call->root != me) == (op == PHX_OP_REDUCE)))
+  if (op == PHX_OP_SEND ||
+      ((op == PHX_OP_REDUCE || op == PHX_OP_BROADCAST) && (call->root != me) == (op == PHX_OP_REDUCE)))
     s.out = 0;
   s.chunk = chunk_of(call->comm, s.element);
   return s;

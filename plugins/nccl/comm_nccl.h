@@ -1,12 +1,12 @@
 /* comm_nccl.h - the NCCL communicator's data structures.
  *
- * One world per process; split() makes more communicators of it.  Each has a slot: a part of the staging buffers, taken
- * once at create(), and a lane in the job's shared pages, where its rank says which calls it has begun (only when all
- * ranks share a host; else there are no lanes, and disagreement is found by the deadline).
+ * One world per process; split() makes more communicators of it.  Each has a slot: a part of the staging buffers,
+ * taken once at create(), and a lane in the job's shared pages, where its rank says which calls it has begun (only
+ * when all ranks share a host; else there are no lanes, and disagreement is found by the deadline).
  *
- * Every NCCL call is made under world.lock, on a communicator that is not aborted: ncclCommAbort frees the handle, and the
- * watchdog may call it while [main] is between two calls.  Communicators are non-blocking, so that no call under the lock
- * waits for a peer. */
+ * Every NCCL call is made under world.lock, on a communicator that is not aborted: ncclCommAbort frees the handle,
+ * and the watchdog may call it while [main] is between two calls.  Communicators are non-blocking, so that no call
+ * under the lock waits for a peer. */
 #ifndef COMM_NCCL_H
 #define COMM_NCCL_H
 #include <cuda_runtime_api.h>
@@ -80,7 +80,8 @@ typedef struct ncx_world {
   pthread_mutex_t lock;
   pthread_cond_t changed;
   pthread_t watchdog;
-  int32_t watched, stop, busy, looking; /* the thread runs; shall end; [main] is in a call; it looks.  Under the lock. */
+  int32_t watched, stop, busy,
+      looking;                 /* the thread runs; shall end; [main] is in a call; it looks.  Under the lock. */
   uint32_t aborted, reserved0; /* atomic: all communicators */
 } ncx_world;
 
@@ -107,7 +108,8 @@ phx_status ncx_fail(phx_error *err, phx_status code, const char *format, ...) __
 int64_t ncx_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
 
 /* ---- setup.c: the world, from nothing; a communicator's record ---- */
-phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes, phx_error *err); /* [collective] a failure closes nothing */
+phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes,
+                          phx_error *err);                                   /* [collective] a failure closes nothing */
 void ncx_world_close(ncx_world *w);                                          /* also of one that is half open */
 phx_status ncx_comm_new(ncx_world *w, int32_t slot, ncx_comm **out, phx_error *err);
 phx_status ncx_comm_register(ncx_comm *c, phx_error *err); /* the arena */
@@ -124,7 +126,8 @@ phx_status ncx_end(ncx_call *call, ncx_pending *pending, phx_status status, phx_
 phx_status ncx_run(ncx_call *call, phx_error *err);
 phx_status ncx_launch(const ncx_call *call, const void *src, void *dst, int64_t numel, phx_error *err);
 phx_status ncx_canonical(const ncx_call *call, const void *src, void *dst, int64_t numel, phx_error *err);
-/* sends[p] elements from `from[p]` to each member p, and recvs[p] into `to[p]`, as one group; this rank's own excluded */
+/* sends[p] elements from `from[p]` to each member p, and recvs[p] into `to[p]`, as one group; this rank's own excluded
+ */
 typedef struct ncx_parcel {
   const char *from;
   char *to;

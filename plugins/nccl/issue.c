@@ -1,7 +1,7 @@
 /* issue.c - the phx_comm table: arguments are checked, a call gets its number, is announced, launched, and pending.
  *
- * Calls are launched from [main] in the order of the program, on the stream they were given; a call on another stream than
- * the one before it waits for that one (an event), so that a communicator stays one order on the device.
+ * Calls are launched from [main] in the order of the program, on the stream they were given; a call on another
+ * stream than the one before it waits for that one (an event), so that a communicator stays one order on the device.
  *
  * Stats count a call when it was launched; each communicator its own, the world those of all that was split off it,
  * too.  wait_ns is the time that [main] waited.  Threads: [main]; stats, health and abort [any]. */
@@ -127,7 +127,8 @@ static phx_status check_reduce(int32_t op, int32_t dtype, int32_t reduce, phx_er
   if (reduce < PHX_SUM || reduce > PHX_MAX)
     return ncx_fail(err, PHX_INVALID, "%s: %d is no reduction", phx_op_name(op), reduce);
   if (dtype == PHX_F16)
-    return ncx_fail(err, PHX_UNSUPPORTED, "%s: f16 cannot be reduced; f32, f64, bf16 and integers can", phx_op_name(op));
+    return ncx_fail(err, PHX_UNSUPPORTED, "%s: f16 cannot be reduced; f32, f64, bf16 and integers can",
+                    phx_op_name(op));
   return PHX_OK;
 }
 static phx_status check_pointers(int32_t op, int64_t numel, const void *src, const void *dst, phx_error *err) {

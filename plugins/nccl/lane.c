@@ -1,8 +1,9 @@
 /* lane.c - who is in which call: records in the job's shared pages.
  *
- * Before a call is launched its rank publishes the call's record and looks at those of its peers with the same number.
- * Nobody waits: whoever comes second sees both, so ranks that disagree are named before NCCL hangs on it.  A record stays
- * for NCX_PENDING calls, which is as far as ranks can be apart in collectives; of send and recv, NCX_PAIRS per peer.
+ * Before a call is launched its rank publishes the call's record and looks at those of its peers with the same
+ * number. Nobody waits: whoever comes second sees both, so ranks that disagree are named before NCCL hangs on it.  A
+ * record stays for NCX_PENDING calls, which is as far as ranks can be apart in collectives; of send and recv,
+ * NCX_PAIRS per peer.
  *
  * Does nothing when the ranks are on several hosts.  [main]; ncx_say_absent also the watchdog. */
 #include "comm_nccl.h"
@@ -53,7 +54,8 @@ static phx_status report(const ncx_call *call, int32_t peer, const ncx_record *t
 
 static phx_status announce_pair(ncx_call *call, const ncx_record *r, phx_error *err) {
   ncx_comm *c = call->comm;
-  const int32_t peer = call->root, they = c->ranks[peer], me = c->ranks[c->me], place = (int32_t)(r->number % NCX_PAIRS);
+  const int32_t peer = call->root, they = c->ranks[peer], me = c->ranks[c->me],
+                place = (int32_t)(r->number % NCX_PAIRS);
   ncx_lane *mine = lane_of(c, c->me), *theirs = lane_of(c, peer);
   const int sends = call->op == PHX_OP_SEND;
   ncx_record other;

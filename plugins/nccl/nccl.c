@@ -1,19 +1,20 @@
 /* nccl.c - the communicator plugin "nccl": collectives between GPUs, by NCCL.
  *
- * create() lets all ranks meet through the job, joins them in one non-blocking NCCL communicator, and takes the arena
- * (ncclMemAlloc, registered) and the staging.  A call on device memory is launched on the caller's stream and returns; a
- * call on other memory (losses, norms, tables: whatever the device does not own) passes through the staging in chunks and
- * returns when its work is done, and so does a barrier on the compute stream.
+ * create() lets all ranks meet through the job, joins them in one non-blocking NCCL communicator, and takes the
+ * arena (ncclMemAlloc, registered) and the staging.  A call on device memory is launched on the caller's stream and
+ * returns; a call on other memory (losses, norms, tables: whatever the device does not own) passes through the
+ * staging in chunks and returns when its work is done, and so does a barrier on the compute stream.
  *
- * Reductions are NCCL's own, whose order of additions depends on topology and size, and which round bf16 at every hop;
- * with [run] deterministic = yes they are an exchange in the order T(n) of phalanx/comm.h, with the bits of any other
- * deterministic communicator (canonical.c says what that costs).
+ * Reductions are NCCL's own, whose order of additions depends on topology and size, and which round bf16 at every
+ * hop; with [run] deterministic = yes they are an exchange in the order T(n) of phalanx/comm.h, with the bits of any
+ * other deterministic communicator (canonical.c says what that costs).
  *
  * Payload: the bytes a rank receives when every collective takes the way that is best for bandwidth (a ring, or the
  * exchange).  NCCL may choose another way (trees, in-network reduction); the plan and the stats count by one formula.
  *
- * The files in reading order: comm_nccl.h (the data), setup.c, issue.c (the table), collective.c, canonical.c, tree.c,
- * watch.c (waiting, the watchdog, failure), lane.c (who is in which call), split.c.  Threads: [main], and the watchdog. */
+ * The files in reading order: comm_nccl.h (the data), setup.c, issue.c (the table), collective.c, canonical.c,
+ * tree.c, watch.c (waiting, the watchdog, failure), lane.c (who is in which call), split.c.  Threads: [main], and the
+ * watchdog. */
 #include "comm_nccl.h"
 
 #include <stdarg.h>
@@ -100,9 +101,10 @@ static const phx_comm_table table = {
     .arena = arena,
 };
 static const phx_option options[] = {
-    PHX_BYTES(ncx_config, staging, "16MiB", 1 << 20, 1 << 30, 0,
-              "Staging per communicator, on the device and as much pinned: for memory of the host, and for the exchange "
-              "of [run] deterministic."),
+    PHX_BYTES(
+        ncx_config, staging, "16MiB", 1 << 20, 1 << 30, 0,
+        "Staging per communicator, on the device and as much pinned: for memory of the host, and for the exchange "
+        "of [run] deterministic."),
     PHX_INT(ncx_config, communicators, "4", 1, NCX_COMMS_MAX, NULL, 0,
             "Communicators that can live at once on a rank, the world included; split() takes the others."),
     PHX_BOOL(ncx_config, registered, "yes", "Register the arena with NCCL, which then sends from it without a copy."),

@@ -1,11 +1,12 @@
 /* setup.c - a world from nothing, and back.
  *
- * All ranks meet once through the job: each brings its host, its GPU's PCI address and NCCL's version, rank 0 also the
- * unique id.  Then NCCL joins them (non-blocking, with the job's deadline), and the memory is taken: arena (ncclMemAlloc,
- * registered), staging on the device and pinned.  Everything is given back in the reverse order.
+ * All ranks meet once through the job: each brings its host, its GPU's PCI address and NCCL's version, rank 0 also
+ * the unique id.  Then NCCL joins them (non-blocking, with the job's deadline), and the memory is taken: arena
+ * (ncclMemAlloc, registered), staging on the device and pinned.  Everything is given back in the reverse order.
  *
- * NCCL joins one rank per GPU.  Since 2.30.3 it takes several when NCCL_MULTI_RANK_GPU_ENABLE=1 is set, which is for tests
- * of correctness and of failures, not for speed; other cases are refused here, with both ranks' names.  [main]. */
+ * NCCL joins one rank per GPU.  Since 2.30.3 it takes several when NCCL_MULTI_RANK_GPU_ENABLE=1 is set, which is
+ * for tests of correctness and of failures, not for speed; other cases are refused here, with both ranks' names.
+ * [main]. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -166,9 +167,11 @@ static phx_status check_cards(const ncx_world *w, const card *all, phx_error *er
     for (int32_t q = 0; q < r; q++) {
       if (strcmp(all[q].host, all[r].host) != 0 || strcmp(all[q].bus, all[r].bus) != 0) continue;
       if (w->version >= SHARED_GPU_VERSION && set && strcmp(set, "1") == 0) continue;
-      return ncx_fail(err, PHX_UNSUPPORTED, "ranks %d and %d are both on GPU %s: NCCL %s joins one rank per GPU (2.30.3 "
+      return ncx_fail(err, PHX_UNSUPPORTED,
+                      "ranks %d and %d are both on GPU %s: NCCL %s joins one rank per GPU (2.30.3 "
                       "and newer join more for tests, with NCCL_MULTI_RANK_GPU_ENABLE=1); use fewer ranks, or [comm] "
-                      "plugin = shm", q, r, all[r].bus, ours);
+                      "plugin = shm",
+                      q, r, all[r].bus, ours);
     }
   }
   return PHX_OK;
@@ -233,11 +236,12 @@ static void announce(const ncx_world *w) {
   version_text(w->version, version, sizeof version);
   snprintf(text, sizeof text, "NCCL %s, arena of %lld MiB%s; %s", version, (long long)(w->arena_bytes >> 20),
            w->config.registered && w->job->size > 1 ? ", registered" : "",
-           w->deterministic ? "deterministic: sums of floats are exchanged and added in one order; per all_reduce of S "
-                              "bytes on n ranks 2 S (n - 1) / n received, as by a ring, and about 3 S (n - 1) / n of device "
-                              "memory traffic and n launches a chunk more"
-                            : "reductions in NCCL's own order: bits may differ from other communicators', and bf16 is "
-                              "rounded at every addition");
+           w->deterministic
+               ? "deterministic: sums of floats are exchanged and added in one order; per all_reduce of S "
+                 "bytes on n ranks 2 S (n - 1) / n received, as by a ring, and about 3 S (n - 1) / n of device "
+                 "memory traffic and n launches a chunk more"
+               : "reductions in NCCL's own order: bits may differ from other communicators', and bf16 is "
+                 "rounded at every addition");
   w->host->log(w->host->ctx, PHX_LOG_INFO, text);
 }
 

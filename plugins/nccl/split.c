@@ -1,8 +1,8 @@
 /* split.c - a new communicator on some of the ranks.
  *
- * The members gather what each brings (colour, key, a free slot, the next id it would give), so that all know the same:
- * who is in which part, in which order, and whether everybody has a slot; only then NCCL splits.  ncclCommSplit orders by
- * (key, rank) as phx_comm does, and takes NCCL_SPLIT_NOCOLOR for those who join none.  [main]. */
+ * The members gather what each brings (colour, key, a free slot, the next id it would give), so that all know the
+ * same: who is in which part, in which order, and whether everybody has a slot; only then NCCL splits.  ncclCommSplit
+ * orders by (key, rank) as phx_comm does, and takes NCCL_SPLIT_NOCOLOR for those who join none.  [main]. */
 #include "comm_nccl.h"
 
 typedef struct proposal {

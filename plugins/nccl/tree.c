@@ -1,6 +1,6 @@
-/* tree.c - the reduction T(n) of phalanx/comm.h in the CPU's memory, for what neither NCCL nor the device reduces in that
- * order: float64, minimum and maximum of floats, uint16.  Small data (losses, norms): plain loops.  NaN wins in minimum
- * and maximum; integers wrap; bf16 is summed in fp32 and rounded once.  Pure, any thread. */
+/* tree.c - the reduction T(n) of phalanx/comm.h in the CPU's memory, for what neither NCCL nor the device reduces in
+ * that order: float64, minimum and maximum of floats, uint16.  Small data (losses, norms): plain loops.  NaN wins in
+ * minimum and maximum; integers wrap; bf16 is summed in fp32 and rounded once.  Pure, any thread. */
 #include <string.h>
 
 #include "comm_nccl.h"
@@ -44,7 +44,8 @@ static void store(int32_t dtype, char *p, value v) {
   }
 }
 
-#define PICK(T, a, b) (reduce == PHX_SUM ? (T)((a) + (b)) : reduce == PHX_MIN ? ((a) < (b) ? (a) : (b)) : (a) > (b) ? (a) : (b))
+#define PICK(T, a, b) \
+  (reduce == PHX_SUM ? (T)((a) + (b)) : reduce == PHX_MIN ? ((a) < (b) ? (a) : (b)) : (a) > (b) ? (a) : (b))
 #define PICK_FLOAT(T, a, b) ((a) != (a) ? (a) : (b) != (b) ? (b) : PICK(T, a, b))
 static value combine(int32_t dtype, int32_t reduce, value a, value b) {
   value v = {.u = 0};

@@ -1,14 +1,16 @@
 /* watch.c - every wait of the communicator, the watchdog, and what happens on failure.
  *
- * A call is pending from its launch until its end event has passed.  The deadline runs from the moment its begin event was
- * seen to have passed: compute that the stream must do first is nobody's absence.  [main] looks while it waits (memory of
- * the host, a full ring, split); the watchdog looks at everything else, every LOOK_NS while something is pending and not
- * at all while nothing is: ends are stamped into the flight record, NCCL is asked for asynchronous errors, the job's failed
- * word and abort() are obeyed, and who is absent is named.  Time in which this process did not run moves the deadline.
+ * A call is pending from its launch until its end event has passed.  The deadline runs from the moment its begin
+ * event was seen to have passed: compute that the stream must do first is nobody's absence.  [main] looks while it
+ * waits (memory of the host, a full ring, split); the watchdog looks at everything else, every LOOK_NS while
+ * something is pending and not at all while nothing is: ends are stamped into the flight record, NCCL is asked for
+ * asynchronous errors, the job's failed word and abort() are obeyed, and who is absent is named.  Time in which this
+ * process did not run moves the deadline.
  *
- * The first failure ends the job (job->fail) and aborts every communicator, which ends NCCL's kernels: whoever waits for a
- * stream comes back, and the next call on a communicator returns PHX_COMM.  If [main] holds the lock because a CUDA call
- * blocks behind a kernel that hangs, the abort is given up after LOCK_S and the process is left to its launcher.
+ * The first failure ends the job (job->fail) and aborts every communicator, which ends NCCL's kernels: whoever
+ * waits for a stream comes back, and the next call on a communicator returns PHX_COMM.  If [main] holds the lock
+ * because a CUDA call blocks behind a kernel that hangs, the abort is given up after LOCK_S and the process is left
+ * to its launcher.
  *
  * Threads: [main] and the watchdog; ncx_is_aborted, and storing the aborted words, [any]. */
 #include <errno.h>
@@ -119,7 +121,8 @@ static phx_status report_absent(const ncx_call *call, int64_t waited_ns, phx_err
   ncx_say_absent(&t, call);
   return ncx_end_job(call->comm->world, err, message);
 }
-static phx_status report_nccl(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, const char *more, phx_error *err) {
+static phx_status report_nccl(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, const char *more,
+                              phx_error *err) {
   char message[496];
   phx_kit_text t = {message, sizeof message};
   say_own(&t, c, shown);
@@ -141,7 +144,8 @@ static phx_status report_cuda(ncx_comm *c, const phx_kit_call *shown, cudaError_
 
 /* ---- asynchronous errors ---- */
 
-/* NCCL's state of c; text: its last message when that is an error.  ncclSuccess when it was aborted: see must_give_up. */
+/* NCCL's state of c; text: its last message when that is an error.  ncclSuccess when it was aborted: see must_give_up.
+ */
 static ncclResult_t ask(ncx_comm *c, char *text, size_t size) {
   ncclResult_t state = ncclSuccess;
   text[0] = 0;

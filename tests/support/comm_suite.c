@@ -1,5 +1,6 @@
-/* The suite of every communicator, on forked ranks or threads: each collective against a plain reference, bit for bit;
- * order, split, faults, traffic.  Each rank generates every rank's data itself, so the reference needs no communication. */
+/* The suite of every communicator, on forked ranks or threads: each collective against a plain reference, bit for
+ * bit; order, split, faults, traffic.  Each rank generates every rank's data itself, so the reference needs no
+ * communication. */
 #include "comm_suite.h"
 
 #include <math.h>
@@ -148,8 +149,8 @@ static int64_t next(int64_t i, int64_t numel) { return i < 300 || i > numel - 30
 
 static const char *shape_text(const shape *s) {
   static _Thread_local char text[160];
-  snprintf(text, sizeof text, "%s dtype %d op %d numel %lld arena %d in place %d shift %lld", phx_op_name(s->op), s->dtype,
-           s->reduce, (long long)s->numel, s->in_arena, s->in_place, (long long)s->shift);
+  snprintf(text, sizeof text, "%s dtype %d op %d numel %lld arena %d in place %d shift %lld", phx_op_name(s->op),
+           s->dtype, s->reduce, (long long)s->numel, s->in_arena, s->in_place, (long long)s->shift);
   return text;
 }
 
@@ -178,19 +179,22 @@ void comm_suite_expect_reduced(rig *g, const shape *s, const char *got, int64_t 
   for (int64_t i = 0; i < numel && !g->bad; i = next(i, numel)) {
     char want[8];
     if (in_any_order(s)) {
-      if (!is_close(s, g->comm->size, seed, first + i, got + (size_t)i * e)) BAD(g, "%s: element %lld", shape_text(s), (long long)i);
+      if (!is_close(s, g->comm->size, seed, first + i, got + (size_t)i * e))
+        BAD(g, "%s: element %lld", shape_text(s), (long long)i);
       continue;
     }
     narrow(s->dtype, tree(s->dtype, s->reduce, seed, 0, g->comm->size, first + i), want);
     if (memcmp(want, got + (size_t)i * e, e) != 0) BAD(g, "%s: element %lld", shape_text(s), (long long)i);
   }
 }
-void comm_suite_expect_from(rig *g, const shape *s, const char *got, int32_t r, int64_t first, int64_t numel, uint64_t seed) {
+void comm_suite_expect_from(rig *g, const shape *s, const char *got, int32_t r, int64_t first, int64_t numel,
+                            uint64_t seed) {
   size_t e = phx_dtype_bytes(s->dtype);
   for (int64_t i = 0; i < numel && !g->bad; i = next(i, numel)) {
     char want[8];
     element(s->dtype, seed, r, first + i, want);
-    if (memcmp(want, got + (size_t)i * e, e) != 0) BAD(g, "%s: element %lld of rank %d", shape_text(s), (long long)i, r);
+    if (memcmp(want, got + (size_t)i * e, e) != 0)
+      BAD(g, "%s: element %lld of rank %d", shape_text(s), (long long)i, r);
   }
 }
 
@@ -238,7 +242,8 @@ void comm_suite_try_shape(rig *g, const shape *s, uint64_t seed) {
   g->comm->stats(g->comm->ctx, &after);
   if (status != PHX_OK) BAD(g, "%s: %s", shape_text(s), g->err.message);
   if (g->bad) return;
-  if (op == PHX_OP_ALL_REDUCE || (op == PHX_OP_REDUCE && me == root)) comm_suite_expect_reduced(g, s, dst, 0, s->numel, seed);
+  if (op == PHX_OP_ALL_REDUCE || (op == PHX_OP_REDUCE && me == root))
+    comm_suite_expect_reduced(g, s, dst, 0, s->numel, seed);
   if (op == PHX_OP_REDUCE_SCATTER) comm_suite_expect_reduced(g, s, dst, me * s->numel, s->numel, seed);
   if (op == PHX_OP_BROADCAST) comm_suite_expect_from(g, s, src, root, 0, s->numel, seed);
   for (int32_t r = 0; r < n; r++) {
@@ -250,7 +255,8 @@ void comm_suite_try_shape(rig *g, const shape *s, uint64_t seed) {
     check_guard(g, src, in);
     check_guard(g, dst, out);
   }
-  int64_t want = comm_suite.table->payload(op, s->numel, s->dtype, me, n, root), got = after.bytes[op] - before.bytes[op];
+  int64_t want = comm_suite.table->payload(op, s->numel, s->dtype, me, n, root),
+          got = after.bytes[op] - before.bytes[op];
   if (got != want) BAD(g, "%s: payload %lld, moved %lld", shape_text(s), (long long)want, (long long)got);
   if (after.calls[op] != before.calls[op] + 1) BAD(g, "%s: calls", shape_text(s));
   comm_suite_buffers_free(g);
@@ -346,7 +352,8 @@ void comm_suite_streams(fake_rank *rank) {
   phx_comm *c = g.comm;
   d->stream_create(d->ctx, "comm", &s, &g.err);
   d->event_create(d->ctx, &e, &g.err);
-  float *x = (float *)(void *)comm_suite_buffer(&g, 1, 4 * 5000, 0), *sum = (float *)(void *)comm_suite_buffer(&g, 0, 4 * 700, 0);
+  float *x = (float *)(void *)comm_suite_buffer(&g, 1, 4 * 5000, 0),
+        *sum = (float *)(void *)comm_suite_buffer(&g, 0, 4 * 700, 0);
   for (int i = 0; i < 5000; i++) x[i] = (float)(i + c->rank);
   for (int k = 0; k < 700; k++) sum[k] = (float)k;
   for (int k = 0; k < 700 && !g.bad; k++) { /* more calls than the queue holds: issuing blocks, and goes on */
@@ -383,7 +390,8 @@ void comm_suite_splits(fake_rank *rank) {
   if ((none == NULL) != (me == 0)) BAD(&g, "a negative colour joins none");
   /* two orders at once, on two streams; rank parity decides which is issued first */
   enum { ROUNDS = 200, LENGTH = 4000 };
-  int32_t *a = (int32_t *)(void *)comm_suite_buffer(&g, 1, 4 * LENGTH, 0), *b = (int32_t *)(void *)comm_suite_buffer(&g, 0, 4 * LENGTH, 0);
+  int32_t *a = (int32_t *)(void *)comm_suite_buffer(&g, 1, 4 * LENGTH, 0),
+          *b = (int32_t *)(void *)comm_suite_buffer(&g, 0, 4 * LENGTH, 0);
   for (int i = 0; i < LENGTH; i++) a[i] = me + 1, b[i] = me + 1;
   for (int k = 0; k < 2; k++) d->stream_create(d->ctx, "comm", &s[k], &g.err);
   for (int k = 0; k < ROUNDS && !g.bad; k++) {
@@ -455,7 +463,8 @@ void comm_suite_mismatch(fake_rank *rank) {
   if (kind == 6) status = c->send(c->ctx, x, 3, PHX_F32, !odd, NULL, &g.err);
   if (kind == 7) status = odd ? c->barrier(c->ctx, NULL, &g.err) : c->send(c->ctx, x, 3, PHX_F32, 1, NULL, &g.err);
   FAKE_CHECK(rank, status == PHX_COMM, "kind %d: status %d", kind, status);
-  FAKE_CHECK(rank, strstr(g.err.message, "rank 0") && strstr(g.err.message, "rank 1"), "kind %d: %s", kind, g.err.message);
+  FAKE_CHECK(rank, strstr(g.err.message, "rank 0") && strstr(g.err.message, "rank 1"), "kind %d: %s", kind,
+             g.err.message);
   static const char *const names[8][2] = {{"all_reduce(3000 f32", "barrier("}, {"3000", "3001"}, {"f32", "i32"},
                                           {"root 0", "root 1"}, {"sum", "max"}, {"send(3", "recv(4"}, {"send", "send"},
                                           {"barrier", "send"}};

@@ -1,6 +1,6 @@
-/* The communicator "nccl" on doubles of NCCL and of the CUDA runtime: the suite of every communicator, in both orders of
- * reduction, and what only nccl has: joining, GPUs in common, asynchronous errors, hangs, abort, what is left behind.
- * TSan: run. */
+/* The communicator "nccl" on doubles of NCCL and of the CUDA runtime: the suite of every communicator, in both orders
+ * of reduction, and what only nccl has: joining, GPUs in common, asynchronous errors, hangs, abort, what is left
+ * behind. TSan: run. */
 #include <criterion/criterion.h>
 #include <cuda_double.h>
 #include <pthread.h>
@@ -69,7 +69,10 @@ Test(nccl, battery_in_nccls_own_order_3, .timeout = 120) { deterministic = 0; ru
 Test(nccl, many_chunks, .timeout = 60) { run(3, 50, comm_suite_tiny_staging); run(7, 50, comm_suite_tiny_staging); }
 Test(nccl, send_recv_ring, .timeout = 60) { run(2, 50, comm_suite_pairs); run(5, 50, comm_suite_pairs); }
 Test(nccl, streams_and_events, .timeout = 60) { run(1, 50, comm_suite_streams); run(3, 50, comm_suite_streams); }
-Test(nccl, split_and_two_orders_at_once, .timeout = 60) { run(2, 50, comm_suite_splits); run(5, 50, comm_suite_splits); }
+Test(nccl, split_and_two_orders_at_once, .timeout = 60) {
+  run(2, 50, comm_suite_splits);
+  run(5, 50, comm_suite_splits);
+}
 Test(nccl, split_beyond_the_pool_is_refused, .timeout = 30) { run(3, 20, comm_suite_pool_empty); }
 Test(nccl, wrong_arguments_are_refused_and_harmless, .timeout = 20) { run(2, 10, comm_suite_arguments); }
 
@@ -134,9 +137,10 @@ Test(nccl, ranks_as_threads, .timeout = 240) {
   cr_assert_eq(report[0], 0, "%s", report);
   nothing_left();
   const cuda_double_stats left = cuda_double_read();
-  cr_expect(left.device_blocks == 0 && left.pinned_blocks == 0 && left.events == 0 && left.streams == 0 &&
-                left.overruns == 0, "%lld blocks, %lld pinned, %lld events, %lld streams", (long long)left.device_blocks,
-            (long long)left.pinned_blocks, (long long)left.events, (long long)left.streams);
+  cr_expect(
+      left.device_blocks == 0 && left.pinned_blocks == 0 && left.events == 0 && left.streams == 0 && left.overruns == 0,
+      "%lld blocks, %lld pinned, %lld events, %lld streams", (long long)left.device_blocks,
+      (long long)left.pinned_blocks, (long long)left.events, (long long)left.streams);
 }
 
 /* ---- grouping ---- */
@@ -154,7 +158,8 @@ static void grouped(fake_rank *rank) {
 }
 Test(nccl, an_exchange_is_one_group, .timeout = 20) {
   run(3, 10, grouped);
-  cr_expect_eq(control->groups, 3 * 3, "%d groups", control->groups); /* all_to_all 1, canonical all_reduce 2, each rank */
+  cr_expect_eq(control->groups, 3 * 3, "%d groups",
+               control->groups); /* all_to_all 1, canonical all_reduce 2, each rank */
   cr_expect_eq(control->operations, 3 * 5, "%d operations", control->operations);
   deterministic = 0;
   run(3, 10, grouped);
@@ -227,15 +232,20 @@ static void one_gpu(fake_rank *rank) {
     table->destroy(c);
   } else {
     FAKE_CHECK(rank, status == PHX_UNSUPPORTED && strstr(err.message, text), "%d %s", status, err.message);
-    FAKE_CHECK(rank, strstr(err.message, "NCCL_MULTI_RANK_GPU_ENABLE") && strstr(err.message, "shm"), "%s", err.message);
+    FAKE_CHECK(rank, strstr(err.message, "NCCL_MULTI_RANK_GPU_ENABLE") && strstr(err.message, "shm"), "%s",
+               err.message);
   }
   leave(rank);
 }
 Test(nccl, a_gpu_in_common_is_refused_but_where_nccl_takes_it, .timeout = 60) {
-  static const struct { int version; const char *set, *text; } all[] = {
-      {22809, NULL, "ranks 0 and 1 are both on GPU 0000:01:00.0: NCCL 2.28.9"},
-      {22809, "1", "NCCL 2.28.9"}, {23002, "1", "NCCL 2.30.2"}, {23003, NULL, "NCCL 2.30.3"}, {23003, "0", "NCCL 2.30.3"},
-      {23003, "1", NULL}, {23104, "1", NULL}};
+  static const struct { int version; const char *set, *text;
+  } all[] = {{22809, NULL, "ranks 0 and 1 are both on GPU 0000:01:00.0: NCCL 2.28.9"},
+             {22809, "1", "NCCL 2.28.9"},
+             {23002, "1", "NCCL 2.30.2"},
+             {23003, NULL, "NCCL 2.30.3"},
+             {23003, "0", "NCCL 2.30.3"},
+             {23003, "1", NULL},
+             {23104, "1", NULL}};
   static fake_result result;
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
     load();

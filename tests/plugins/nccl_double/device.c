@@ -1,4 +1,5 @@
-/* device.c - the little of a CUDA device that plugins/nccl asks for, on the double's streams: no memory, no operations. */
+/* device.c - the little of a CUDA device that plugins/nccl asks for, on the double's streams: no memory, no
+ * operations. */
 #include <cuda_double.h>
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
@@ -69,7 +70,8 @@ static void run_math(void *arg) {
       memcpy(m->out + i * 4, m->to == 0 ? &sum : &x, 4);
   }
 }
-static phx_status do_math(void *ctx, void *out, const void *in, int64_t numel, int32_t to, int32_t from, phx_stream *s) {
+static phx_status do_math(void *ctx, void *out, const void *in, int64_t numel, int32_t to, int32_t from,
+                          phx_stream *s) {
   math *m = malloc(sizeof *m);
   if (!m) return PHX_NOMEM;
   *m = (math){out, in, numel, to, from};

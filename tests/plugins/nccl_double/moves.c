@@ -1,4 +1,5 @@
-/* moves.c - how the NCCL double moves and reduces: through channels of two chunks in shared memory.  Runs on streams. */
+/* moves.c - how the NCCL double moves and reduces: through channels of two chunks in shared memory.  Runs on streams.
+ */
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,7 +24,8 @@ void double_hang(struct ncclComm *c) {
 /* 1: something moved. */
 static int step(struct ncclComm *c, move *m) {
   channel *k = m->is_send ? &c->room->pair[c->me][m->peer] : &c->room->pair[m->peer][c->me];
-  const uint32_t posted = __atomic_load_n(&k->posted, __ATOMIC_ACQUIRE), taken = __atomic_load_n(&k->taken, __ATOMIC_ACQUIRE);
+  const uint32_t posted = __atomic_load_n(&k->posted, __ATOMIC_ACQUIRE),
+                 taken = __atomic_load_n(&k->taken, __ATOMIC_ACQUIRE);
   if (m->is_send) {
     if (posted - taken >= 2) return 0;
     const size_t n = m->bytes - m->done < CHUNK ? m->bytes - m->done : CHUNK;

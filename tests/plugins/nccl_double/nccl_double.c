@@ -41,7 +41,8 @@ double_control *double_setup(void) {
 static ncclComm_t comm_new(room *r, int n, int me, int world_rank) {
   ncclComm_t c = calloc(1, sizeof *c);
   if (!c) abort();
-  *c = (struct ncclComm){.room = r, .n = n, .me = me, .world_rank = world_rank, .references = 1, .state = ncclInProgress};
+  *c = (struct ncclComm){
+      .room = r, .n = n, .me = me, .world_rank = world_rank, .references = 1, .state = ncclInProgress};
   COUNT(live_comms, 1);
   return c;
 }
