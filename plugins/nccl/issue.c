@@ -47,7 +47,7 @@ phx_status ncx_begin(ncx_call *call, ncx_pending **out, phx_error *err) {
   ncx_comm *c = call->comm;
   ncx_world *w = c->world;
   const int pairs = call->op == PHX_OP_SEND || call->op == PHX_OP_RECV;
-  if (c->head - c->tail == NCX_PENDING) NCX_TRY(ncx_drain(c, c->head - NCX_PENDING + 1, err));
+  if (c->head >= NCX_PENDING) NCX_TRY(ncx_drain(c, c->head - NCX_PENDING + 1, err)); /* its place must be free */
   call->stream = w->device->native_stream(w->device->ctx, call->s);
   call->sequence = pairs ? c->sequence : ++c->sequence;
   call->shown = (phx_kit_call){c->id, ++c->issued, call->numel, call->op, call->dtype, call->reduce, call->root,
