@@ -93,22 +93,22 @@ Test(nccl, mismatch_names_both_ranks_and_calls, .timeout = 60) {
     run_limited(2, 30, 8, comm_suite_mismatch, &kind, &result);
     const char *report = fake_job_report(&result, 2);
     cr_expect_eq(report[0], 0, "%s", report);
-    cr_expect_lt(result.seconds, 2.0, "kind %d took %g s", kind, result.seconds);
+    cr_expect_lt(result.seconds, 6.0, "kind %d took %g s", kind, result.seconds);
   }
 }
 Test(nccl, absent_rank_is_named_within_the_timeout, .timeout = 30) {
   static fake_result result;
   load();
-  run_limited(3, 0.8, 10, comm_suite_absent, NULL, &result);
+  run_limited(3, 2, 20, comm_suite_absent, NULL, &result);
   const char *report = fake_job_report(&result, 3);
   cr_expect_eq(report[0], 0, "%s", report);
-  cr_expect(result.seconds > 0.7 && result.seconds < 3.0, "%g s", result.seconds);
+  cr_expect(result.seconds > 1.9 && result.seconds < 8.0, "%g s", result.seconds);
 }
 Test(nccl, late_is_not_absent, .timeout = 30) {
   static fake_result result;
   for (int k = 0; k < 2; k++) {
     load();
-    run_limited(2, k ? 0 : 0.5, 10, comm_suite_late, NULL, &result);
+    run_limited(2, k ? 0 : 3, 20, comm_suite_late, NULL, &result);
     const char *report = fake_job_report(&result, 2);
     cr_expect_eq(report[0], 0, "%s", report);
   }
@@ -127,7 +127,7 @@ Test(nccl, killed_peer_ends_waits_quickly, .timeout = 30) {
   run_limited(3, 60, 10, comm_suite_killed, NULL, &result);
   cr_expect_eq(result.late, 0, "%d ranks hung", result.late);
   cr_expect(result.report[0][0] == 0 && result.report[2][0] == 0, "%s %s", result.report[0], result.report[2]);
-  cr_expect_lt(result.seconds, 3.0);
+  cr_expect_lt(result.seconds, 8.0);
 }
 Test(nccl, ranks_as_threads, .timeout = 240) {
   static fake_result result;
@@ -198,7 +198,7 @@ static void refused(fake_rank *rank) {
              (long long)left.events);
 }
 Test(nccl, a_world_that_cannot_be_is_refused_and_leaves_nothing, .timeout = 60) {
-  static const refusal all[] = {{DOUBLE_INIT_HANGS, 1, NULL, 0, "did not get ready within 1 s"},
+  static const refusal all[] = {{DOUBLE_INIT_HANGS, 1, NULL, 0, "did not get ready within 2 s"},
                                 {DOUBLE_INIT_FAILS, 1, NULL, 0, "unhandled system error (the double said so)"},
                                 {DOUBLE_MEMORY_FAILS, 0, NULL, 0, "ncclMemAlloc of the arena"},
                                 {DOUBLE_ID_FAILS, 0, NULL, 0, "rank 0: NCCL does not start"},
@@ -214,7 +214,7 @@ Test(nccl, a_world_that_cannot_be_is_refused_and_leaves_nothing, .timeout = 60) 
     control->fault = all[i].fault;
     control->rank = all[i].rank;
     refusal r = all[i];
-    run_limited(2, 1, 8, refused, &r, &result);
+    run_limited(2, 2, 16, refused, &r, &result);
     const char *report = fake_job_report(&result, 2);
     cr_expect_eq(report[0], 0, "case %zu: %s", i, report);
     nothing_left();
@@ -297,10 +297,10 @@ Test(nccl, hangs_and_asynchronous_errors_end_the_job_by_name, .timeout = 60) {
     control->fault = all[i].fault;
     control->rank = 1;
     control->at = 3;
-    run_limited(2, 1, 10, on_the_way, (void *)(uintptr_t)all[i].text, &result);
+    run_limited(2, 2, 20, on_the_way, (void *)(uintptr_t)all[i].text, &result);
     const char *report = fake_job_report(&result, 2);
     cr_expect_eq(report[0], 0, "case %zu: %s", i, report);
-    cr_expect_lt(result.seconds, 4.0, "case %zu took %g s", i, result.seconds);
+    cr_expect_lt(result.seconds, 10.0, "case %zu took %g s", i, result.seconds);
     cr_expect_eq(control->aborts, 2, "%d aborts", control->aborts);
     nothing_left();
   }
