@@ -73,7 +73,7 @@ static void check(rank_rig *rig, const char *what, phx_status (*call)(rank_rig *
 #endif
 }
 
-static phx_status save(rank_rig *rig, phx_error *err) { return rank_rig_save(rig, NULL, err); }
+static phx_status save(rank_rig *rig, phx_error *err) { return rank_rig_save(rig, 0, err); }
 static phx_status load(rank_rig *rig, phx_error *err) {
   phx__resumed at;
   return phx__checkpoint_resume(rig->rt, "out", &at, err);
