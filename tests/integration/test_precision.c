@@ -22,10 +22,10 @@ typedef struct precision_case {
 } precision_case;
 
 ParameterizedTestParameters(precision, the_same_bits_under_every_strategy) {
-  static precision_case cases[] = {{1, 1, "step", "fp32", "bf16"},
-                                   {2, 3, "step", "fp32", "bf16"},
-                                   {3, 1, "step", "fp32", "bf16"},
-                                   {3, 2, "micro_batch", "fp32", "bf16"}};
+  static precision_case cases[] = {{1, 1, "step", "fp32", "bf16"},        {2, 3, "step", "fp32", "bf16"},
+                                   {3, 1, "step", "fp32", "bf16"},        {3, 2, "micro_batch", "fp32", "bf16"},
+                                   {1, 2, "step", "bf16", "fp32"},        {2, 1, "step", "bf16", "fp32"},
+                                   {3, 2, "micro_batch", "bf16", "fp32"}, {2, 2, "step", "bf16", "bf16"}};
   return cr_make_param_array(precision_case, cases, sizeof cases / sizeof *cases);
 }
 
