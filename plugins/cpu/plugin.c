@@ -139,7 +139,7 @@ static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
                                   .vendor = "Phalanx",
                                   .license = "unspecified",
                                   .build = __VERSION__,
-                                  .provides = PHX_CAP_DETERMINISTIC,
+                                  .provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16,
                                   .option_stride = sizeof(phx_option),
                                   .table = &table};
 
