@@ -2,6 +2,7 @@
 #include "rank_rig.h"
 
 #include <dirent.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -17,6 +18,7 @@
 #include "command.h"
 #include "status.h"
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
 #include <sanitizer/lsan_interface.h>
 #endif
 
@@ -130,13 +132,35 @@ static void take_one_cpu(int32_t rank) {
   sched_setaffinity(0, sizeof here, &here);
 }
 
+typedef struct life { /* of a rank */
+  const rank_rig_run *run;
+  rank_rig rig;
+} life;
+
+/* A thread of its own: what is suppressed for leaks of the test's framework is not to hide those of a rank, and every
+ * allocation of the test's own thread has the framework in its stack. */
+static void *live(void *arg) {
+  life *l = arg;
+  rank_rig *rig = &l->rig;
+  phx_error err = PHX_ERROR_INIT;
+  if (rank_rig_open(rig, l->run->strategy, l->run->out, &err))
+    rank_rig_report(rig, __FILE__, __LINE__, "opened", "%s", err.message);
+  else
+    l->run->body(rig, l->run->arg);
+  fflush(stderr);
+  if (rig->report[0]) _exit(1); /* it left its body where it stood */
+  rank_rig_close(rig);
+  return NULL;
+}
+
 static void child(const rank_rig_run *run, int32_t rank, int segment, char *report) {
   static const char *const names[] = {"PHALANX_RANK", "PHALANX_WORLD_SIZE", "PHALANX_LOCAL_RANK", "PHALANX_LOCAL_SIZE",
                                       "PHALANX_JOB_FD"};
   const int values[] = {rank, run->size, rank, run->size, segment};
+  static life l;
   char text[32];
-  phx_error err = PHX_ERROR_INIT;
-  rank_rig rig = {.rank = rank, .size = run->size, .report = report};
+  pthread_t thread;
+  l = (life){.run = run, .rig = {.rank = rank, .size = run->size, .report = report}};
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   take_one_cpu(rank);
   for (int i = 0; i < 5; i++) {
@@ -146,15 +170,14 @@ static void child(const rank_rig_run *run, int32_t rank, int segment, char *repo
   snprintf(text, sizeof text, "errors.%d", rank);
   if (chdir(run->dir) || !freopen(text, "we", stderr)) _exit(2);
   setvbuf(stderr, NULL, _IOLBF, 0);
-  if (rank_rig_open(&rig, run->strategy, run->out, &err))
-    rank_rig_report(&rig, __FILE__, __LINE__, "opened", "%s", err.message);
-  else
-    run->body(&rig, run->arg);
-  fflush(stderr);
-  if (report[0]) _exit(1); /* it left its body where it stood */
-  rank_rig_close(&rig);
+  if (pthread_create(&thread, NULL, live, &l) || pthread_join(thread, NULL)) _exit(2);
 #ifdef __SANITIZE_ADDRESS__
-  if (__lsan_do_recoverable_leak_check()) rank_rig_report(&rig, __FILE__, __LINE__, "clean", "memory is leaked");
+  /* in a file of its own: after a fork it complains that the parent's thread is not there */
+  snprintf(text, sizeof text, "leaks.%d", rank);
+  __sanitizer_set_report_path(text);
+  if (__lsan_do_recoverable_leak_check())
+    rank_rig_report(&l.rig, __FILE__, __LINE__, "clean", "memory is leaked: see %s/%s.%d", run->dir, text,
+                    (int)getpid());
 #endif
   _exit(report[0] != 0);
 }
