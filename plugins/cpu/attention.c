@@ -16,8 +16,8 @@
  * which they evict each other from the first-level cache.
  *
  * In bf16, tiles are widened as they are copied, and everything between is as in fp32.  dq is complete only when the
- * last group of keys it sees is; until then it is kept in fp32 in two halves: in its own place and in the dk of the same
- * row, which is not written before.
+ * last group of keys it sees is; until then it is kept in fp32 in two halves: in its own place and in the dk of the
+ * same row, which is not written before.
  *
  * Invariant: scratch per thread is a constant, whatever the shape.  One item (a group of queries forward, a head
  * backward) is computed by one thread in one order, so the bits do not depend on the number of threads.
@@ -207,8 +207,7 @@ static void forward_group(const job *a, tiles *w, int64_t batch, int64_t head, i
       }
       forward_tile(w, i, rows, keys, i == on_diagonal, k0 == 0, d, soon_s, soon_o, d * bytes);
     }
-    if (on_diagonal >= 0)
-      forward_end(a->dtype, w, on_diagonal, out + k0 * a->c * bytes, lse + k0, a->c, keys, d);
+    if (on_diagonal >= 0) forward_end(a->dtype, w, on_diagonal, out + k0 * a->c * bytes, lse + k0, a->c, keys, d);
   }
 }
 
@@ -230,8 +229,8 @@ static void forward_items(void *arg, int64_t first, int64_t last, int32_t worker
   for (int64_t i = first; i < last; i++) {
     const int64_t bh = i / n, q0 = forward_query(i % n, n, size), left = a->t - q0;
     const int64_t next = i + 1 == last ? i : i + 1, nq0 = forward_query(next % n, n, size), nleft = a->t - nq0;
-    const char *q = (const char *)a->qkv + (next / n / a->heads * a->t + nq0) * ld +
-                    next / n % a->heads * a->d * a->bytes;
+    const char *q =
+        (const char *)a->qkv + (next / n / a->heads * a->t + nq0) * ld + next / n % a->heads * a->d * a->bytes;
     forward_group(a, a->scratch + worker, bh / a->heads, bh % a->heads, q0,
                   ((left < size ? left : size) + TILE - 1) / TILE, (soon){q, ld, nleft < size ? nleft : size});
   }
@@ -294,8 +293,7 @@ INLINE void unpack_as(int32_t dtype, void *dst, int64_t ld, const float *src, in
   for (int64_t r = 0; r < rows; r++, dst = phx__out_at(dtype, dst, ld), src += dp) {
     int64_t i = 0;
     for (; i + VL <= d; i += VL)
-      phx__store_as(dtype, dst, i,
-                    phx__load(src + i) * factor + (add ? phx__load_as(dtype, dst, i) : (phx__vf){0}));
+      phx__store_as(dtype, dst, i, phx__load(src + i) * factor + (add ? phx__load_as(dtype, dst, i) : (phx__vf){0}));
     for (; i < d; i++) phx__set(dtype, dst, i, src[i] * factor + (add ? phx__get(dtype, dst, i) : 0.0f));
   }
 }
@@ -308,8 +306,7 @@ static void unpack(int32_t dtype, void *dst, int64_t ld, const float *src, int64
  * dst, the lower in `low`. */
 static void unpack_halves(uint16_t *dst, uint16_t *low, int64_t ld, const float *src, int64_t dp, int64_t rows,
                           int64_t d, float factor, int add, int last) {
-  for (int64_t r = 0; r < rows; r++, dst += ld, low += ld, src += dp)
-    PHX__IVDEP for (int64_t i = 0; i < d; i++) {
+  for (int64_t r = 0; r < rows; r++, dst += ld, low += ld, src += dp) PHX__IVDEP for (int64_t i = 0; i < d; i++) {
       const float before = add ? phx__float_of((uint32_t)dst[i] << 16 | low[i]) : 0.0f, x = src[i] * factor + before;
       const uint32_t bits = phx__bits_of(x);
       dst[i] = last ? phx__to_bf16(x) : (uint16_t)(bits >> 16);
@@ -395,8 +392,8 @@ static void backward_head(const job *a, tiles *w, int64_t batch, int64_t head) {
       pack_transposed(w->v + to, rows_from(v, k1), keys, d, 1.0f);
     }
     for (int64_t q0 = k0; q0 < t; q0 += TILE) {
-      const queries x = {rows_from(q, q0), rows_from(out, q0).p,  rows_from(dout, q0).p, lse + q0,
-                         dq + q0 * ld * bytes, dots + q0, rows_at(q0, t)};
+      const queries x = {rows_from(q, q0), rows_from(out, q0).p, rows_from(dout, q0).p, lse + q0, dq + q0 * ld * bytes,
+                         dots + q0,        rows_at(q0, t)};
       backward_queries(a, w, &x, q0, k0, n, k, dk + k0 * ld * bytes);
     }
     for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {

@@ -9,8 +9,8 @@
 enum { PHX__COLUMN_ROWS = 16 };
 
 /* total[j] (fresh: =, else +=) sum over r < rows of x[r * ld + j], j in [first, last); rows <= PHX__COLUMN_ROWS. */
-PHX__INLINE void phx__column_sums(int32_t dtype, float *restrict total, const void *restrict x, int64_t ld, int64_t rows,
-                                  int64_t first, int64_t last, int fresh) {
+PHX__INLINE void phx__column_sums(int32_t dtype, float *restrict total, const void *restrict x, int64_t ld,
+                                  int64_t rows, int64_t first, int64_t last, int fresh) {
   if (rows == PHX__COLUMN_ROWS) { /* known count: the inner loop is unrolled and columns are vectorised */
     for (int64_t j = first; j < last; j++) {
       float sum = phx__get(dtype, x, j);

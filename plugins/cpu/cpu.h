@@ -37,7 +37,7 @@ typedef struct phx__cpu {
   void *scratch;   /* NULL before the first use: ask phx__cpu_scratch */
   int64_t scratch_bytes;
   int32_t page_size_logged;
-  int32_t bf16;             /* the processor multiplies bf16 */
+  int32_t bf16; /* the processor multiplies bf16 */
   int32_t bf16_logged;
   phx__cpu_matmuls *matmuls; /* product_bf16.c; NULL before the first product */
   const phx__cpu_kernels *kernels;

@@ -79,8 +79,7 @@ PHX__INLINE void gradients(int32_t dtype, void *x, int64_t v, float top, float b
   int64_t i = 0;
   for (; i + PHX__LANES <= v; i += PHX__LANES)
     phx__store_as(dtype, x, i, exp_or_0(phx__load_as(dtype, x, i) - top) * by);
-  if (i < v)
-    phx__store_part_as(dtype, x, i, exp_or_0(phx__load_part_as(dtype, x, i, v - i) - top) * by, v - i);
+  if (i < v) phx__store_part_as(dtype, x, i, exp_or_0(phx__load_part_as(dtype, x, i, v - i) - top) * by, v - i);
 }
 
 PHX__INLINE void row(int32_t dtype, const job *a, void *x, int32_t target, float *loss) {

@@ -65,7 +65,7 @@ typedef struct add_args {
 } add_args;
 PHX__INLINE void add_elements(int32_t dtype, const add_args *x, int64_t first, int64_t last) {
   PHX__IVDEP for (int64_t i = first; i < last; i++)
-    phx__set(dtype, x->out, i, phx__get(dtype, x->a, i) + phx__get(dtype, x->b, i));
+      phx__set(dtype, x->out, i, phx__get(dtype, x->a, i) + phx__get(dtype, x->b, i));
 }
 static void add_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   const add_args *x = arg;

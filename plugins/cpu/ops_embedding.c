@@ -19,8 +19,7 @@ PHX__INLINE void forward_rows(int32_t dtype, const forward_args *a, int64_t firs
     const void *restrict e = phx__at(dtype, a->wte, a->tokens[row] * c);
     const void *restrict p = phx__at(dtype, a->wpe, row % a->t * c);
     void *restrict out = phx__out_at(dtype, a->out, row * c);
-    PHX__IVDEP for (int64_t j = 0; j < c; j++)
-      phx__set(dtype, out, j, phx__get(dtype, e, j) + phx__get(dtype, p, j));
+    PHX__IVDEP for (int64_t j = 0; j < c; j++) phx__set(dtype, out, j, phx__get(dtype, e, j) + phx__get(dtype, p, j));
   }
 }
 static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker) {
@@ -32,7 +31,8 @@ static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker)
 phx_status phx__cpu_embedding(void *ctx, int32_t dtype, void *out, const int32_t *tokens, const void *wte,
                               const void *wpe, int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err) {
   const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
-  if (status == PHX_OK) phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c, dtype});
+  if (status == PHX_OK)
+    phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c, dtype});
   return status;
 }
 

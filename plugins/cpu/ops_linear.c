@@ -1,8 +1,9 @@
 /* plugins/cpu/ops_linear.c - the linear layer and its gradients: a product by oneDNN, and one pass for bias and GELU.
  *
- * In fp32 the product goes where the result will be, and the pass follows it in chunks of rows, while the chunk is still
- * in the last level of cache.  In bf16 it goes, in fp32, to a tile in the scratch, and the pass rounds: once.  Gradients
- * of weights are fp32 and need no pass.  Invariant: how rows and columns are cut depends on the shape alone.  [main] */
+ * In fp32 the product goes where the result will be, and the pass follows it in chunks of rows, while the chunk is
+ * still in the last level of cache.  In bf16 it goes, in fp32, to a tile in the scratch, and the pass rounds: once.
+ * Gradients of weights are fp32 and need no pass.  Invariant: how rows and columns are cut depends on the shape alone.
+ * [main] */
 #include "columns.h"
 #include "cpu.h"
 #include "simd.h"
@@ -59,8 +60,12 @@ static phx_status product_in_tiles(phx__cpu *cpu, const tiled *w, int64_t n, int
   const int64_t most = PHX__CPU_TILE_BYTES / 4 / rows / 16 * 16, width = columns < most ? columns : most;
   for (int64_t row = 0; row < n && status == PHX_OK; row += rows)
     for (int64_t column = 0; column < columns && status == PHX_OK; column += width) {
-      const tile t = {scratch, columns - column < width ? columns - column : width, row, column,
-                      n - row < rows ? n - row : rows, columns - column < width ? columns - column : width};
+      const tile t = {scratch,
+                      columns - column < width ? columns - column : width,
+                      row,
+                      column,
+                      n - row < rows ? n - row : rows,
+                      columns - column < width ? columns - column : width};
       status = product_tile(cpu, &w->x, &t, 0, err);
       if (status == PHX_OK) w->pass(w->arg, &t);
     }
@@ -84,8 +89,7 @@ PHX__INLINE void pass_vector(int32_t dtype, const pass_args *a, const float *in,
   const int whole = n == PHX__LANES;
   const int64_t column = a->t->column + j;
   phx__vf x = whole ? phx__load(in + j) : phx__load_part(in + j, n);
-  if (a->bias)
-    x += whole ? phx__load_as(dtype, a->bias, column) : phx__load_part_as(dtype, a->bias, column, n);
+  if (a->bias) x += whole ? phx__load_as(dtype, a->bias, column) : phx__load_part_as(dtype, a->bias, column, n);
   if (pre && (a->bias || (const void *)in != pre))
     whole ? phx__store_as(dtype, pre, j, x) : phx__store_part_as(dtype, pre, j, x, n);
   if (a->gelu) x = phx__vgelu(x);

@@ -44,7 +44,7 @@ PHX__INLINE void forward_rows(int32_t dtype, const forward_args *f, int64_t firs
       if (f->b) {
         const void *b = phx__at(dtype, f->b, row * c);
         PHX__IVDEP for (int64_t j = 0; j < c; j++)
-          phx__set(dtype, sum, j, phx__get(dtype, x, j) + phx__get(dtype, b, j));
+            phx__set(dtype, sum, j, phx__get(dtype, x, j) + phx__get(dtype, b, j));
       } else if (sum != x) {
         memcpy(sum, x, (size_t)c * phx_dtype_bytes(dtype));
       }
@@ -53,8 +53,8 @@ PHX__INLINE void forward_rows(int32_t dtype, const forward_args *f, int64_t firs
     const float mean = row_sum(dtype, x, c, 0.0f, 0) / (float)c;
     const float rstd = 1.0f / sqrtf(row_sum(dtype, x, c, mean, 1) / (float)c + f->eps);
     void *out = phx__out_at(dtype, f->out, row * c);
-    PHX__IVDEP for (int64_t j = 0; j < c; j++)
-      phx__set(dtype, out, j, (phx__get(dtype, x, j) - mean) * rstd * phx__get(dtype, w, j) + phx__get(dtype, bias, j));
+    PHX__IVDEP for (int64_t j = 0; j < c; j++) phx__set(
+        dtype, out, j, (phx__get(dtype, x, j) - mean) * rstd * phx__get(dtype, w, j) + phx__get(dtype, bias, j));
     f->mean[row] = mean;
     f->rstd[row] = rstd;
   }
@@ -111,9 +111,8 @@ PHX__INLINE void row_dots(int32_t dtype, const void *dout, const void *x, const 
 }
 
 /* An element of dx without what is added to it. */
-#define SLOPE(j)                                                                        \
-  ((phx__get(dtype, dout, j) * phx__get(dtype, w, j) - sum -                            \
-    (phx__get(dtype, x, j) - mean) * rstd * dot) * rstd)
+#define SLOPE(j) \
+  ((phx__get(dtype, dout, j) * phx__get(dtype, w, j) - sum - (phx__get(dtype, x, j) - mean) * rstd * dot) * rstd)
 PHX__INLINE void backward_rows(int32_t dtype, const backward_args *a, int64_t first, int64_t last) {
   const int64_t c = a->c;
   const void *restrict w = a->w;

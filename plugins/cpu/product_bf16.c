@@ -190,8 +190,7 @@ static phx_status matmul_find(phx__cpu *cpu, const shape *s, matmul **out, phx_e
 
 /* dst(rows, columns) = src(rows, columns; ld), widened */
 static void widen(const phx__cpu *cpu, float *dst, const uint16_t *src, int64_t ld, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i++)
-    cpu->kernels->cast(dst + i * columns, PHX_F32, src + i * ld, PHX_BF16, columns);
+  for (int64_t i = 0; i < rows; i++) cpu->kernels->cast(dst + i * columns, PHX_F32, src + i * ld, PHX_BF16, columns);
 }
 
 /* Where the block that begins at row i and column j of op(x) is stored. */
@@ -256,7 +255,8 @@ static phx_status multiply(phx__cpu *cpu, const shape *s, const uint16_t *a, con
   status = multiply(cpu, &half, a, b, c, room, room_bytes, err);
   if (status != PHX_OK) return status;
   *(rows ? &half.m : &half.n) = (rows ? s->m : s->n) - first;
-  if (rows) return multiply(cpu, &half, block_at(a, s->lda, s->a_t, first, 0), b, c + first * s->ldc, room, room_bytes, err);
+  if (rows)
+    return multiply(cpu, &half, block_at(a, s->lda, s->a_t, first, 0), b, c + first * s->ldc, room, room_bytes, err);
   return multiply(cpu, &half, a, block_at(b, s->ldb, s->b_t, 0, first), c + first, room, room_bytes, err);
 }
 

@@ -142,8 +142,8 @@ typedef struct soon {
 } soon;
 static const soon nothing = {NULL, 0, 0};
 
-/* c(m, nv vectors; ldc) = or += a(m, klen) b(klen, nv vectors; ldb).  bytes: of a row of `next`.  Rows up to the next multiple of 4 are read and
- * written too. */
+/* c(m, nv vectors; ldc) = or += a(m, klen) b(klen, nv vectors; ldb).  bytes: of a row of `next`.  Rows up to the next
+ * multiple of 4 are read and written too. */
 static inline void product(enum mask mask, int64_t m, int nv, int64_t klen, operand a, const float *b, int64_t ldb,
                            float *c, int64_t ldc, int add, soon next, int64_t bytes) {
   for (int v0 = 0; v0 < nv; v0 += VECS) {

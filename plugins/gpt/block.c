@@ -35,9 +35,8 @@ phx_status gpt_block_forward(phx_model_self *self, const phx_stage_call *call, p
 }
 
 /* Gradient of a linear's weight and bias from d(N, oc) and its input x(N, ic); nothing when both are frozen. */
-static phx_status weight_gradient(const phx_model_self *self, const phx_stage_call *call, uint32_t weight,
-                                  float *drop, const void *d, const void *x, int64_t ic, int64_t oc,
-                                  phx_error *err) {
+static phx_status weight_gradient(const phx_model_self *self, const phx_stage_call *call, uint32_t weight, float *drop,
+                                  const void *d, const void *x, int64_t ic, int64_t oc, phx_error *err) {
   const gpt_gradient g = gpt_gradient_of(call->view, weight, drop);
   if (!g.w) return PHX_OK;
   return self->ops->linear_backward_weight(self->ops->ctx, self->dtype, g.w, g.b, d, 0, x, call->batch * call->sequence,

@@ -19,7 +19,9 @@ static int64_t take_as(int64_t *cursor, int32_t dtype, int64_t elements) {
   *cursor += phx_align_bytes(elements * (int64_t)phx_dtype_bytes(dtype));
   return at;
 }
-static int64_t take(int64_t *cursor, int64_t floats) { return take_as(cursor, PHX_F32, floats); }
+static int64_t take(int64_t *cursor, int64_t floats) {
+  return take_as(cursor, PHX_F32, floats);
+}
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -100,7 +102,8 @@ static phx_status check_shape(const gpt_sizes *s, const phx_batch_shape *shape, 
     return gpt_fail(err, PHX_INVALID, "a micro-batch of %" PRId64 " x %" PRId64 " tokens does not fit a context of %"
                     PRId64, shape->micro, shape->sequence, s->context);
   if (gpt_dtype(shape) != PHX_F32 && gpt_dtype(shape) != PHX_BF16)
-    return gpt_fail(err, PHX_UNSUPPORTED, "the gpt model computes in fp32 or bf16: set [precision] compute to one of them");
+    return gpt_fail(err, PHX_UNSUPPORTED,
+                    "the gpt model computes in fp32 or bf16: set [precision] compute to one of them");
   const double row = (double)larger(s->vp, 16 * s->width) * sizeof(float);
   if ((double)shape->micro * (double)shape->sequence * row > 0x1p62)
     return gpt_fail(err, PHX_INVALID,
@@ -198,9 +201,10 @@ static phx_status check_call(const phx_model_self *self, const phx_stage_call *c
   for (uint32_t i = 0; i < params; i++) {
     const phx_param_view *v = gpt_view(call->view, i);
     if (v->weight && v->weight_dtype != self->dtype)
-      return gpt_fail(err, PHX_UNSUPPORTED, "parameter %" PRIu32 " of stage %" PRIu32 " comes in dtype %" PRId32
-                      ", but the model was created to compute in dtype %" PRId32, i, call->stage, v->weight_dtype,
-                      self->dtype);
+      return gpt_fail(err, PHX_UNSUPPORTED,
+                      "parameter %" PRIu32 " of stage %" PRIu32 " comes in dtype %" PRId32
+                      ", but the model was created to compute in dtype %" PRId32,
+                      i, call->stage, v->weight_dtype, self->dtype);
     if (v->gradient && v->gradient_dtype != PHX_F32)
       return gpt_fail(err, PHX_UNSUPPORTED, "the gpt model writes fp32 gradients and was given another type");
   }

@@ -34,12 +34,12 @@ typedef struct bench { /* the state of a run */
   double least; /* what a floor is relative to, at least: for numbers in which others cancel */
 } bench;
 
-#define MUST(call)                                                                                                  \
-  do {                                                                                                              \
-    if ((call) != PHX_OK) {                                                                                         \
-      fprintf(stderr, "ops_suite: %s, variant %d: %s: %s\n", t->name, t->variant, #call, err.message);              \
-      exit(3);                                                                                                      \
-    }                                                                                                               \
+#define MUST(call)                                                                                     \
+  do {                                                                                                 \
+    if ((call) != PHX_OK) {                                                                            \
+      fprintf(stderr, "ops_suite: %s, variant %d: %s: %s\n", t->name, t->variant, #call, err.message); \
+      exit(3);                                                                                         \
+    }                                                                                                  \
   } while (0)
 
 static void complain(bench *t, const char *format, ...) {
@@ -102,7 +102,9 @@ static array *make(bench *t, int32_t dtype, int64_t n, const float *values) {
   return a;
 }
 
-static array *poisoned(bench *t, int32_t dtype, int64_t n) { return make(t, dtype, n, NULL); }
+static array *poisoned(bench *t, int32_t dtype, int64_t n) {
+  return make(t, dtype, n, NULL);
+}
 
 static float number(bench *t) { /* uniform in -1 .. 1 */
   uint64_t z = t->random += 0x9e3779b97f4a7c15u;
@@ -118,7 +120,9 @@ static array *random_like(bench *t, int32_t dtype, int64_t n, float scale, float
   free(values);
   return a;
 }
-static array *numbers(bench *t, int64_t n, float scale) { return random_like(t, t->dtype, n, scale, 0); }
+static array *numbers(bench *t, int64_t n, float scale) {
+  return random_like(t, t->dtype, n, scale, 0);
+}
 /* What an operation writes or adds to. */
 static array *target(bench *t, int32_t dtype, int64_t n, int32_t mode) {
   return mode == PHX_GRAD_ADD ? random_like(t, dtype, n, 1, 0) : poisoned(t, dtype, n);
@@ -158,13 +162,14 @@ static void compare(bench *t, const char *what, const array *a, double floor32, 
   const double floor = (t->dtype == PHX_BF16 ? floor16 : floor32) * t->suite->slack * largest + 1e-37;
   for (int64_t i = 0; i < a->n; i++) {
     const double want = (double)a->want[i], bound = half_unit(a->dtype, want) * 1.01 + floor;
-    const double part = isnan(want) ? (isnan(got[i]) ? 0 : INFINITY)
-                        : isnan(got[i]) ? INFINITY : fabs((double)got[i] - want) / bound;
+    const double part = isnan(want)     ? (isnan(got[i]) ? 0 : INFINITY)
+                        : isnan(got[i]) ? INFINITY
+                                        : fabs((double)got[i] - want) / bound;
     if (part > worst) worst = part, at = i;
   }
   if (worst > 1)
-    complain(t, "%s[%lld] is %.9g, not %.9g: %.3g times the bound (largest %.3g)", what, (long long)at,
-             (double)got[at], (double)a->want[at], worst, largest);
+    complain(t, "%s[%lld] is %.9g, not %.9g: %.3g times the bound (largest %.3g)", what, (long long)at, (double)got[at],
+             (double)a->want[at], worst, largest);
   for (int64_t i = a->bytes; i < a->bytes + GUARD; i++)
     if (stored[i] != 0xff) {
       complain(t, "%s: byte %lld past its end was written", what, (long long)(i - a->bytes));
@@ -177,13 +182,13 @@ static void compare(bench *t, const char *what, const array *a, double floor32, 
 /* Both calls, with the same arguments but for the arrays: D(x) and W(x) are x on the device and in the reference. */
 #define D(x) ((x) ? (x)->device : NULL)
 #define W(x) ((x) ? (x)->want : NULL)
-#define BOTH(op, device_arguments, plain_arguments)                    \
-  do {                                                                 \
-    phx_error err = {.struct_size = sizeof err};                       \
-    const phx_ops *o = t->ops;                                         \
-    MUST(o->op device_arguments);                                      \
-    MUST(t->device->stream_synchronize(t->device->ctx, NULL, &err));   \
-    MUST(plain_ops.op plain_arguments);                                \
+#define BOTH(op, device_arguments, plain_arguments)                  \
+  do {                                                               \
+    phx_error err = {.struct_size = sizeof err};                     \
+    const phx_ops *o = t->ops;                                       \
+    MUST(o->op device_arguments);                                    \
+    MUST(t->device->stream_synchronize(t->device->ctx, NULL, &err)); \
+    MUST(plain_ops.op plain_arguments);                              \
   } while (0)
 
 /* ---- linear ---- size: rows, ic, oc, padding of the output's rows */
@@ -215,8 +220,7 @@ static void linear_backward_weight(bench *t) {
   const int32_t b_mode = t->variant & 2 ? PHX_GRAD_ADD : PHX_GRAD_WRITE;
   array *dout = numbers(t, n * ld, 1), *x = numbers(t, n * ic, 1), *dw = target(t, PHX_F32, oc * ic, w_mode);
   array *db = t->variant & 4 ? target(t, PHX_F32, oc, b_mode) : NULL;
-  BOTH(linear_backward_weight,
-       (o->ctx, dt, D(dw), D(db), D(dout), given, D(x), n, ic, oc, w_mode, b_mode, NULL, &err),
+  BOTH(linear_backward_weight, (o->ctx, dt, D(dw), D(db), D(dout), given, D(x), n, ic, oc, w_mode, b_mode, NULL, &err),
        (NULL, PHX_F32, W(dw), W(db), W(dout), given, W(x), n, ic, oc, w_mode, b_mode, NULL, &err));
   compare(t, "dw", dw, 4e-6, 4e-6);
   if (db) compare(t, "db", db, 4e-6, 4e-6);
@@ -240,8 +244,7 @@ static void embedding_backward(bench *t) {
   int32_t *host, *tokens = indices(t, b * s, v, &host);
   array *dwte = t->variant == 4 ? NULL : target(t, PHX_F32, v * c, te), *dout = numbers(t, b * s * c, 1);
   array *dwpe = t->variant == 5 ? NULL : target(t, PHX_F32, max_t * c, pe);
-  BOTH(embedding_backward,
-       (o->ctx, dt, D(dwte), te, D(dwpe), pe, D(dout), tokens, b, s, c, v, max_t, NULL, &err),
+  BOTH(embedding_backward, (o->ctx, dt, D(dwte), te, D(dwpe), pe, D(dout), tokens, b, s, c, v, max_t, NULL, &err),
        (NULL, PHX_F32, W(dwte), te, W(dwpe), pe, W(dout), host, b, s, c, v, max_t, NULL, &err));
   if (dwte) compare(t, "dwte", dwte, 2e-6, 2e-6);
   if (dwpe) compare(t, "dwpe", dwpe, 2e-6, 2e-6);
@@ -256,8 +259,7 @@ static void layer_norm(bench *t) { /* variant 0: a; 1: a, kept; 2: a + b */
   array *w = numbers(t, c, 1), *bias = numbers(t, c, 1), *out = poisoned(t, dt, n * c);
   array *sum = t->variant ? poisoned(t, dt, n * c) : NULL;
   array *mean = poisoned(t, PHX_F32, n), *rstd = poisoned(t, PHX_F32, n);
-  BOTH(layer_norm,
-       (o->ctx, dt, D(out), D(sum), D(mean), D(rstd), D(a), D(b), D(w), D(bias), n, c, 1e-5f, NULL, &err),
+  BOTH(layer_norm, (o->ctx, dt, D(out), D(sum), D(mean), D(rstd), D(a), D(b), D(w), D(bias), n, c, 1e-5f, NULL, &err),
        (NULL, PHX_F32, W(out), W(sum), W(mean), W(rstd), W(a), W(b), W(w), W(bias), n, c, 1e-5f, NULL, &err));
   if (t->variant == 2 && dt == PHX_BF16) {
     uint16_t *stored = room(n * c * 2);
@@ -291,8 +293,8 @@ static void layer_norm_backward(bench *t) { /* variant: 1 add, 2 adds dw, 4 adds
   BOTH(layer_norm_backward,
        (o->ctx, dt, D(dx), D(add), D(dw), w_mode, D(db), b_mode, D(dout), D(x), D(w), D(means), D(rstds), n, c, NULL,
         &err),
-       (NULL, PHX_F32, W(dx), W(add), W(dw), w_mode, W(db), b_mode, W(dout), W(x), W(w), W(means), W(rstds), n, c,
-        NULL, &err));
+       (NULL, PHX_F32, W(dx), W(add), W(dw), w_mode, W(db), b_mode, W(dout), W(x), W(w), W(means), W(rstds), n, c, NULL,
+        &err));
   compare(t, "dx", dx, 4e-6, 4e-6);
   if (dw) compare(t, "dw", dw, 4e-6, 4e-6);
   if (db) compare(t, "db", db, 4e-6, 4e-6);
@@ -302,8 +304,7 @@ static void add(bench *t) { /* variant 0: apart; 1: into a; 2: into b */
   const int64_t n = t->size[0];
   array *a = numbers(t, n, 1), *b = numbers(t, n, 0.01f);
   array *out = t->variant == 1 ? a : t->variant == 2 ? b : poisoned(t, t->dtype, n);
-  BOTH(add, (o->ctx, t->dtype, D(out), D(a), D(b), n, NULL, &err),
-       (NULL, PHX_F32, W(out), W(a), W(b), n, NULL, &err));
+  BOTH(add, (o->ctx, t->dtype, D(out), D(a), D(b), n, NULL, &err), (NULL, PHX_F32, W(out), W(a), W(b), n, NULL, &err));
   compare(t, "out", out, 0, 0);
 }
 
@@ -317,8 +318,7 @@ static void attention(bench *t) {
   array *dqkv = poisoned(t, dt, 3 * n);
   BOTH(attention, (o->ctx, dt, D(out), D(lse), D(qkv), b, s, c, heads, NULL, &err),
        (NULL, PHX_F32, W(out), W(lse), W(qkv), b, s, c, heads, NULL, &err));
-  BOTH(attention_backward,
-       (o->ctx, dt, D(dqkv), D(dout), D(qkv), D(out), D(lse), D(work), b, s, c, heads, NULL, &err),
+  BOTH(attention_backward, (o->ctx, dt, D(dqkv), D(dout), D(qkv), D(out), D(lse), D(work), b, s, c, heads, NULL, &err),
        (NULL, PHX_F32, W(dqkv), W(dout), W(qkv), W(out), W(lse), W(work), b, s, c, heads, NULL, &err));
   /* probabilities may be rounded to bf16 on their way to the second product */
   compare(t, "out", out, 4e-6, 0x1p-8);
@@ -347,7 +347,8 @@ static void cross_entropy(bench *t) {
 static void optimizers(bench *t) {
   const int64_t n = t->size[0];
   const int32_t dt = t->dtype;
-  array *w = random_like(t, PHX_F32, n, 1, 0), *g = random_like(t, PHX_F32, n, 1, 0), *m = random_like(t, PHX_F32, n, 1, 0);
+  array *w = random_like(t, PHX_F32, n, 1, 0), *g = random_like(t, PHX_F32, n, 1, 0),
+        *m = random_like(t, PHX_F32, n, 1, 0);
   array *v = random_like(t, PHX_F32, n, 1, 1.5f), *low = poisoned(t, dt, n);
   BOTH(adamw,
        (o->ctx, D(w), D(g), D(m), D(v), D(low), dt, n, 0.5f, 1e-2f, 0.9f, 0.95f, 0.271f, 0.142f, 1e-8f, 0.1f, NULL,

@@ -5,10 +5,10 @@
  * phx_device.copy.  The CPU never touches the device's memory.  Sizes fit no tile; inputs are fresh from the seed;
  * outputs are poisoned, with a guard behind each, so that what is not written, or written beside, shows.
  *
- * Bounds.  An element may differ from the reference by one rounding to its dtype (half a unit in the last place: at most
- * 2^-8 of it in bf16, 2^-24 in fp32) and by a floor relative to the array's largest element: what sums in fp32, in any
- * order, may lose, and in bf16 what is lost where an operation reads a tensor that was rounded on its way (a norm its
- * sum, attention's backward the output).  The floors stand with the cases. */
+ * Bounds.  An element may differ from the reference by one rounding to its dtype (half a unit in the last place: at
+ * most 2^-8 of it in bf16, 2^-24 in fp32) and by a floor relative to the array's largest element: what sums in fp32, in
+ * any order, may lose, and in bf16 what is lost where an operation reads a tensor that was rounded on its way (a norm
+ * its sum, attention's backward the output).  The floors stand with the cases. */
 #ifndef PHX__OPS_SUITE_H
 #define PHX__OPS_SUITE_H
 #include <phalanx/provider.h>
@@ -17,7 +17,7 @@ typedef struct ops_suite {
   const phx_device_table *table;
   phx_device_self *self;
   uint64_t seed;
-  double slack; /* times every floor; 1 where products are exact in fp32 (TF32 needs more) */
+  double slack;  /* times every floor; 1 where products are exact in fp32 (TF32 needs more) */
   int32_t print; /* one line on stderr per case, with its worst error as a part of the bound */
 } ops_suite;
 

@@ -20,14 +20,30 @@ static void run_suite(const char *isa, int32_t threads, int32_t dtype) {
   device_ops_close(&d);
 }
 
-Test(cpu_suite, fp32_base, .timeout = 120) { run_suite("base", 1, PHX_F32); }
-Test(cpu_suite, fp32_avx2, .timeout = 120) { run_suite("avx2", 1, PHX_F32); }
-Test(cpu_suite, fp32_avx512, .timeout = 120) { run_suite("avx512", 1, PHX_F32); }
-Test(cpu_suite, fp32_three_threads, .timeout = 120) { run_suite(NULL, 3, PHX_F32); }
-Test(cpu_suite, bf16_base, .timeout = 120) { run_suite("base", 1, PHX_BF16); }
-Test(cpu_suite, bf16_avx2, .timeout = 120) { run_suite("avx2", 1, PHX_BF16); }
-Test(cpu_suite, bf16_avx512, .timeout = 120) { run_suite("avx512", 1, PHX_BF16); }
-Test(cpu_suite, bf16_three_threads, .timeout = 120) { run_suite(NULL, 3, PHX_BF16); }
+Test(cpu_suite, fp32_base, .timeout = 120) {
+  run_suite("base", 1, PHX_F32);
+}
+Test(cpu_suite, fp32_avx2, .timeout = 120) {
+  run_suite("avx2", 1, PHX_F32);
+}
+Test(cpu_suite, fp32_avx512, .timeout = 120) {
+  run_suite("avx512", 1, PHX_F32);
+}
+Test(cpu_suite, fp32_three_threads, .timeout = 120) {
+  run_suite(NULL, 3, PHX_F32);
+}
+Test(cpu_suite, bf16_base, .timeout = 120) {
+  run_suite("base", 1, PHX_BF16);
+}
+Test(cpu_suite, bf16_avx2, .timeout = 120) {
+  run_suite("avx2", 1, PHX_BF16);
+}
+Test(cpu_suite, bf16_avx512, .timeout = 120) {
+  run_suite("avx512", 1, PHX_BF16);
+}
+Test(cpu_suite, bf16_three_threads, .timeout = 120) {
+  run_suite(NULL, 3, PHX_BF16);
+}
 
 /* ---- bits in bf16 ---- */
 
@@ -54,8 +70,8 @@ static uint64_t own_bits(const phx_ops *o, uint64_t h, int with_attention) {
   const struct {
     const void *p;
     size_t bytes;
-  } parts[] = {{out, ROWS * WIDTH * 2}, {sum, sizeof sum}, {back, sizeof back}, {dw, sizeof dw}, {db, sizeof db},
-               {dwte, sizeof dwte}, {dwpe, sizeof dwpe}, {mean, sizeof mean}, {rstd, sizeof rstd}};
+  } parts[] = {{out, ROWS * WIDTH * 2}, {sum, sizeof sum},   {back, sizeof back}, {dw, sizeof dw},    {db, sizeof db},
+               {dwte, sizeof dwte},     {dwpe, sizeof dwpe}, {mean, sizeof mean}, {rstd, sizeof rstd}};
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
     for (size_t k = 0; k < parts[i].bytes; k++) h = (h ^ ((const unsigned char *)parts[i].p)[k]) * 0x100000001b3u;
   bad |= o->cross_entropy(o->ctx, t, back, mean, tokens, ROWS, 3 * WIDTH, 3 * WIDTH, 1, 1.0f, NULL, &err);
