@@ -78,11 +78,12 @@ done:
 }
 
 void rank_rig_close(rank_rig *rig) {
+  phx__saver_close(rig->saver);
   phx__engine_destroy(rig->engine);
   phx__runtime_close(rig->rt);
   phx__data_close(rig->data);
   phx__config_free(rig->config);
-  rig->engine = NULL, rig->rt = NULL, rig->data = NULL, rig->config = NULL;
+  rig->saver = NULL, rig->engine = NULL, rig->rt = NULL, rig->data = NULL, rig->config = NULL;
 }
 
 phx_status rank_rig_step(rank_rig *rig, phx_error *err) {
@@ -92,9 +93,19 @@ phx_status rank_rig_step(rank_rig *rig, phx_error *err) {
   return status;
 }
 
-phx_status rank_rig_save(rank_rig *rig, const phx__retention *retention, phx_error *err) {
+phx_status rank_rig_save_begin(rank_rig *rig, int64_t keep, phx_error *err) {
   const phx__position at = {.step = rig->step, .samples = rig->step * rig->size};
-  return phx__checkpoint_save(rig->rt, rig->config->s.run.out, &at, retention, err);
+  rig->retention.keep = keep;
+  return phx__saver_begin(rig->saver, &at, err);
+}
+
+phx_status rank_rig_save(rank_rig *rig, int64_t keep, phx_error *err) {
+  const phx__position at = {.step = rig->step, .samples = rig->step * rig->size};
+  phx__save_report report;
+  rig->retention.keep = keep;
+  if (!rig->saver) return phx__checkpoint_save(rig->rt, rig->config->s.run.out, &at, &rig->retention, NULL, err);
+  const phx_status status = phx__saver_begin(rig->saver, &at, err);
+  return status ? status : phx__saver_finish(rig->saver, &report, err);
 }
 
 phx_status rank_rig_hash(rank_rig *rig, char text[33], phx_error *err) {
@@ -143,7 +154,10 @@ static void *live(void *arg) {
   life *l = arg;
   rank_rig *rig = &l->rig;
   phx_error err = PHX_ERROR_INIT;
-  if (rank_rig_open(rig, l->run->strategy, l->run->out, &err))
+  phx_status status = rank_rig_open(rig, l->run->strategy, l->run->out, &err);
+  if (!status && l->run->background) /* copies: two blocks of the widest type, so that some are waited for */
+    status = phx__saver_open(rig->rt, rig->config->s.run.out, &rig->retention, 2 * PHX_BLOCK * 8, &rig->saver, &err);
+  if (status)
     rank_rig_report(rig, __FILE__, __LINE__, "opened", "%s", err.message);
   else
     l->run->body(rig, l->run->arg);
