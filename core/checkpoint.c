@@ -55,8 +55,6 @@ static phx_status note(phx__save *s, phx_status status, const phx_error *why, ph
   return status;
 }
 
-static bool is_saved(const phx_slice *slice) { return slice->kind != PHX_STATE_WEIGHT || slice->dtype == PHX_F32; }
-
 /* ---- the table of slices ---- */
 static phx_status grow(phx__save *s, phx_error *err) {
   const size_t room = s->room ? s->room * 2 : 64;
@@ -90,7 +88,7 @@ static phx_status name_slice(const phx__save *s, const phx_slice *slice, char na
 
 static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   phx__save *s = ctx;
-  if (!is_saved(slice)) return PHX_OK;
+  if (phx__state_derived(slice)) return PHX_OK;
   if (slice->kind < 0 || slice->kind > PHX_STATE_PRIVATE ||
       (slice->kind == PHX_STATE_OPTIM && slice->state_index >= s->rt->optim.table.n_states))
     return phx__fail(err, PHX_INTERNAL, "the strategy names a state of kind %d, index %u", slice->kind,
@@ -399,15 +397,16 @@ done:
   return status;
 }
 
-/* What goes wrong after the commit takes nothing back. */
+/* What goes wrong after the commit takes nothing back.  A flush of the directory that failed is not made good by
+ * another one: nothing is removed then. */
 static void after_commit(const phx__save *s, const phx__retention *retention) {
   phx_error why = PHX_ERROR_INIT;
   char text[700];
   if (phx__checkpoint_point(s->run_dir, s->at.step, &why)) {
-    snprintf(text, sizeof text, "step %" PRId64 " is saved, but `latest` was not moved: %s", s->at.step, why.message);
+    snprintf(text, sizeof text, "step %" PRId64 " is saved, but `latest` was not moved, and old ones stay: %s",
+             s->at.step, why.message);
     phx__log(s->rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
-  }
-  if (retention && phx__checkpoint_retain(s->run_dir, retention, &why)) {
+  } else if (retention && phx__checkpoint_retain(s->run_dir, retention, &why)) {
     snprintf(text, sizeof text, "step %" PRId64 " is saved, but an old one was not removed: %s", s->at.step,
              why.message);
     phx__log(s->rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
@@ -438,7 +437,7 @@ void phx__save_abandon(phx__save *s) {
   char path[PHX__CHECKPOINT_PATH];
   if (!s) return;
   if (!phx__path_join(path, s->part, s->file, NULL)) phx__sys.unlink(path);
-  rmdir(s->part); /* the last one succeeds */
+  phx__sys.rmdir(s->part); /* the last one succeeds */
   free_save(s);
 }
 
@@ -453,7 +452,7 @@ static phx_status save_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   const phx__runtime *rt = walk->save->rt;
   const phx_strategy_table *strategy = rt->prepared->strategy;
   void *data = NULL;
-  if (!is_saved(slice)) return PHX_OK;
+  if (phx__state_derived(slice)) return PHX_OK;
   phx_status status = strategy->map(rt->strategy, slice, PHX_MAP_READ, &data, err);
   if (status) return status;
   status = phx__save_write(walk->save, walk->i++, 0, slice->blocks, data, err);

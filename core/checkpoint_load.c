@@ -85,11 +85,7 @@ static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *dat
   phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
                                                     slice->first_block, slice->blocks, data, err);
   if (status) return status;
-  phx_slice saved = *slice; /* its hash is of the kind that was saved: a master where it was one */
-  const phx__manifest_slice *from = phx__manifest_find(walk->reader->manifest, slice->kind, index, slice->unit,
-                                                       slice->flat, slice->first_block);
-  if (from) saved.kind = from->kind;
-  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &saved, data);
+  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, slice, data);
   return PHX_OK;
 }
 
@@ -113,7 +109,7 @@ static phx_status load_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   const phx__manifest_private *from = private ? find_private(walk, slice) : NULL;
   void *data = NULL;
   if (private && !from) return PHX_OK;
-  if (slice->kind == PHX_STATE_WEIGHT && slice->dtype != PHX_F32) return PHX_OK; /* derived */
+  if (phx__state_derived(slice)) return PHX_OK;
   phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_WRITE, &data, err);
   if (status) return status;
   status = from ? phx__checkpoint_reader_private(walk->reader, from, data, err) : load_blocks(walk, slice, data, err);

@@ -244,7 +244,6 @@ static phx_status verify_hash(verification *v, phx_error *err) {
   }
   for (uint32_t i = 0; i < m->n_slices; i++) {
     const phx__manifest_slice *s = &m->slices[i];
-    if (s->kind == PHX_STATE_MASTER) goto done; /* the hash is also over weights derived from it, which are not here */
     for (int64_t b = 0; b < s->blocks; b += PART) {
       const phx_slice part = {.struct_size = sizeof part, .kind = s->kind, .state_index = s->index, .unit = s->unit,
                               .flat = s->flat, .first_block = s->first_block + b, .dtype = s->dtype,

@@ -42,7 +42,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t warmup;        /* steps */
   } optimizer;
   struct {
-    int32_t compute, reduce; /* 0 fp32, 1 bf16 */
+    int32_t compute, reduce; /* 0 fp32, 1 bf16; 2 fp16, which is always refused */
   } precision;
   struct {
     const char *plugin;

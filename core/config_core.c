@@ -26,7 +26,7 @@ static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
 static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
 static const char *const optimizer_choices[] = {"adamw", "sgd", NULL};
 static const char *const schedule_choices[] = {"constant", "linear", "cosine", NULL};
-static const char *const precision_choices[] = {"fp32", "bf16", NULL};
+static const char *const precision_choices[] = {"fp32", "bf16", "fp16", NULL}; /* fp16 is refused with its reason */
 
 enum { STEPS_MOST = 1000000000, PER_STEP_MOST = 1 << 20 };
 
@@ -80,8 +80,10 @@ static const phx_option optimizer_options[] = {
     REAL(optimizer, eps, "1e-8", NULL, 1e-30, 1, "AdamW: added to the root of the second moment."),
 };
 static const phx_option precision_options[] = {
-    ENUM(precision, compute, "fp32", precision_choices, 0, "Type of the weights as the model reads them."),
-    ENUM(precision, reduce, "fp32", precision_choices, 0, "Type of gradients on the wire."),
+    ENUM(precision, compute, "fp32", precision_choices, 0,
+         "Type of activations and of weights as the model reads them; bf16 keeps fp32 masters; fp16 is refused."),
+    ENUM(precision, reduce, "fp32", precision_choices, 0,
+         "Type of gradients on the wire; bf16 halves the traffic and changes the numbers; fp16 is refused."),
 };
 static const phx_option device_options[] = {
     STRING(device, plugin, "auto", 0, "The device's plugin; auto takes cpu."),

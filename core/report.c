@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "checkpoint_dir.h"
 #include "output.h"
 #include "status.h"
 #include "sys.h"
@@ -30,6 +31,17 @@ int64_t phx__pss_bytes(void) {
 }
 
 /* ---- the run's directory ---- */
+/* The name of a new directory is on the disk when its parent was flushed: else a power cut may take it, with every
+ * checkpoint that was committed in it since. */
+static phx_status flush_parent(const char *path, phx_error *err) {
+  char parent[RUN_DIR_MAX];
+  snprintf(parent, sizeof parent, "%s", path);
+  char *slash = strrchr(parent, '/');
+  if (!slash) return phx__dir_flush(".", err);
+  *(slash == parent ? slash + 1 : slash) = 0;
+  return phx__dir_flush(parent, err);
+}
+
 /* Makes path and its parents; *made of them, the last ones of the path, are new. */
 static phx_status make_dirs(const char *path, int *made, phx_error *err) {
   char part[RUN_DIR_MAX];
@@ -37,9 +49,13 @@ static phx_status make_dirs(const char *path, int *made, phx_error *err) {
   snprintf(part, sizeof part, "%s", path);
   for (char *slash = strchr(part + 1, '/');; slash = strchr(slash + 1, '/')) {
     if (slash) *slash = 0;
-    if (!phx__sys.mkdir(part, 0755)) ++*made;
-    else if (errno != EEXIST)
+    if (!phx__sys.mkdir(part, 0755)) {
+      ++*made;
+      const phx_status status = flush_parent(part, err);
+      if (status) return status;
+    } else if (errno != EEXIST) {
       return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
+    }
     if (!slash) return PHX_OK;
     *slash = '/';
   }
@@ -50,7 +66,7 @@ static void unmake_dirs(const char *path, int made) {
   char part[RUN_DIR_MAX];
   snprintf(part, sizeof part, "%s", path);
   while (made > 0 && *part) {
-    if (!rmdir(part)) made--;
+    if (!phx__sys.rmdir(part)) made--;
     else if (errno == ENOTEMPTY || errno == EEXIST) return;
     char *slash = strrchr(part, '/');
     if (!slash) return;

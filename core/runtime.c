@@ -139,7 +139,7 @@ void phx__initial_values(const phx_param *p, uint64_t seed, int64_t in_param, in
 static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   phx__runtime *rt = ((state_walk *)ctx)->rt;
   void *data = NULL;
-  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK; /* the strategy's own business */
+  if (slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK; /* the strategy's own business */
   if (slice->dtype != PHX_F32)
     return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
                      slice->dtype);
@@ -170,7 +170,7 @@ static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   state_walk *walk = ctx;
   const phx_strategy_table *strategy = walk->rt->prepared->strategy;
   void *data = NULL;
-  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK;
+  if (slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK;
   phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_READ, &data, err);
   if (status) return status;
   phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, slice, data);

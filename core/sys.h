@@ -26,6 +26,8 @@ typedef struct phx__sys_table {
   ssize_t (*pread)(int fd, void *buffer, size_t bytes, off_t at);
   int (*fstat)(int fd, struct stat *out);
   int (*unlink)(const char *path);
+  int (*unlinkat)(int dir, const char *name, int flags);
+  int (*rmdir)(const char *path);
 } phx__sys_table;
 extern phx__sys_table phx__sys;
 

@@ -37,7 +37,7 @@ static phx_status walk_slice(void *ctx, const phx_slice *slice, phx_error *err) 
   const int32_t mode = walk->out ? PHX_MAP_READ : PHX_MAP_WRITE;
   const bool weights = slice->dtype == PHX_F32 && (slice->kind == PHX_STATE_WEIGHT || slice->kind == PHX_STATE_MASTER);
   void *data = NULL;
-  if ((walk->out && !weights) || slice->kind == PHX_STATE_PRIVATE) return PHX_OK;
+  if ((walk->out && !weights) || slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK;
   phx_status status = strategy->map(rt->strategy, slice, mode, &data, err);
   if (status) return status;
   if (!walk->out) memset(data, 0, (size_t)slice->blocks * PHX_BLOCK * phx_dtype_bytes(slice->dtype));

@@ -71,7 +71,8 @@ Test(refusals, configuration) {
   EXPECT_INI("steps = 3\n" GOOD, "a.ini:1: a key before the first [section]");
   EXPECT_INI(GOOD "[zero]\nstage = 4\n", "a.ini:4: [zero] '4' is not valid for stage");
   EXPECT_INI(GOOD "[batch]\ntotal = 7\n", "ranks x micro x accumulate = 1 x 4 x 1 = 4");
-  EXPECT_INI(GOOD "[precision]\ncompute = bf16\n", "a.ini:4: [precision] compute = bf16 is not offered");
+  EXPECT_INI(GOOD "[precision]\ncompute = fp16\n", "a.ini:4: [precision] compute = fp16: its range ends at 65504");
+  EXPECT_INI(GOOD "[precision]\nreduce = fp16\n", "needs loss scaling, which is not offered; bf16 has fp32's range");
   EXPECT_INI(GOOD "[checkpoint]\nevery = -5\n", "a.ini:4: [checkpoint] '-5' is not valid for every");
 }
 

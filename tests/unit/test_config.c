@@ -198,10 +198,14 @@ Test(config, settings_that_do_not_go_together) {
                 ":6: [batch] total = 32, but ranks x micro x accumulate = 2 x 3 x 5 = 30\n");
   phx__config_free(expect_good("[run]\nranks = 2\n[batch]\nmicro = 3\naccumulate = 5\ntotal = 30\n" DATA));
   phx__config_free(expect_good("[run]\nsteps = 9\n[optimizer]\nwarmup = 10\n" DATA)); /* a short trial of a long run */
+  /* stubs that do not say that they take bf16 */
   expect_report(DATA "[precision]\ncompute = bf16\n",
-                ":4: [precision] compute = bf16 is not offered by device cpu in this version: use fp32\n");
-  expect_report(DATA "[precision]\nreduce = bf16\n",
-                ":4: [precision] reduce = bf16 is not part of this version, which sums gradients in fp32: use fp32\n");
+                ":4: [precision] compute = bf16: strategy ddp keeps and reduces fp32 only: use fp32\n"
+                ":4: [precision] compute = bf16: device cpu computes in fp32 only: use fp32\n"
+                ":4: [precision] compute = bf16: model gpt computes in fp32 only: use fp32\n");
+  expect_report(DATA "[precision]\nreduce = fp16\n",
+                ":4: [precision] reduce = fp16: its range ends at 65504 and gradients below 6e-8 vanish, so it needs loss "
+                "scaling, which is not offered; bf16 has fp32's range: use bf16\n");
   phx__config_free(expect_good(DATA "[checkpoint]\nevery = 5\nkeep = 0\nkeep_every = 10\n"));
   expect_report("[run]\nout =\n" DATA, ":2: [run] out is empty: name a directory\n");
   expect_report("[data]\ntrain =\n",

@@ -278,7 +278,7 @@ Test(ddp, a_failing_allocation_leaks_nothing, .timeout = 60) {
 
 Test(ddp, what_it_cannot_do_is_refused_before_anything_is_opened) {
   toy *t = toy_odd();
-  harness_config c = {.strategy = "ddp", .toy = t, .ranks = 2, .compute_dtype = PHX_BF16};
+  harness_config c = {.strategy = "ddp", .toy = t, .ranks = 2, .compute_dtype = PHX_F16};
   phx_estimate e;
   phx_error err = PHX_ERROR_INIT;
   cr_assert_eq(harness_estimate(&c, 0, &e, &err), PHX_UNSUPPORTED);

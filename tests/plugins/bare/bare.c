@@ -128,7 +128,8 @@ static phx_status bare_visit_state(phx_strategy *self, const phx_visitor *visito
   phx_status status = PHX_OK;
   for (uint32_t u = 0; u < self->model->n_units; u++)
     for (uint32_t flat = 0; flat < PHX_FLATS && status == PHX_OK; flat++)
-      status = phx_kit_visit(visitor, self->s.optim, u, flat, 0, phx_model_unit(self->model, u)->blocks[flat], err);
+      status = phx_kit_visit(visitor, self->s.optim, PHX_F32, u, flat, 0,
+                             phx_model_unit(self->model, u)->blocks[flat], err);
   return status;
 }
 
