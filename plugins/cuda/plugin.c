@@ -62,6 +62,7 @@ static phx_status count_devices(const phx__cuda *cuda, int *count, phx_error *er
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "no GPU to be seen%s%s%s", visible ? " (CUDA_VISIBLE_DEVICES=" : "",
                           visible ? visible : "", visible ? ")" : "");
   phx__cuda_check(cuda, error, "counting the GPUs", err);
+  if (err) err->code = PHX_UNSUPPORTED;
   return PHX_UNSUPPORTED;
 }
 

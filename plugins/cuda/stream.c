@@ -50,8 +50,13 @@ static phx_stream *object_of(const phx__cuda *cuda, phx_stream *s) { return s ? 
 /* ---- the thread of a stream ---- */
 static void *thread_main(void *arg) {
   phx_stream *s = arg;
-  (void)cudaSetDevice(s->cuda->device_index); /* for functions that call the runtime; they check for themselves */
+  phx_error unset = {.struct_size = sizeof unset};
+  const phx_status set = phx__cuda_check(s->cuda, cudaSetDevice(s->cuda->device_index), "cudaSetDevice", &unset);
   pthread_mutex_lock(&s->lock);
+  if (set != PHX_OK) { /* functions may call the runtime */
+    s->status = set;
+    s->failure = unset;
+  }
   for (;;) {
     while (s->reached == s->done && !s->stop) pthread_cond_wait(&s->change, &s->lock);
     if (s->reached == s->done) break;
