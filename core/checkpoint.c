@@ -4,7 +4,7 @@
  * Invariant: the ranks agree after each phase, so that either all go on or all have given up, with one message; the
  * part directory becomes a checkpoint by one rename, after every file in it and the directory itself were flushed.
  * Memory: the table of slices, checksums (8 bytes per MiB written), and while committing the tables of all ranks.
- * Threads: [main]; write and flush in a saver's thread, if one wants to. */
+ * Threads: [main]; write, flush and publish in a saver's thread, if one wants to. */
 #include "checkpoint.h"
 
 #include <errno.h>
@@ -28,6 +28,12 @@ typedef struct part_table { /* what a rank tells rank 0, in front of its slices,
   int64_t slices, privates, sums, file_bytes;
 } part_table;
 
+typedef struct tables { /* of all ranks, one after the other, stride bytes each */
+  part_table heads[PHX_RANKS_MAX];
+  char *mine, *all;
+  int64_t stride;
+} tables;
+
 struct phx__save {
   phx__runtime *rt;
   phx__position at;
@@ -41,7 +47,10 @@ struct phx__save {
   uint64_t *sums; /* (n_sums) */
   int64_t n_sums, file_bytes;
   phx__state_hash hash;
-  bool made_part, flushed;
+  tables tables;
+  int64_t all_bytes;    /* of all files */
+  phx__state_hash whole; /* of all ranks, once gathered */
+  bool made_part, flushed, gathered, published;
   phx_status status; /* the first failure of this rank's part */
   phx_error error;
 };
@@ -119,7 +128,6 @@ static phx_status make_part(phx__save *s, uint64_t *nonce, phx_error *err) {
   int64_t swept = 0;
   phx_status status = phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err);
   if (!status) status = phx__dir_make(dir, err);
-  if (!status) status = phx__dir_flush(s->run_dir, err);
   if (!status) status = phx__checkpoint_sweep(s->run_dir, &swept, err);
   if (!status && getrandom(nonce, sizeof *nonce, 0) != (ssize_t)sizeof *nonce)
     status = phx__fail_errno(err, PHX_IO, errno, "no random number for the name of a checkpoint");
@@ -154,6 +162,8 @@ static phx_status create_file(phx__save *s, phx_error *err) {
 
 static void free_save(phx__save *s) {
   phx__safetensors_writer_close(s->writer);
+  phx__free(s->tables.all);
+  phx__free(s->tables.mine);
   phx__free(s->sums);
   phx__free(s->tensors);
   phx__free(s->private_names);
@@ -228,6 +238,8 @@ phx_status phx__save_write(phx__save *s, size_t i, int64_t first, int64_t blocks
   return note(s, status, &why, err);
 }
 
+void phx__save_fail(phx__save *s, phx_status status, const phx_error *why) { note(s, status, why, NULL); }
+
 phx_status phx__save_flush(phx__save *s, phx_error *err) {
   phx_error why = s->error;
   phx_status status = s->status;
@@ -239,12 +251,6 @@ phx_status phx__save_flush(phx__save *s, phx_error *err) {
 }
 
 /* ---- commit ---- */
-typedef struct tables { /* of all ranks, one after the other, stride bytes each */
-  part_table heads[PHX_RANKS_MAX];
-  char *mine, *all;
-  int64_t stride;
-} tables;
-
 static int64_t table_bytes(const part_table *t) {
   return t->slices * (int64_t)sizeof(phx__manifest_slice) + t->privates * (int64_t)sizeof(phx__manifest_private) +
          t->sums * (int64_t)sizeof(uint64_t);
@@ -275,16 +281,20 @@ static void pack(const phx__save *s, const part_table *head, char *out) {
 }
 
 /* Collective: every rank's table, on every rank. */
-static phx_status gather_tables(phx__save *s, tables *t, phx_error *err) {
+static phx_status gather_tables(phx__save *s, phx_error *err) {
   phx__runtime *rt = s->rt;
+  tables *t = &s->tables;
   phx_error why = PHX_ERROR_INIT;
   part_table mine = {.sums = s->n_sums, .file_bytes = s->file_bytes};
   for (size_t i = 0; i < s->n; i++) *(s->slices[i].kind == PHX_STATE_PRIVATE ? &mine.privates : &mine.slices) += 1;
   phx_status status = rt->core->all_gather(rt->core->ctx, &mine, t->heads, (int64_t)(sizeof mine / sizeof(int64_t)),
                                            PHX_I64, NULL, err);
   if (status) return status;
-  for (int32_t r = 0; r < rt->core->size; r++)
+  t->stride = 8;
+  for (int32_t r = 0; r < rt->core->size; r++) {
     if (table_bytes(&t->heads[r]) > t->stride) t->stride = table_bytes(&t->heads[r]);
+    s->all_bytes += t->heads[r].file_bytes;
+  }
   t->mine = phx__calloc(1, (size_t)t->stride);
   t->all = phx__calloc((size_t)rt->core->size, (size_t)t->stride);
   if (!t->mine || !t->all) status = phx__fail(&why, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
@@ -345,7 +355,8 @@ done:
   return status;
 }
 
-static phx_status describe_parts(const phx__save *s, const tables *t, phx__manifest *m, phx_error *err) {
+static phx_status describe_parts(const phx__save *s, phx__manifest *m, phx_error *err) {
+  const tables *t = &s->tables;
   phx_status status = PHX_OK;
   for (int32_t r = 0; r < s->rt->core->size && !status; r++) {
     const part_table *head = &t->heads[r];
@@ -372,17 +383,18 @@ static phx_status describe_parts(const phx__save *s, const tables *t, phx__manif
 }
 
 /* Rank 0: from here on the checkpoint is there, or nothing of it. */
-static phx_status publish(phx__save *s, const tables *t, phx__state_hash hash, phx_error *err) {
+static phx_status publish(phx__save *s, phx_error *err) {
   char dir[PHX__CHECKPOINT_PATH], path[PHX__CHECKPOINT_PATH];
   phx_error ignored = PHX_ERROR_INIT;
   phx_status status = PHX_OK;
   phx__manifest *m = phx__manifest_create();
   if (!m) return phx__fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
-  phx__state_hash_text(hash, m->state_hash);
+  phx__state_hash_text(s->whole, m->state_hash);
   PHX__TRY(describe_run(s, m, err));
-  PHX__TRY(describe_parts(s, t, m, err));
+  PHX__TRY(describe_parts(s, m, err));
   PHX__TRY(phx__manifest_write(s->part, m, err));
   PHX__TRY(phx__dir_flush(s->part, err));
+  PHX__TRY(phx__dir_flush(s->run_dir, err)); /* begin may have made `checkpoints` in it */
   PHX__TRY(phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err));
   PHX__TRY(phx__checkpoint_path(s->run_dir, s->at.step, path, err));
   if (phx__sys.rename(s->part, path)) {
@@ -413,31 +425,46 @@ static void after_commit(const phx__save *s, const phx__retention *retention) {
   }
 }
 
-phx_status phx__save_commit(phx__save *s, const phx__retention *retention, phx_error *err) {
-  phx__runtime *rt = s->rt;
-  phx_error why = PHX_ERROR_INIT;
+phx_status phx__save_gather(phx__save *s, phx_error *err) {
   phx__verdict verdict = {.hash = s->hash};
-  tables t = {.stride = 8};
   if (!s->flushed && !s->status) s->status = phx__fail(&s->error, PHX_STATE, "a save was not flushed before its commit");
-  phx_status status = phx__agree(rt, s->status, &s->error, &verdict, err);
-  if (!status) status = gather_tables(s, &t, err);
-  if (!status) {
-    status = rt->job->rank == 0 ? publish(s, &t, verdict.sum, &why) : PHX_OK;
-    status = phx__agree(rt, status, &why, NULL, err);
-  }
-  if (status) give_up(s);
-  else if (rt->job->rank == 0) after_commit(s, retention);
-  phx__free(t.all);
-  phx__free(t.mine);
+  phx_status status = phx__agree(s->rt, s->status, &s->error, &verdict, err);
+  if (!status) status = gather_tables(s, err);
+  s->whole = verdict.sum;
+  s->gathered = !status;
+  if (!status) return PHX_OK;
+  give_up(s);
   free_save(s);
   return status;
 }
 
+void phx__save_publish(phx__save *s, const phx__retention *retention) {
+  phx_error why = PHX_ERROR_INIT;
+  if (s->rt->job->rank == 0) note(s, publish(s, &why), &why, NULL);
+  s->published = true;
+  if (s->rt->job->rank == 0 && !s->status) after_commit(s, retention);
+}
+
+int64_t phx__save_all_bytes(const phx__save *s) { return s->all_bytes; }
+
+phx_status phx__save_end(phx__save *s, int64_t *most, phx_error *err) {
+  phx__verdict verdict = {.value = most ? *most : 0};
+  const phx_status status = phx__agree(s->rt, s->status, &s->error, &verdict, err);
+  if (s->status) give_up(s);
+  if (!status && most) *most = verdict.most;
+  free_save(s);
+  return status;
+}
+
+/* Once gathered the files are rank 0's, which may be publishing them. */
 void phx__save_abandon(phx__save *s) {
   char path[PHX__CHECKPOINT_PATH];
   if (!s) return;
-  if (!phx__path_join(path, s->part, s->file, NULL)) phx__sys.unlink(path);
-  phx__sys.rmdir(s->part); /* the last one succeeds */
+  if (s->gathered && (s->status || !s->published)) give_up(s);
+  if (!s->gathered) {
+    if (!phx__path_join(path, s->part, s->file, NULL)) phx__sys.unlink(path);
+    phx__sys.rmdir(s->part); /* the last one succeeds */
+  }
   free_save(s);
 }
 
@@ -461,7 +488,7 @@ static phx_status save_slice(void *ctx, const phx_slice *slice, phx_error *err) 
 }
 
 phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx__position *at,
-                                const phx__retention *retention, phx_error *err) {
+                                const phx__retention *retention, int64_t *bytes, phx_error *err) {
   save_walk walk = {0};
   phx_error why = PHX_ERROR_INIT;
   const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = save_slice};
@@ -470,5 +497,9 @@ phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx
   status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, &why);
   note(walk.save, status, &why, NULL); /* commit tells the others */
   phx__save_flush(walk.save, NULL);
-  return phx__save_commit(walk.save, retention, err);
+  status = phx__save_gather(walk.save, err);
+  if (status) return status;
+  if (bytes) *bytes = phx__save_all_bytes(walk.save);
+  phx__save_publish(walk.save, retention);
+  return phx__save_end(walk.save, NULL, err);
 }

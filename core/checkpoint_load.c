@@ -218,7 +218,8 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   const phx__manifest_plugin *saved_by = phx__manifest_plugin_of(m, "strategy");
   walk.private_fits = saved_by && strcmp(saved_by->id, rt->config->strategy.plugin->descriptor->id) == 0 &&
                       m->ranks == rt->job->size;
-  status = strategy->visit_state(rt->strategy, &visitor, &why);
+  status = phx__optim_state_changes(&rt->optim, &why);
+  if (!status) status = strategy->visit_state(rt->strategy, &visitor, &why);
   verdict.hash = walk.hash;
   PHX__TRY(phx__agree(rt, status, &why, &verdict, err));
   phx__state_hash_text(verdict.sum, hash);

@@ -55,6 +55,8 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t every;         /* steps; 0: none */
     int64_t keep;          /* newest ones; 0: all */
     int64_t keep_every;    /* steps; 0: none */
+    int32_t background;
+    int64_t copy;          /* bytes per rank; -1: auto */
   } checkpoint;
   struct {
     const char *path;

@@ -12,6 +12,8 @@
   (uint32_t) offsetof(phx__settings, section.f), (uint32_t)sizeof(((phx__settings *)0)->section.f)
 #define INT(section, f, dflt, lo, hi, unit, flags, doc) \
   { #f, doc, dflt, unit, NULL, lo, hi, 0, 0, PHX_OPT_INT, flags, AT(section, f) }
+#define BYTES(section, f, dflt, flags, doc) \
+  { #f, doc, dflt, "bytes", NULL, 0, INT64_MAX, 0, 0, PHX_OPT_BYTES, flags, AT(section, f) }
 #define REAL(section, f, dflt, unit, lo, hi, doc) \
   { #f, doc, dflt, unit, NULL, 0, 0, lo, hi, PHX_OPT_REAL, 0, AT(section, f) }
 #define BOOL(section, f, dflt, doc) \
@@ -99,6 +101,10 @@ static const phx_option checkpoint_options[] = {
     INT(checkpoint, keep, "3", 0, STEPS_MOST, NULL, 0, "Newest checkpoints that are kept; 0 keeps all."),
     INT(checkpoint, keep_every, "0", 0, STEPS_MOST, "steps", 0,
         "Checkpoints of steps that are a multiple of this are kept for good; 0 keeps none so."),
+    BOOL(checkpoint, background, "yes", "Checkpoints are written while training goes on; no: it waits for them."),
+    BYTES(checkpoint, copy, "auto", PHX_OPTF_AUTO,
+          "Memory per rank for what an update changes before it is written; auto: all that the rank writes.  An update "
+          "waits for the writer where it is too small."),
 };
 static const phx_option plugins_options[] = {
     STRING(plugins, path, "", PHX_OPTF_PER_RANK, "Absolute directories of plugins, colon-separated, searched first."),

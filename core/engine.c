@@ -304,7 +304,8 @@ static phx_status run_micro_batches(phx__engine *e, phx_error *err) {
 /* ---- the step ---- */
 /* What happens to a step that cannot be applied: the run stops, or goes on with the weights and states as they are. */
 static phx_status not_finite(phx__engine *e, phx__step_result *result, phx_error *err) {
-  if (e->rt->config->s.run.on_nonfinite == 0)
+  e->not_finite = e->rt->config->s.run.on_nonfinite == 0;
+  if (e->not_finite)
     return phx__fail(err, PHX_INVALID,
                      "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr, "
                      "set optimizer.clip, or pass over such steps with run.on_nonfinite = skip",

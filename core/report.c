@@ -177,6 +177,17 @@ static void add_ranks(cJSON *parent, const char *name, const phx__run_result *r,
   }
 }
 
+static void add_saves(cJSON *parent, const phx__save_totals *t) {
+  if (t->saves + t->failed == 0) return;
+  cJSON *o = cJSON_AddObjectToObject(parent, "checkpoints");
+  cJSON_AddNumberToObject(o, "saves", (double)t->saves);
+  cJSON_AddNumberToObject(o, "failed", (double)t->failed);
+  cJSON_AddNumberToObject(o, "bytes", (double)t->bytes);
+  cJSON_AddNumberToObject(o, "stall_ms", 1e3 * t->stall);
+  cJSON_AddNumberToObject(o, "stall_ms_max", 1e3 * t->stall_most);
+  cJSON_AddNumberToObject(o, "seconds", t->seconds);
+}
+
 static void add_result(cJSON *root, const phx__run_result *r) {
   cJSON *o = cJSON_AddObjectToObject(root, "result");
   char text[32];
@@ -189,6 +200,7 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   cJSON_AddStringToObject(o, "state_hash", r->state_hash);
   cJSON_AddNumberToObject(o, "tokens_per_s", r->tokens_per_s);
   cJSON_AddNumberToObject(o, "step_ms", r->step_ms);
+  add_saves(o, &r->saves);
   add_ranks(o, "peak_pss", r, offsetof(phx__rank_report, peak_pss));
   add_ranks(o, "steady_allocator_calls", r, offsetof(phx__rank_report, steady_calls));
   cJSON *bytes = cJSON_AddObjectToObject(o, "bytes");
@@ -262,6 +274,7 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
     cJSON *stopped = cJSON_AddObjectToObject(root, "stopped");
     cJSON_AddStringToObject(stopped, "by", result->stopped);
     cJSON_AddNumberToObject(stopped, "step", (double)result->steps);
+    add_saves(stopped, &result->saves);
   }
   const phx_status status = phx__json_write(path, root, err);
   cJSON_Delete(root);

@@ -13,6 +13,11 @@ typedef struct phx__rank_report {
   int64_t steady_calls;     /* of the host's allocator during steps after the first */
 } phx__rank_report;
 
+typedef struct phx__save_totals { /* of this process; the stall is of the rank where it is the longest */
+  int64_t saves, failed, bytes;
+  double stall, stall_most, seconds; /* seconds: from a save's begin until it was committed */
+} phx__save_totals;
+
 typedef struct phx__run_result {
   int64_t steps, skipped;   /* skipped: not finite, without an update */
   double loss, valid_loss;  /* valid_loss NaN: not asked for */
@@ -20,7 +25,8 @@ typedef struct phx__run_result {
   char state_hash[33];
   phx__rank_report ranks[PHX_RANKS_MAX];
   int32_t n_ranks;
-  const char *stopped;      /* the signal that ended the run at `steps`, or NULL: only steps is filled then */
+  const char *stopped;      /* the signal that ended the run at `steps`, or NULL: only steps and saves are filled then */
+  phx__save_totals saves;
 } phx__run_result;
 
 /* Proportional set size of this process, or -1. */

@@ -160,8 +160,9 @@ phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err) {
   state_walk walk = {.rt = rt};
   phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = initialise_slice};
   const phx_strategy_table *strategy = rt->prepared->strategy;
-  phx_status status =
-      PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->visit_state(rt->strategy, &visitor, err));
+  phx_status status = phx__optim_state_changes(&rt->optim, err);
+  if (status) return status;
+  status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->visit_state(rt->strategy, &visitor, err));
   if (status) return status;
   return PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err));
 }

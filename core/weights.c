@@ -147,6 +147,7 @@ phx_status phx__weights_read(phx__runtime *rt, const char *path, phx_error *err)
   PHX__TRY(phx__safetensors_open(path, &st, err));
   f.fd = st->fd;
   for (uint32_t i = 0; i < rt->prepared->model->n_params; i++) PHX__TRY(find_tensor(&f, st, i, err));
+  PHX__TRY(phx__optim_state_changes(&rt->optim, err));
   PHX__TRY(walk_slices(&f, false, err));
   PHX__TRY(rt->prepared->strategy->state_changed(rt->strategy, err));
 done:

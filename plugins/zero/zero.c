@@ -336,7 +336,7 @@ static const phx_plugin plugin = {
     .license = "unspecified",
     .build = __VERSION__,
     .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER |
-                PHX_CAP_DETERMINISTIC | PHX_CAP_BF16,
+                PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_LIVE_STATE,
     .extensions = extensions,
     .options = options,
     .n_options = sizeof options / sizeof *options,

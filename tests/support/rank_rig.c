@@ -2,6 +2,7 @@
 #include "rank_rig.h"
 
 #include <dirent.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -17,6 +18,7 @@
 #include "command.h"
 #include "status.h"
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
 #include <sanitizer/lsan_interface.h>
 #endif
 
@@ -76,11 +78,12 @@ done:
 }
 
 void rank_rig_close(rank_rig *rig) {
+  phx__saver_close(rig->saver);
   phx__engine_destroy(rig->engine);
   phx__runtime_close(rig->rt);
   phx__data_close(rig->data);
   phx__config_free(rig->config);
-  rig->engine = NULL, rig->rt = NULL, rig->data = NULL, rig->config = NULL;
+  rig->saver = NULL, rig->engine = NULL, rig->rt = NULL, rig->data = NULL, rig->config = NULL;
 }
 
 phx_status rank_rig_step(rank_rig *rig, phx_error *err) {
@@ -90,9 +93,19 @@ phx_status rank_rig_step(rank_rig *rig, phx_error *err) {
   return status;
 }
 
-phx_status rank_rig_save(rank_rig *rig, const phx__retention *retention, phx_error *err) {
+phx_status rank_rig_save_begin(rank_rig *rig, int64_t keep, phx_error *err) {
   const phx__position at = {.step = rig->step, .samples = rig->step * rig->size};
-  return phx__checkpoint_save(rig->rt, rig->config->s.run.out, &at, retention, err);
+  rig->retention.keep = keep;
+  return phx__saver_begin(rig->saver, &at, err);
+}
+
+phx_status rank_rig_save(rank_rig *rig, int64_t keep, phx_error *err) {
+  const phx__position at = {.step = rig->step, .samples = rig->step * rig->size};
+  phx__save_report report;
+  rig->retention.keep = keep;
+  if (!rig->saver) return phx__checkpoint_save(rig->rt, rig->config->s.run.out, &at, &rig->retention, NULL, err);
+  const phx_status status = phx__saver_begin(rig->saver, &at, err);
+  return status ? status : phx__saver_finish(rig->saver, &report, err);
 }
 
 phx_status rank_rig_hash(rank_rig *rig, char text[33], phx_error *err) {
@@ -130,13 +143,38 @@ static void take_one_cpu(int32_t rank) {
   sched_setaffinity(0, sizeof here, &here);
 }
 
+typedef struct life { /* of a rank */
+  const rank_rig_run *run;
+  rank_rig rig;
+} life;
+
+/* A thread of its own: what is suppressed for leaks of the test's framework is not to hide those of a rank, and every
+ * allocation of the test's own thread has the framework in its stack. */
+static void *live(void *arg) {
+  life *l = arg;
+  rank_rig *rig = &l->rig;
+  phx_error err = PHX_ERROR_INIT;
+  phx_status status = rank_rig_open(rig, l->run->strategy, l->run->out, &err);
+  if (!status && l->run->background) /* copies: two blocks of the widest type, so that some are waited for */
+    status = phx__saver_open(rig->rt, rig->config->s.run.out, &rig->retention, 2 * PHX_BLOCK * 8, &rig->saver, &err);
+  if (status)
+    rank_rig_report(rig, __FILE__, __LINE__, "opened", "%s", err.message);
+  else
+    l->run->body(rig, l->run->arg);
+  fflush(stderr);
+  if (rig->report[0]) _exit(1); /* it left its body where it stood */
+  rank_rig_close(rig);
+  return NULL;
+}
+
 static void child(const rank_rig_run *run, int32_t rank, int segment, char *report) {
   static const char *const names[] = {"PHALANX_RANK", "PHALANX_WORLD_SIZE", "PHALANX_LOCAL_RANK", "PHALANX_LOCAL_SIZE",
                                       "PHALANX_JOB_FD"};
   const int values[] = {rank, run->size, rank, run->size, segment};
+  static life l;
   char text[32];
-  phx_error err = PHX_ERROR_INIT;
-  rank_rig rig = {.rank = rank, .size = run->size, .report = report};
+  pthread_t thread;
+  l = (life){.run = run, .rig = {.rank = rank, .size = run->size, .report = report}};
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   take_one_cpu(rank);
   for (int i = 0; i < 5; i++) {
@@ -146,15 +184,14 @@ static void child(const rank_rig_run *run, int32_t rank, int segment, char *repo
   snprintf(text, sizeof text, "errors.%d", rank);
   if (chdir(run->dir) || !freopen(text, "we", stderr)) _exit(2);
   setvbuf(stderr, NULL, _IOLBF, 0);
-  if (rank_rig_open(&rig, run->strategy, run->out, &err))
-    rank_rig_report(&rig, __FILE__, __LINE__, "opened", "%s", err.message);
-  else
-    run->body(&rig, run->arg);
-  fflush(stderr);
-  if (report[0]) _exit(1); /* it left its body where it stood */
-  rank_rig_close(&rig);
+  if (pthread_create(&thread, NULL, live, &l) || pthread_join(thread, NULL)) _exit(2);
 #ifdef __SANITIZE_ADDRESS__
-  if (__lsan_do_recoverable_leak_check()) rank_rig_report(&rig, __FILE__, __LINE__, "clean", "memory is leaked");
+  /* in a file of its own: after a fork it complains that the parent's thread is not there */
+  snprintf(text, sizeof text, "leaks.%d", rank);
+  __sanitizer_set_report_path(text);
+  if (__lsan_do_recoverable_leak_check())
+    rank_rig_report(&l.rig, __FILE__, __LINE__, "clean", "memory is leaked: see %s/%s.%d", run->dir, text,
+                    (int)getpid());
 #endif
   _exit(report[0] != 0);
 }

@@ -11,6 +11,7 @@
 #define TEST_RANK_RIG_H
 #include "checkpoint.h"
 #include "engine.h"
+#include "saver.h"
 
 typedef struct rank_rig {
   int32_t rank, size;
@@ -20,7 +21,9 @@ typedef struct rank_rig {
   phx__engine *engine;
   phx__data *data;
   int64_t step;
-  char *report; /* shared with the test; empty while all is well */
+  phx__retention retention;
+  phx__saver *saver; /* with `background` */
+  char *report;      /* shared with the test; empty while all is well */
 } rank_rig;
 
 typedef struct rank_rig_run {
@@ -28,6 +31,7 @@ typedef struct rank_rig_run {
   const char *dir;      /* the children's working directory, with run.ini; errors.R takes rank R's stderr */
   const char *strategy; /* NULL: ddp */
   const char *out;      /* run.out; NULL: out */
+  bool background;      /* saves go through core/saver.c */
   double limit_s;
   void (*body)(rank_rig *rig, void *arg);
   void *arg;
@@ -46,7 +50,9 @@ phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, p
 void rank_rig_close(rank_rig *rig);
 /* One step of training. */
 phx_status rank_rig_step(rank_rig *rig, phx_error *err);
-phx_status rank_rig_save(rank_rig *rig, const phx__retention *retention, phx_error *err);
+/* keep: as in the configuration.  In the background: begun and waited for. */
+phx_status rank_rig_save(rank_rig *rig, int64_t keep, phx_error *err);
+phx_status rank_rig_save_begin(rank_rig *rig, int64_t keep, phx_error *err); /* only in the background */
 /* Of the whole state, as text. */
 phx_status rank_rig_hash(rank_rig *rig, char text[33], phx_error *err);
 /* Collective: the largest of all ranks' values; ends the child when the ranks cannot meet. */

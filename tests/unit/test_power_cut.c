@@ -1,12 +1,12 @@
 /* Every state in which a power cut may leave a run's directory holds the checkpoint before or the new one, whole: never
  * an error, never another state.
  *
- * Two ranks train and save three times with keep = 1, into a directory with a dead attempt's leftovers; their system
- * calls are recorded (sys_record.h), the states are rebuilt (power_cut.h says under which assumptions) and loaded by
- * the core.  The load must give: before step k's directory was renamed, k - 1 (or, before the first, that there is
- * none); once the commit has returned on any rank, k; in between, one of the two; with the hash that the run had.
- * Besides, no directory with a checkpoint's name is damaged even where nobody would load it, `latest` names a
- * checkpoint that is there, and leftovers are removed. */
+ * Two ranks train and save three times with keep = 1, at once or in the background, into a directory with a dead
+ * attempt's leftovers; their system calls are recorded (sys_record.h), the states are rebuilt (power_cut.h says under
+ * which assumptions) and loaded by the core.  The load must give: before step k's directory was renamed, k - 1 (or,
+ * before the first, that there is none); once the commit has returned on any rank, k; in between, one of the two; with
+ * the hash that the run had. Besides, no directory with a checkpoint's name is damaged even where nobody would load it,
+ * `latest` names a checkpoint that is there, and leftovers are removed. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <fcntl.h>
@@ -48,8 +48,15 @@ static void leave_a_dead_attempt(void) {
   phx__sys.close(fd);
 }
 
+/* The step after it is trained before it is waited for. */
+static void save_while_training(rank_rig *rig, int k, phx_error *err) {
+  phx__save_report report;
+  RIG_CHECK(rig, !rank_rig_save_begin(rig, 1, err), "%s", err->message);
+  if (k < SAVES) RIG_CHECK(rig, !rank_rig_step(rig, err), "%s", err->message);
+  RIG_CHECK(rig, !phx__saver_finish(rig->saver, &report, err), "%s", err->message);
+}
+
 static void train_and_save(rank_rig *rig, void *arg) {
-  const phx__retention retention = {.keep = 1};
   phx_error err = PHX_ERROR_INIT;
   shared *a = arg;
   sys_record_install(a->record, rig->rank);
@@ -60,10 +67,12 @@ static void train_and_save(rank_rig *rig, void *arg) {
   rank_rig_most(rig, 0);
   for (int k = 1; k <= SAVES; k++) {
     char hash[33];
-    RIG_CHECK(rig, !rank_rig_step(rig, &err), "%s", err.message);
+    if (rig->step < k) RIG_CHECK(rig, !rank_rig_step(rig, &err), "%s", err.message);
     RIG_CHECK(rig, !rank_rig_hash(rig, hash, &err), "%s", err.message);
     if (rig->rank == 0) memcpy(a->hashes[k], hash, sizeof hash);
-    RIG_CHECK(rig, !rank_rig_save(rig, &retention, &err), "%s", err.message);
+    if (!rig->saver) RIG_CHECK(rig, !rank_rig_save(rig, 1, &err), "%s", err.message);
+    if (rig->saver) save_while_training(rig, k, &err);
+    if (rig->report[0]) return;
     sys_record_mark(a->record, k);
   }
   rank_rig_most(rig, 0);
@@ -135,9 +144,9 @@ static bool judge(void *arg, int32_t n, int64_t value, char why[600]) {
 }
 
 /* ---- the tests ---- */
-static void set_up(void) {
+static void record_saves(bool background) {
   char path[600], why[600];
-  rank_rig_run run = {.size = RANKS, .out = OUT, .limit_s = 60, .body = train_and_save};
+  rank_rig_run run = {.size = RANKS, .out = OUT, .background = background, .limit_s = 60, .body = train_and_save};
   home = getcwd(NULL, 0);
   dir = rank_rig_dir();
   training_files(dir, rank_rig_model);
@@ -159,14 +168,15 @@ static void tear_down(void) {
   munmap(all, sizeof *all);
   command_remove_dir(dir);
 }
-TestSuite(power_cut, .init = set_up, .fini = tear_down, .timeout = 300);
+TestSuite(power_cut, .fini = tear_down, .timeout = 300);
 
 /* One rank loads what two have saved. */
-static void search(power_cut *cut, const char *what) {
+static void search(power_cut *cut, bool background, const char *what) {
   static char why[] = "errors";
   rank_rig rig = {.size = 1};
   phx_error err = PHX_ERROR_INIT;
   struct timespec begin, end;
+  record_saves(background);
   cr_assert(!chdir(dir) && freopen(why, "we", stderr)); /* what the loads say would be long */
   cr_assert_eq(rank_rig_open(&rig, NULL, "out", &err), PHX_OK, "%s", err.message);
   cut->record = all->record;
@@ -185,7 +195,14 @@ static void search(power_cut *cut, const char *what) {
 
 Test(power_cut, every_state_is_the_checkpoint_before_or_the_new_one) {
   power_cut cut = {.most_violations = 100};
-  search(&cut, "as it is");
+  search(&cut, false, "as it is");
+  cr_assert_eq(cut.violations, 0, "%ld violations; the first: %s", cut.violations, cut.message);
+  cr_assert_geq(cut.states, 1000);
+}
+
+Test(power_cut, every_state_of_saves_in_the_background) {
+  power_cut cut = {.most_violations = 100};
+  search(&cut, true, "in the background");
   cr_assert_eq(cut.violations, 0, "%ld violations; the first: %s", cut.violations, cut.message);
   cr_assert_geq(cut.states, 1000);
 }
@@ -193,16 +210,16 @@ Test(power_cut, every_state_is_the_checkpoint_before_or_the_new_one) {
 /* What the replay is worth: without flushes it finds what goes wrong. */
 Test(power_cut, control_without_any_flush) {
   power_cut cut = {.without_file_syncs = true, .without_dir_syncs = true, .most_violations = 3};
-  search(&cut, "without any flush");
+  search(&cut, false, "without any flush");
   cr_assert_gt(cut.violations, 0);
 }
 Test(power_cut, control_without_flushes_of_files) {
   power_cut cut = {.without_file_syncs = true, .most_violations = 3};
-  search(&cut, "without flushes of files");
+  search(&cut, false, "without flushes of files");
   cr_assert_gt(cut.violations, 0);
 }
 Test(power_cut, control_without_flushes_of_directories) {
   power_cut cut = {.without_dir_syncs = true, .most_violations = 3};
-  search(&cut, "without flushes of directories");
+  search(&cut, false, "without flushes of directories");
   cr_assert_gt(cut.violations, 0);
 }

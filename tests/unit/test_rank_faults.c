@@ -71,12 +71,11 @@ static void expect_newest(rank_rig *rig, const newest *want, const char *when) {
 /* Trains a step and saves it, with a failure if there is one; *now is the newest checkpoint on success. */
 static void step_and_save(rank_rig *rig, int64_t keep, const fault_case *f, long turn, newest *now, phx_status *status,
                           phx_error *err) {
-  const phx__retention retention = {.keep = keep};
   newest next = {.step = rig->step + 1};
   RIG_CHECK(rig, !rank_rig_step(rig, err), "%s", err->message);
   RIG_CHECK(rig, !rank_rig_hash(rig, next.hash, err), "%s", err->message);
   if (f) fault_begin(f->kind, f->error, turn);
-  *status = rank_rig_save(rig, &retention, err);
+  *status = rank_rig_save(rig, keep, err);
   if (f) fault_end();
   if (!*status) *now = next;
 }
@@ -355,28 +354,32 @@ static void load_damaged(rank_rig *rig, void *arg) {
 }
 
 /* ---- the tests ---- */
-static void run(int32_t size, const char *strategy, void (*body)(rank_rig *rig, void *arg)) {
+static void run(int32_t size, const char *strategy, bool background, void (*body)(rank_rig *rig, void *arg)) {
   char *dir = rank_rig_dir();
-  rank_rig_run run = {.size = size, .dir = dir, .strategy = strategy, .limit_s = 200, .body = body};
+  rank_rig_run run = {
+      .size = size, .dir = dir, .strategy = strategy, .background = background, .limit_s = 200, .body = body};
   training_files(dir, rank_rig_model);
   cr_assert(rank_rig_ranks(&run), "%s", run.message);
   command_remove_dir(dir);
 }
 Test(rank_faults, saves_of_two, .timeout = 240) {
-  run(2, "fsdp", fail_saves);
+  run(2, "fsdp", false, fail_saves);
 }
 Test(rank_faults, saves_of_three, .timeout = 240) {
-  run(3, "zero", fail_saves);
+  run(3, "zero", false, fail_saves);
 }
 Test(rank_faults, creation, .timeout = 240) {
-  run(1, NULL, fail_creation);
+  run(1, NULL, false, fail_creation);
 }
 Test(rank_faults, damage_seen_by_three, .timeout = 240) {
-  run(3, "fsdp", load_damaged);
+  run(3, "fsdp", false, load_damaged);
 }
 Test(rank_faults, loads_of_two, .timeout = 240) {
-  run(2, "fsdp", fail_loads);
+  run(2, "fsdp", false, fail_loads);
 }
 Test(rank_faults, loads_of_three, .timeout = 240) {
-  run(3, "ddp", fail_loads);
+  run(3, "ddp", false, fail_loads);
+}
+Test(rank_faults, background_saves_of_two, .timeout = 240) {
+  run(2, "zero", true, fail_saves);
 }
