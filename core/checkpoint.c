@@ -19,6 +19,7 @@
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
 #include "manifest.h"
+#include "state_io.h"
 #include "status.h"
 #include "sys.h"
 
@@ -474,17 +475,19 @@ typedef struct save_walk {
   size_t i;
 } save_walk;
 
+static phx_status save_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
+  const save_walk *walk = ctx;
+  const phx_slice *slice = &walk->save->slices[walk->i];
+  const phx_slice part = phx__slice_part(slice, at, bytes);
+  return phx__save_write(walk->save, walk->i, part.first_block - slice->first_block, part.blocks, data, err);
+}
+
 static phx_status save_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   save_walk *walk = ctx;
-  const phx__runtime *rt = walk->save->rt;
-  const phx_strategy_table *strategy = rt->prepared->strategy;
-  void *data = NULL;
   if (phx__state_derived(slice)) return PHX_OK;
-  phx_status status = strategy->map(rt->strategy, slice, PHX_MAP_READ, &data, err);
-  if (status) return status;
-  status = phx__save_write(walk->save, walk->i++, 0, slice->blocks, data, err);
-  const phx_status unmapped = strategy->unmap(rt->strategy, slice, PHX_MAP_READ, data, status ? NULL : err);
-  return status ? status : unmapped;
+  const phx_status status = phx__slice_read(walk->save->rt, slice, save_part, walk, err);
+  walk->i++;
+  return status;
 }
 
 phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx__position *at,

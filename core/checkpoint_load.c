@@ -15,6 +15,7 @@
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
 #include "manifest.h"
+#include "state_io.h"
 #include "status.h"
 #include "sys.h"
 
@@ -102,20 +103,42 @@ static const phx__manifest_private *find_private(const load_walk *walk, const ph
   return NULL;
 }
 
+typedef struct slice_load {
+  load_walk *walk;
+  const phx_slice *slice;
+  const phx__manifest_private *from; /* or NULL */
+  char *whole;                       /* a private state that goes to its place in parts */
+} slice_load;
+
+static phx_status load_private(slice_load *l, void *data, int64_t at, int64_t bytes, phx_error *err) {
+  const int64_t all = l->slice->blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(l->slice->dtype);
+  if (bytes == all) return phx__checkpoint_reader_private(l->walk->reader, l->from, data, err);
+  if (!l->whole) {
+    l->whole = phx__calloc(1, (size_t)all);
+    if (!l->whole) return phx__fail(err, PHX_NOMEM, "no memory for a private state of %lld bytes", (long long)all);
+    const phx_status status = phx__checkpoint_reader_private(l->walk->reader, l->from, l->whole, err);
+    if (status) return status;
+  }
+  memcpy(data, l->whole + at, (size_t)bytes);
+  return PHX_OK;
+}
+
+static phx_status load_part(void *ctx, void *data, int64_t at, int64_t bytes, phx_error *err) {
+  slice_load *l = ctx;
+  const phx_slice part = phx__slice_part(l->slice, at, bytes);
+  return l->from ? load_private(l, data, at, bytes, err) : load_blocks(l->walk, &part, data, err);
+}
+
 static phx_status load_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   load_walk *walk = ctx;
-  const phx_strategy_table *strategy = walk->rt->prepared->strategy;
   const bool private = slice->kind == PHX_STATE_PRIVATE;
-  const phx__manifest_private *from = private ? find_private(walk, slice) : NULL;
-  void *data = NULL;
-  if (private && !from) return PHX_OK;
+  slice_load load = {.walk = walk, .slice = slice, .from = private ? find_private(walk, slice) : NULL};
+  if (private && !load.from) return PHX_OK;
   if (phx__state_derived(slice)) return PHX_OK;
-  phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_WRITE, &data, err);
-  if (status) return status;
-  status = from ? phx__checkpoint_reader_private(walk->reader, from, data, err) : load_blocks(walk, slice, data, err);
-  walk->privates += from && !status;
-  const phx_status unmapped = strategy->unmap(walk->rt->strategy, slice, PHX_MAP_WRITE, data, status ? NULL : err);
-  return status ? status : unmapped;
+  const phx_status status = phx__slice_write(walk->rt, slice, load_part, &load, err);
+  walk->privates += load.from && !status;
+  phx__free(load.whole);
+  return status;
 }
 
 /* ---- what is different now, and what was left out ---- */

@@ -71,6 +71,7 @@ typedef struct phx__selected {
 typedef struct phx__config {
   phx__settings s;
   phx__selected strategy, device, comm, model;
+  char device_why[256], comm_why[256]; /* what [device] and [comm] plugin = auto came to, and why; "": not auto */
   struct phx__config_private *priv;
 } phx__config;
 
@@ -80,7 +81,7 @@ typedef struct phx__override {
   const char *flag; /* shown as the source: "--set", "-n", "--strategy" */
 } phx__override;
 
-/* Loads, selects plugins (auto: device cpu, comm shm here), validates everything.  On refusal *out is NULL, every error
+/* Loads, selects plugins, validates everything.  On refusal *out is NULL, every error
  * has been printed to `report` (one line each, "file:line: ..."), and PHX_INVALID or PHX_UNSUPPORTED is returned. */
 phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
                             phx__config **out);

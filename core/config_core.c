@@ -23,6 +23,7 @@
 #define STRING(section, f, dflt, flags, doc) \
   { #f, doc, dflt, NULL, NULL, 0, 0, 0, 0, PHX_OPT_STRING, flags, AT(section, f) }
 
+static const char *const deterministic_choices[] = {"no", "yes", "auto", NULL};
 static const char *const pin_choices[] = {"auto", "yes", "no", NULL};
 static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
 static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
@@ -38,7 +39,8 @@ static const phx_option run_options[] = {
     INT(run, steps, "200", 1, STEPS_MOST, "steps", 0, "Training steps."),
     INT(run, seed, "1337", 0, INT64_MAX, NULL, 0, "Fixes the initial weights and the order of the samples."),
     STRING(run, out, "runs/demo", 0, "The run directory: run.json, metrics.jsonl, weights and the ranks' output."),
-    BOOL(run, deterministic, "yes", "The same bits under every strategy; a strategy that cannot is refused."),
+    ENUM(run, deterministic, "auto", deterministic_choices, 0,
+         "The same bits under every strategy; a strategy that cannot is refused; auto: yes where the device's fast way is."),
     REAL(run, timeout, "60", "s", 0, 1e6, "Seconds that a rank may be missing from a collective; 0 waits for ever."),
     INT(run, hash_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between state hashes; 0 hashes only the last step."),
     INT(run, valid_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between validations; 0 validates only at the end."),
@@ -88,12 +90,12 @@ static const phx_option precision_options[] = {
          "Type of gradients on the wire; bf16 halves the traffic and changes the numbers; fp16 is refused."),
 };
 static const phx_option device_options[] = {
-    STRING(device, plugin, "auto", 0, "The device's plugin; auto takes cpu."),
+    STRING(device, plugin, "auto", 0, "The device's plugin; auto takes cuda where it can run, else cpu."),
     INT(device, threads, "auto", 1, 1024, "threads", PHX_OPTF_AUTO,
         "Threads per rank; auto shares the cores of this machine among its ranks."),
 };
 static const phx_option comm_options[] = {
-    STRING(comm, plugin, "auto", 0, "The communicator's plugin; auto takes shm."),
+    STRING(comm, plugin, "auto", 0, "The communicator's plugin; auto takes nccl where every rank has a GPU of its own, else shm."),
 };
 static const phx_option checkpoint_options[] = {
     INT(checkpoint, every, "0", 0, STEPS_MOST, "steps", 0,

@@ -76,6 +76,7 @@ void phx__engine_destroy(phx__engine *e) {
   const phx__prepared *p = e->rt->prepared;
   const size_t slots = (size_t)p->layout.activation_slots, n = p->model->n_stages;
   const phx_host *host = &e->rt->core_host.table;
+  e->rt->device->stream_synchronize(e->rt->device->ctx, NULL, NULL); /* what is released is not in use any more */
   host->release(host->ctx, e->workspace);
   for (size_t i = slots * 2; e->gradients && i-- > 0;) host->release(host->ctx, e->gradients[i]);
   for (size_t i = slots * n; e->saved && e->outputs && i-- > 0;) {

@@ -177,6 +177,17 @@ static void add_ranks(cJSON *parent, const char *name, const phx__run_result *r,
   }
 }
 
+/* The memory table by device: our own accounting, and the driver's count where it gives one. */
+static void add_memory(cJSON *root, const phx__runtime *rt, const phx__run_result *r) {
+  static const char *const spaces[] = {"device", "host", "pinned"};
+  cJSON *o = cJSON_AddObjectToObject(root, "memory");
+  cJSON_AddStringToObject(o, "device", rt->device->name);
+  cJSON *peak = cJSON_AddObjectToObject(o, "peak");
+  for (size_t i = 0; i < 3; i++)
+    add_ranks(peak, spaces[i], r, offsetof(phx__rank_report, peak_in) + i * sizeof(int64_t));
+  if (r->ranks[0].driver_bytes >= 0) add_ranks(o, "driver", r, offsetof(phx__rank_report, driver_bytes));
+}
+
 static void add_saves(cJSON *parent, const phx__save_totals *t) {
   if (t->saves + t->failed == 0) return;
   cJSON *o = cJSON_AddObjectToObject(parent, "checkpoints");
@@ -267,9 +278,15 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
   add_plugin(plugins, "device", rt->config->device.plugin);
   add_plugin(plugins, "comm", rt->config->comm.plugin);
   add_plugin(plugins, "model", rt->config->model.plugin);
+  cJSON *chosen = cJSON_AddObjectToObject(root, "chosen");
+  if (*rt->config->device_why) cJSON_AddStringToObject(chosen, "device", rt->config->device_why);
+  if (*rt->config->comm_why) cJSON_AddStringToObject(chosen, "comm", rt->config->comm_why);
   phx__config_each(rt->config, add_config, cJSON_AddObjectToObject(root, "config"));
   add_resumes(root, path, rt, resumed, when);
-  if (result && !result->stopped) add_result(root, result);
+  if (result && !result->stopped) {
+    add_result(root, result);
+    add_memory(root, rt, result);
+  }
   if (result && result->stopped) {
     cJSON *stopped = cJSON_AddObjectToObject(root, "stopped");
     cJSON_AddStringToObject(stopped, "by", result->stopped);

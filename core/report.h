@@ -10,6 +10,8 @@ typedef struct phx__rank_report {
   int64_t sent_planned[PHX_OPS], sent_measured[PHX_OPS];   /* payload bytes of one step */
   int64_t calls_planned[PHX_OPS], calls_measured[PHX_OPS];
   int64_t peak_pss;         /* bytes, sampled at stage boundaries of one step */
+  int64_t peak_in[3];       /* bytes by PHX_SPACE_*, our own accounting */
+  int64_t driver_bytes;     /* of the device, as its driver counts them when the run ends; -1: it does not say */
   int64_t steady_calls;     /* of the host's allocator during steps after the first */
 } phx__rank_report;
 

@@ -149,6 +149,8 @@ static phx_status gather_reports(run *r, phx_error *err) {
   const phx__runtime *rt = r->rt;
   memcpy(mine->planned, rt->prepared->planned, sizeof mine->planned);
   memcpy(mine->measured, rt->book.peak, sizeof mine->measured);
+  memcpy(mine->peak_in, rt->book.peak_in, sizeof mine->peak_in);
+  mine->driver_bytes = phx__driver_bytes(rt);
   memcpy(mine->sent_planned, rt->prepared->estimate.sent, sizeof mine->sent_planned);
   memcpy(mine->calls_planned, rt->prepared->estimate.calls, sizeof mine->calls_planned);
   r->result.n_ranks = r->job->size;
@@ -394,6 +396,12 @@ static void say_plugin(const char *kind, const phx__plugin *p) {
   phx__log(0, "core", PHX_LOG_INFO, line);
 }
 
+static void say_chosen(const char *kind, const char *why) {
+  char line[400];
+  snprintf(line, sizeof line, "[%s] plugin = auto takes %s", kind, why);
+  if (*why) phx__log(0, "core", PHX_LOG_INFO, line);
+}
+
 /* What --resume names, before anything is touched. */
 static phx_status check_resume(const phx__config *config, const char *asked, phx__resume *out, phx_error *err) {
   phx__prepared *p = NULL;
@@ -423,6 +431,8 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
   say_plugin("device", config->device.plugin);
   say_plugin("comm", config->comm.plugin);
   say_plugin("model", config->model.plugin);
+  say_chosen("device", config->device_why);
+  say_chosen("comm", config->comm_why);
   if (config->s.run.ranks > 1 || config->s.run.max_restarts > 0) return phx__restart_run(config, argv);
   /* it was accepted above: what goes wrong now is a failure, not a refusal */
   const int exit_status = phx__train_rank(config, resume);

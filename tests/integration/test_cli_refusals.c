@@ -186,6 +186,15 @@ Test(commands, plugins_survives_broken_ones) {
   command_free(&r);
 }
 
+Test(commands, plugins_says_which_library_is_missing) {
+  setenv("PHALANX_PLUGIN_PATH", PHX_TEST_ONLY_PLUGINS "/lost", 1);
+  command_result r = RUN(dir, 60, "plugins");
+  cr_expect_eq(r.status, 0);
+  cr_expect(strstr(r.out, "libphx-is-nowhere.so: cannot open shared object"), "%s", r.out);
+  cr_expect(strstr(r.out, "cpu "), "the others are listed: %s", r.out);
+  command_free(&r);
+}
+
 /* Ten seconds, then it is killed and said so. */
 Test(commands, plugins_survives_a_hanging_one) {
   setenv("PHALANX_PLUGIN_PATH", PHX_TEST_ONLY_PLUGINS "/hang", 1);

@@ -179,6 +179,40 @@ Test(config, all_errors_at_once) {
                 ": [data] train is missing: Token file to train on, or a glob of several.\n");
 }
 
+#define GPUS "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/gpus\n"
+
+Test(config, automatic_plugins) {
+  phx__config *c = expect_good(DATA);
+  cr_expect(strncmp(c->device_why, "cpu: cuda ", 10) == 0, "%s", c->device_why); /* not installed, or no GPU here */
+  cr_expect_str_eq(c->comm_why, "shm: device cpu is not cuda");
+  phx__config_free(c);
+  c = expect_good(DATA "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/refusing\n");
+  cr_expect_str_eq(c->device_why, "cpu: cuda cannot run here: cuda is for tests of the loader: it cannot run");
+  cr_expect_str_eq(c->s.device.plugin, "cpu");
+  phx__config_free(c);
+  c = expect_good(DATA "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/lost\n");
+  cr_expect(strstr(c->device_why, "libphx-is-nowhere.so: cannot open shared object"), "%s", c->device_why);
+  phx__config_free(c);
+  c = expect_good(DATA "[device]\nplugin = cpu\n");
+  cr_expect_str_eq(c->device_why, "");
+  phx__config_free(c);
+}
+
+Test(config, automatic_plugins_on_gpus) {
+  phx__config *c = expect_good("[run]\nranks = 2\n" DATA GPUS);
+  cr_expect_str_eq(c->s.device.plugin, "cuda");
+  cr_expect_str_eq(c->s.comm.plugin, "nccl");
+  cr_expect_str_eq(c->comm_why, "nccl: every rank has a GPU of its own");
+  cr_expect_eq(c->s.run.deterministic, 0);
+  cr_expect(strstr(report, "deterministic = auto comes to no on device cuda"), "%s", report);
+  phx__config_free(c);
+  c = expect_good("[run]\nranks = 3\ndeterministic = yes\n" DATA GPUS);
+  cr_expect_str_eq(c->s.comm.plugin, "shm");
+  cr_expect_str_eq(c->comm_why, "shm: 3 ranks share 2 devices");
+  cr_expect_eq(c->s.run.deterministic, 1);
+  phx__config_free(c);
+}
+
 Test(config, plugins_that_do_not_fit) {
   expect_report(DATA "[device]\nplugin = absent\n",
                 ":4: [device] plugin = absent cannot run here: absent is for tests of the loader: it cannot run\n");
