@@ -82,6 +82,52 @@ Test(precision, a_bf16_wire_halves_the_traffic_and_changes_the_numbers_little, .
   command_remove_dir(dir);
 }
 
+/* Forty steps in both: bf16 rounds every activation, so the losses part, but by less than 0.02 nats of about 3. */
+Test(precision, bf16_learns_what_fp32_learns, .timeout = 200) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  const trained full = train(dir, "precision.compute=fp32", "run.steps=40");
+  const trained low = train(dir, "precision.compute=bf16", "run.steps=40");
+  cr_assert_str_neq(low.hash, full.hash);
+  cr_assert(low.loss != full.loss && fabs(low.loss - full.loss) < 0.02, "loss %.6f, in fp32 %.6f", low.loss, full.loss);
+  command_remove_dir(dir);
+}
+
+/* A checkpoint holds the masters: it goes on in either precision, and what one wrote the other reads. */
+Test(precision, checkpoints_go_on_in_either, .timeout = 300) {
+  static const char *const kinds[] = {"fp32", "bf16"};
+  char *dir = command_temp_dir();
+  double losses[2][2];
+  training_files(dir, training_odd_model);
+  for (int from = 0; from < 2; from++) {
+    char compute[64], out[32];
+    snprintf(compute, sizeof compute, "precision.compute=%s", kinds[from]);
+    snprintf(out, sizeof out, "run.out=from%d", from);
+    command_result r = RUN(dir, 120, "train", "run.ini", "-n", "2", "--set", "run.steps=4", "--set",
+                           "optimizer.schedule=constant", "--set", "checkpoint.every=4", "--set", compute, "--set", out);
+    cr_assert_eq(r.status, 0, "status %d:\n%s", r.status, r.out);
+    command_free(&r);
+    for (int to = 0; to < 2; to++) {
+      char again[64], resume[64], name[64];
+      snprintf(compute, sizeof compute, "precision.compute=%s", kinds[to]);
+      snprintf(again, sizeof again, "run.out=from%dto%d", from, to);
+      snprintf(resume, sizeof resume, "from%d/checkpoints/step-00000004", from);
+      r = RUN(dir, 120, "train", "run.ini", "-n", "2", "--strategy", "fsdp", "--set", "run.steps=6", "--set",
+              "optimizer.schedule=constant", "--set", compute, "--set", again, "--resume", resume);
+      cr_assert_eq(r.status, 0, "from %s to %s: status %d:\n%s", kinds[from], kinds[to], r.status, r.out);
+      command_free(&r);
+      snprintf(name, sizeof name, "from%dto%d/run.json", from, to);
+      cJSON *json = training_json(dir, name);
+      losses[from][to] = training_get(json, "result.loss")->valuedouble;
+      cJSON_Delete(json);
+    }
+  }
+  for (int from = 0; from < 2; from++)
+    cr_expect(losses[from][0] != losses[from][1] && fabs(losses[from][0] - losses[from][1]) < 0.02,
+              "from %s: %.6f in fp32, %.6f in bf16", kinds[from], losses[from][0], losses[from][1]);
+  command_remove_dir(dir);
+}
+
 /* Strategies that were not written for it are told by name, before any rank starts. */
 Test(precision, strategies_without_masters_are_refused, .timeout = 60) {
   static const char *const keys[] = {"compute", "reduce"}, *const names[] = {"bare", "fileopt", "pipeline"};

@@ -6,7 +6,7 @@
  * outputs are poisoned, with a guard behind each, so that what is not written, or written beside, shows.
  *
  * Bounds.  An element may differ from the reference by one rounding to its dtype (half a unit in the last place: at
- * most 2^-8 of it in bf16, 2^-24 in fp32) and by a floor relative to the array's largest element: what sums in fp32, in
+ * most 2^-8 of it in bf16, 2^-24 in fp32) and by a floor relative to the array's largest element (or 1/4, if that is larger): what sums in fp32, in
  * any order, may lose, and in bf16 what is lost where an operation reads a tensor that was rounded on its way (a norm
  * its sum, attention's backward the output).  The floors stand with the cases. */
 #ifndef PHX__OPS_SUITE_H
