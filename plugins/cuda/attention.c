@@ -3,20 +3,13 @@
 
 enum { WIDTH_MOST = 128 };
 
-static int32_t plain_takes(const phx__cuda *cuda, const phx__cuda_attention_call *call) {
-  (void)cuda;
-  return call->width <= WIDTH_MOST;
-}
-
-static const phx__cuda_attention_provider providers[] = {
-    {"plain", plain_takes, phx__cuda_attention_plain},
-};
-
-static phx_status run(const phx__cuda *cuda, const phx__cuda_attention_call *call, const char *what, phx_stream *s,
+static phx_status run(phx__cuda *cuda, const phx__cuda_attention_call *call, const char *what, phx_stream *stream,
                       phx_error *err) {
-  for (size_t i = 0; i < sizeof providers / sizeof providers[0]; i++)
-    if (providers[i].takes(cuda, call))
-      return phx__cuda_check(cuda, providers[i].run(call, phx__cuda_stream(cuda, s)), what, err);
+  const cudaStream_t s = phx__cuda_stream(cuda, stream);
+  int32_t done = 0;
+  const phx_status status = phx__cuda_attention_cudnn(cuda, call, s, what, &done, err);
+  if (status != PHX_OK || done) return status;
+  if (call->width <= WIDTH_MOST) return phx__cuda_check(cuda, phx__cuda_attention_plain(call, s), what, err);
   return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "%s: heads of %lld channels; %d is the most", what,
                         (long long)call->width, WIDTH_MOST);
 }

@@ -1,8 +1,8 @@
 /* plugins/cuda/attention.h - attention's seam: who computes it, for which shapes.
  *
- * A provider says what it takes, by dtype and shape only, so a run's choice is the same in every step and on every
- * rank.  The first in the list of attention.c that takes a shape computes it, forward and backward: what one wrote
- * (out, lse) the other could read.  cuDNN's graph, where it is built in, would come first in the list. */
+ * cuDNN is asked first, where it is found and wanted, then our own kernel.  Who takes a call follows from dtype and
+ * shape, so a run's choice is the same in every step.  Forward and backward may be computed by different ones: what
+ * one wrote (out, lse) the other can read. */
 #ifndef PHX__CUDA_ATTENTION_H
 #define PHX__CUDA_ATTENTION_H
 #include "cuda.h"
@@ -22,12 +22,9 @@ typedef struct phx__cuda_attention_call {
   float *work; /* (b, heads, t): sums of dout * out */
 } phx__cuda_attention_call;
 
-typedef struct phx__cuda_attention_provider {
-  const char *name;
-  int32_t (*takes)(const phx__cuda *cuda, const phx__cuda_attention_call *call);
-  cudaError_t (*run)(const phx__cuda_attention_call *call, cudaStream_t s);
-} phx__cuda_attention_provider;
-
+/* attention_cudnn.c: bf16 by cuDNN.  *done = 0 and PHX_OK where it does not take the call: nothing was started. */
+phx_status phx__cuda_attention_cudnn(phx__cuda *cuda, const phx__cuda_attention_call *call, cudaStream_t s,
+                                     const char *what, int32_t *done, phx_error *err);
 /* attention_plain.cu: every width to 128, fp32 and bf16, fp32 arithmetic */
 cudaError_t phx__cuda_attention_plain(const phx__cuda_attention_call *call, cudaStream_t s);
 /* work = sums of dout * out: the first step of backward, for every provider of our own */

@@ -15,11 +15,12 @@ extern "C" {
 #endif
 
 typedef struct phx__cuda_config {
-  int32_t share, tf32;
-  int64_t workspace;
+  int32_t share, tf32, attention, reserved0;
+  int64_t workspace; /* from the end of create: bytes, never auto (-1) */
 } phx__cuda_config;
 
 struct phx__cuda_products; /* product.c */
+struct phx__cuda_cudnn;    /* attention_cudnn.c */
 typedef int phx__cuda_wait_value(cudaStream_t stream, unsigned long long address, uint32_t value, unsigned flags);
 
 typedef struct phx__cuda {
@@ -38,6 +39,7 @@ typedef struct phx__cuda {
   cudaEvent_t scratch_event;
   int64_t used_before;           /* bytes in use on the device when we came */
   struct phx__cuda_products *products;
+  struct phx__cuda_cudnn *cudnn; /* NULL: own attention only */
   char name[160];
   phx_device device;
   phx_ops ops;
@@ -85,6 +87,11 @@ int64_t phx__cuda_products_version(void);
 /* *done = 0 and PHX_OK where cuBLASLt has no algorithm for it (an epilogue with this layout): nothing was started. */
 phx_status phx__cuda_product_run(phx__cuda *cuda, const phx__cuda_product *p, cudaStream_t s, const char *what,
                                  int32_t *done, phx_error *err);
+
+/* ---- attention_cudnn.c ---- */
+/* Finds cuDNN, or says why attention is our own; refuses where the configuration insists. */
+phx_status phx__cuda_attention_begin(phx__cuda *cuda, phx_error *err);
+void phx__cuda_attention_end(phx__cuda *cuda);
 
 /* ---- kernels (.cu): each starts its work on the stream; sizes were checked ---- */
 cudaError_t phx__cuda_k_add(int32_t dtype, void *out, const void *a, const void *b, int64_t n, cudaStream_t s);

@@ -9,7 +9,8 @@
 #include <string.h>
 #include "cuda.h"
 
-enum { CAPABILITY_LEAST = 80, SCRATCH = 32 << 20 };
+/* WORKSPACE_CUDNN: what its backward needs for 32 sequences of 1024 tokens and 768 channels, on sm_80 192 MiB. */
+enum { CAPABILITY_LEAST = 80, SCRATCH = 32 << 20, WORKSPACE = 32 << 20, WORKSPACE_CUDNN = 256 << 20 };
 
 struct phx_device_self {
   phx__cuda cuda;
@@ -132,6 +133,7 @@ static void announce(const phx__cuda *cuda) {
 static void device_destroy(phx_device_self *self) {
   if (!self) return;
   phx__cuda_streams_end(&self->cuda);
+  phx__cuda_attention_end(&self->cuda);
   phx__cuda_products_end(&self->cuda);
   free(self);
 }
@@ -149,6 +151,8 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   if (status == PHX_OK) status = describe(cuda, err);
   if (status == PHX_OK) status = phx__cuda_streams_begin(cuda, err);
   if (status == PHX_OK) status = phx__cuda_products_begin(cuda, err);
+  if (status == PHX_OK) status = phx__cuda_attention_begin(cuda, err);
+  if (cuda->config.workspace < 0) cuda->config.workspace = cuda->cudnn ? WORKSPACE_CUDNN : WORKSPACE;
   if (status == PHX_OK) status = phx__cuda_bytes_in_use(cuda, &cuda->used_before, err);
   if (status != PHX_OK) {
     device_destroy(self);
@@ -184,10 +188,14 @@ static const phx_device_table table = {.struct_size = sizeof(phx_device_table),
                                        .driver_bytes = device_driver_bytes};
 
 #define MIB ((int64_t)1 << 20)
+static const char *const attention_choices[] = {"auto", "cudnn", "own", NULL};
 static const phx_option options[] = {
     PHX_BOOL(phx__cuda_config, share, "no", "More ranks than GPUs: ranks share them, local rank modulo their number."),
     PHX_BOOL(phx__cuda_config, tf32, "no", "Products in fp32 round their inputs to TF32, which is faster."),
-    PHX_BYTES(phx__cuda_config, workspace, "32MiB", 0, 1024 * MIB, 0, "What a product may use as scratch."),
+    PHX_ENUM(phx__cuda_config, attention, "auto", attention_choices,
+             "Who computes attention in bf16: cuDNN where it is found and has a plan that fits, or own kernels."),
+    PHX_BYTES(phx__cuda_config, workspace, "auto", 0, 8192 * MIB, PHX_OPTF_AUTO,
+              "What a product or cuDNN's attention may use as scratch; auto: 32 MiB, with cuDNN 256 MiB."),
 };
 
 static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),

@@ -17,9 +17,10 @@
 
 #define MIB ((int64_t)1 << 20)
 typedef struct config { /* as in plugins/cuda/cuda.h; its size is checked */
-  int32_t share, tf32;
+  int32_t share, tf32, attention, reserved0;
   int64_t workspace;
 } config;
+enum { OWN_ATTENTION = 2 }; /* [cuda] attention = own: cuDNN is in test_cuda_cudnn.c */
 
 typedef struct rig {
   fake_host fake;
@@ -57,6 +58,7 @@ static phx_status rig_open(rig *r, int32_t rank, int32_t ranks) {
     r->table = cuda_plugin()->table;
     r->err.struct_size = sizeof r->err;
     if (!r->config.workspace) r->config.workspace = 1 * MIB;
+    r->config.attention = OWN_ATTENTION;
   }
   const phx_status status = r->table->create(&r->fake.host, &r->config, 1, &r->self, &r->err);
   if (status != PHX_OK) return status;
