@@ -3,7 +3,8 @@
  * What it does not do: decide when, or read anything back (checkpoint_load.c), or remove old ones (checkpoint_dir.c).
  * Invariant: the ranks agree after each phase, so that either all go on or all have given up, with one message; the
  * part directory becomes a checkpoint by one rename, after every file in it and the directory itself were flushed.
- * Memory: the table of slices, checksums (8 bytes per MiB written), and while committing the tables of all ranks.
+ * Memory: the table of slices, PHX__STREAM_MEMORY (4 MiB), checksums (32 bytes per MiB written), and while committing
+ * the tables of all ranks.
  * Threads: [main]; write, flush and publish in a saver's thread, if one wants to. */
 #include "checkpoint.h"
 
@@ -155,7 +156,7 @@ static phx_status create_file(phx__save *s, phx_error *err) {
     status = phx__safetensors_create(path, s->tensors, (uint32_t)s->n, metadata, true, &s->writer, err);
   if (status) return status;
   memcpy(s->tensors, s->writer->tensors, s->n * sizeof *s->tensors);
-  s->file_bytes = s->writer->file_bytes;
+  s->file_bytes = s->writer->file.bytes;
   s->n_sums = phx__chunks_count(s->file_bytes);
   s->sums = phx__calloc((size_t)s->n_sums, sizeof *s->sums);
   return s->sums ? PHX_OK : phx__fail(err, PHX_NOMEM, "no memory for the checksums of %s", path);

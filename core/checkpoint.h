@@ -96,11 +96,11 @@ typedef struct phx__resumed {
   char path[PHX__CHECKPOINT_PATH]; /* of the checkpoint */
 } phx__resumed;
 /* [main][collective] Fills the state from one checkpoint and tells the strategy.  Each rank streams only the ranges of
- * its own slices, through one chunk (1 MiB) at a time.  The same result on all ranks.  PHX_INVALID: it does not fit
+ * its own slices, through PHX__STREAM_MEMORY (4 MiB).  The same result on all ranks.  PHX_INVALID: it does not fit
  * (nothing was changed); PHX_IO: damaged, named by file (the state is then undefined: load another). */
 phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err);
-/* Pure: does the checkpoint fit this configuration (model, optimizer, seed, batch)?  PHX_INVALID says what differs.  For the
- * launcher, before any rank exists; phx__checkpoint_load asks the same. */
+/* Pure: does the checkpoint fit this configuration (model, optimizer, seed, batch)?  PHX_INVALID says what differs. 
+ * For the launcher, before any rank exists; phx__checkpoint_load asks the same. */
 phx_status phx__checkpoint_fits(const char *path, const phx__config *config, const phx__prepared *prepared,
                                 phx__position *at, phx_error *err);
 /* [main][collective] dir as in locate: loads that one, or the newest of the run that is whole; damaged ones are passed

@@ -2,7 +2,7 @@
  *
  * Each rank asks the manifest where the blocks of its own slices are and reads those ranges; every chunk is hashed
  * before a byte of it is used, and the hash of what all ranks took together must be the checkpoint's.
- * Memory: the manifest, and one chunk (1 MiB) per file that is open; state goes to where it belongs directly.
+ * Memory: the manifest, and PHX__STREAM_MEMORY (4 MiB) for all files; state goes to where it belongs directly.
  * What it does not do: fall back inside one checkpoint, or guess.  Private state of a strategy is restored at equal
  * strategy and world size, and else left out by name.
  * Threads: [main]. */
@@ -78,15 +78,24 @@ typedef struct load_walk {
   int64_t privates; /* restored */
 } load_walk;
 
+/* A MiB at a time, hashed while it is in the cache and the next ones come from the disk. */
 static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *data, phx_error *err) {
+  enum { PART = PHX__CHUNK_BYTES / (PHX_BLOCK * 4) };
   const uint32_t index = slice->kind == PHX_STATE_OPTIM ? slice->state_index : 0;
   if (slice->dtype != PHX_F32)
     return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is loaded", slice->unit,
                      slice->dtype);
-  phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
-                                                    slice->first_block, slice->blocks, data, err);
-  if (status) return status;
-  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, slice, data);
+  for (int64_t done = 0; done < slice->blocks; done += PART) {
+    phx_slice part = *slice;
+    float *at = (float *)data + done * PHX_BLOCK;
+    part.first_block += done;
+    part.blocks = slice->blocks - done < PART ? slice->blocks - done : PART;
+    walk->reader->ahead = slice->blocks - done - part.blocks;
+    phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
+                                                      part.first_block, part.blocks, at, err);
+    if (status) return status;
+    phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &part, at);
+  }
   return PHX_OK;
 }
 

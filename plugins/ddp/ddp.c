@@ -128,7 +128,8 @@ static phx_status ddp_estimate(const void *config, const phx_topology *t, const 
   for (uint32_t b = 0; b < p.n_buckets; b++)
     phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, p.buckets[b].numel, t->reduce_dtype, 0,
                           phx_kit_adds_reduced(t) ? t->accumulate : 1);
-  if (((const ddp_config *)config)->broadcast_check == 1) /* else an ordinary step has no check */
+  /* one rank has nothing to compare; and at a greater interval an ordinary step has no check */
+  if (t->world_size > 1 && ((const ddp_config *)config)->broadcast_check == 1)
     phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, 2 * p.n_hashes, PHX_U64, 0, 1);
   plan_destroy(&p);
   return PHX_OK;
@@ -291,6 +292,7 @@ static phx_status compare_replicas(phx_strategy *self, const char *when, phx_err
   uint64_t *hashes = self->plan.regions[HASHES].at;
   void *exchange = self->plan.regions[EXCHANGE].at;
   phx_status status;
+  if (c->size == 1) return PHX_OK; /* there is one */
   for (int64_t i = 0; i < n; i++) {
     PHX_KIT_TRY(hash_one(self, i, &hashes[i], err));
     hashes[n + i] = ~hashes[i];

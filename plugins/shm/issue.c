@@ -10,6 +10,7 @@
  *
  * Stats: each communicator counts its own calls; the world counts, besides, those of all that was split off it, so that
  * world->stats() is what this rank moved.  Threads: issuing is [main]; running is the stream's thread. */
+#include <phalanx/kit_comm.h>
 #include <string.h>
 
 #include "shm.h"
@@ -18,7 +19,7 @@ static phx_status check_alive(const shm_comm *c, phx_error *err) {
   const phx_job *job = c->world->job;
   char why[300];
   if (__atomic_load_n(job->failed, __ATOMIC_ACQUIRE)) {
-    shm_job_failure(job, why, sizeof why);
+    phx_kit_job_failure(job, why, sizeof why);
     return shm_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
   }
   if (__atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) || __atomic_load_n(&c->world->all->aborted, __ATOMIC_ACQUIRE))

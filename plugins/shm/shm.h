@@ -159,7 +159,6 @@ phx_status shm_report_absent(shm_call *call, int64_t waited_ns, phx_error *err);
 phx_status shm_report_failed(shm_call *call, phx_error *err);
 phx_status shm_report_mismatch(shm_call *call, int32_t peer, const shm_record *theirs, phx_error *err);
 phx_status shm_report_crossed(shm_call *call, int32_t peer, phx_error *err);
-void shm_job_failure(const phx_job *job, char *text, size_t size); /* what the failed rank's page says */
 
 /* ---- issue.c: around every call, in ticket order ---- */
 phx_status shm_begin(shm_call *call, phx_error *err);

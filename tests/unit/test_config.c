@@ -138,8 +138,8 @@ Test(config, unselected_sections_are_validated) {
   expect_report(DATA "[fsdp]\nsharding = half\nprefech = 2\n",
                 ":4: [fsdp] 'half' is not valid for sharding: expected full | grad_op | none\n"
                 ":5: [fsdp] has no key 'prefech': did you mean 'prefetch'?\n");
-  phx__config *c = expect_good(DATA "[nccl]\nanything = 1\n[pair]\nratio = 0\n"); /* pair's required note is not needed */
-  cr_expect_str_eq(report, ":3: warning: [nccl] is not checked: no plugin of that name is installed\n");
+  phx__config *c = expect_good(DATA "[mpi]\nanything = 1\n[pair]\nratio = 0\n"); /* pair's required note is not needed */
+  cr_expect_str_eq(report, ":3: warning: [mpi] is not checked: no plugin of that name is installed\n");
   phx__config_free(c);
 }
 

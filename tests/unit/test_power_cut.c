@@ -1,12 +1,12 @@
 /* Every state in which a power cut may leave a run's directory holds the checkpoint before or the new one, whole: never
  * an error, never another state.
  *
- * Two ranks train and save three times with keep = 1, at once or in the background, into a directory with a dead
+ * Two ranks train and save six times with keep = 1, at once or in the background, into a directory with a dead
  * attempt's leftovers; their system calls are recorded (sys_record.h), the states are rebuilt (power_cut.h says under
  * which assumptions) and loaded by the core.  The load must give: before step k's directory was renamed, k - 1 (or,
  * before the first, that there is none); once the commit has returned on any rank, k; in between, one of the two; with
- * the hash that the run had. Besides, no directory with a checkpoint's name is damaged even where nobody would load it,
- * `latest` names a checkpoint that is there, and leftovers are removed. */
+ * the hash that the run had.  Besides, no directory with a checkpoint's name is damaged even where nobody would load
+ * it, `latest` names a checkpoint that is there, and leftovers are removed. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <fcntl.h>
@@ -26,7 +26,7 @@
 #include "sys.h"
 #include "training.h"
 
-enum { SAVES = 3, RANKS = 2 };
+enum { SAVES = 6, RANKS = 2 };
 #define OUT "disk/out"
 
 typedef struct shared { /* by the ranks and the test */

@@ -136,7 +136,7 @@ static void fail_saves(rank_rig *rig, void *arg) {
         save_once(rig, target, &saving[k], turn, &now, &s, &fired);
         if (rig->report[0]) return;
       }
-      RIG_CHECK(rig, turn > (target == 0 ? 5 : 3), "kind %d on rank %d: only %ld calls were seen", saving[k].kind,
+      RIG_CHECK(rig, turn > (target == 0 ? 4 : 2), "kind %d on rank %d: only %ld calls were seen", saving[k].kind,
                 target, turn);
       RIG_CHECK(rig, (s.failed > failed) == (saving[k].kind != FAULT_SHORT), "kind %d: %ld saves failed",
                 saving[k].kind, s.failed - failed);

@@ -61,6 +61,16 @@ Test(precision, bits_equal_a_plain_mixed_run, .timeout = 240) {
   toy_free(t);
 }
 
+/* What overhead is measured against, too. */
+Test(precision, the_bare_loop, .timeout = 60) {
+  toy *t = toy_plain(3, 50);
+  const subject bare = {PHX_TEST_ONLY_PLUGINS "/phx_strategy_bare.so", "", true};
+  harness_result r;
+  run(&bare, &(harness_config){.toy = t, .ranks = 1, .compute_dtype = PHX_BF16}, &r);
+  harness_free(&r);
+  toy_free(t);
+}
+
 /* More ranks than blocks in some units. */
 Test(precision, empty_shards_and_frozen_models, .timeout = 120) {
   toy *t = toy_odd(), *ice = toy_new();
