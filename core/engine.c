@@ -12,12 +12,18 @@
 #include "sys.h"
 #include "where.h"
 
-enum { NORM_BLOCKS = 4096 };
-
 /* ---- buffers ---- */
-static phx_status take(phx__runtime *rt, int32_t kind, int64_t bytes, void **out, phx_error *err) {
-  const phx_memory what = {.struct_size = sizeof what, .bytes = bytes, .kind = kind, .space = PHX_SPACE_DEVICE};
+static phx_status take_in(phx__runtime *rt, int32_t space, int32_t kind, int64_t bytes, void **out, phx_error *err) {
+  const phx_memory what = {.struct_size = sizeof what, .bytes = bytes, .kind = kind, .space = space};
   return bytes > 0 ? rt->core_host.table.alloc(&rt->core_host, &what, out, err) : PHX_OK;
+}
+
+static phx_status take(phx__runtime *rt, int32_t kind, int64_t bytes, void **out, phx_error *err) {
+  return take_in(rt, PHX_SPACE_DEVICE, kind, bytes, out, err);
+}
+
+static phx_status take_pinned(phx__runtime *rt, int64_t bytes, void **out, phx_error *err) {
+  return take_in(rt, PHX_SPACE_PINNED, PHX_MEM_BUFFER, bytes, out, err);
 }
 
 static phx_status take_slot(phx__engine *e, int32_t slot, phx_error *err) {
@@ -38,22 +44,25 @@ phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *er
   phx_status status = PHX_OK;
   const phx__prepared *p = rt->prepared;
   const size_t slots = (size_t)p->layout.activation_slots, n = p->model->n_stages;
-  void *tokens = NULL;
+  void *tokens = NULL, *host_tokens = NULL, *losses = NULL, *norm_blocks = NULL;
   phx__engine *e = phx__calloc(1, sizeof *e);
   if (!e) return phx__fail(err, PHX_NOMEM, "no memory for the engine");
   e->rt = rt;
   e->outputs = phx__calloc(slots * n, sizeof *e->outputs);
   e->saved = phx__calloc(slots * n, sizeof *e->saved);
   e->gradients = phx__calloc(slots * 2, sizeof *e->gradients);
-  e->losses = phx__calloc((size_t)p->topology.accumulate, sizeof *e->losses);
-  e->norm_blocks = phx__calloc(NORM_BLOCKS, sizeof *e->norm_blocks);
-  e->host_tokens = phx__calloc((size_t)p->token_bytes, 1);
-  if (!e->outputs || !e->saved || !e->gradients || !e->losses || !e->norm_blocks || !e->host_tokens) {
+  if (!e->outputs || !e->saved || !e->gradients) {
     status = phx__fail(err, PHX_NOMEM, "no memory for the engine");
     goto done;
   }
   PHX__TRY(take(rt, PHX_MEM_BUFFER, p->token_bytes, &tokens, err));
   e->tokens = tokens;
+  PHX__TRY(take_pinned(rt, p->token_bytes, &host_tokens, err));
+  e->host_tokens = host_tokens;
+  PHX__TRY(take_pinned(rt, p->topology.accumulate * (int64_t)sizeof *e->losses, &losses, err));
+  e->losses = losses;
+  PHX__TRY(take_pinned(rt, PHX__NORM_BLOCKS * (int64_t)sizeof *e->norm_blocks, &norm_blocks, err));
+  e->norm_blocks = norm_blocks;
   for (int32_t slot = 0; slot < (int32_t)slots; slot++) PHX__TRY(take_slot(e, slot, err));
   PHX__TRY(take(rt, PHX_MEM_WORKSPACE, p->workspace_bytes, &e->workspace, err));
   *out = e;
@@ -73,10 +82,11 @@ void phx__engine_destroy(phx__engine *e) {
     host->release(host->ctx, e->saved[i]);
     host->release(host->ctx, e->outputs[i]);
   }
+  host->release(host->ctx, e->logits);
+  host->release(host->ctx, e->norm_blocks);
+  host->release(host->ctx, e->losses);
+  host->release(host->ctx, e->host_tokens);
   host->release(host->ctx, e->tokens);
-  phx__free(e->host_tokens);
-  phx__free(e->norm_blocks);
-  phx__free(e->losses);
   phx__free(e->gradients);
   phx__free(e->saved);
   phx__free(e->outputs);
@@ -250,8 +260,8 @@ static phx_status norm_add(void *ctx, uint32_t unit, int64_t first_block, int64_
   const phx_device *d = e->rt->device;
   (void)unit;
   (void)first_block;
-  for (int64_t done = 0; done < blocks; done += NORM_BLOCKS) {
-    const int64_t n = blocks - done < NORM_BLOCKS ? blocks - done : NORM_BLOCKS;
+  for (int64_t done = 0; done < blocks; done += PHX__NORM_BLOCKS) {
+    const int64_t n = blocks - done < PHX__NORM_BLOCKS ? blocks - done : PHX__NORM_BLOCKS;
     phx_status status =
         e->rt->ops->block_norms(e->rt->ops->ctx, e->norm_blocks, gradient + done * PHX_BLOCK, n, stream, err);
     if (!status) status = d->stream_synchronize(d->ctx, stream, err);
@@ -390,12 +400,23 @@ phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t batches
   return PHX_OK;
 }
 
-phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, float *logits, phx_error *err) {
+phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, const float **logits,
+                              phx_error *err) {
+  const phx_device *d = e->rt->device;
   phx_status status = check_can_evaluate(e, err);
   if (status) return status;
+  if (!e->logits) { /* training never asks for them */
+    void *p = NULL;
+    status = take_pinned(e->rt, e->rt->prepared->facts.vocabulary * (int64_t)sizeof *e->logits, &p, err);
+    if (status) return status;
+    e->logits = p;
+  }
   memcpy(e->host_tokens, tokens, (size_t)length * sizeof *tokens);
   status = to_device(e, length * (int64_t)sizeof *tokens, err);
   if (status) return status;
-  const phx_stage_call shape = {.batch = 1, .sequence = length, .logits = logits};
-  return evaluate_loaded(e, &shape, err);
+  const phx_stage_call shape = {.batch = 1, .sequence = length, .logits = e->logits};
+  status = evaluate_loaded(e, &shape, err);
+  if (!status) status = d->stream_synchronize(d->ctx, NULL, err);
+  if (!status) *logits = e->logits;
+  return status;
 }

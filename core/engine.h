@@ -17,12 +17,13 @@ typedef struct phx__step_result {
 
 typedef struct phx__engine {
   phx__runtime *rt;
-  int32_t *host_tokens, *tokens; /* (accumulate, 2, B, T): tokens, then targets; the same memory on a cpu */
+  int32_t *host_tokens, *tokens; /* (accumulate, 2, B, T): tokens, then targets; pinned, and on the device */
   void **outputs, **saved;       /* (slots, n_stages), or NULL where not owned */
   void **gradients;              /* (slots, 2): boundary gradients, by the stage's parity */
   void *workspace;
-  double *losses;                /* (accumulate) of this rank */
-  double *norm_blocks;           /* sums of squares on their way from the device */
+  double *losses;      /* (accumulate) of this rank; pinned, complete when the stream is synchronized */
+  double *norm_blocks; /* sums of squares on their way from the device; pinned */
+  float *logits;       /* (vocabulary), pinned; NULL before the first phx__engine_logits */
   phx__exact_sum norm;
   int64_t step;                  /* in progress, from 1 */
   int64_t batch_ahead;           /* step k takes batch k - 1 + this: not 0 after a resume with another batch size */
@@ -36,6 +37,8 @@ void phx__engine_destroy(phx__engine *e);
 phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out, phx_error *err);
 /* Mean loss over `batches` micro-batches per data rank of held-out data. */
 phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t batches, double *loss, phx_error *err);
-/* One sequence of `length` tokens forward; logits (vocabulary) of the last position. */
-phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, float *logits, phx_error *err);
+/* One sequence of `length` tokens forward; logits (vocabulary) of the last position, the engine's until the next call.
+ */
+phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, const float **logits,
+                              phx_error *err);
 #endif

@@ -56,6 +56,11 @@ static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **b
   return status;
 }
 
+static phx_status job_exchange(void *ctx, const char *name, const void *mine, int64_t bytes, void *all,
+                               phx_error *err) {
+  return phx__segment_exchange(&((struct job *)ctx)->member, name, mine, bytes, all, err);
+}
+
 bool phx__job_is_rank(void) {
   return phx__identity_kind() != PHX__ALONE;
 }
@@ -92,6 +97,7 @@ static void fill_shown(struct job *job, const phx__identity *me, double timeout_
       .may_spin = decide_spin(segment, me->local_size),
       .share = job_share,
       .fail = job_fail,
+      .exchange = job_exchange,
   };
   job->member.rank = me->rank;
   job->member.size = me->size;

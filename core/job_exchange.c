@@ -25,8 +25,9 @@ enum { SPINS = 2000 /* about 20 us: longer than a wake-up of a peer that is near
 #define LAUNCHER_ACTS_NS UINT64_C(1000000000)
 
 static const char *kind_name(int32_t kind) {
-  static const char *const names[] = {"nothing", "agree", "max", "share", "share (grown)", "share (mapped)"};
-  return kind >= 0 && kind <= PHX__POST_MAPPED ? names[kind] : "nonsense";
+  static const char *const names[] = {"nothing", "agree", "max", "share", "share (grown)", "share (mapped)",
+                                      "bytes"};
+  return kind >= 0 && kind <= PHX__POST_BYTES ? names[kind] : "nonsense";
 }
 
 static void relax(void) {
@@ -128,5 +129,30 @@ phx_status phx__exchange(phx__member *me, const phx__post *mine, phx__post *all,
     if (all[r].kind != all[0].kind)
       return phx__fail(err, PHX_COMM, "the ranks take different ways: rank %d is in %s '%s', rank 0 in %s '%s'", r,
                        kind_name(all[r].kind), all[r].name, kind_name(all[0].kind), all[0].name);
+  return PHX_OK;
+}
+
+/* The bytes travel in the posts' names, a name's length at a time: nothing is mapped for a few hundred bytes. */
+phx_status phx__segment_exchange(phx__member *me, const char *name, const void *mine, int64_t bytes, void *all,
+                                 phx_error *err) {
+  enum { PIECE = sizeof(((phx__post *)0)->name) };
+  phx__post posts[PHX_RANKS_MAX], post = {.kind = PHX__POST_BYTES, .value = (uint64_t)bytes};
+  char *out = all;
+  if (bytes < 1 || bytes > PHX_EXCHANGE_MAX)
+    return phx__fail(err, PHX_INVALID, "exchange '%s': %lld bytes; expected 1 to %d", name, (long long)bytes,
+                     PHX_EXCHANGE_MAX);
+  snprintf(post.name, sizeof post.name, "%s", name); /* first: do all mean the same? */
+  for (int64_t at = -PIECE; at < bytes; at += PIECE) {
+    size_t n = bytes - at < PIECE ? (size_t)(bytes - at) : PIECE;
+    if (at >= 0) memcpy(post.name, (const char *)mine + at, n);
+    phx_status status = phx__exchange(me, &post, posts, err);
+    if (status != PHX_OK) return status;
+    for (int32_t r = 0; r < me->size; r++) {
+      if (posts[r].value != post.value || (at < 0 && strncmp(posts[r].name, post.name, PIECE) != 0))
+        return phx__fail(err, PHX_COMM, "the ranks disagree: rank %d exchanges %lld bytes, rank %d %lld, of '%s'", r,
+                         (long long)posts[r].value, me->rank, (long long)bytes, name);
+      if (at >= 0) memcpy(out + r * bytes + at, posts[r].name, n);
+    }
+  }
   return PHX_OK;
 }

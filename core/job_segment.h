@@ -13,7 +13,7 @@
 #define PHX__FAILED_BY_LAUNCHER (PHX_RANKS_MAX + 1) /* in `failed`; 1 + rank: that rank was first */
 
 /* What a rank brings to an exchange; see phx__exchange(). */
-enum { PHX__POST_AGREE = 1, PHX__POST_MAX, PHX__POST_SHARE, PHX__POST_GROWN, PHX__POST_MAPPED };
+enum { PHX__POST_AGREE = 1, PHX__POST_MAX, PHX__POST_SHARE, PHX__POST_GROWN, PHX__POST_MAPPED, PHX__POST_BYTES };
 typedef struct phx__post {
   int32_t kind;
   int32_t cause; /* errno of a step that failed on this rank, 0 when all is well */
@@ -81,6 +81,9 @@ typedef struct phx__member {
 phx_status phx__exchange(phx__member *me, const phx__post *mine, phx__post *all, phx_error *err);
 /* [main][collective] see phx_job.share. */
 phx_status phx__segment_share(phx__member *me, const char *name, int64_t bytes, void **bases, phx_error *err);
+/* [main][collective] see phx_job.exchange. */
+phx_status phx__segment_exchange(phx__member *me, const char *name, const void *mine, int64_t bytes, void *all,
+                                 phx_error *err);
 
 /* job_identity.c: who this process is, from the environment. */
 enum { PHX__ALONE = 0, PHX__BY_PHALANX, PHX__BY_TORCHRUN, PHX__BY_MPIRUN, PHX__BY_SRUN };

@@ -98,7 +98,9 @@ static void plan_activations(phx__prepared *p) {
   p->planned[PHX_MEM_WORKSPACE] += p->workspace_bytes;
   p->token_bytes = phx_align_bytes(2 * (int64_t)sizeof(int32_t) * p->topology.accumulate * p->shape.micro *
                                    p->shape.sequence);
-  p->planned[PHX_MEM_BUFFER] += p->token_bytes;
+  p->planned[PHX_MEM_BUFFER] += 2 * p->token_bytes; /* on the device, and on their way to it */
+  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->topology.accumulate * (int64_t)sizeof(double));
+  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(PHX__NORM_BLOCKS * (int64_t)sizeof(double));
 }
 
 phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
@@ -111,8 +113,10 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   p->device = config->device.plugin->descriptor->table;
   p->comm = config->comm.plugin->descriptor->table;
   p->model_table = config->model.plugin->descriptor->table;
-  p->shape = (phx_batch_shape){.struct_size = sizeof p->shape, .micro = micro > 0 ? micro : config->s.batch.micro,
-                               .sequence = sequence > 0 ? sequence : config->s.batch.sequence};
+  p->shape = (phx_batch_shape){.struct_size = sizeof p->shape,
+                               .micro = micro > 0 ? micro : config->s.batch.micro,
+                               .sequence = sequence > 0 ? sequence : config->s.batch.sequence,
+                               .compute_dtype = config->s.precision.compute ? PHX_BF16 : PHX_F32};
   if (size < 2 && (config->strategy.plugin->descriptor->needs & PHX_NEED_TWO_RANKS)) {
     status = phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs at least two ranks; this run has %d",
                        config->strategy.plugin->descriptor->id, size);

@@ -8,6 +8,8 @@
 
 #include "config.h"
 
+enum { PHX__NORM_BLOCKS = 4096 }; /* sums of squares that come from the device at once */
+
 typedef struct phx__stage_plan {
   phx_stage_memory memory;
   int64_t output, saved; /* bytes really held per slot on this rank; 0 when not owned (or no neighbour is) */

@@ -92,6 +92,8 @@ phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx_
   phx__host_init(&rt->comm_host, config->comm.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->model_host, config->model.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->strategy_host, config->strategy.plugin->descriptor->id, job, &rt->book);
+  phx__host *const hosts[] = {&rt->core_host, &rt->device_host, &rt->comm_host, &rt->model_host, &rt->strategy_host};
+  for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) hosts[i]->table.deterministic = config->s.run.deterministic;
   PHX__TRY(open_device(rt, err));
   PHX__TRY(open_comm(rt, err));
   PHX__TRY(open_model(rt, err));

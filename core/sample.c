@@ -56,9 +56,9 @@ static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_err
   const int64_t prompt = (int64_t)strlen(o->prompt);
   int64_t n = 0;
   int32_t *tokens = phx__calloc((size_t)(prompt + o->tokens + 1), sizeof *tokens);
-  float *logits = phx__calloc((size_t)vocabulary, sizeof *logits);
+  const float *logits = NULL;
   candidate *candidates = phx__calloc((size_t)vocabulary, sizeof *candidates);
-  if (!tokens || !logits || !candidates) {
+  if (!tokens || !candidates) {
     status = phx__fail(err, PHX_NOMEM, "no memory to sample");
     goto done;
   }
@@ -73,7 +73,7 @@ static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_err
   fputs(o->prompt, stdout);
   for (int64_t i = 0; i < o->tokens; i++) {
     const int64_t length = n < context ? n : context;
-    PHX__TRY(phx__engine_logits(e, tokens + n - length, length, logits, err));
+    PHX__TRY(phx__engine_logits(e, tokens + n - length, length, &logits, err));
     for (int64_t t = 0; t < vocabulary; t++) candidates[t] = (candidate){logits[t], (int32_t)t};
     tokens[n] = choose(candidates, vocabulary, o, (uint64_t)i);
     show(tokens[n++], bytes);
@@ -83,7 +83,6 @@ static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_err
     status = phx__fail_errno(err, PHX_IO, errno, "cannot write the text");
 done:
   phx__free(candidates);
-  phx__free(logits);
   phx__free(tokens);
   return status;
 }

@@ -373,12 +373,12 @@ static job describe(int64_t t, int64_t c, int64_t heads, void *scratch) {
   return (job){.t = t, .c = c, .heads = heads, .d = d, .scale = (float)(1.0 / sqrt((double)d)), .scratch = scratch};
 }
 
-phx_status phx__cpu_attention(void *ctx, float *out, float *lse, const float *qkv, int64_t b, int64_t t, int64_t c,
-                              int64_t heads, phx_stream *s, phx_error *err) {
+phx_status phx__cpu_attention(void *ctx, int32_t dtype, void *out, float *lse, const void *qkv, int64_t b, int64_t t,
+                              int64_t c, int64_t heads, phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
   void *scratch = NULL;
   phx_status status = check(b, t, c, heads, err);
-  if (status == PHX_OK) status = phx__cpu_enter(cpu, s, err);
+  if (status == PHX_OK) status = phx__cpu_begin(cpu, dtype, s, err);
   if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
   job a = describe(t, c, heads, scratch);
@@ -387,13 +387,13 @@ phx_status phx__cpu_attention(void *ctx, float *out, float *lse, const float *qk
   return PHX_OK;
 }
 
-phx_status phx__cpu_attention_backward(void *ctx, float *dqkv, const float *dout, const float *qkv, const float *out,
-                                       const float *lse, float *work, int64_t b, int64_t t, int64_t c, int64_t heads,
-                                       phx_stream *s, phx_error *err) {
+phx_status phx__cpu_attention_backward(void *ctx, int32_t dtype, void *dqkv, const void *dout, const void *qkv,
+                                       const void *out, const float *lse, float *work, int64_t b, int64_t t, int64_t c,
+                                       int64_t heads, phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
   void *scratch = NULL;
   phx_status status = check(b, t, c, heads, err);
-  if (status == PHX_OK) status = phx__cpu_enter(cpu, s, err);
+  if (status == PHX_OK) status = phx__cpu_begin(cpu, dtype, s, err);
   if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
   job a = describe(t, c, heads, scratch);

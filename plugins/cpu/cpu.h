@@ -75,6 +75,8 @@ void phx__cpu_device_init(phx__cpu *cpu); /* fills cpu->device */
 /* The first call of every operation: operations run inline, so on a thread stream they first wait for what is queued
  * there (and return its failure).  At once on the compute stream. */
 phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err);
+/* The same for an operation with a dtype, which is refused when it is not offered. */
+phx_status phx__cpu_begin(phx__cpu *cpu, int32_t dtype, phx_stream *s, phx_error *err);
 
 /* ---- kernel files: every name below has a suffix in the object file ---- */
 #define PHX__CPU_JOIN_(name, isa) name##_##isa
@@ -96,6 +98,7 @@ phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err);
 #define phx__cpu_adamw PHX__CPU_NAME(phx__cpu_adamw)
 #define phx__cpu_sgd PHX__CPU_NAME(phx__cpu_sgd)
 #define phx__cpu_block_norms PHX__CPU_NAME(phx__cpu_block_norms)
+#define phx__cpu_mean PHX__CPU_NAME(phx__cpu_mean)
 #define phx__cpu_this_kernels PHX__CPU_JOIN(phx__cpu_kernels, PHX__CPU_ISA)
 #define phx__cpu_slice_cast PHX__CPU_NAME(phx__cpu_slice_cast)
 #define phx__cpu_slice_add PHX__CPU_NAME(phx__cpu_slice_add)
@@ -117,6 +120,7 @@ PHX__CPU_OP(cross_entropy);      /* cross_entropy.c */
 PHX__CPU_OP(adamw);
 PHX__CPU_OP(sgd);
 PHX__CPU_OP(block_norms);
+PHX__CPU_OP(mean);
 int64_t phx__cpu_attention_scratch(int32_t threads); /* bytes of scratch that attention and its backward need */
 void phx__cpu_slice_cast(void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype, int64_t numel);
 void phx__cpu_slice_add(float *out, const float *a, const float *b, int64_t numel);

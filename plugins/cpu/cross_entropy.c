@@ -105,9 +105,10 @@ static void rows(void *arg, int64_t first, int64_t last, int32_t worker) {
   for (int64_t i = first; i < last; i++) row(a, a->logits + i * a->vp, a->targets[i], a->losses + i);
 }
 
-phx_status phx__cpu_cross_entropy(void *ctx, float *logits, float *losses, const int32_t *targets, int64_t n, int64_t v,
-                                  int64_t vp, int32_t gradient, float scale, phx_stream *s, phx_error *err) {
-  const phx_status status = phx__cpu_enter(ctx, s, err);
+phx_status phx__cpu_cross_entropy(void *ctx, int32_t dtype, void *logits, float *losses, const int32_t *targets,
+                                  int64_t n, int64_t v, int64_t vp, int32_t gradient, float scale, phx_stream *s,
+                                  phx_error *err) {
+  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
   if (status != PHX_OK) return status;
   if (n < 1 || v < 1 || vp < v)
     return phx__cpu_fail(err, PHX_INVALID, "cross_entropy: %lld rows of %lld classes in rows of %lld", (long long)n,

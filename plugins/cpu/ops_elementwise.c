@@ -85,9 +85,9 @@ static void add_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   (void)worker;
   phx__cpu_slice_add(x->out + first, x->a + first, x->b + first, last - first);
 }
-phx_status phx__cpu_add(void *ctx, float *out, const float *a, const float *b, int64_t numel, phx_stream *s,
+phx_status phx__cpu_add(void *ctx, int32_t dtype, void *out, const void *a, const void *b, int64_t numel, phx_stream *s,
                         phx_error *err) {
-  const phx_status status = phx__cpu_enter(ctx, s, err);
+  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
   if (status == PHX_OK) phx__cpu_parallel(ctx, numel, PHX_BLOCK, add_body, &(add_args){out, a, b});
   return status;
 }
@@ -188,4 +188,14 @@ phx_status phx__cpu_block_norms(void *ctx, double *sums, const float *x, int64_t
   const phx_status status = phx__cpu_enter(ctx, s, err);
   if (status == PHX_OK) phx__cpu_parallel(ctx, blocks, 1, norm_body, &(norm_args){sums, x});
   return status;
+}
+
+phx_status phx__cpu_mean(void *ctx, double *out, const float *x, int64_t n, phx_stream *s, phx_error *err) {
+  if (n < 1) return phx__cpu_fail(err, PHX_INVALID, "cpu: mean of %lld numbers", (long long)n);
+  const phx_status status = phx__cpu_enter(ctx, s, err);
+  if (status != PHX_OK) return status;
+  double sum = 0; /* in order, on one thread: thousands of losses, not millions */
+  for (int64_t i = 0; i < n; i++) sum += (double)x[i];
+  *out = sum / (double)n;
+  return PHX_OK;
 }

@@ -22,9 +22,9 @@ static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker)
   }
 }
 
-phx_status phx__cpu_embedding(void *ctx, float *out, const int32_t *tokens, const float *wte, const float *wpe,
-                              int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err) {
-  const phx_status status = phx__cpu_enter(ctx, s, err);
+phx_status phx__cpu_embedding(void *ctx, int32_t dtype, void *out, const int32_t *tokens, const void *wte,
+                              const void *wpe, int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err) {
+  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
   if (status == PHX_OK) phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c});
   return status;
 }
@@ -53,9 +53,9 @@ static void backward_body(void *arg, int64_t first, int64_t last, int32_t worker
   }
 }
 
-phx_status phx__cpu_embedding_backward(void *ctx, float *dwte, int32_t wte_mode, float *dwpe, int32_t wpe_mode,
-                                       const float *dout, const int32_t *tokens, int64_t b, int64_t t, int64_t c,
-                                       int64_t v, int64_t max_t, phx_stream *s, phx_error *err) {
+phx_status phx__cpu_embedding_backward(void *ctx, int32_t dtype, float *dwte, int32_t wte_mode, float *dwpe,
+                                       int32_t wpe_mode, const void *dout, const int32_t *tokens, int64_t b, int64_t t,
+                                       int64_t c, int64_t v, int64_t max_t, phx_stream *s, phx_error *err) {
   if (t > max_t)
     return phx__cpu_fail(err, PHX_INVALID, "cpu: embedding of %lld positions, the table has %lld", (long long)t,
                          (long long)max_t);
@@ -63,7 +63,7 @@ phx_status phx__cpu_embedding_backward(void *ctx, float *dwte, int32_t wte_mode,
     if (tokens[i] < 0 || tokens[i] >= v)
       return phx__cpu_fail(err, PHX_INVALID, "cpu: token %d at %lld is outside the vocabulary of %lld", tokens[i],
                            (long long)i, (long long)v);
-  const phx_status status = phx__cpu_enter(ctx, s, err);
+  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
   if (status != PHX_OK) return status;
   if (dwte && wte_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, v * c, PHX_BLOCK, clear_body, dwte);
   if (dwpe && wpe_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, max_t * c, PHX_BLOCK, clear_body, dwpe);

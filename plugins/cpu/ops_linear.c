@@ -47,20 +47,22 @@ static void pass_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   }
 }
 
-phx_status phx__cpu_linear(void *ctx, float *out, int64_t out_ld, float *pre, const float *x, const float *w,
-                           const float *bias, int64_t n, int64_t ic, int64_t oc, int32_t gelu, phx_stream *s,
+phx_status phx__cpu_linear(void *ctx, int32_t dtype, void *out, int64_t out_ld, void *pre, const void *x, const void *w,
+                           const void *bias, int64_t n, int64_t ic, int64_t oc, int32_t gelu, phx_stream *s,
                            phx_error *err) {
+  float *const out_f = out, *const pre_f = pre;
+  const float *const x_f = x;
   const int64_t ld = out_ld ? out_ld : oc;
   const int pass = bias || gelu || pre;
   phx_status status = check(n, ic, oc, ld, err);
-  if (status == PHX_OK) status = phx__cpu_enter(ctx, s, err);
+  if (status == PHX_OK) status = phx__cpu_begin(ctx, dtype, s, err);
   const int64_t step = pass && status == PHX_OK ? chunk_rows(n, oc) : n;
   for (int64_t at = 0; at < n && status == PHX_OK; at += step) {
     const int64_t rows = n - at < step ? n - at : step;
-    float *to = pre ? pre + at * oc : out + at * ld;
-    status = phx__cpu_product(ctx, 0, 1, rows, oc, ic, x + at * ic, ic, w, ic, to, pre ? oc : ld, 0, err);
+    float *to = pre ? pre_f + at * oc : out_f + at * ld;
+    status = phx__cpu_product(ctx, 0, 1, rows, oc, ic, x_f + at * ic, ic, w, ic, to, pre ? oc : ld, 0, err);
     if (status == PHX_OK && pass)
-      phx__cpu_parallel(ctx, rows, 1, pass_body, &(pass_args){out + at * ld, pre ? to : NULL, bias, ld, oc, gelu});
+      phx__cpu_parallel(ctx, rows, 1, pass_body, &(pass_args){out_f + at * ld, pre ? to : NULL, bias, ld, oc, gelu});
   }
   return status;
 }
@@ -86,15 +88,17 @@ static void slope_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   if (i < last) slope_vector(a, i, last - i);
 }
 
-phx_status phx__cpu_linear_backward_input(void *ctx, float *dx, const float *dout, int64_t dout_ld, const float *w,
-                                          const float *pre, int64_t n, int64_t ic, int64_t oc, int32_t mode,
-                                          phx_stream *s, phx_error *err) {
+phx_status phx__cpu_linear_backward_input(void *ctx, int32_t dtype, void *dx, const void *dout, int64_t dout_ld,
+                                          const void *w, const void *pre, int64_t n, int64_t ic, int64_t oc,
+                                          int32_t mode, phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
+  float *const dx_f = dx;
+  const float *const dout_f = dout, *const pre_f = pre;
   const int64_t ld = dout_ld ? dout_ld : oc;
   const int apart = pre && mode == PHX_GRAD_ADD; /* the product must not meet dx before its slope */
   void *scratch = NULL;
   phx_status status = check(n, ic, oc, ld, err);
-  if (status == PHX_OK) status = phx__cpu_enter(ctx, s, err);
+  if (status == PHX_OK) status = phx__cpu_begin(ctx, dtype, s, err);
   if (status == PHX_OK && apart) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
   int64_t step = pre ? chunk_rows(n, ic) : n;
@@ -104,11 +108,11 @@ phx_status phx__cpu_linear_backward_input(void *ctx, float *dx, const float *dou
                          "cpu: linear_backward_input adds through GELU: a row of %lld is too long", (long long)ic);
   for (int64_t at = 0; at < n && status == PHX_OK; at += step) {
     const int64_t rows = n - at < step ? n - at : step;
-    float *to = apart ? scratch : dx + at * ic;
-    status = phx__cpu_product(ctx, 0, 0, rows, ic, oc, dout + at * ld, ld, w, ic, to, ic,
+    float *to = apart ? scratch : dx_f + at * ic;
+    status = phx__cpu_product(ctx, 0, 0, rows, ic, oc, dout_f + at * ld, ld, w, ic, to, ic,
                               mode == PHX_GRAD_ADD && !apart, err);
     if (status == PHX_OK && pre)
-      phx__cpu_parallel(ctx, rows * ic, 1024, slope_body, &(slope_args){dx + at * ic, to, pre + at * ic, ic});
+      phx__cpu_parallel(ctx, rows * ic, 1024, slope_body, &(slope_args){dx_f + at * ic, to, pre_f + at * ic, ic});
   }
   return status;
 }
@@ -128,12 +132,12 @@ static void bias_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   }
 }
 
-phx_status phx__cpu_linear_backward_weight(void *ctx, float *dw, float *db, const float *dout, int64_t dout_ld,
-                                           const float *x, int64_t n, int64_t ic, int64_t oc, int32_t w_mode,
-                                           int32_t b_mode, phx_stream *s, phx_error *err) {
+phx_status phx__cpu_linear_backward_weight(void *ctx, int32_t dtype, float *dw, float *db, const void *dout,
+                                           int64_t dout_ld, const void *x, int64_t n, int64_t ic, int64_t oc,
+                                           int32_t w_mode, int32_t b_mode, phx_stream *s, phx_error *err) {
   const int64_t ld = dout_ld ? dout_ld : oc;
   phx_status status = check(n, ic, oc, ld, err);
-  if (status == PHX_OK) status = phx__cpu_enter(ctx, s, err);
+  if (status == PHX_OK) status = phx__cpu_begin(ctx, dtype, s, err);
   if (status == PHX_OK && dw)
     status = phx__cpu_product(ctx, 1, 0, oc, ic, n, dout, ld, x, ic, dw, ic, w_mode == PHX_GRAD_ADD, err);
   if (status == PHX_OK && db) phx__cpu_parallel(ctx, oc, 64, bias_body, &(bias_args){db, dout, ld, n, b_mode});

@@ -54,13 +54,13 @@ static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker)
   }
 }
 
-phx_status phx__cpu_layer_norm(void *ctx, float *out, float *sum, float *mean, float *rstd, const float *a,
-                               const float *b, const float *w, const float *bias, int64_t n, int64_t c, float eps,
+phx_status phx__cpu_layer_norm(void *ctx, int32_t dtype, void *out, void *sum, float *mean, float *rstd, const void *a,
+                               const void *b, const void *w, const void *bias, int64_t n, int64_t c, float eps,
                                phx_stream *s, phx_error *err) {
   if (n < 1 || c < 1)
     return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
   if (b && !sum) return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of a + b needs a place for the sum");
-  const phx_status status = phx__cpu_enter(ctx, s, err);
+  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
   if (status == PHX_OK)
     phx__cpu_parallel(ctx, n, 1, forward_body, &(forward_args){out, sum, mean, rstd, a, b, w, bias, c, eps});
   return status;
@@ -143,14 +143,14 @@ static void columns_body(void *arg, int64_t first, int64_t last, int32_t worker)
 
 /* Chunks of rows, so that the columns are summed while the rows are in the cache.  dx is written after dout was read by
  * the columns, not before: they are different arrays, but dx may be add. */
-phx_status phx__cpu_layer_norm_backward(void *ctx, float *dx, const float *add, float *dw, int32_t w_mode, float *db,
-                                        int32_t b_mode, const float *dout, const float *x, const float *w,
+phx_status phx__cpu_layer_norm_backward(void *ctx, int32_t dtype, void *dx, const void *add, float *dw, int32_t w_mode,
+                                        float *db, int32_t b_mode, const void *dout, const void *x, const void *w,
                                         const float *mean, const float *rstd, int64_t n, int64_t c, phx_stream *s,
                                         phx_error *err) {
   enum { ROWS = 64 };
   if (n < 1 || c < 1)
     return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
-  const phx_status status = phx__cpu_enter(ctx, s, err);
+  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
   if (status != PHX_OK) return status;
   backward_args a = {dx, dw, db, add, dout, x, w, mean, rstd, c, 0, 0, w_mode, b_mode};
   for (; a.first_row < n; a.first_row += ROWS) {

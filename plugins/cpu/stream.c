@@ -163,6 +163,12 @@ phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err) {
   return stream_synchronize(cpu, s, err);
 }
 
+phx_status phx__cpu_begin(phx__cpu *cpu, int32_t dtype, phx_stream *s, phx_error *err) {
+  if (dtype != PHX_F32)
+    return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: operations of dtype %d: this device computes in fp32 only", dtype);
+  return phx__cpu_enter(cpu, s, err);
+}
+
 /* Signals are the main thread's business. */
 static int start_thread(phx_stream *s) {
   sigset_t all, before;

@@ -18,20 +18,20 @@ phx_status gpt_block_forward(phx_model_self *self, const phx_stage_call *call, p
   float *const qkv = gpt_at(saved, p.qkv), *const att = gpt_at(saved, p.att), *const res2 = gpt_at(saved, p.res2);
   float *const act = gpt_at(saved, p.act);
 
-  GPT_TRY(o->layer_norm(o->ctx, one, NULL, gpt_at(saved, p.mean1), gpt_at(saved, p.rstd1), call->input, NULL,
-                        gpt_weight(w, GPT_LN1_W), gpt_weight(w, GPT_LN1_B), n, c, GPT_EPS, st, err));
-  GPT_TRY(o->linear(o->ctx, qkv, 0, NULL, one, gpt_weight(w, GPT_QKV_W), gpt_weight(w, GPT_QKV_B), n, c, 3 * c, 0, st,
-                    err));
-  GPT_TRY(o->attention(o->ctx, att, gpt_at(saved, p.lse), qkv, b, t, c, heads, st, err));
-  GPT_TRY(o->linear(o->ctx, one, 0, NULL, att, gpt_weight(w, GPT_ATT_W), gpt_weight(w, GPT_ATT_B), n, c, c, 0, st,
-                    err));
-  GPT_TRY(o->layer_norm(o->ctx, two, res2, gpt_at(saved, p.mean2), gpt_at(saved, p.rstd2), call->input, one,
-                        gpt_weight(w, GPT_LN2_W), gpt_weight(w, GPT_LN2_B), n, c, GPT_EPS, st, err));
-  GPT_TRY(o->linear(o->ctx, act, 0, gpt_at(saved, p.pre), two, gpt_weight(w, GPT_FC_W), gpt_weight(w, GPT_FC_B), n, c,
-                    4 * c, 1, st, err));
-  GPT_TRY(o->linear(o->ctx, call->output, 0, NULL, act, gpt_weight(w, GPT_OUT_W), gpt_weight(w, GPT_OUT_B), n, 4 * c,
-                    c, 0, st, err));
-  return o->add(o->ctx, call->output, call->output, res2, n * c, st, err);
+  GPT_TRY(o->layer_norm(o->ctx, self->dtype, one, NULL, gpt_at(saved, p.mean1), gpt_at(saved, p.rstd1), call->input,
+                        NULL, gpt_weight(w, GPT_LN1_W), gpt_weight(w, GPT_LN1_B), n, c, GPT_EPS, st, err));
+  GPT_TRY(o->linear(o->ctx, self->dtype, qkv, 0, NULL, one, gpt_weight(w, GPT_QKV_W), gpt_weight(w, GPT_QKV_B), n, c,
+                    3 * c, 0, st, err));
+  GPT_TRY(o->attention(o->ctx, self->dtype, att, gpt_at(saved, p.lse), qkv, b, t, c, heads, st, err));
+  GPT_TRY(o->linear(o->ctx, self->dtype, one, 0, NULL, att, gpt_weight(w, GPT_ATT_W), gpt_weight(w, GPT_ATT_B), n, c, c,
+                    0, st, err));
+  GPT_TRY(o->layer_norm(o->ctx, self->dtype, two, res2, gpt_at(saved, p.mean2), gpt_at(saved, p.rstd2), call->input,
+                        one, gpt_weight(w, GPT_LN2_W), gpt_weight(w, GPT_LN2_B), n, c, GPT_EPS, st, err));
+  GPT_TRY(o->linear(o->ctx, self->dtype, act, 0, gpt_at(saved, p.pre), two, gpt_weight(w, GPT_FC_W),
+                    gpt_weight(w, GPT_FC_B), n, c, 4 * c, 1, st, err));
+  GPT_TRY(o->linear(o->ctx, self->dtype, call->output, 0, NULL, act, gpt_weight(w, GPT_OUT_W), gpt_weight(w, GPT_OUT_B),
+                    n, 4 * c, c, 0, st, err));
+  return o->add(o->ctx, self->dtype, call->output, call->output, res2, n * c, st, err);
 }
 
 /* Gradient of a linear's weight and bias from d(N, oc) and its input x(N, ic); nothing when both are frozen. */
@@ -40,8 +40,8 @@ static phx_status weight_gradient(const phx_model_self *self, const phx_stage_ca
                                   phx_error *err) {
   const gpt_gradient g = gpt_gradient_of(call->view, weight, drop);
   if (!g.w) return PHX_OK;
-  return self->ops->linear_backward_weight(self->ops->ctx, g.w, g.b, d, 0, x, call->batch * call->sequence, ic, oc,
-                                           g.w_mode, g.b_mode, call->stream, err);
+  return self->ops->linear_backward_weight(self->ops->ctx, self->dtype, g.w, g.b, d, 0, x, call->batch * call->sequence,
+                                           ic, oc, g.w_mode, g.b_mode, call->stream, err);
 }
 
 /* d_out -> gradient of res2, in d_input.  wide(N, 4C) and narrow(N, C) are scratch. */
@@ -57,17 +57,17 @@ static phx_status mlp_backward(const phx_model_self *self, const phx_stage_call 
   float *const mean = gpt_at(saved, p->mean2), *const rstd = gpt_at(saved, p->rstd2);
 
   GPT_TRY(weight_gradient(self, call, GPT_OUT_W, drop, call->d_output, gpt_at(saved, p->act), 4 * c, c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, wide, call->d_output, 0, gpt_weight(w, GPT_OUT_W), gpt_at(saved, p->pre), n,
-                                   4 * c, c, PHX_GRAD_WRITE, st, err));
-  GPT_TRY(o->layer_norm(o->ctx, narrow, NULL, mean, rstd, res2, NULL, gpt_weight(w, GPT_LN2_W),
+  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, wide, call->d_output, 0, gpt_weight(w, GPT_OUT_W),
+                                   gpt_at(saved, p->pre), n, 4 * c, c, PHX_GRAD_WRITE, st, err));
+  GPT_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, res2, NULL, gpt_weight(w, GPT_LN2_W),
                         gpt_weight(w, GPT_LN2_B), n, c, GPT_EPS, st, err));
   GPT_TRY(weight_gradient(self, call, GPT_FC_W, drop, wide, narrow, c, 4 * c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, narrow, wide, 0, gpt_weight(w, GPT_FC_W), NULL, n, c, 4 * c, PHX_GRAD_WRITE,
-                                   st, err));
+  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, wide, 0, gpt_weight(w, GPT_FC_W), NULL, n, c, 4 * c,
+                                   PHX_GRAD_WRITE, st, err));
   gpt_gradient g = gpt_gradient_of(w, GPT_LN2_W, drop);
   if (g.w && !g.b) g.b = drop, g.b_mode = PHX_GRAD_WRITE;
-  return o->layer_norm_backward(o->ctx, call->d_input, call->d_output, g.w, g.w_mode, g.b, g.b_mode, narrow, res2,
-                                gpt_weight(w, GPT_LN2_W), mean, rstd, n, c, st, err);
+  return o->layer_norm_backward(o->ctx, self->dtype, call->d_input, call->d_output, g.w, g.w_mode, g.b, g.b_mode,
+                                narrow, res2, gpt_weight(w, GPT_LN2_W), mean, rstd, n, c, st, err);
 }
 
 /* Gradient of res2 (in d_input) -> gradient of x, in d_input. */
@@ -83,18 +83,18 @@ static phx_status attention_backward(const phx_model_self *self, const phx_stage
   float *const mean = gpt_at(saved, p->mean1), *const rstd = gpt_at(saved, p->rstd1);
 
   GPT_TRY(weight_gradient(self, call, GPT_ATT_W, drop, call->d_input, att, c, c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, narrow, call->d_input, 0, gpt_weight(w, GPT_ATT_W), NULL, n, c, c,
-                                   PHX_GRAD_WRITE, st, err));
-  GPT_TRY(o->attention_backward(o->ctx, dqkv, narrow, gpt_at(saved, p->qkv), att, gpt_at(saved, p->lse),
+  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, call->d_input, 0, gpt_weight(w, GPT_ATT_W), NULL, n, c,
+                                   c, PHX_GRAD_WRITE, st, err));
+  GPT_TRY(o->attention_backward(o->ctx, self->dtype, dqkv, narrow, gpt_at(saved, p->qkv), att, gpt_at(saved, p->lse),
                                 gpt_at(space, p->rows), b, t, c, self->sizes.heads, st, err));
-  GPT_TRY(o->layer_norm(o->ctx, narrow, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LN1_W),
+  GPT_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LN1_W),
                         gpt_weight(w, GPT_LN1_B), n, c, GPT_EPS, st, err));
   GPT_TRY(weight_gradient(self, call, GPT_QKV_W, drop, dqkv, narrow, c, 3 * c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, narrow, dqkv, 0, gpt_weight(w, GPT_QKV_W), NULL, n, c, 3 * c,
+  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, dqkv, 0, gpt_weight(w, GPT_QKV_W), NULL, n, c, 3 * c,
                                    PHX_GRAD_WRITE, st, err));
   gpt_gradient g = gpt_gradient_of(w, GPT_LN1_W, drop);
   if (g.w && !g.b) g.b = drop, g.b_mode = PHX_GRAD_WRITE;
-  return o->layer_norm_backward(o->ctx, call->d_input, call->d_input, g.w, g.w_mode, g.b, g.b_mode, narrow,
+  return o->layer_norm_backward(o->ctx, self->dtype, call->d_input, call->d_input, g.w, g.w_mode, g.b, g.b_mode, narrow,
                                 call->input, gpt_weight(w, GPT_LN1_W), mean, rstd, n, c, st, err);
 }
 

@@ -7,35 +7,20 @@
 
 phx_status gpt_embed_forward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
   const phx_ops *o = self->ops;
-  return o->embedding(o->ctx, call->output, call->tokens, gpt_weight(call->view, 0), gpt_weight(call->view, 1),
-                      call->batch, call->sequence, self->sizes.width, call->stream, err);
+  return o->embedding(o->ctx, self->dtype, call->output, call->tokens, gpt_weight(call->view, 0),
+                      gpt_weight(call->view, 1), call->batch, call->sequence, self->sizes.width, call->stream, err);
 }
 
 phx_status gpt_embed_backward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
   const phx_ops *o = self->ops;
   const phx_param_view *wte = gpt_view(call->view, 0), *wpe = gpt_view(call->view, 1);
   if (!wte->gradient && !wpe->gradient) return PHX_OK;
-  return o->embedding_backward(o->ctx, wte->gradient, wte->gradient_mode, wpe->gradient, wpe->gradient_mode,
-                               call->d_output, call->tokens, call->batch, call->sequence, self->sizes.width,
-                               self->sizes.vocab, self->sizes.context, call->stream, err);
+  return o->embedding_backward(o->ctx, self->dtype, wte->gradient, wte->gradient_mode, wpe->gradient,
+                               wpe->gradient_mode, call->d_output, call->tokens, call->batch, call->sequence,
+                               self->sizes.width, self->sizes.vocab, self->sizes.context, call->stream, err);
 }
 
-/* Mean of the losses (N) on the device; waits for the stream. */
-static phx_status mean_loss(const phx_model_self *self, const phx_stage_call *call, const float *losses, int64_t n,
-                            double *out, phx_error *err) {
-  const phx_device *dev = self->device;
-  if (self->losses) {
-    GPT_TRY(dev->copy(dev->ctx, self->losses, losses, n * (int64_t)sizeof(float), call->stream, err));
-    losses = self->losses;
-  }
-  GPT_TRY(dev->stream_synchronize(dev->ctx, call->stream, err));
-  double sum = 0;
-  for (int64_t i = 0; i < n; i++) sum += (double)losses[i];
-  *out = sum / (double)n;
-  return PHX_OK;
-}
-
-/* logits(B, V) of the last position of each sequence. */
+/* logits(B, V) of the last position of each sequence: computed where the head keeps its own, then on their way. */
 static phx_status last_logits(const phx_model_self *self, const phx_stage_call *call, const gpt_head_plan *p,
                               phx_error *err) {
   const phx_ops *o = self->ops;
@@ -46,11 +31,13 @@ static phx_status last_logits(const phx_model_self *self, const phx_stage_call *
   for (int64_t i = 0; i < b; i++)
     GPT_TRY(dev->copy(dev->ctx, rows + i * c, x + ((i + 1) * t - 1) * c, c * (int64_t)sizeof(float), call->stream,
                       err));
-  GPT_TRY(o->layer_norm(o->ctx, ln, NULL, gpt_at(call->saved, p->mean), gpt_at(call->saved, p->rstd), rows, NULL,
-                        gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), b, c, GPT_EPS,
+  GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p->mean), gpt_at(call->saved, p->rstd), rows,
+                        NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), b, c, GPT_EPS,
                         call->stream, err));
-  return o->linear(o->ctx, call->logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c,
-                   self->sizes.vocab, 0, call->stream, err);
+  float *const logits = gpt_at(call->saved, p->logits);
+  GPT_TRY(o->linear(o->ctx, self->dtype, logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c,
+                    self->sizes.vocab, 0, call->stream, err));
+  return dev->copy(dev->ctx, call->logits, logits, b * self->sizes.vocab * (int64_t)sizeof(float), call->stream, err);
 }
 
 phx_status gpt_head_forward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
@@ -67,15 +54,15 @@ phx_status gpt_head_forward(phx_model_self *self, const phx_stage_call *call, ph
   }
   float *const ln = gpt_at(call->workspace, p.ln), *const losses = gpt_at(call->workspace, p.losses);
   float *const logits = gpt_at(call->saved, p.logits);
-  GPT_TRY(o->layer_norm(o->ctx, ln, NULL, gpt_at(call->saved, p.mean), gpt_at(call->saved, p.rstd), call->input, NULL,
-                        gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), n, c, GPT_EPS,
-                        call->stream, err));
-  GPT_TRY(o->linear(o->ctx, logits, s->vp, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, n, c, s->vocab, 0,
-                    call->stream, err));
-  GPT_TRY(o->cross_entropy(o->ctx, logits, losses, call->targets, n, s->vocab, s->vp, !evaluate,
+  GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p.mean), gpt_at(call->saved, p.rstd),
+                        call->input, NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), n, c,
+                        GPT_EPS, call->stream, err));
+  GPT_TRY(o->linear(o->ctx, self->dtype, logits, s->vp, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, n, c,
+                    s->vocab, 0, call->stream, err));
+  GPT_TRY(o->cross_entropy(o->ctx, self->dtype, logits, losses, call->targets, n, s->vocab, s->vp, !evaluate,
                            (float)(1.0 / (double)n), call->stream, err));
   if (!call->loss) return PHX_OK;
-  return mean_loss(self, call, losses, n, call->loss, err);
+  return o->mean(o->ctx, call->loss, losses, n, call->stream, err);
 }
 
 phx_status gpt_head_backward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
@@ -91,15 +78,15 @@ phx_status gpt_head_backward(phx_model_self *self, const phx_stage_call *call, p
   float *const mean = gpt_at(call->saved, p.mean), *const rstd = gpt_at(call->saved, p.rstd);
   const phx_param_view *wte = gpt_view(w, GPT_HEAD_WTE);
   if (wte->gradient) {
-    GPT_TRY(o->layer_norm(o->ctx, ln, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LNF_W),
+    GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LNF_W),
                           gpt_weight(w, GPT_LNF_B), n, c, GPT_EPS, st, err));
-    GPT_TRY(o->linear_backward_weight(o->ctx, wte->gradient, NULL, d_logits, s->vp, ln, n, c, s->vocab,
+    GPT_TRY(o->linear_backward_weight(o->ctx, self->dtype, wte->gradient, NULL, d_logits, s->vp, ln, n, c, s->vocab,
                                       wte->gradient_mode, PHX_GRAD_NONE, st, err));
   }
-  GPT_TRY(o->linear_backward_input(o->ctx, ln, d_logits, s->vp, gpt_weight(w, GPT_HEAD_WTE), NULL, n, c, s->vocab,
-                                   PHX_GRAD_WRITE, st, err));
+  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, ln, d_logits, s->vp, gpt_weight(w, GPT_HEAD_WTE), NULL, n, c,
+                                   s->vocab, PHX_GRAD_WRITE, st, err));
   gpt_gradient g = gpt_gradient_of(w, GPT_LNF_W, drop);
   if (g.w && !g.b) g.b = drop, g.b_mode = PHX_GRAD_WRITE;
-  return o->layer_norm_backward(o->ctx, call->d_input, NULL, g.w, g.w_mode, g.b, g.b_mode, ln, call->input,
+  return o->layer_norm_backward(o->ctx, self->dtype, call->d_input, NULL, g.w, g.w_mode, g.b, g.b_mode, ln, call->input,
                                 gpt_weight(w, GPT_LNF_W), mean, rstd, n, c, st, err);
 }

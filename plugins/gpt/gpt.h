@@ -73,7 +73,8 @@ struct phx_model_self {
   gpt_sizes sizes;
   phx_batch_shape shape;
   double layer_drop;
-  float *losses; /* (micro * sequence) pinned, where the CPU cannot read the device's memory; else NULL */
+  int32_t dtype; /* of activations and of weights as they are read */
+  int32_t reserved0;
 };
 
 /* run.c: the rest of the table */

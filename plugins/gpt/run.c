@@ -1,7 +1,7 @@
 /* plugins/gpt/run.c - the model's memory plan, its life, and which stage a call means.  [main] only.
  *
- * All computing goes through "phx.ops/1"; this plugin holds no weights and, but for a pinned array of losses on devices
- * that the CPU cannot read, no memory.  Stage 0 is the embedding, 1..L the blocks, L + 1 the head.
+ * All computing goes through "phx.ops/1"; this plugin holds no weights and no memory.  Stage 0 is the embedding, 1..L
+ * the blocks, L + 1 the head.
  *
  * What a block keeps for backward: qkv (3C), attention's output (C) and log-sum-exp (H), the second residual (C), the
  * MLP before and after GELU (8C), means and deviations.  Recomputed, since it is cheap: the two layer norms' outputs.
@@ -87,10 +87,17 @@ static int64_t dropped(const gpt_config *config, const gpt_sizes *s, uint32_t st
   return most;
 }
 
+/* 0: a core that does not say computes in fp32. */
+static int32_t gpt_dtype(const phx_batch_shape *shape) {
+  return PHX_HAS(shape, phx_batch_shape, compute_dtype) && shape->compute_dtype ? shape->compute_dtype : PHX_F32;
+}
+
 static phx_status check_shape(const gpt_sizes *s, const phx_batch_shape *shape, phx_error *err) {
   if (shape->micro < 1 || shape->sequence < 1 || shape->sequence > s->context)
     return gpt_fail(err, PHX_INVALID, "a micro-batch of %" PRId64 " x %" PRId64 " tokens does not fit a context of %"
                     PRId64, shape->micro, shape->sequence, s->context);
+  if (gpt_dtype(shape) != PHX_F32)
+    return gpt_fail(err, PHX_UNSUPPORTED, "the gpt model computes in fp32: set [precision] compute = fp32");
   const double row = (double)larger(s->vp, 16 * s->width) * sizeof(float);
   if ((double)shape->micro * (double)shape->sequence * row > 0x1p62)
     return gpt_fail(err, PHX_INVALID,
@@ -145,26 +152,12 @@ phx_status gpt_create(const phx_host *host, const void *config, const phx_model 
   self->sizes = s;
   self->shape = *shape;
   self->layer_drop = c->layer_drop;
-  if (!(device->caps & PHX_DEVICE_HOST_MEMORY)) {
-    const phx_memory what = {.struct_size = sizeof what,
-                             .bytes = shape->micro * shape->sequence * (int64_t)sizeof(float),
-                             .kind = PHX_MEM_WORKSPACE,
-                             .space = PHX_SPACE_PINNED};
-    void *losses = NULL;
-    const phx_status status = host->alloc(host->ctx, &what, &losses, err);
-    if (status != PHX_OK) {
-      free(self);
-      return status;
-    }
-    self->losses = losses;
-  }
+  self->dtype = gpt_dtype(shape);
   *out = self;
   return PHX_OK;
 }
 
 void gpt_destroy(phx_model_self *self) {
-  if (!self) return;
-  self->host->release(self->host->ctx, self->losses);
   free(self);
 }
 

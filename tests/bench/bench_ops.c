@@ -144,9 +144,9 @@ static double fused_rate(void *arg) {
   phx_error err = {.struct_size = sizeof err};
   const double start = bench_busy();
   if (a->passes & 1)
-    must(ops->attention(ops->ctx, a->out, a->lse, a->qkv, a->b, a->t, a->c, a->heads, NULL, &err), &err);
+    must(ops->attention(ops->ctx, PHX_F32, a->out, a->lse, a->qkv, a->b, a->t, a->c, a->heads, NULL, &err), &err);
   if (a->passes & 2)
-    must(ops->attention_backward(ops->ctx, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, a->b, a->t, a->c,
+    must(ops->attention_backward(ops->ctx, PHX_F32, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, a->b, a->t, a->c,
                                  a->heads, NULL, &err),
          &err);
   return flops(a) / (bench_busy() - start);
@@ -256,14 +256,15 @@ static double op_seconds(const shape *s) {
   phx_error err = {.struct_size = sizeof err};
   const double start = bench_busy();
   if (s->pass == 0)
-    must(ops->linear(ops->ctx, s->out, s->ld, NULL, s->x, s->w, NULL, s->n, s->ic, s->oc, 0, NULL, &err), &err);
+    must(ops->linear(ops->ctx, PHX_F32, s->out, s->ld, NULL, s->x, s->w, NULL, s->n, s->ic, s->oc, 0, NULL, &err),
+         &err);
   if (s->pass == 1)
-    must(ops->linear_backward_input(ops->ctx, s->x, s->out, s->ld, s->w, NULL, s->n, s->ic, s->oc, PHX_GRAD_WRITE, NULL,
-                                    &err),
+    must(ops->linear_backward_input(ops->ctx, PHX_F32, s->x, s->out, s->ld, s->w, NULL, s->n, s->ic, s->oc,
+                                    PHX_GRAD_WRITE, NULL, &err),
          &err);
   if (s->pass == 2)
-    must(ops->linear_backward_weight(ops->ctx, s->w, NULL, s->out, s->ld, s->x, s->n, s->ic, s->oc, PHX_GRAD_WRITE,
-                                     PHX_GRAD_WRITE, NULL, &err),
+    must(ops->linear_backward_weight(ops->ctx, PHX_F32, s->w, NULL, s->out, s->ld, s->x, s->n, s->ic, s->oc,
+                                     PHX_GRAD_WRITE, PHX_GRAD_WRITE, NULL, &err),
          &err);
   return bench_busy() - start;
 }

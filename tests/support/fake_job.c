@@ -21,7 +21,7 @@
 typedef struct fake_memory {
   uint32_t failed;
   char report[PHX_RANKS_MAX][1024];
-  uint32_t shared; /* arrivals at the end of share() */
+  uint32_t shared; /* arrivals of share() and exchange() */
   phx_liveness pages[PHX_RANKS_MAX];
   int64_t share_bytes, used[PHX_RANKS_MAX];
   char *area; /* n * share_bytes */
@@ -31,6 +31,13 @@ static double seconds_now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static void arrive(fake_rank *r) {
+  fake_memory *m = r->memory;
+  uint32_t mine = __atomic_fetch_add(&m->shared, 1, __ATOMIC_ACQ_REL), all = (uint32_t)r->job.size;
+  while (__atomic_load_n(&m->shared, __ATOMIC_ACQUIRE) < (mine / all + 1) * all)
+    nanosleep(&(struct timespec){0, 100000}, NULL); /* a rank that never comes: the limit of fake_job_run */
 }
 
 static phx_status share(void *ctx, const char *name, int64_t bytes, void **bases, phx_error *err) {
@@ -45,9 +52,7 @@ static phx_status share(void *ctx, const char *name, int64_t bytes, void **bases
   m->used[r->job.rank] = at + size;
   for (int32_t i = 0; i < r->job.size; i++) bases[i] = m->area + i * m->share_bytes + at;
   memset(bases[r->job.rank], 0, (size_t)size); /* pre-faulted by its owner; nobody may use it before */
-  uint32_t mine = __atomic_fetch_add(&m->shared, 1, __ATOMIC_ACQ_REL), all = (uint32_t)r->job.size;
-  while (__atomic_load_n(&m->shared, __ATOMIC_ACQUIRE) < (mine / all + 1) * all)
-    nanosleep(&(struct timespec){0, 100000}, NULL); /* a rank that never comes: the limit of fake_job_run */
+  arrive(r);
   return PHX_OK;
 }
 
@@ -60,6 +65,17 @@ static void fail(void *ctx, const char *message) {
   }
   __atomic_compare_exchange_n(&r->memory->failed, &none, 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   syscall(SYS_futex, &r->memory->failed, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+static phx_status exchange(void *ctx, const char *name, const void *mine, int64_t bytes, void *all, phx_error *err) {
+  fake_rank *r = ctx;
+  void *bases[PHX_RANKS_MAX];
+  phx_status status = share(ctx, name, bytes, bases, err);
+  if (status != PHX_OK) return status;
+  memcpy(bases[r->job.rank], mine, (size_t)bytes);
+  arrive(r);
+  for (int32_t i = 0; i < r->job.size; i++) memcpy((char *)all + i * bytes, bases[i], (size_t)bytes);
+  return PHX_OK;
 }
 
 static const void *extension(void *ctx, const char *id) {
@@ -92,7 +108,7 @@ static void rank_fill(fake_rank *r, fake_memory *m, const fake_setup *s, int32_t
   for (int32_t i = 0; i < s->n; i++) r->pages[i] = &m->pages[i];
   r->job = (phx_job){.struct_size = sizeof(phx_job), .ctx = r, .rank = rank, .size = s->n, .local_rank = rank,
                      .local_size = s->n, .timeout_s = s->timeout_s, .mine = r->pages[rank], .ranks = r->pages,
-                     .failed = &m->failed, .may_spin = s->may_spin, .share = share, .fail = fail};
+                     .failed = &m->failed, .may_spin = s->may_spin, .share = share, .fail = fail, .exchange = exchange};
   r->host = (phx_host){.struct_size = sizeof(phx_host), .abi_major = PHX_ABI_MAJOR, .abi_minor = PHX_ABI_MINOR,
                        .ctx = r, .rank = rank, .world_size = s->n, .local_rank = rank, .local_size = s->n,
                        .log = host_log, .extension = extension};

@@ -93,7 +93,7 @@ gpt_rig *gpt_rig_open(const char *settings, int64_t micro, int64_t sequence, con
   phx_error err = {.struct_size = sizeof err};
   r->config = rig_config_make(settings);
   r->table = r->config.plugin->table;
-  r->shape = (phx_batch_shape){sizeof r->shape, micro, sequence};
+  r->shape = (phx_batch_shape){sizeof r->shape, micro, sequence, PHX_F32, 0};
   fake_host_init(&r->host, 0, 1);
   r->host.extension = extension;
   MUST(!r->table->declare(r->config.values, &r->model, &r->facts, &r->shape, &err), "declare: %s", err.message);

@@ -81,11 +81,11 @@ PIN(phx_device, scale, 152);
 NO_TAIL(phx_memory, comm);
 PIN(phx_memory, struct_size, 0); PIN(phx_memory, bytes, 8); PIN(phx_memory, kind, 16); PIN(phx_memory, space, 20);
 PIN(phx_memory, stream, 24); PIN(phx_memory, comm, 32);
-NO_TAIL(phx_host, metric);
+NO_TAIL(phx_host, reserved0);
 PIN(phx_host, struct_size, 0); PIN(phx_host, abi_major, 8); PIN(phx_host, abi_minor, 12); PIN(phx_host, ctx, 16);
 PIN(phx_host, rank, 24); PIN(phx_host, world_size, 28); PIN(phx_host, local_rank, 32); PIN(phx_host, local_size, 36);
 PIN(phx_host, log, 40); PIN(phx_host, alloc, 48); PIN(phx_host, release, 56); PIN(phx_host, extension, 64);
-PIN(phx_host, metric, 72);
+PIN(phx_host, metric, 72); PIN(phx_host, deterministic, 80);
 
 /* ---- phalanx/optim.h ---- */
 NO_TAIL(phx_optim_state, reserved0);
@@ -146,13 +146,13 @@ PIN(phx_strategy_table, abort, 144);
 /* ---- phalanx/job.h: provisional, only without tail padding ---- */
 NO_TAIL(phx_flight, unit);
 NO_TAIL(phx_liveness, plugins);
-NO_TAIL(phx_job, fail);
+NO_TAIL(phx_job, exchange);
 
 /* ---- phalanx/provider.h: provisional, only without tail padding ---- */
-NO_TAIL(phx_ops, block_norms);
-NO_TAIL(phx_device_table, free);
+NO_TAIL(phx_ops, mean);
+NO_TAIL(phx_device_table, driver_bytes);
 NO_TAIL(phx_comm_table, arena);
-NO_TAIL(phx_batch_shape, sequence);
+NO_TAIL(phx_batch_shape, reserved0);
 NO_TAIL(phx_stage_memory, workspace);
 NO_TAIL(phx_model_facts, flops_per_token);
 NO_TAIL(phx_stage_call, stream);

@@ -126,10 +126,10 @@ static void discard(arrays *a) {
 static void run(const device_ops *d, const arrays *a, const shape *s) {
   const phx_ops *ops = d->ops;
   phx_error err = {.struct_size = sizeof err};
-  cr_assert_eq(ops->attention(ops->ctx, a->out, a->lse, a->qkv, s->b, s->t, s->c, s->heads, NULL, &err), PHX_OK, "%s",
-               err.message);
-  cr_assert_eq(ops->attention_backward(ops->ctx, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, s->b, s->t, s->c,
-                                       s->heads, NULL, &err),
+  cr_assert_eq(ops->attention(ops->ctx, PHX_F32, a->out, a->lse, a->qkv, s->b, s->t, s->c, s->heads, NULL, &err),
+               PHX_OK, "%s", err.message);
+  cr_assert_eq(ops->attention_backward(ops->ctx, PHX_F32, a->dqkv, a->dout, a->qkv, a->out, a->lse, a->work, s->b, s->t,
+                                       s->c, s->heads, NULL, &err),
                PHX_OK, "%s", err.message);
   assert_guard(a->out, a->n), assert_guard(a->dqkv, 3 * a->n);
   assert_guard(a->lse, a->rows), assert_guard(a->work, a->rows);
@@ -253,7 +253,7 @@ Test(cpu_attention, causal, .timeout = 60) {
   for (int64_t i = 71 * 3 * s.c; i < 3 * b.n; i++) b.qkv[i] = 1e30f;
   phx_error err = {.struct_size = sizeof err};
   run(&d, &a, &s);
-  cr_assert_eq(d.ops->attention(d.ops->ctx, b.out, b.lse, b.qkv, s.b, s.t, s.c, s.heads, NULL, &err), PHX_OK);
+  cr_assert_eq(d.ops->attention(d.ops->ctx, PHX_F32, b.out, b.lse, b.qkv, s.b, s.t, s.c, s.heads, NULL, &err), PHX_OK);
   cr_assert_arr_eq(a.out, b.out, (size_t)(71 * s.c) * 4);
   discard(&a);
   discard(&b);
@@ -275,9 +275,10 @@ Test(cpu_attention, same_bits, .timeout = 60) {
         memmove(moved.dout, a.dout, (size_t)a.n * 4);
       }
       const phx_ops *ops = d.ops;
-      cr_assert_eq(ops->attention(ops->ctx, moved.out, moved.lse, moved.qkv, s.b, s.t, s.c, s.heads, NULL, NULL),
-                   PHX_OK);
-      cr_assert_eq(ops->attention_backward(ops->ctx, moved.dqkv, moved.dout, moved.qkv, moved.out, moved.lse,
+      cr_assert_eq(
+          ops->attention(ops->ctx, PHX_F32, moved.out, moved.lse, moved.qkv, s.b, s.t, s.c, s.heads, NULL, NULL),
+          PHX_OK);
+      cr_assert_eq(ops->attention_backward(ops->ctx, PHX_F32, moved.dqkv, moved.dout, moved.qkv, moved.out, moved.lse,
                                            moved.work, s.b, s.t, s.c, s.heads, NULL, NULL),
                    PHX_OK);
       if (threads == 1 && !again) {
@@ -340,11 +341,11 @@ Test(cpu_attention, refuses, .timeout = 60) {
   const phx_ops *ops = d.ops;
   float x[4] = {5, 5, 5, 5};
   phx_error err = {.struct_size = sizeof err};
-  cr_assert_eq(ops->attention(ops->ctx, x, x, x, 1, 1, 10, 3, NULL, &err), PHX_INVALID);
+  cr_assert_eq(ops->attention(ops->ctx, PHX_F32, x, x, x, 1, 1, 10, 3, NULL, &err), PHX_INVALID);
   cr_assert(strstr(err.message, "channels 10") && strstr(err.message, "heads 3"), "%s", err.message);
-  cr_assert_eq(ops->attention(ops->ctx, x, x, x, 1, 0, 10, 1, NULL, &err), PHX_INVALID);
-  cr_assert_eq(ops->attention(ops->ctx, x, x, x, 1, 1, 257, 1, NULL, &err), PHX_UNSUPPORTED);
-  cr_assert_eq(ops->attention_backward(ops->ctx, x, x, x, x, x, x, 1, 1, 257, 1, NULL, &err), PHX_UNSUPPORTED);
+  cr_assert_eq(ops->attention(ops->ctx, PHX_F32, x, x, x, 1, 0, 10, 1, NULL, &err), PHX_INVALID);
+  cr_assert_eq(ops->attention(ops->ctx, PHX_F32, x, x, x, 1, 1, 257, 1, NULL, &err), PHX_UNSUPPORTED);
+  cr_assert_eq(ops->attention_backward(ops->ctx, PHX_F32, x, x, x, x, x, x, 1, 1, 257, 1, NULL, &err), PHX_UNSUPPORTED);
   cr_assert(x[0] == 5 && x[3] == 5);
   device_ops_close(&d);
 }

@@ -53,8 +53,8 @@ static void assert_guard(const float *x, int64_t n) {
 
 static void run(const device_ops *d, const rows *r, int32_t gradient, float scale) {
   phx_error err = {.struct_size = sizeof err};
-  cr_assert_eq(d->ops->cross_entropy(d->ops->ctx, r->logits, r->losses, r->targets, r->n, r->v, r->vp, gradient, scale,
-                                     NULL, &err),
+  cr_assert_eq(d->ops->cross_entropy(d->ops->ctx, PHX_F32, r->logits, r->losses, r->targets, r->n, r->v, r->vp,
+                                     gradient, scale, NULL, &err),
                PHX_OK, "%s", err.message);
   assert_guard(r->logits, r->n * r->vp);
   assert_guard(r->losses, r->n);
@@ -244,12 +244,12 @@ Test(cpu_cross_entropy, refuses, .timeout = 60) {
   phx_error err = {.struct_size = sizeof err};
   float x[2] = {5, 5}, loss = 5;
   int32_t target = 2;
-  cr_assert_eq(ops->cross_entropy(ops->ctx, x, &loss, &target, 1, 2, 2, 1, 1.0f, NULL, &err), PHX_INVALID);
+  cr_assert_eq(ops->cross_entropy(ops->ctx, PHX_F32, x, &loss, &target, 1, 2, 2, 1, 1.0f, NULL, &err), PHX_INVALID);
   cr_assert(strstr(err.message, "target 2") && strstr(err.message, "vocabulary of 2"), "%s", err.message);
   target = -1;
-  cr_assert_eq(ops->cross_entropy(ops->ctx, x, &loss, &target, 1, 2, 2, 1, 1.0f, NULL, &err), PHX_INVALID);
+  cr_assert_eq(ops->cross_entropy(ops->ctx, PHX_F32, x, &loss, &target, 1, 2, 2, 1, 1.0f, NULL, &err), PHX_INVALID);
   target = 0;
-  cr_assert_eq(ops->cross_entropy(ops->ctx, x, &loss, &target, 1, 2, 1, 1, 1.0f, NULL, &err), PHX_INVALID);
+  cr_assert_eq(ops->cross_entropy(ops->ctx, PHX_F32, x, &loss, &target, 1, 2, 1, 1, 1.0f, NULL, &err), PHX_INVALID);
   cr_assert(x[0] == 5 && x[1] == 5 && loss == 5);
   device_ops_close(&d);
 }

@@ -252,7 +252,7 @@ Test(cpu_device, operations_on_a_thread_stream_follow_its_work) {
   d->enqueue(d->ctx, s, run_step, &slow, &f.err);
   d->copy(d->ctx, by_two, x, sizeof x, s, &f.err);
   d->scale(d->ctx, by_two, 2.0f, 100, s, &f.err);
-  cr_assert_eq(f.ops->add(f.ops->ctx, x, x, by_two, 100, s, &f.err), PHX_OK);
+  cr_assert_eq(f.ops->add(f.ops->ctx, PHX_F32, x, x, by_two, 100, s, &f.err), PHX_OK);
   for (int i = 0; i < 100; i++) cr_assert_eq(x[i], 3.0f * (float)i);
   d->zero(d->ctx, x, sizeof x, s, &f.err);
   d->add(d->ctx, x, by_two, 100, s, &f.err);
@@ -373,7 +373,7 @@ static void run_piece(cpu_fixture *x, slices *o, const float *g, int64_t at, int
   must(ops->adamw(ops->ctx, o->w + at, g + at, o->m + at, o->v + at, o->bf16 + at, PHX_BF16, n, 0.37f, 3e-3f, 0.9f,
                   0.95f, 0.1f, 0.05f, 1e-8f, 0.1f, NULL, &x->err) == PHX_OK);
   must(ops->sgd(ops->ctx, o->s + at, g + at, o->f16 + at, PHX_F16, n, 0.7f, 0.01f, 0.1f, NULL, &x->err) == PHX_OK);
-  must(ops->add(ops->ctx, o->sum + at, o->w + at, g + at, n, NULL, &x->err) == PHX_OK);
+  must(ops->add(ops->ctx, PHX_F32, o->sum + at, o->w + at, g + at, n, NULL, &x->err) == PHX_OK);
   must(dev->scale(dev->ctx, o->sum + at, 1.1f, n, NULL, &x->err) == PHX_OK);
   must(dev->add(dev->ctx, o->sum + at, g + at, n, NULL, &x->err) == PHX_OK);
 }
@@ -434,7 +434,7 @@ Test(cpu_device, lower_instruction_set_is_refused_after_products) {
   float a[16] = {1}, b[16] = {1}, c[16];
   cpu_fixture g;
   if (strstr(d->name, "base")) return;
-  cr_assert_eq(f.ops->linear(f.ops->ctx, c, 0, NULL, a, b, NULL, 4, 4, 4, 0, NULL, &f.err), PHX_OK);
+  cr_assert_eq(f.ops->linear(f.ops->ctx, PHX_F32, c, 0, NULL, a, b, NULL, 4, 4, 4, 0, NULL, &f.err), PHX_OK);
   cr_assert_eq(cpu_fixture_open(&g, "base", 1), PHX_STATE);
   cr_assert(strstr(g.err.message, "too late"), "%s", g.err.message);
 }

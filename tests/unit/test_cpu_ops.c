@@ -60,8 +60,8 @@ Test(cpu_ops, gelu_and_its_slope_are_accurate) {
   const float one = 1.0f;
   double worst = 0, worst_slope = 0;
   for (int i = 0; i < M; i++) x[i] = (float)(i - M / 2) * 5e-4f, ones[i] = 1.0f;
-  OK(ops->linear(ops->ctx, y, 0, NULL, x, &one, NULL, M, 1, 1, 1, NULL, &f.err));
-  OK(ops->linear_backward_input(ops->ctx, dy, ones, 0, &one, x, M, 1, 1, PHX_GRAD_WRITE, NULL, &f.err));
+  OK(ops->linear(ops->ctx, PHX_F32, y, 0, NULL, x, &one, NULL, M, 1, 1, 1, NULL, &f.err));
+  OK(ops->linear_backward_input(ops->ctx, PHX_F32, dy, ones, 0, &one, x, M, 1, 1, PHX_GRAD_WRITE, NULL, &f.err));
   for (int i = 0; i < M; i++) {
     const double want = ref_gelu((double)x[i]), slope = ref_gelu_slope((double)x[i]);
     /* e^u has u times the relative error of u: unavoidable in fp32, and only where the result is tiny */
@@ -73,7 +73,7 @@ Test(cpu_ops, gelu_and_its_slope_are_accurate) {
   cr_assert_lt(worst_slope, 4.0, "GELU': %g ulp of 1", worst_slope);
   const float far[4] = {-1e4f, 1e4f, INFINITY, NAN};
   float out[4];
-  OK(ops->linear(ops->ctx, out, 0, NULL, far, &one, NULL, 4, 1, 1, 1, NULL, &f.err));
+  OK(ops->linear(ops->ctx, PHX_F32, out, 0, NULL, far, &one, NULL, 4, 1, 1, 1, NULL, &f.err));
   cr_assert(fabsf(out[0]) < 1e-30f && out[1] == 1e4f && out[2] == INFINITY && isnan(out[3]));
   free(x), free(y), free(dy), free(ones);
 }
@@ -89,8 +89,8 @@ static void check_linear(shape s, int with_bias, int gelu, int with_pre) {
   const int64_t ld = s.oc + s.pad;
   float *x = random_array(s.n * s.ic, 1, &state), *w = random_array(s.oc * s.ic, 1, &state);
   float *bias = random_array(s.oc, 1, &state), *out = poisoned_array(s.n * ld), *pre = poisoned_array(s.n * s.oc);
-  OK(ops->linear(ops->ctx, out, s.pad ? ld : 0, with_pre ? pre : NULL, x, w, with_bias ? bias : NULL, s.n, s.ic, s.oc,
-                 gelu, NULL, &f.err));
+  OK(ops->linear(ops->ctx, PHX_F32, out, s.pad ? ld : 0, with_pre ? pre : NULL, x, w, with_bias ? bias : NULL, s.n,
+                 s.ic, s.oc, gelu, NULL, &f.err));
   for (int64_t i = 0; i < s.n; i++) {
     for (int64_t j = 0; j < s.oc; j++) {
       const double sum = ref_dot(x + i * s.ic, 1, w + j * s.ic, 1, s.ic) + (with_bias ? (double)bias[j] : 0);
@@ -113,8 +113,8 @@ static void check_backward_input(shape s, int mode, int with_pre) {
   float *pre = random_array(s.n * s.ic, 3, &state), *before = random_array(s.n * s.ic, 1, &state);
   float *dx = poisoned_array(s.n * s.ic);
   if (mode == PHX_GRAD_ADD) memcpy(dx, before, (size_t)(s.n * s.ic) * sizeof *dx);
-  OK(ops->linear_backward_input(ops->ctx, dx, dout, s.pad ? ld : 0, w, with_pre ? pre : NULL, s.n, s.ic, s.oc, mode,
-                                NULL, &f.err));
+  OK(ops->linear_backward_input(ops->ctx, PHX_F32, dx, dout, s.pad ? ld : 0, w, with_pre ? pre : NULL, s.n, s.ic, s.oc,
+                                mode, NULL, &f.err));
   for (int64_t i = 0; i < s.n; i++)
     for (int64_t j = 0; j < s.ic; j++) {
       const int64_t at = i * s.ic + j;
@@ -142,8 +142,8 @@ static void check_backward_weight(shape s, int w_mode, int b_mode, int with_db) 
     for (int64_t i = 0; i < s.oc * s.ic; i++) dw[i] = 0.5f;
   if (b_mode == PHX_GRAD_ADD)
     for (int64_t i = 0; i < s.oc; i++) db[i] = 0.25f;
-  OK(ops->linear_backward_weight(ops->ctx, dw, with_db ? db : NULL, dout, s.pad ? ld : 0, x, s.n, s.ic, s.oc, w_mode,
-                                 b_mode, NULL, &f.err));
+  OK(ops->linear_backward_weight(ops->ctx, PHX_F32, dw, with_db ? db : NULL, dout, s.pad ? ld : 0, x, s.n, s.ic, s.oc,
+                                 w_mode, b_mode, NULL, &f.err));
   const double bound = 1e-6 * (sqrt((double)s.n) * 3 + 2);
   for (int64_t i = 0; i < s.oc; i++) {
     double sum = b_mode == PHX_GRAD_ADD ? 0.25 : 0;
@@ -164,9 +164,9 @@ Test(cpu_ops, linear_backward_weight) {
 
 Test(cpu_ops, bad_sizes_are_refused) {
   float x[4] = {0};
-  cr_assert_eq(ops->linear(ops->ctx, x, 0, NULL, x, x, NULL, 0, 2, 2, 0, NULL, &f.err), PHX_INVALID);
-  cr_assert_eq(ops->linear(ops->ctx, x, 1, NULL, x, x, NULL, 2, 2, 2, 0, NULL, &f.err), PHX_INVALID);
-  cr_assert_eq(ops->layer_norm(ops->ctx, x, NULL, x, x, x, x, x, x, 1, 2, 1e-5f, NULL, &f.err), PHX_INVALID);
+  cr_assert_eq(ops->linear(ops->ctx, PHX_F32, x, 0, NULL, x, x, NULL, 0, 2, 2, 0, NULL, &f.err), PHX_INVALID);
+  cr_assert_eq(ops->linear(ops->ctx, PHX_F32, x, 1, NULL, x, x, NULL, 2, 2, 2, 0, NULL, &f.err), PHX_INVALID);
+  cr_assert_eq(ops->layer_norm(ops->ctx, PHX_F32, x, NULL, x, x, x, x, x, x, 1, 2, 1e-5f, NULL, &f.err), PHX_INVALID);
   cr_assert_eq(ops->adamw(ops->ctx, x, x, x, x, x, PHX_I32, 1, 1, 1, 0, 0, 1, 1, 1, 0, NULL, &f.err), PHX_UNSUPPORTED);
 }
 
@@ -207,9 +207,9 @@ Test(cpu_ops, numerical_gradient_of_linear_and_gelu) {
   for (int i = 0; i < TOTAL; i++) values[i] = (double)p[i];
   for (int i = 0; i < GN * GO; i++) arg.r[i] = (double)r[i];
   for (int i = 0; i < GN * GI; i++) h[i] = (float)ref_gelu((double)x[i]);
-  OK(ops->linear_backward_input(ops->ctx, got, r, 0, w, x, GN, GI, GO, PHX_GRAD_WRITE, NULL, &f.err));
-  OK(ops->linear_backward_weight(ops->ctx, got + GN * GI, got + GN * GI + GO * GI, r, 0, h, GN, GI, GO, PHX_GRAD_WRITE,
-                                 PHX_GRAD_WRITE, NULL, &f.err));
+  OK(ops->linear_backward_input(ops->ctx, PHX_F32, got, r, 0, w, x, GN, GI, GO, PHX_GRAD_WRITE, NULL, &f.err));
+  OK(ops->linear_backward_weight(ops->ctx, PHX_F32, got + GN * GI, got + GN * GI + GO * GI, r, 0, h, GN, GI, GO,
+                                 PHX_GRAD_WRITE, PHX_GRAD_WRITE, NULL, &f.err));
   for (int i = 0; i < TOTAL; i++) check_near("gradient", i, (double)got[i], slope_of(mlp_loss, &arg, values, i), 1e-5);
   free(p), free(r);
 }
@@ -234,8 +234,8 @@ static void check_layer_norm(int64_t n, int64_t c, int with_b, int with_sum) {
   for (int64_t i = 0; i < n * c; i++) x[i] = (double)(with_b ? a[i] + b[i] : a[i]);
   for (int64_t j = 0; j < c; j++) dw[j] = (double)w[j], dbias[j] = (double)bias[j];
   ref_norm(x, dw, dbias, n, c, want);
-  OK(ops->layer_norm(ops->ctx, out, with_sum ? sum : NULL, mean, rstd, a, with_b ? b : NULL, w, bias, n, c, eps, NULL,
-                     &f.err));
+  OK(ops->layer_norm(ops->ctx, PHX_F32, out, with_sum ? sum : NULL, mean, rstd, a, with_b ? b : NULL, w, bias, n, c,
+                     eps, NULL, &f.err));
   for (int64_t i = 0; i < n * c; i++) {
     check_near("out", i, (double)out[i], want[i], 4e-6);
     if (with_sum) cr_assert_eq((double)sum[i], x[i]);
@@ -272,11 +272,11 @@ Test(cpu_ops, numerical_gradient_of_layer_norm) {
   for (int i = 0; i < TOTAL; i++) values[i] = (double)p[i];
   for (int i = 0; i < X; i++) arg.r[i] = (double)r[i], in_place[i] = add[i], dx[i] = NAN;
   for (int i = 0; i < LC; i++) dw[i] = db[i] = NAN, dw_added[i] = 1, db_added[i] = 2;
-  OK(ops->layer_norm(ops->ctx, out, NULL, mean, rstd, p, NULL, p + X, p + X + LC, LN, LC, eps, NULL, &f.err));
-  OK(ops->layer_norm_backward(ops->ctx, dx, NULL, dw, PHX_GRAD_WRITE, db, PHX_GRAD_WRITE, r, p, p + X, mean, rstd, LN,
-                              LC, NULL, &f.err));
-  OK(ops->layer_norm_backward(ops->ctx, in_place, in_place, dw_added, PHX_GRAD_ADD, db_added, PHX_GRAD_ADD, r, p, p + X,
-                              mean, rstd, LN, LC, NULL, &f.err));
+  OK(ops->layer_norm(ops->ctx, PHX_F32, out, NULL, mean, rstd, p, NULL, p + X, p + X + LC, LN, LC, eps, NULL, &f.err));
+  OK(ops->layer_norm_backward(ops->ctx, PHX_F32, dx, NULL, dw, PHX_GRAD_WRITE, db, PHX_GRAD_WRITE, r, p, p + X, mean,
+                              rstd, LN, LC, NULL, &f.err));
+  OK(ops->layer_norm_backward(ops->ctx, PHX_F32, in_place, in_place, dw_added, PHX_GRAD_ADD, db_added, PHX_GRAD_ADD, r,
+                              p, p + X, mean, rstd, LN, LC, NULL, &f.err));
   for (int i = 0; i < TOTAL; i++) {
     const double want = slope_of(norm_loss, &arg, values, i);
     if (i < X) {
@@ -291,7 +291,8 @@ Test(cpu_ops, numerical_gradient_of_layer_norm) {
     }
   }
   float frozen[X];
-  OK(ops->layer_norm_backward(ops->ctx, frozen, NULL, NULL, 0, NULL, 0, r, p, p + X, mean, rstd, LN, LC, NULL, &f.err));
+  OK(ops->layer_norm_backward(ops->ctx, PHX_F32, frozen, NULL, NULL, 0, NULL, 0, r, p, p + X, mean, rstd, LN, LC, NULL,
+                              &f.err));
   cr_assert_eq(memcmp(frozen, dx, sizeof dx), 0);
   free(p), free(r), free(add);
 }
@@ -303,11 +304,12 @@ Test(cpu_ops, embedding_and_its_gradient) {
   float *wte = random_array(V * C, 1, &state), *wpe = random_array(MAX_T * C, 1, &state);
   float *out = poisoned_array(B * T * C), *dout = random_array(B * T * C, 1, &state);
   float *dwte = poisoned_array(V * C), *dwpe = poisoned_array(MAX_T * C);
-  OK(ops->embedding(ops->ctx, out, tokens, wte, wpe, B, T, C, NULL, &f.err));
+  OK(ops->embedding(ops->ctx, PHX_F32, out, tokens, wte, wpe, B, T, C, NULL, &f.err));
   for (int i = 0; i < B * T * C; i++) cr_assert_eq(out[i], wte[tokens[i / C] * C + i % C] + wpe[i / C % T * C + i % C]);
   for (int turn = 1; turn <= 2; turn++) { /* write, then add the same again */
     const int32_t mode = turn == 1 ? PHX_GRAD_WRITE : PHX_GRAD_ADD;
-    OK(ops->embedding_backward(ops->ctx, dwte, mode, dwpe, mode, dout, tokens, B, T, C, V, MAX_T, NULL, &f.err));
+    OK(ops->embedding_backward(ops->ctx, PHX_F32, dwte, mode, dwpe, mode, dout, tokens, B, T, C, V, MAX_T, NULL,
+                               &f.err));
     for (int i = 0; i < V * C; i++) { /* the forward is linear: its numerical derivative is the sum itself */
       double want = 0;
       for (int row = 0; row < B * T; row++) want += tokens[row] == i / C ? (double)dout[row * C + i % C] : 0;
@@ -320,13 +322,16 @@ Test(cpu_ops, embedding_and_its_gradient) {
     }
   }
   float *alone = poisoned_array(MAX_T * C);
-  OK(ops->embedding_backward(ops->ctx, NULL, 0, alone, PHX_GRAD_WRITE, dout, tokens, B, T, C, V, MAX_T, NULL, &f.err));
+  OK(ops->embedding_backward(ops->ctx, PHX_F32, NULL, 0, alone, PHX_GRAD_WRITE, dout, tokens, B, T, C, V, MAX_T, NULL,
+                             &f.err));
   cr_assert(isfinite(alone[0]) && alone[MAX_T * C - 1] == 0);
-  cr_assert_eq(ops->embedding_backward(ops->ctx, dwte, 0, dwpe, 0, dout, tokens, B, T, C, V - 1, MAX_T, NULL, &f.err),
-               PHX_INVALID);
+  cr_assert_eq(
+      ops->embedding_backward(ops->ctx, PHX_F32, dwte, 0, dwpe, 0, dout, tokens, B, T, C, V - 1, MAX_T, NULL, &f.err),
+      PHX_INVALID);
   cr_assert(strstr(f.err.message, "256"), "%s", f.err.message);
-  cr_assert_eq(ops->embedding_backward(ops->ctx, dwte, 0, dwpe, 0, dout, tokens, B, T, C, V, T - 1, NULL, &f.err),
-               PHX_INVALID);
+  cr_assert_eq(
+      ops->embedding_backward(ops->ctx, PHX_F32, dwte, 0, dwpe, 0, dout, tokens, B, T, C, V, T - 1, NULL, &f.err),
+      PHX_INVALID);
   free(wte), free(wpe), free(out), free(dout), free(dwte), free(dwpe), free(alone);
 }
 
@@ -394,7 +399,7 @@ Test(cpu_ops, add_and_block_norms) {
   float *a = random_array(BLOCKS * PHX_BLOCK, 1, &state), *b = random_array(BLOCKS * PHX_BLOCK, 1e-3f, &state);
   float *sum = poisoned_array(BLOCKS * PHX_BLOCK);
   double norms[BLOCKS + 1] = {[BLOCKS] = -1};
-  OK(ops->add(ops->ctx, sum, a, b, 777, NULL, &f.err));
+  OK(ops->add(ops->ctx, PHX_F32, sum, a, b, 777, NULL, &f.err));
   for (int i = 0; i < 777; i++) cr_assert_eq(sum[i], a[i] + b[i]);
   cr_assert(isnan(sum[777]));
   OK(ops->block_norms(ops->ctx, norms, a, BLOCKS, NULL, &f.err));
@@ -403,7 +408,7 @@ Test(cpu_ops, add_and_block_norms) {
     check_near("norm", i, norms[i], want, 1e-12 * want);
   }
   cr_assert_eq(norms[BLOCKS], -1);
-  OK(ops->add(ops->ctx, a, a, a, BLOCKS * PHX_BLOCK, NULL, &f.err));
+  OK(ops->add(ops->ctx, PHX_F32, a, a, a, BLOCKS * PHX_BLOCK, NULL, &f.err));
   double more[BLOCKS];
   OK(ops->block_norms(ops->ctx, more, a, BLOCKS, NULL, &f.err));
   for (int i = 0; i < BLOCKS; i++) cr_assert_eq(more[i], 4 * norms[i], "doubling is exact");
@@ -423,14 +428,14 @@ static int run_own(const phx_ops *o, results *r) {
   int32_t tokens[MN];
   float one[MN], dw[MC];
   for (int i = 0; i < MN; i++) tokens[i] = i * 7 % MV, one[i] = 1;
-  int bad = o->layer_norm(o->ctx, r->out, NULL, r->mean, r->rstd, x, NULL, w, w, MN, MC, eps, NULL, NULL);
-  bad |= o->layer_norm_backward(o->ctx, r->dx, x, r->dw, PHX_GRAD_WRITE, r->db, PHX_GRAD_WRITE, dout, x, w, r->mean,
-                                r->rstd, MN, MC, NULL, NULL);
-  bad |= o->embedding(o->ctx, r->embedded, tokens, dout, x, 1, MV, MC, NULL, NULL);
-  bad |= o->embedding_backward(o->ctx, r->dwte, PHX_GRAD_WRITE, r->dwpe, PHX_GRAD_WRITE, dout, tokens, 1, MN, MC, MV,
-                               MN, NULL, NULL);
-  bad |= o->linear_backward_weight(o->ctx, dw, r->bias, dout, 0, one, MN, 1, MC, PHX_GRAD_WRITE, PHX_GRAD_WRITE, NULL,
-                                   NULL);
+  int bad = o->layer_norm(o->ctx, PHX_F32, r->out, NULL, r->mean, r->rstd, x, NULL, w, w, MN, MC, eps, NULL, NULL);
+  bad |= o->layer_norm_backward(o->ctx, PHX_F32, r->dx, x, r->dw, PHX_GRAD_WRITE, r->db, PHX_GRAD_WRITE, dout, x, w,
+                                r->mean, r->rstd, MN, MC, NULL, NULL);
+  bad |= o->embedding(o->ctx, PHX_F32, r->embedded, tokens, dout, x, 1, MV, MC, NULL, NULL);
+  bad |= o->embedding_backward(o->ctx, PHX_F32, r->dwte, PHX_GRAD_WRITE, r->dwpe, PHX_GRAD_WRITE, dout, tokens, 1, MN,
+                               MC, MV, MN, NULL, NULL);
+  bad |= o->linear_backward_weight(o->ctx, PHX_F32, dw, r->bias, dout, 0, one, MN, 1, MC, PHX_GRAD_WRITE,
+                                   PHX_GRAD_WRITE, NULL, NULL);
   bad |= o->block_norms(o->ctx, r->norms, r->out, MN * MC / PHX_BLOCK, NULL, NULL);
   free(x), free(w), free(dout);
   return bad;
@@ -461,7 +466,7 @@ Test(cpu_ops, pointers_do_not_change_bits) {
     uint64_t seed = 5;
     for (int i = 0; i < n * ic; i++) x[i] = random_float(&seed);
     for (int i = 0; i < oc * ic; i++) w[i] = random_float(&seed);
-    OK(ops->linear(ops->ctx, out, 0, NULL, x, w, NULL, n, ic, oc, 1, NULL, &f.err));
+    OK(ops->linear(ops->ctx, PHX_F32, out, 0, NULL, x, w, NULL, n, ic, oc, 1, NULL, &f.err));
     if (!first) first = memcpy(malloc(n * oc * sizeof *first), out, n * oc * sizeof *first);
     cr_assert_eq(memcmp(first, out, n * oc * sizeof *first), 0, "move %d", move);
     free(room);
@@ -482,7 +487,7 @@ static void run_isa(const char *isa, isa_results *r) { /* a process of its own: 
     if (bad) _exit(2);
     float *x = random_array(GN * GI, 1, &seed), *w = random_array(GO * GI, 1, &seed);
     bad |= run_own(g.ops, &r->own);
-    bad |= g.ops->linear(g.ops->ctx, r->linear, 0, NULL, x, w, NULL, GN, GI, GO, 1, NULL, NULL);
+    bad |= g.ops->linear(g.ops->ctx, PHX_F32, r->linear, 0, NULL, x, w, NULL, GN, GI, GO, 1, NULL, NULL);
     _exit(bad != 0);
   }
   int status = -1;

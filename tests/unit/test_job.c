@@ -130,6 +130,31 @@ Test(job, share_gives_everybody_every_part, .timeout = 60) {
   for (int size = 1; size <= 7; size += size == 4 ? 3 : 1) run_ranks(size, share_parts);
 }
 
+static int exchange_bytes(int rank, int size) {
+  static const int64_t sizes[] = {1, 47, 48, 49, 300, PHX_EXCHANGE_MAX};
+  static unsigned char mine[PHX_EXCHANGE_MAX], all[7 * PHX_EXCHANGE_MAX + 1];
+  const phx_job *job = open_job(20);
+  phx_error err = PHX_ERROR_INIT;
+  for (int k = 0; k < 6; k++) {
+    for (int64_t i = 0; i < sizes[k]; i++) mine[i] = (unsigned char)(i * 7 + rank * 31 + k);
+    all[size * sizes[k]] = 0xA5;
+    NEED(job->exchange(job->ctx, "bytes", mine, sizes[k], all, &err) == PHX_OK);
+    for (int r = 0; r < size; r++)
+      for (int64_t i = 0; i < sizes[k]; i++) NEED(all[r * sizes[k] + i] == (unsigned char)(i * 7 + r * 31 + k));
+    NEED(all[size * sizes[k]] == 0xA5);
+  }
+  NEED(job->exchange(job->ctx, "none", mine, 0, all, &err) == PHX_INVALID);
+  NEED(job->exchange(job->ctx, "much", mine, PHX_EXCHANGE_MAX + 1, all, &err) == PHX_INVALID);
+  if (size < 2) return 0;
+  NEED(job->exchange(job->ctx, "size", mine, rank == 1 ? 9 : 8, all, &err) == PHX_COMM && strstr(err.message, "'size'"));
+  NEED(job->exchange(job->ctx, rank == 1 ? "left" : "right", mine, 8, all, &err) == PHX_COMM);
+  NEED(job->exchange(job->ctx, "fine", mine, 8, all, &err) == PHX_OK);
+  return 0;
+}
+Test(job, exchange_gives_everybody_every_ranks_bytes, .timeout = 60) {
+  for (int size = 1; size <= 7; size += size == 4 ? 3 : 1) run_ranks(size, exchange_bytes);
+}
+
 static int disagree_bytes(int rank, int size) {
   const phx_job *job = open_job(20);
   phx_error err = PHX_ERROR_INIT;

@@ -36,6 +36,8 @@ typedef struct phx_host {
   const void *(*extension)(void *ctx, const char *id); /* [any] or NULL; [borrow:self] */
   /* [main] a number for this step's line of metrics.jsonl, under the plugin's id. [borrow:call] */
   void (*metric)(void *ctx, const char *name, double value);
+  int32_t deterministic; /* [run] deterministic: results may not depend on anything but the run's identity */
+  int32_t reserved0;
 } phx_host;
 
 #ifdef __cplusplus

@@ -19,9 +19,12 @@ extern "C" {
 
 /* ==== operations ("phx.ops/1") =====================================================================================
  * All matrices are row-major.  B sequences of T tokens, N = B * T rows, C channels, H heads, V vocabulary, Vp its padded
- * row length.  All fp32 unless a dtype argument says otherwise.  `mode` is PHX_GRAD_WRITE or PHX_GRAD_ADD.
- * [main], asynchronous on the stream (inline on cpu).  For a given shape, the bits of a result do not depend on
- * pointers beyond their 256-byte alignment. */
+ * row length.  `mode` is PHX_GRAD_WRITE or PHX_GRAD_ADD.
+ * dtype (PHX_F32 or PHX_BF16; a device refuses what it does not offer) is that of the `void` arrays: activations, their
+ * gradients, and weights as the model reads them.  What is typed float is fp32 under any dtype: gradients of weights,
+ * means, log-sum-exps, losses.  Sums are in fp32 or wider, rounded to dtype once, to nearest even (arXiv 1710.03740).
+ * [main], asynchronous on the stream (inline on cpu); arrays are in the device's space unless the comment says host.
+ * For a given shape, the bits of a result do not depend on pointers beyond their 256-byte alignment. */
 #define PHX_EXT_OPS "phx.ops/1"
 typedef struct phx_ops {
   size_t struct_size;
@@ -29,53 +32,53 @@ typedef struct phx_ops {
   int64_t scratch_bytes; /* per rank, held by the device for its operations: part of the plan */
   /* out(N, OC) = x(N, IC) W(OC, IC)^T + bias(OC); bias may be NULL.  gelu: out = GELU_tanh(pre), pre(N, OC) is kept if
    * pre != NULL.  out_ld: elements between rows of out (>= OC; 0 means OC). */
-  phx_status (*linear)(void *ctx, float *out, int64_t out_ld, float *pre, const float *x, const float *w,
-                       const float *bias, int64_t n, int64_t ic, int64_t oc, int32_t gelu, phx_stream *s,
+  phx_status (*linear)(void *ctx, int32_t dtype, void *out, int64_t out_ld, void *pre, const void *x, const void *w,
+                       const void *bias, int64_t n, int64_t ic, int64_t oc, int32_t gelu, phx_stream *s,
                        phx_error *err);
   /* dx(N, IC) = dout(N, OC) W(OC, IC), then, if pre != NULL, dx *= GELU_tanh'(pre(N, IC)).  mode for dx;
    * dout_ld as out_ld. */
-  phx_status (*linear_backward_input)(void *ctx, float *dx, const float *dout, int64_t dout_ld, const float *w,
-                                      const float *pre, int64_t n, int64_t ic, int64_t oc, int32_t mode, phx_stream *s,
-                                      phx_error *err);
+  phx_status (*linear_backward_input)(void *ctx, int32_t dtype, void *dx, const void *dout, int64_t dout_ld,
+                                      const void *w, const void *pre, int64_t n, int64_t ic, int64_t oc, int32_t mode,
+                                      phx_stream *s, phx_error *err);
   /* dw(OC, IC) (+)= dout^T x;  db(OC) (+)= column sums of dout (db may be NULL) */
-  phx_status (*linear_backward_weight)(void *ctx, float *dw, float *db, const float *dout, int64_t dout_ld,
-                                       const float *x, int64_t n, int64_t ic, int64_t oc, int32_t w_mode,
-                                       int32_t b_mode, phx_stream *s, phx_error *err);
+  phx_status (*linear_backward_weight)(void *ctx, int32_t dtype, float *dw, float *db, const void *dout,
+                                       int64_t dout_ld, const void *x, int64_t n, int64_t ic, int64_t oc,
+                                       int32_t w_mode, int32_t b_mode, phx_stream *s, phx_error *err);
   /* out(B, T, C) = wte[token] + wpe[t] */
-  phx_status (*embedding)(void *ctx, float *out, const int32_t *tokens, const float *wte, const float *wpe, int64_t b,
-                          int64_t t, int64_t c, phx_stream *s, phx_error *err);
+  phx_status (*embedding)(void *ctx, int32_t dtype, void *out, const int32_t *tokens, const void *wte, const void *wpe,
+                          int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err);
   /* dwte(V, C), dwpe(maxT, C) (+)=; a NULL gradient is skipped (frozen).  WRITE clears the whole array first.
    * Deterministic: rows are added in order of (b, t). */
-  phx_status (*embedding_backward)(void *ctx, float *dwte, int32_t wte_mode, float *dwpe, int32_t wpe_mode,
-                                   const float *dout, const int32_t *tokens, int64_t b, int64_t t, int64_t c,
-                                   int64_t v, int64_t max_t, phx_stream *s, phx_error *err);
+  phx_status (*embedding_backward)(void *ctx, int32_t dtype, float *dwte, int32_t wte_mode, float *dwpe,
+                                   int32_t wpe_mode, const void *dout, const int32_t *tokens, int64_t b, int64_t t,
+                                   int64_t c, int64_t v, int64_t max_t, phx_stream *s, phx_error *err);
   /* sum(N, C) = a + b (b may be NULL: sum = a and sum may be NULL);
    * out = (sum - mean) * rstd * w + bias;  mean(N), rstd(N) are kept */
-  phx_status (*layer_norm)(void *ctx, float *out, float *sum, float *mean, float *rstd, const float *a, const float *b,
-                           const float *w, const float *bias, int64_t n, int64_t c, float eps, phx_stream *s,
-                           phx_error *err);
+  phx_status (*layer_norm)(void *ctx, int32_t dtype, void *out, void *sum, float *mean, float *rstd, const void *a,
+                           const void *b, const void *w, const void *bias, int64_t n, int64_t c, float eps,
+                           phx_stream *s, phx_error *err);
   /* dx(N, C) = layer norm's input gradient + (add ? add(N, C) : 0);  dw(C), db(C) by mode; both NULL: frozen.
    * x is the norm's input (`sum` above); dx may be add. */
-  phx_status (*layer_norm_backward)(void *ctx, float *dx, const float *add, float *dw, int32_t w_mode, float *db,
-                                    int32_t b_mode, const float *dout, const float *x, const float *w,
+  phx_status (*layer_norm_backward)(void *ctx, int32_t dtype, void *dx, const void *add, float *dw, int32_t w_mode,
+                                    float *db, int32_t b_mode, const void *dout, const void *x, const void *w,
                                     const float *mean, const float *rstd, int64_t n, int64_t c, phx_stream *s,
                                     phx_error *err);
   /* out = a + b (N * C elements; out may be a or b) */
-  phx_status (*add)(void *ctx, float *out, const float *a, const float *b, int64_t numel, phx_stream *s,
+  phx_status (*add)(void *ctx, int32_t dtype, void *out, const void *a, const void *b, int64_t numel, phx_stream *s,
                     phx_error *err);
   /* Causal attention.  qkv(B, T, 3C) = q | k | v, each (H, C / H);  out(B, T, C); lse(B, H, T) = log-sum-exp of the
    * scaled scores, kept for backward.  Memory beside the arguments: scratch only, independent of T * T.
    * FlashAttention-2, arXiv 2307.08691. */
-  phx_status (*attention)(void *ctx, float *out, float *lse, const float *qkv, int64_t b, int64_t t, int64_t c,
-                          int64_t heads, phx_stream *s, phx_error *err);
+  phx_status (*attention)(void *ctx, int32_t dtype, void *out, float *lse, const void *qkv, int64_t b, int64_t t,
+                          int64_t c, int64_t heads, phx_stream *s, phx_error *err);
   /* dqkv(B, T, 3C) written; work(B, H, T) floats of scratch from the caller */
-  phx_status (*attention_backward)(void *ctx, float *dqkv, const float *dout, const float *qkv, const float *out,
-                                   const float *lse, float *work, int64_t b, int64_t t, int64_t c, int64_t heads,
-                                   phx_stream *s, phx_error *err);
+  phx_status (*attention_backward)(void *ctx, int32_t dtype, void *dqkv, const void *dout, const void *qkv,
+                                   const void *out, const float *lse, float *work, int64_t b, int64_t t, int64_t c,
+                                   int64_t heads, phx_stream *s, phx_error *err);
   /* logits(N, Vp), columns V..Vp-1 are ignored on input.  losses(N) = -log softmax(logits)[target].  With gradient = 1
    * logits are replaced in place by (softmax - onehot) * scale, and columns V..Vp-1 by 0.  No second copy. */
-  phx_status (*cross_entropy)(void *ctx, float *logits, float *losses, const int32_t *targets, int64_t n, int64_t v,
-                              int64_t vp, int32_t gradient, float scale, phx_stream *s, phx_error *err);
+  phx_status (*cross_entropy)(void *ctx, int32_t dtype, void *logits, float *losses, const int32_t *targets, int64_t n,
+                              int64_t v, int64_t vp, int32_t gradient, float scale, phx_stream *s, phx_error *err);
   /* Decoupled weight decay (arXiv 1711.05101).  g' = g * scale; m, v as in the paper; bias corrections c1 = 1 - beta1^t,
    * c2 = 1 - beta2^t are passed as fp32;  w -= lr * (m / c1 / (sqrt(v / c2) + eps) + decay * w).
    * low (numel, low_dtype) or NULL: a rounded copy of the new weight.  Equal bits under any slicing. */
@@ -86,8 +89,10 @@ typedef struct phx_ops {
   phx_status (*sgd)(void *ctx, float *w, const float *g, void *low, int32_t low_dtype, int64_t numel, float scale,
                     float lr, float decay, phx_stream *s, phx_error *err);
   /* sums[i] = sum of squares of block i of x (blocks * PHX_BLOCK), in double, in one fixed order per block.
-   * sums is host memory, complete when the stream is synchronized. */
+   * sums is host memory (PHX_SPACE_PINNED), complete when the stream is synchronized. */
   phx_status (*block_norms)(void *ctx, double *sums, const float *x, int64_t blocks, phx_stream *s, phx_error *err);
+  /* *out (host, complete when the stream is synchronized) = mean of x(n), added in double in one fixed order */
+  phx_status (*mean)(void *ctx, double *out, const float *x, int64_t n, phx_stream *s, phx_error *err);
 } phx_ops;
 
 /* ==== device ======================================================================================================= */
@@ -105,6 +110,8 @@ typedef struct phx_device_table {
   /* [main] raw memory behind host->alloc: PHX_ALIGN-aligned, zero, pre-faulted */
   phx_status (*alloc)(phx_device_self *self, int32_t space, int64_t bytes, void **out, phx_error *err);
   void (*free)(phx_device_self *self, int32_t space, void *p, int64_t bytes);
+  /* [any] optional: bytes of this process on the device as its driver counts them, now; -1: not known */
+  int64_t (*driver_bytes)(phx_device_self *self);
 } phx_device_table;
 
 /* ==== communicator ================================================================================================= */
@@ -128,6 +135,8 @@ typedef struct phx_batch_shape {
   size_t struct_size;
   int64_t micro;    /* sequences per micro-batch and rank (B) */
   int64_t sequence; /* tokens per sequence (T) */
+  int32_t compute_dtype; /* of activations and of weights as the model reads them: PHX_F32 or PHX_BF16 */
+  int32_t reserved0;
 } phx_batch_shape;
 
 typedef struct phx_stage_memory { /* bytes on one rank, for one micro-batch */
@@ -156,8 +165,10 @@ typedef struct phx_stage_call { /* [borrow:call] */
   void *saved, *workspace;
   const int32_t *tokens, *targets; /* (B, T); targets NULL when only logits are wanted */
   int64_t batch, sequence;         /* B, T; at most those of the batch shape */
-  double *loss;           /* last stage, FORWARD and EVALUATE with targets: mean over the B * T tokens is stored here */
-  float *logits;          /* last stage, EVALUATE, or NULL: receives (B, V) of the last position of each sequence */
+  double *loss;           /* last stage, FORWARD and EVALUATE with targets: mean over the B * T tokens; host memory
+                             (PHX_SPACE_PINNED), complete when the stream is synchronized */
+  float *logits;          /* last stage, EVALUATE, or NULL: receives (B, V) of the last position of each sequence; host
+                             memory (PHX_SPACE_PINNED), complete when the stream is synchronized */
   phx_stream *stream;
 } phx_stage_call;
 
