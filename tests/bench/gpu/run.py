@@ -3,12 +3,12 @@
 
   tests/bench/gpu/run.py [--root BUILD] [--out DIR] [--sizes 124M:32,1558M:8] [--steps 30] [--rounds 3] [--no-torch]
 
-Rounds interleave the programs; a ratio is formed within a round, and the median of the rounds is printed.  A run's time is
-the median of its step times, the first third left out.
+Rounds interleave the programs; a ratio is formed within a round, and the median of the rounds is printed.  A run's
+time is the median of its step times, the first third left out.
 
-MFU is flops_per_token x tokens/s over a rate, flops_per_token = 6 (12 L C^2 + V C) + 12 L C T (a product's multiply and
-add counted as two, forward and twice that backward, all of attention's T x T): once over 989 TFLOP/s, the dense bf16 rate of
-an H100 or H200 by its data sheet, once over the rate of a large bf16 product measured in this run.
+MFU is flops_per_token x tokens/s over a rate, flops_per_token = 6 (12 L C^2 + V C) + 12 L C T (a product's multiply
+and add counted as two, forward and twice that backward, all of attention's T x T): once over 989 TFLOP/s, the dense bf16
+rate of an H100 or H200 by its data sheet, once over the rate of a large bf16 product measured in this run.
 
 Exit status 1 when a limit was missed, 77 where there is no GPU.
 """
@@ -79,8 +79,8 @@ class Bench:
         return run
 
     def torch(self, variant, size, micro):
-        command = [sys.executable, os.path.join(HERE, "torch_gpt2.py"), variant, size, "--micro", str(micro), "--sequence",
-                   str(SEQUENCE), "--steps", str(self.args.steps)]
+        command = [sys.executable, os.path.join(HERE, "torch_gpt2.py"), variant, size, "--micro", str(micro),
+                   "--sequence", str(SEQUENCE), "--steps", str(self.args.steps)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         if done.returncode != 0:
             return None, (done.stderr.strip().splitlines() or ["no message"])[-1][:100]
@@ -88,8 +88,9 @@ class Bench:
 
 
 def rates(args):
-    """What the device does in plain operations, by bench_gpu_ops: {'product': FLOP/s, 'copy': B/s, 'adamw': B/s, ...}"""
-    done = subprocess.run([os.path.join(args.root, args.programs, "bench_gpu_ops")], capture_output=True, text=True, timeout=300)
+    """What the device does in plain operations: {'product': FLOP/s, 'copy': B/s, 'adamw': B/s, ...}"""
+    program = os.path.join(args.root, args.programs, "bench_gpu_ops")
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     if done.returncode == 77:
         print(done.stderr.strip())
         sys.exit(77)
@@ -101,7 +102,7 @@ def rates(args):
 
 
 def kinds_of_kernels(run):
-    """Milliseconds of a step by kind of operation, of a run with [cuda] profile = yes (events around each operation)."""
+    """Milliseconds of a step by kind of operation, of a run with [cuda] profile = yes."""
     names = {k for s in run["steps"] for k in s if k.startswith("cuda.ms.")}
     late = run["steps"][len(run["steps"]) // 3:]
     return {k[len("cuda.ms."):]: statistics.median(s.get(k, 0.0) for s in late) for k in names}
@@ -132,7 +133,8 @@ def one_size(bench, size, micro, rate):
         least = LEAST_MFU.get(size) if strategy == "ddp" else None
         peak = sum(sum(k["measured"]) for k in runs[0]["result"]["bytes"].values())
         say(f"{size} {strategy}: ms, tokens/s, GiB held", f"{seconds * 1e3:.1f}, {per_s:.0f}, {peak / 2 ** 30:.1f}")
-        say(f"{size} {strategy}: MFU of 989, of the product measured", f"{flops / SHEET:.3f}, {flops / rate['product']:.3f}",
+        say(f"{size} {strategy}: MFU of 989, of the product measured",
+            f"{flops / SHEET:.3f}, {flops / rate['product']:.3f}",
             f"at least {least}" if least else "", least is None or flops / SHEET >= least)
         if strategy != "bare":
             ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, ours["bare"]))
@@ -141,7 +143,8 @@ def one_size(bench, size, micro, rate):
         ratio = statistics.median(t["seconds"] / o["seconds"] for t, o in zip(results, ours["ddp"]))
         asked = "at least 1.10" if variant == "plain" else ""
         say(f"{size} PyTorch {results[0]['version']} {variant}: ms, GiB; its step over ddp's",
-            f"{statistics.median(t['seconds'] for t in results) * 1e3:.1f}, {results[0]['peak'] / 2 ** 30:.1f}; {ratio:.3f}",
+            f"{statistics.median(t['seconds'] for t in results) * 1e3:.1f}, {results[0]['peak'] / 2 ** 30:.1f}; "
+            f"{ratio:.3f}",
             asked, not asked or ratio >= 1.10)
     profile = kinds_of_kernels(bench.phalanx(size, micro, "ddp", ["cuda.profile=yes"]))
     total = sum(profile.values())

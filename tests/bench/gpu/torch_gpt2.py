@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """GPT-2 in PyTorch, as its users write it: the yardstick of run.py.  One JSON line per variant on stdout.
 
-torch.compile, fused AdamW, flash attention, fp32 master weights and bf16 compute, gradients clipped; vocabulary padded to a
-multiple of 128 (a favour to PyTorch: it has no such padding of its own).  Variants: plain (autocast), ddp, fsdp (FSDP2,
-fully_shard with bf16 parameters and fp32 reduction), lightning (its FSDPStrategy), at world size 1.
+torch.compile, fused AdamW, flash attention, fp32 master weights and bf16 compute, gradients clipped; vocabulary padded
+to a multiple of 128 (a favour to PyTorch: it has no such padding of its own).  Variants: plain (autocast), ddp, fsdp
+(FSDP2, fully_shard with bf16 parameters and fp32 reduction), lightning (its FSDPStrategy), at world size 1.
 """
 import argparse
 import json
