@@ -1,7 +1,7 @@
 /* core/checked_file.c - see manifest.h: verified reading of a checkpoint's files.
  *
- * The bytes that are handed out are the very bytes that were hashed: whole chunks go straight to the caller and are hashed
- * there, a chunk of which only a part is wanted passes through one buffer per file.  One thread per reader. */
+ * The bytes that are handed out are the very bytes that were hashed: they are copied out of the stream's buffer after
+ * it was.  One thread per reader. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -11,61 +11,73 @@
 #include "status.h"
 #include "sys.h"
 
-phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, phx__checked_file *out, phx_error *err) {
+phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, phx__stream *stream,
+                             phx__checked_file *out, phx_error *err) {
   char path[4200];
   int64_t bytes = 0;
-  phx__checked_file f = {.fd = -1, .entry = entry, .buffered = -1};
+  phx__checked_file f = {.at = {.fd = -1}, .stream = stream, .entry = entry, .next = -1, .until = -1};
   snprintf(path, sizeof path, "%s/%s", dir, entry->name);
-  phx_status status = phx__file_open(path, &f.fd, &bytes, err);
+  phx_status status = phx__file_open(path, &f.at.fd, &bytes, err);
   if (status) return status;
-  f.path = phx__strdup(path);
-  f.buffer = phx__calloc(1, PHX__CHUNK_BYTES);
-  if (!f.path || !f.buffer) status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+  f.at.path = phx__strdup(path);
+  f.at.bytes = bytes;
+  if (!f.at.path) status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
   else if (bytes != entry->bytes)
     status = phx__fail(err, PHX_IO, "%s is damaged: it has %" PRId64 " bytes, and its checkpoint says %" PRId64, path,
                        bytes, entry->bytes);
-  if (status) phx__checked_close(&f);
-  else *out = f;
-  return status;
+  if (status) {
+    phx__checked_close(&f);
+    return status;
+  }
+  *out = f;
+  phx__stream_direct(&out->at);
+  return PHX_OK;
 }
 
 void phx__checked_close(phx__checked_file *f) {
-  if (f->entry) phx__sys.close(f->fd); /* of zeros: nothing was opened */
-  phx__free(f->path);
-  phx__free(f->buffer);
-  *f = (phx__checked_file){.fd = -1};
+  if (f->entry) { /* of zeros: nothing was opened */
+    phx__stream_forget(f->stream, &f->at);
+    phx__sys.close(f->at.fd);
+  }
+  phx__free(f->at.path);
+  *f = (phx__checked_file){.at = {.fd = -1}};
 }
 
-static phx_status load_chunk(phx__checked_file *f, const char *what, int64_t chunk, void *out, phx_error *err) {
+/* The chunk, verified when it came; `until`: byte behind what is wanted next. */
+static phx_status load_chunk(phx__checked_file *f, const char *what, int64_t chunk, int64_t until,
+                             const unsigned char **out, phx_error *err) {
   const int64_t at = chunk * PHX__CHUNK_BYTES, left = f->entry->bytes - at;
   const int64_t bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
-  phx_status status = phx__file_read(f->fd, f->path, out, bytes, at, err);
+  const int64_t last = f->in_order ? INT64_MAX : (until - 1) / PHX__CHUNK_BYTES;
+  const unsigned char *data = NULL;
+  bool held = false;
+  phx_status status = phx__stream_chunk(f->stream, &f->at, chunk, last, &data, &held, err);
   if (status) return status;
-  const uint64_t sum = phx__chunk_sum(out, (size_t)bytes);
+  *out = data;
+  if (held) return PHX_OK;
+  const uint64_t sum = phx__chunk_sum(data, (size_t)bytes);
   if (sum == f->entry->chunks[chunk]) return PHX_OK;
+  phx__stream_forget(f->stream, &f->at);
   return phx__fail(err, PHX_IO, "%s is damaged in bytes %" PRId64 " to %" PRId64 ", read for %s: their checksum is %016"
-                   PRIx64 " and should be %016" PRIx64, f->path, at, at + bytes - 1, what, sum, f->entry->chunks[chunk]);
+                   PRIx64 " and should be %016" PRIx64, f->at.path, at, at + bytes - 1, what, sum,
+                   f->entry->chunks[chunk]);
 }
 
-phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, int64_t bytes, int64_t at,
+phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, int64_t bytes, int64_t at, int64_t ahead,
                              phx_error *err) {
   if (at < 0 || bytes < 0 || at > f->entry->bytes || bytes > f->entry->bytes - at)
-    return phx__fail(err, PHX_INTERNAL, "%s has no bytes %" PRId64 " to %" PRId64, f->path, at, at + bytes);
+    return phx__fail(err, PHX_INTERNAL, "%s has no bytes %" PRId64 " to %" PRId64, f->at.path, at, at + bytes);
+  if (at != f->next) f->in_order = false;
+  else if (at == f->until) f->in_order = true;
+  f->next = at + bytes;
+  f->until = f->next + ahead;
   for (char *p = out; bytes > 0;) {
-    const int64_t chunk = at / PHX__CHUNK_BYTES, inside = at % PHX__CHUNK_BYTES;
-    const int64_t left = f->entry->bytes - chunk * PHX__CHUNK_BYTES;
-    const int64_t whole = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
-    const int64_t part = bytes < whole - inside ? bytes : whole - inside;
-    phx_status status = PHX_OK;
-    if (part == whole && chunk != f->buffered) {
-      status = load_chunk(f, what, chunk, p, err);
-    } else if (chunk != f->buffered) {
-      f->buffered = -1;
-      status = load_chunk(f, what, chunk, f->buffer, err);
-      if (!status) f->buffered = chunk;
-    }
+    const int64_t inside = at % PHX__CHUNK_BYTES;
+    const int64_t part = bytes < PHX__CHUNK_BYTES - inside ? bytes : PHX__CHUNK_BYTES - inside;
+    const unsigned char *data = NULL;
+    phx_status status = load_chunk(f, what, at / PHX__CHUNK_BYTES, f->until, &data, err);
     if (status) return status;
-    if (chunk == f->buffered) memcpy(p, f->buffer + inside, (size_t)part);
+    memcpy(p, data + inside, (size_t)part);
     p += part;
     at += part;
     bytes -= part;
@@ -84,6 +96,10 @@ phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader *
   phx__checkpoint_reader *r = phx__calloc(1, sizeof *r);
   if (!r) return phx__fail(err, PHX_NOMEM, "no memory to read %s", dir);
   phx_status status = phx__manifest_read(dir, &r->manifest, err);
+  int64_t bytes = 0;
+  for (uint32_t i = 0; !status && i < r->manifest->n_files && bytes < PHX__STREAM_MEMORY; i++)
+    bytes += r->manifest->files[i].bytes < PHX__STREAM_MEMORY ? r->manifest->files[i].bytes : PHX__STREAM_MEMORY;
+  if (!status) status = phx__stream_create(bytes, PHX__STREAM_READERS, &r->stream, err);
   if (!status) {
     r->dir = phx__strdup(dir);
     r->files = phx__calloc(r->manifest->n_files, sizeof *r->files);
@@ -97,6 +113,7 @@ phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader *
 void phx__checkpoint_reader_close(phx__checkpoint_reader *r) {
   if (!r) return;
   for (uint32_t i = 0; r->files && i < r->manifest->n_files; i++) phx__checked_close(&r->files[i]);
+  phx__stream_destroy(r->stream);
   phx__free(r->files);
   phx__free(r->dir);
   phx__manifest_free(r->manifest);
@@ -106,7 +123,7 @@ void phx__checkpoint_reader_close(phx__checkpoint_reader *r) {
 static phx_status open_file(phx__checkpoint_reader *r, uint32_t file, phx__checked_file **out, phx_error *err) {
   phx_status status = PHX_OK;
   *out = &r->files[file];
-  if (!(*out)->path) status = phx__checked_open(r->dir, &r->manifest->files[file], *out, err);
+  if (!(*out)->at.path) status = phx__checked_open(r->dir, &r->manifest->files[file], r->stream, *out, err);
   return status;
 }
 
@@ -115,6 +132,8 @@ phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind
                                          phx_error *err) {
   enum { BLOCK_BYTES = PHX_BLOCK * 4 };
   char name[96];
+  const int64_t ahead = r->ahead;
+  r->ahead = 0;
   while (blocks > 0) {
     phx__checked_file *file;
     const phx__manifest_slice *s = phx__manifest_find(r->manifest, kind, index, unit, flat, first_block);
@@ -126,7 +145,9 @@ phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind
     phx_status status = open_file(r, s->file, &file, err);
     if (status) return status;
     phx__manifest_tensor_name(r->manifest, s->kind, s->index, s->unit, s->flat, s->first_block, name);
-    status = phx__checked_read(file, name, out, part * BLOCK_BYTES, s->offset + skip * BLOCK_BYTES, err);
+    const int64_t behind = s->blocks - skip - part; /* of the slice: no more than `ahead` is wanted of it */
+    status = phx__checked_read(file, name, out, part * BLOCK_BYTES, s->offset + skip * BLOCK_BYTES,
+                               (ahead < behind ? ahead : behind) * BLOCK_BYTES, err);
     if (status) return status;
     out += part * PHX_BLOCK;
     first_block += part;
@@ -141,5 +162,5 @@ phx_status phx__checkpoint_reader_private(phx__checkpoint_reader *r, const phx__
   phx_status status = open_file(r, slice->file, &file, err);
   if (status) return status;
   return phx__checked_read(file, slice->name, out, slice->blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype),
-                           slice->offset, err);
+                           slice->offset, 0, err);
 }

@@ -3,8 +3,9 @@
  * What it does not do: decide when, or read anything back (checkpoint_load.c), or remove old ones (checkpoint_dir.c).
  * Invariant: the ranks agree after each phase, so that either all go on or all have given up, with one message; the
  * part directory becomes a checkpoint by one rename, after every file in it and the directory itself were flushed.
- * Memory: the table of slices, checksums (8 bytes per MiB written), and while committing the tables of all ranks.
- * Threads: [main]; write and flush in a saver's thread, if one wants to. */
+ * Memory: the table of slices, PHX__STREAM_MEMORY (4 MiB), checksums (32 bytes per MiB written), and while committing
+ * the tables of all ranks.
+ * Threads: [main]; write, flush and publish in a saver's thread, if one wants to. */
 #include "checkpoint.h"
 
 #include <errno.h>
@@ -19,6 +20,7 @@
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
 #include "manifest.h"
+#include "state_io.h"
 #include "status.h"
 #include "sys.h"
 
@@ -27,6 +29,12 @@ enum { WRITE_BLOCKS = PHX__CHUNK_BYTES / (PHX_BLOCK * 4) }; /* hashed, then writ
 typedef struct part_table { /* what a rank tells rank 0, in front of its slices, privates and checksums */
   int64_t slices, privates, sums, file_bytes;
 } part_table;
+
+typedef struct tables { /* of all ranks, one after the other, stride bytes each */
+  part_table heads[PHX_RANKS_MAX];
+  char *mine, *all;
+  int64_t stride;
+} tables;
 
 struct phx__save {
   phx__runtime *rt;
@@ -41,7 +49,10 @@ struct phx__save {
   uint64_t *sums; /* (n_sums) */
   int64_t n_sums, file_bytes;
   phx__state_hash hash;
-  bool made_part, flushed;
+  tables tables;
+  int64_t all_bytes;    /* of all files */
+  phx__state_hash whole; /* of all ranks, once gathered */
+  bool made_part, flushed, gathered, published;
   phx_status status; /* the first failure of this rank's part */
   phx_error error;
 };
@@ -54,8 +65,6 @@ static phx_status note(phx__save *s, phx_status status, const phx_error *why, ph
   if (status && err) *err = *why;
   return status;
 }
-
-static bool is_saved(const phx_slice *slice) { return slice->kind != PHX_STATE_WEIGHT || slice->dtype == PHX_F32; }
 
 /* ---- the table of slices ---- */
 static phx_status grow(phx__save *s, phx_error *err) {
@@ -90,7 +99,7 @@ static phx_status name_slice(const phx__save *s, const phx_slice *slice, char na
 
 static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   phx__save *s = ctx;
-  if (!is_saved(slice)) return PHX_OK;
+  if (phx__state_derived(slice)) return PHX_OK;
   if (slice->kind < 0 || slice->kind > PHX_STATE_PRIVATE ||
       (slice->kind == PHX_STATE_OPTIM && slice->state_index >= s->rt->optim.table.n_states))
     return phx__fail(err, PHX_INTERNAL, "the strategy names a state of kind %d, index %u", slice->kind,
@@ -121,7 +130,6 @@ static phx_status make_part(phx__save *s, uint64_t *nonce, phx_error *err) {
   int64_t swept = 0;
   phx_status status = phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err);
   if (!status) status = phx__dir_make(dir, err);
-  if (!status) status = phx__dir_flush(s->run_dir, err);
   if (!status) status = phx__checkpoint_sweep(s->run_dir, &swept, err);
   if (!status && getrandom(nonce, sizeof *nonce, 0) != (ssize_t)sizeof *nonce)
     status = phx__fail_errno(err, PHX_IO, errno, "no random number for the name of a checkpoint");
@@ -148,7 +156,7 @@ static phx_status create_file(phx__save *s, phx_error *err) {
     status = phx__safetensors_create(path, s->tensors, (uint32_t)s->n, metadata, true, &s->writer, err);
   if (status) return status;
   memcpy(s->tensors, s->writer->tensors, s->n * sizeof *s->tensors);
-  s->file_bytes = s->writer->file_bytes;
+  s->file_bytes = s->writer->file.bytes;
   s->n_sums = phx__chunks_count(s->file_bytes);
   s->sums = phx__calloc((size_t)s->n_sums, sizeof *s->sums);
   return s->sums ? PHX_OK : phx__fail(err, PHX_NOMEM, "no memory for the checksums of %s", path);
@@ -156,6 +164,8 @@ static phx_status create_file(phx__save *s, phx_error *err) {
 
 static void free_save(phx__save *s) {
   phx__safetensors_writer_close(s->writer);
+  phx__free(s->tables.all);
+  phx__free(s->tables.mine);
   phx__free(s->sums);
   phx__free(s->tensors);
   phx__free(s->private_names);
@@ -230,6 +240,8 @@ phx_status phx__save_write(phx__save *s, size_t i, int64_t first, int64_t blocks
   return note(s, status, &why, err);
 }
 
+void phx__save_fail(phx__save *s, phx_status status, const phx_error *why) { note(s, status, why, NULL); }
+
 phx_status phx__save_flush(phx__save *s, phx_error *err) {
   phx_error why = s->error;
   phx_status status = s->status;
@@ -241,12 +253,6 @@ phx_status phx__save_flush(phx__save *s, phx_error *err) {
 }
 
 /* ---- commit ---- */
-typedef struct tables { /* of all ranks, one after the other, stride bytes each */
-  part_table heads[PHX_RANKS_MAX];
-  char *mine, *all;
-  int64_t stride;
-} tables;
-
 static int64_t table_bytes(const part_table *t) {
   return t->slices * (int64_t)sizeof(phx__manifest_slice) + t->privates * (int64_t)sizeof(phx__manifest_private) +
          t->sums * (int64_t)sizeof(uint64_t);
@@ -277,16 +283,20 @@ static void pack(const phx__save *s, const part_table *head, char *out) {
 }
 
 /* Collective: every rank's table, on every rank. */
-static phx_status gather_tables(phx__save *s, tables *t, phx_error *err) {
+static phx_status gather_tables(phx__save *s, phx_error *err) {
   phx__runtime *rt = s->rt;
+  tables *t = &s->tables;
   phx_error why = PHX_ERROR_INIT;
   part_table mine = {.sums = s->n_sums, .file_bytes = s->file_bytes};
   for (size_t i = 0; i < s->n; i++) *(s->slices[i].kind == PHX_STATE_PRIVATE ? &mine.privates : &mine.slices) += 1;
   phx_status status = rt->core->all_gather(rt->core->ctx, &mine, t->heads, (int64_t)(sizeof mine / sizeof(int64_t)),
                                            PHX_I64, NULL, err);
   if (status) return status;
-  for (int32_t r = 0; r < rt->core->size; r++)
+  t->stride = 8;
+  for (int32_t r = 0; r < rt->core->size; r++) {
     if (table_bytes(&t->heads[r]) > t->stride) t->stride = table_bytes(&t->heads[r]);
+    s->all_bytes += t->heads[r].file_bytes;
+  }
   t->mine = phx__calloc(1, (size_t)t->stride);
   t->all = phx__calloc((size_t)rt->core->size, (size_t)t->stride);
   if (!t->mine || !t->all) status = phx__fail(&why, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
@@ -347,7 +357,8 @@ done:
   return status;
 }
 
-static phx_status describe_parts(const phx__save *s, const tables *t, phx__manifest *m, phx_error *err) {
+static phx_status describe_parts(const phx__save *s, phx__manifest *m, phx_error *err) {
+  const tables *t = &s->tables;
   phx_status status = PHX_OK;
   for (int32_t r = 0; r < s->rt->core->size && !status; r++) {
     const part_table *head = &t->heads[r];
@@ -374,17 +385,18 @@ static phx_status describe_parts(const phx__save *s, const tables *t, phx__manif
 }
 
 /* Rank 0: from here on the checkpoint is there, or nothing of it. */
-static phx_status publish(phx__save *s, const tables *t, phx__state_hash hash, phx_error *err) {
+static phx_status publish(phx__save *s, phx_error *err) {
   char dir[PHX__CHECKPOINT_PATH], path[PHX__CHECKPOINT_PATH];
   phx_error ignored = PHX_ERROR_INIT;
   phx_status status = PHX_OK;
   phx__manifest *m = phx__manifest_create();
   if (!m) return phx__fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
-  phx__state_hash_text(hash, m->state_hash);
+  phx__state_hash_text(s->whole, m->state_hash);
   PHX__TRY(describe_run(s, m, err));
-  PHX__TRY(describe_parts(s, t, m, err));
+  PHX__TRY(describe_parts(s, m, err));
   PHX__TRY(phx__manifest_write(s->part, m, err));
   PHX__TRY(phx__dir_flush(s->part, err));
+  PHX__TRY(phx__dir_flush(s->run_dir, err)); /* begin may have made `checkpoints` in it */
   PHX__TRY(phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err));
   PHX__TRY(phx__checkpoint_path(s->run_dir, s->at.step, path, err));
   if (phx__sys.rename(s->part, path)) {
@@ -399,46 +411,62 @@ done:
   return status;
 }
 
-/* What goes wrong after the commit takes nothing back. */
+/* What goes wrong after the commit takes nothing back.  A flush of the directory that failed is not made good by
+ * another one: nothing is removed then. */
 static void after_commit(const phx__save *s, const phx__retention *retention) {
   phx_error why = PHX_ERROR_INIT;
   char text[700];
   if (phx__checkpoint_point(s->run_dir, s->at.step, &why)) {
-    snprintf(text, sizeof text, "step %" PRId64 " is saved, but `latest` was not moved: %s", s->at.step, why.message);
+    snprintf(text, sizeof text, "step %" PRId64 " is saved, but `latest` was not moved, and old ones stay: %s",
+             s->at.step, why.message);
     phx__log(s->rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
-  }
-  if (retention && phx__checkpoint_retain(s->run_dir, retention, &why)) {
+  } else if (retention && phx__checkpoint_retain(s->run_dir, retention, &why)) {
     snprintf(text, sizeof text, "step %" PRId64 " is saved, but an old one was not removed: %s", s->at.step,
              why.message);
     phx__log(s->rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
   }
 }
 
-phx_status phx__save_commit(phx__save *s, const phx__retention *retention, phx_error *err) {
-  phx__runtime *rt = s->rt;
-  phx_error why = PHX_ERROR_INIT;
+phx_status phx__save_gather(phx__save *s, phx_error *err) {
   phx__verdict verdict = {.hash = s->hash};
-  tables t = {.stride = 8};
   if (!s->flushed && !s->status) s->status = phx__fail(&s->error, PHX_STATE, "a save was not flushed before its commit");
-  phx_status status = phx__agree(rt, s->status, &s->error, &verdict, err);
-  if (!status) status = gather_tables(s, &t, err);
-  if (!status) {
-    status = rt->job->rank == 0 ? publish(s, &t, verdict.sum, &why) : PHX_OK;
-    status = phx__agree(rt, status, &why, NULL, err);
-  }
-  if (status) give_up(s);
-  else if (rt->job->rank == 0) after_commit(s, retention);
-  phx__free(t.all);
-  phx__free(t.mine);
+  phx_status status = phx__agree(s->rt, s->status, &s->error, &verdict, err);
+  if (!status) status = gather_tables(s, err);
+  s->whole = verdict.sum;
+  s->gathered = !status;
+  if (!status) return PHX_OK;
+  give_up(s);
   free_save(s);
   return status;
 }
 
+void phx__save_publish(phx__save *s, const phx__retention *retention) {
+  phx_error why = PHX_ERROR_INIT;
+  if (s->rt->job->rank == 0) note(s, publish(s, &why), &why, NULL);
+  s->published = true;
+  if (s->rt->job->rank == 0 && !s->status) after_commit(s, retention);
+}
+
+int64_t phx__save_all_bytes(const phx__save *s) { return s->all_bytes; }
+
+phx_status phx__save_end(phx__save *s, int64_t *most, phx_error *err) {
+  phx__verdict verdict = {.value = most ? *most : 0};
+  const phx_status status = phx__agree(s->rt, s->status, &s->error, &verdict, err);
+  if (s->status) give_up(s);
+  if (!status && most) *most = verdict.most;
+  free_save(s);
+  return status;
+}
+
+/* Once gathered the files are rank 0's, which may be publishing them. */
 void phx__save_abandon(phx__save *s) {
   char path[PHX__CHECKPOINT_PATH];
   if (!s) return;
-  if (!phx__path_join(path, s->part, s->file, NULL)) phx__sys.unlink(path);
-  rmdir(s->part); /* the last one succeeds */
+  if (s->gathered && (s->status || !s->published)) give_up(s);
+  if (!s->gathered) {
+    if (!phx__path_join(path, s->part, s->file, NULL)) phx__sys.unlink(path);
+    phx__sys.rmdir(s->part); /* the last one succeeds */
+  }
   free_save(s);
 }
 
@@ -448,21 +476,23 @@ typedef struct save_walk {
   size_t i;
 } save_walk;
 
+static phx_status save_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
+  const save_walk *walk = ctx;
+  const phx_slice *slice = &walk->save->slices[walk->i];
+  const phx_slice part = phx__slice_part(slice, at, bytes);
+  return phx__save_write(walk->save, walk->i, part.first_block - slice->first_block, part.blocks, data, err);
+}
+
 static phx_status save_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   save_walk *walk = ctx;
-  const phx__runtime *rt = walk->save->rt;
-  const phx_strategy_table *strategy = rt->prepared->strategy;
-  void *data = NULL;
-  if (!is_saved(slice)) return PHX_OK;
-  phx_status status = strategy->map(rt->strategy, slice, PHX_MAP_READ, &data, err);
-  if (status) return status;
-  status = phx__save_write(walk->save, walk->i++, 0, slice->blocks, data, err);
-  const phx_status unmapped = strategy->unmap(rt->strategy, slice, PHX_MAP_READ, data, status ? NULL : err);
-  return status ? status : unmapped;
+  if (phx__state_derived(slice)) return PHX_OK;
+  const phx_status status = phx__slice_read(walk->save->rt, slice, save_part, walk, err);
+  walk->i++;
+  return status;
 }
 
 phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx__position *at,
-                                const phx__retention *retention, phx_error *err) {
+                                const phx__retention *retention, int64_t *bytes, phx_error *err) {
   save_walk walk = {0};
   phx_error why = PHX_ERROR_INIT;
   const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = save_slice};
@@ -471,5 +501,9 @@ phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx
   status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, &why);
   note(walk.save, status, &why, NULL); /* commit tells the others */
   phx__save_flush(walk.save, NULL);
-  return phx__save_commit(walk.save, retention, err);
+  status = phx__save_gather(walk.save, err);
+  if (status) return status;
+  if (bytes) *bytes = phx__save_all_bytes(walk.save);
+  phx__save_publish(walk.save, retention);
+  return phx__save_end(walk.save, NULL, err);
 }

@@ -93,13 +93,13 @@ static phx_status remove_contents(int fd, const char *path, int depth, phx_error
 }
 
 static phx_status remove_entry(int dir, const char *path, const char *name, int depth, phx_error *err) {
-  if (!unlinkat(dir, name, 0) || errno == ENOENT) return PHX_OK;
+  if (!phx__sys.unlinkat(dir, name, 0) || errno == ENOENT) return PHX_OK;
   if (errno != EISDIR && errno != EPERM) return phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
   if (depth == 0) return phx__fail(err, PHX_IO, "%s holds directories in directories: not ours to remove", path);
   const int fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
   if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s/%s", path, name);
   phx_status status = remove_contents(fd, path, depth - 1, err);
-  if (!status && unlinkat(dir, name, AT_REMOVEDIR) && errno != ENOENT)
+  if (!status && phx__sys.unlinkat(dir, name, AT_REMOVEDIR) && errno != ENOENT)
     status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
   return status;
 }
@@ -109,7 +109,7 @@ phx_status phx__checkpoint_remove(const char *path, phx_error *err) {
   if (fd < 0 && errno == ENOENT) return PHX_OK;
   if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open the directory %s", path);
   phx_status status = remove_contents(fd, path, 1, err);
-  if (!status && rmdir(path) && errno != ENOENT)
+  if (!status && phx__sys.rmdir(path) && errno != ENOENT)
     status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s", path);
   return status;
 }
@@ -248,7 +248,8 @@ phx_status phx__checkpoint_retire(const char *run_dir, int64_t step, phx_error *
   if (!status) status = phx__checkpoint_remove(to, err); /* of a removal that was killed */
   if (status) return status;
   if (phx__sys.rename(from, to)) return phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
-  return phx__checkpoint_remove(to, err);
+  status = phx__dir_flush(dir, err); /* else a power cut may bring the name back with some of its files gone */
+  return status ? status : phx__checkpoint_remove(to, err);
 }
 
 phx_status phx__checkpoint_retain(const char *run_dir, const phx__retention *retention, phx_error *err) {
@@ -290,6 +291,7 @@ phx_status phx__checkpoint_set_aside(const char *run_dir, int64_t above, phx_err
   char from[PHX__CHECKPOINT_PATH], to[PHX__CHECKPOINT_PATH], text[3 * PHX__CHECKPOINT_PATH];
   phx__checkpoint_list list = {0};
   struct stat st;
+  bool moved = false;
   phx_status status = phx__checkpoint_list_read(run_dir, &list, err);
   for (size_t i = 0; i < list.n && !status && list.steps[i] > above; i++) {
     status = phx__checkpoint_path(run_dir, list.steps[i], from, err);
@@ -305,6 +307,11 @@ phx_status phx__checkpoint_set_aside(const char *run_dir, int64_t above, phx_err
     snprintf(text, sizeof text, "step %" PRId64 " was saved after step %" PRId64 ", where the run goes on: it is now %s",
              list.steps[i], above, to);
     phx__log(0, "checkpoint", PHX_LOG_WARN, text);
+    moved = true;
+  }
+  if (!status && moved) { /* else a power cut may bring them back, as the newest */
+    status = checkpoints_path(run_dir, from, err);
+    if (!status) status = phx__dir_flush(from, err);
   }
   phx__checkpoint_list_free(&list);
   return status;

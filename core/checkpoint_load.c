@@ -2,7 +2,7 @@
  *
  * Each rank asks the manifest where the blocks of its own slices are and reads those ranges; every chunk is hashed
  * before a byte of it is used, and the hash of what all ranks took together must be the checkpoint's.
- * Memory: the manifest, and one chunk (1 MiB) per file that is open; state goes to where it belongs directly.
+ * Memory: the manifest, and PHX__STREAM_MEMORY (4 MiB) for all files; state goes to where it belongs directly.
  * What it does not do: fall back inside one checkpoint, or guess.  Private state of a strategy is restored at equal
  * strategy and world size, and else left out by name.
  * Threads: [main]. */
@@ -15,6 +15,7 @@
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
 #include "manifest.h"
+#include "state_io.h"
 #include "status.h"
 #include "sys.h"
 
@@ -77,19 +78,24 @@ typedef struct load_walk {
   int64_t privates; /* restored */
 } load_walk;
 
+/* A MiB at a time, hashed while it is in the cache and the next ones come from the disk. */
 static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *data, phx_error *err) {
+  enum { PART = PHX__CHUNK_BYTES / (PHX_BLOCK * 4) };
   const uint32_t index = slice->kind == PHX_STATE_OPTIM ? slice->state_index : 0;
   if (slice->dtype != PHX_F32)
     return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is loaded", slice->unit,
                      slice->dtype);
-  phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
-                                                    slice->first_block, slice->blocks, data, err);
-  if (status) return status;
-  phx_slice saved = *slice; /* its hash is of the kind that was saved: a master where it was one */
-  const phx__manifest_slice *from = phx__manifest_find(walk->reader->manifest, slice->kind, index, slice->unit,
-                                                       slice->flat, slice->first_block);
-  if (from) saved.kind = from->kind;
-  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &saved, data);
+  for (int64_t done = 0; done < slice->blocks; done += PART) {
+    phx_slice part = *slice;
+    float *at = (float *)data + done * PHX_BLOCK;
+    part.first_block += done;
+    part.blocks = slice->blocks - done < PART ? slice->blocks - done : PART;
+    walk->reader->ahead = slice->blocks - done - part.blocks;
+    phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
+                                                      part.first_block, part.blocks, at, err);
+    if (status) return status;
+    phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &part, at);
+  }
   return PHX_OK;
 }
 
@@ -106,20 +112,42 @@ static const phx__manifest_private *find_private(const load_walk *walk, const ph
   return NULL;
 }
 
+typedef struct slice_load {
+  load_walk *walk;
+  const phx_slice *slice;
+  const phx__manifest_private *from; /* or NULL */
+  char *whole;                       /* a private state that goes to its place in parts */
+} slice_load;
+
+static phx_status load_private(slice_load *l, void *data, int64_t at, int64_t bytes, phx_error *err) {
+  const int64_t all = l->slice->blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(l->slice->dtype);
+  if (bytes == all) return phx__checkpoint_reader_private(l->walk->reader, l->from, data, err);
+  if (!l->whole) {
+    l->whole = phx__calloc(1, (size_t)all);
+    if (!l->whole) return phx__fail(err, PHX_NOMEM, "no memory for a private state of %lld bytes", (long long)all);
+    const phx_status status = phx__checkpoint_reader_private(l->walk->reader, l->from, l->whole, err);
+    if (status) return status;
+  }
+  memcpy(data, l->whole + at, (size_t)bytes);
+  return PHX_OK;
+}
+
+static phx_status load_part(void *ctx, void *data, int64_t at, int64_t bytes, phx_error *err) {
+  slice_load *l = ctx;
+  const phx_slice part = phx__slice_part(l->slice, at, bytes);
+  return l->from ? load_private(l, data, at, bytes, err) : load_blocks(l->walk, &part, data, err);
+}
+
 static phx_status load_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   load_walk *walk = ctx;
-  const phx_strategy_table *strategy = walk->rt->prepared->strategy;
   const bool private = slice->kind == PHX_STATE_PRIVATE;
-  const phx__manifest_private *from = private ? find_private(walk, slice) : NULL;
-  void *data = NULL;
-  if (private && !from) return PHX_OK;
-  if (slice->kind == PHX_STATE_WEIGHT && slice->dtype != PHX_F32) return PHX_OK; /* derived */
-  phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_WRITE, &data, err);
-  if (status) return status;
-  status = from ? phx__checkpoint_reader_private(walk->reader, from, data, err) : load_blocks(walk, slice, data, err);
-  walk->privates += from && !status;
-  const phx_status unmapped = strategy->unmap(walk->rt->strategy, slice, PHX_MAP_WRITE, data, status ? NULL : err);
-  return status ? status : unmapped;
+  slice_load load = {.walk = walk, .slice = slice, .from = private ? find_private(walk, slice) : NULL};
+  if (private && !load.from) return PHX_OK;
+  if (phx__state_derived(slice)) return PHX_OK;
+  const phx_status status = phx__slice_write(walk->rt, slice, load_part, &load, err);
+  walk->privates += load.from && !status;
+  phx__free(load.whole);
+  return status;
 }
 
 /* ---- what is different now, and what was left out ---- */
@@ -222,7 +250,8 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   const phx__manifest_plugin *saved_by = phx__manifest_plugin_of(m, "strategy");
   walk.private_fits = saved_by && strcmp(saved_by->id, rt->config->strategy.plugin->descriptor->id) == 0 &&
                       m->ranks == rt->job->size;
-  status = strategy->visit_state(rt->strategy, &visitor, &why);
+  status = phx__optim_state_changes(&rt->optim, &why);
+  if (!status) status = strategy->visit_state(rt->strategy, &visitor, &why);
   verdict.hash = walk.hash;
   PHX__TRY(phx__agree(rt, status, &why, &verdict, err));
   phx__state_hash_text(verdict.sum, hash);

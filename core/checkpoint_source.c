@@ -1,4 +1,5 @@
-/* core/checkpoint_source.c - see command_checkpoint.h: values of a parameter from wherever they stand, a part at a time.
+/* core/checkpoint_source.c - see command_checkpoint.h: values of a parameter from wherever they stand, a part at a
+ * time.
  *
  * Memory is the caller's scratch and one band of a transposed matrix. */
 #include <string.h>

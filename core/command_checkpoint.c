@@ -140,9 +140,20 @@ static int command_ls(int argc, char **argv) {
   return worst;
 }
 
-/* ---- verify ---- */
+/* ---- verify: every file is read once, from end to end ---- */
+typedef struct placed { /* a slice, by its place in the file */
+  const phx__manifest_slice *slice;
+  int64_t hashed; /* blocks */
+} placed;
+
 typedef struct verification {
   phx__checkpoint_reader *reader;
+  phx_model model; /* as layout.h reads it */
+  phx_param *params;
+  phx_unit *units;
+  placed *places; /* (n_slices) room for those of one file */
+  unsigned char *buffer; /* (a block, then a chunk) */
+  phx__state_hash hash;
   int64_t bytes, damaged; /* damaged: complaints */
 } verification;
 
@@ -169,100 +180,119 @@ static void tensors_in(const phx__safetensors *st, int64_t chunk, char *out, siz
   }
 }
 
+static void verify_place(verification *v, const phx__safetensors *st, const char *name, int32_t dtype, int64_t offset,
+                         int64_t blocks) {
+  phx_error err = PHX_ERROR_INIT;
+  const phx__tensor *t = phx__safetensors_find(st, name);
+  if (t && t->dtype == dtype && t->begin == offset && t->numel == blocks * PHX_BLOCK) return;
+  phx__fail(&err, PHX_IO, "%s: tensor %s is not where the manifest says", st->path, name);
+  complain(v, &err);
+}
+
 /* Every slice that the manifest puts in this file is a tensor of it, at that place. */
 static void verify_header(verification *v, const phx__safetensors *st, uint32_t file) {
   const phx__manifest *m = v->reader->manifest;
-  phx_error err = PHX_ERROR_INIT;
-  char name[96];
+  char name[160];
   for (uint32_t i = 0; i < m->n_slices; i++) {
     const phx__manifest_slice *s = &m->slices[i];
     if (s->file != file) continue;
     phx__manifest_tensor_name(m, s->kind, s->index, s->unit, s->flat, s->first_block, name);
-    const phx__tensor *t = phx__safetensors_find(st, name);
-    if (t && t->dtype == s->dtype && t->begin == s->offset && t->numel == s->blocks * PHX_BLOCK) continue;
-    phx__fail(&err, PHX_IO, "%s: tensor %s is not where the manifest says", st->path, name);
-    complain(v, &err);
+    verify_place(v, st, name, s->dtype, s->offset, s->blocks);
+  }
+  for (uint32_t i = 0; i < m->n_privates; i++) {
+    const phx__manifest_private *p = &m->privates[i];
+    if (p->file != file) continue;
+    snprintf(name, sizeof name, "private.%s/%" PRIu32 "/%" PRIu32 "/%" PRId64, p->name, p->unit, p->flat,
+             p->first_block);
+    verify_place(v, st, name, p->dtype, p->offset, p->blocks);
   }
 }
 
-static void verify_file(verification *v, uint32_t file, unsigned char *buffer) {
+static int by_offset(const void *a, const void *b) {
+  const int64_t x = ((const placed *)a)->slice->offset, y = ((const placed *)b)->slice->offset;
+  return (x > y) - (x < y);
+}
+
+static uint32_t places_of(verification *v, uint32_t file) {
+  const phx__manifest *m = v->reader->manifest;
+  uint32_t n = 0;
+  for (uint32_t i = 0; i < m->n_slices; i++)
+    if (m->slices[i].file == file) v->places[n++] = (placed){.slice = &m->slices[i]};
+  if (n) qsort(v->places, n, sizeof *v->places, by_offset);
+  return n;
+}
+
+/* Blocks that end in bytes [from, to) of the file, which lie at `data`; what stands in front of it is kept. */
+static void hash_blocks(verification *v, placed *p, int64_t from, int64_t to, const unsigned char *data) {
+  const phx__manifest_slice *s = p->slice;
+  const int64_t width = PHX_BLOCK * (int64_t)phx_dtype_bytes(s->dtype), at = s->offset + p->hashed * width;
+  const int64_t whole = to > at ? (to - at) / width : 0, left = s->blocks - p->hashed;
+  const phx_slice part = {.struct_size = sizeof part, .kind = s->kind, .state_index = s->index, .unit = s->unit,
+                          .flat = s->flat, .first_block = s->first_block + p->hashed, .dtype = s->dtype,
+                          .blocks = whole < left ? whole : left};
+  if (part.blocks < 1) return;
+  phx__state_hash_slice(&v->hash, &v->model, &part, data + (at - from));
+  p->hashed += part.blocks;
+}
+
+static void verify_file(verification *v, uint32_t file) {
+  enum { BLOCK = PHX_BLOCK * 4 };
   const phx__manifest_file *entry = &v->reader->manifest->files[file];
   char path[PHX__TOOL_PATH], what[400];
   phx_error err = PHX_ERROR_INIT;
-  phx__checked_file f = {.fd = -1};
+  phx__checked_file f = {.at = {.fd = -1}};
   phx__safetensors *st = NULL;
+  unsigned char *chunk = v->buffer + BLOCK;
   snprintf(path, sizeof path, "%s/%s", v->reader->dir, entry->name);
-  if (phx__checked_open(v->reader->dir, entry, &f, &err)) {
+  if (phx__checked_open(v->reader->dir, entry, v->reader->stream, &f, &err)) {
     complain(v, &err);
     return;
   }
   if (phx__safetensors_open(path, &st, &err)) complain(v, &err);
   else verify_header(v, st, file);
-  for (int64_t c = 0; c < phx__chunks_count(entry->bytes); c++) {
-    const int64_t at = c * PHX__CHUNK_BYTES, left = entry->bytes - at;
-    const int64_t bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
-    tensors_in(st, c, what, sizeof what);
-    if (phx__checked_read(&f, what, buffer, bytes, at, &err)) complain(v, &err);
+  const uint32_t n = v->damaged ? 0 : places_of(v, file);
+  for (int64_t at = 0, i = 0; at < entry->bytes; at += PHX__CHUNK_BYTES) {
+    const int64_t left = entry->bytes - at, bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
+    tensors_in(st, at / PHX__CHUNK_BYTES, what, sizeof what);
+    if (phx__checked_read(&f, what, chunk, bytes, at, left - bytes, &err)) complain(v, &err);
+    for (; i < n && v->places[i].slice->offset < at + bytes && !v->damaged; i++) {
+      hash_blocks(v, &v->places[i], at, at + bytes, chunk);
+      if (v->places[i].hashed < v->places[i].slice->blocks) break; /* goes on in the next chunk */
+    }
+    memmove(v->buffer, chunk + bytes - BLOCK, BLOCK); /* a block may begin here */
     v->bytes += bytes;
   }
   phx__safetensors_close(st);
   phx__checked_close(&f);
 }
 
-/* The model as layout.h reads it; the parts are freed by the caller. */
-static bool model_of(const phx__manifest *m, phx_model *out, phx_param **params, phx_unit **units) {
-  *params = phx__calloc(m->n_params, sizeof **params);
-  *units = phx__calloc(m->n_units, sizeof **units);
-  if (!*params || !*units) return false;
-  for (uint32_t i = 0; i < m->n_units; i++) (*units)[i].name = m->units[i].name;
+static bool model_of(verification *v) {
+  const phx__manifest *m = v->reader->manifest;
+  v->params = phx__calloc(m->n_params, sizeof *v->params);
+  v->units = phx__calloc(m->n_units, sizeof *v->units);
+  if (!v->params || !v->units) return false;
+  for (uint32_t i = 0; i < m->n_units; i++) v->units[i].name = m->units[i].name;
   for (uint32_t i = 0; i < m->n_params; i++) {
     const phx__manifest_param *p = &m->params[i];
-    (*params)[i] = (phx_param){.name = p->name, .unit = p->unit, .numel = p->numel, .offset = p->offset,
+    v->params[i] = (phx_param){.name = p->name, .unit = p->unit, .numel = p->numel, .offset = p->offset,
                                .flags = p->flat == PHX_FLAT_FROZEN ? PHX_PARAM_FROZEN : 0};
-    phx_unit *u = &(*units)[p->unit];
+    phx_unit *u = &v->units[p->unit];
     if (!u->n_params++) u->first_param = i;
   }
-  *out = (phx_model){.struct_size = sizeof *out, .params = *params, .units = *units, .n_params = m->n_params,
-                     .n_units = m->n_units, .param_stride = sizeof **params, .unit_stride = sizeof **units};
+  v->model = (phx_model){.struct_size = sizeof v->model, .params = v->params, .units = v->units,
+                         .n_params = m->n_params, .n_units = m->n_units, .param_stride = sizeof *v->params,
+                         .unit_stride = sizeof *v->units};
   return true;
 }
 
-/* From end to end: the hash of what is read is the hash of what was trained. */
-static phx_status verify_hash(verification *v, phx_error *err) {
-  enum { PART = PHX__TOOL_PART / PHX_BLOCK };
+/* From end to end: the hash of what was read is the hash of what was trained. */
+static phx_status verify_hash(const verification *v, phx_error *err) {
   const phx__manifest *m = v->reader->manifest;
-  phx_status status = PHX_OK;
-  phx_model model;
-  phx_param *params = NULL;
-  phx_unit *units = NULL;
-  phx__state_hash sum = {0, 0};
   char text[33];
-  float *data = phx__calloc(PHX__TOOL_PART, sizeof *data);
-  if (!model_of(m, &model, &params, &units) || !data) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to verify %s", v->reader->dir);
-    goto done;
-  }
-  for (uint32_t i = 0; i < m->n_slices; i++) {
-    const phx__manifest_slice *s = &m->slices[i];
-    if (s->kind == PHX_STATE_MASTER) goto done; /* the hash is also over weights derived from it, which are not here */
-    for (int64_t b = 0; b < s->blocks; b += PART) {
-      const phx_slice part = {.struct_size = sizeof part, .kind = s->kind, .state_index = s->index, .unit = s->unit,
-                              .flat = s->flat, .first_block = s->first_block + b, .dtype = s->dtype,
-                              .blocks = s->blocks - b < PART ? s->blocks - b : PART};
-      PHX__TRY(phx__checkpoint_reader_blocks(v->reader, s->kind, s->index, s->unit, s->flat, part.first_block,
-                                             part.blocks, data, err));
-      phx__state_hash_slice(&sum, &model, &part, data);
-    }
-  }
-  phx__state_hash_text(sum, text);
-  if (strcmp(text, m->state_hash))
-    status = phx__fail(err, PHX_IO, "%s/%s: state_hash is %s, and the tensors have %s", v->reader->dir,
-                       PHX__MANIFEST_NAME, m->state_hash, text);
-done:
-  phx__free(data);
-  phx__free(params);
-  phx__free(units);
-  return status;
+  phx__state_hash_text(v->hash, text);
+  if (!strcmp(text, m->state_hash)) return PHX_OK;
+  return phx__fail(err, PHX_IO, "%s/%s: state_hash is %s, and the tensors have %s", v->reader->dir, PHX__MANIFEST_NAME,
+                   m->state_hash, text);
 }
 
 static int command_verify(int argc, char **argv) {
@@ -273,19 +303,19 @@ static int command_verify(int argc, char **argv) {
   phx_status status = phx__checkpoint_resolve(argv[1], dir, &err);
   if (!status) status = phx__checkpoint_reader_open(dir, &v.reader, &err);
   if (status) return phx__checkpoint_refuse(status, &err);
-  unsigned char *buffer = phx__calloc(1, PHX__CHUNK_BYTES);
-  if (!buffer) {
-    status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
-    goto done;
-  }
-  for (uint32_t i = 0; i < v.reader->manifest->n_files; i++) verify_file(&v, i, buffer);
-  if (!v.damaged) status = verify_hash(&v, &err);
-done:
+  const phx__manifest *m = v.reader->manifest;
+  v.places = phx__calloc(m->n_slices, sizeof *v.places);
+  v.buffer = phx__calloc(1, PHX_BLOCK * 4 + PHX__CHUNK_BYTES);
+  if (!model_of(&v) || !v.places || !v.buffer) status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
+  for (uint32_t i = 0; i < m->n_files && !status; i++) verify_file(&v, i);
+  if (!status && !v.damaged) status = verify_hash(&v, &err);
   if (!status && !v.damaged)
     printf("%s: whole: %" PRIu32 " parameters, %" PRIu32 " optimizer states, %" PRIu32 " slices in %" PRIu32
-           " files, %" PRId64 " bytes\n", dir, v.reader->manifest->n_params, v.reader->manifest->n_states,
-           v.reader->manifest->n_slices, v.reader->manifest->n_files, v.bytes);
-  phx__free(buffer);
+           " files, %" PRId64 " bytes\n", dir, m->n_params, m->n_states, m->n_slices, m->n_files, v.bytes);
+  phx__free(v.buffer);
+  phx__free(v.places);
+  phx__free(v.params);
+  phx__free(v.units);
   phx__checkpoint_reader_close(v.reader);
   if (status) return phx__checkpoint_refuse(status, &err);
   return v.damaged ? PHX__EXIT_DAMAGED : PHX__EXIT_OK;

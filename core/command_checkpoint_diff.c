@@ -1,7 +1,10 @@
-/* core/command_checkpoint_diff.c - `phalanx checkpoint diff A B`: the first tensor that differs, and by how much at most.
+/* core/command_checkpoint_diff.c - `phalanx checkpoint diff A B`: the first tensor that differs, and by how much at
+ * most.
  *
- * A and B are checkpoints, runs (their latest) or safetensors files.  Tensors are compared by name, bit for bit; optimizer
- * states only when both sides have them.  Exit status 0: equal, 1: they differ (as of diff and cmp). */
+ * A and B are checkpoints, runs (their latest) or safetensors files.  Tensors are compared by name, bit for bit;
+ * optimizer states only when both sides have them.  A file in the layout of Hugging Face's GPT-2 is recognised by the
+ * shape of its first attention matrix, and compared with other layouts as if it were turned.  Exit status 0: equal, 1:
+ * they differ (as of diff and cmp). */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -16,6 +19,7 @@ typedef struct side {
   char path[PHX__TOOL_PATH];
   phx__checkpoint_reader *reader; /* one of the two */
   phx__safetensors *file;
+  bool turned; /* linear weights stand as (in, out), and the other side's do not */
   float *blocks, *part;
   unsigned char *raw;
 } side;
@@ -41,6 +45,12 @@ static phx_status side_open(side *s, const char *path, phx_error *err) {
   return status ? status : phx__checkpoint_reader_open(s->path, &s->reader, err);
 }
 
+/* Conv1D's: (width, 3 width), where ours is (3 width, width). */
+static bool is_turned(const side *s) {
+  const phx__tensor *t = s->file ? phx__safetensors_find(s->file, "h.0.attn.c_attn.weight") : NULL;
+  return t && t->ndim == 2 && t->shape[0] > 0 && t->shape[1] == 3 * t->shape[0];
+}
+
 static void side_close(side *s) {
   phx__checkpoint_reader_close(s->reader);
   phx__safetensors_close(s->file);
@@ -59,6 +69,9 @@ typedef struct view {
   void *ctx;
   phx__param_source param;
   phx__tensor_source tensor;
+  phx__transposer turn; /* with turned */
+  bool turned;
+  int64_t turned_shape[2];
 } view;
 
 /* state: -1 for weights, else the number in `states` of this side. */
@@ -73,6 +86,14 @@ static void view_of(side *s, const char *name, int state, view *out) {
     out->shape = t->shape;
     out->numel = t->numel;
     out->read = phx__tensor_elements;
+    if (!s->turned || !phx__gpt2_transposed(name) || t->ndim != 2 || t->numel == 0) return;
+    out->turned = true;
+    out->turned_shape[0] = t->shape[1];
+    out->turned_shape[1] = t->shape[0];
+    out->shape = out->turned_shape;
+    out->turn = (phx__transposer){.read = phx__tensor_elements, .ctx = &out->tensor, .rows = t->shape[0],
+                                  .columns = t->shape[1]};
+    out->read = phx__transposed_elements;
     return;
   }
   for (uint32_t i = 0; i < s->reader->manifest->n_params && !out->found; i++) {
@@ -88,7 +109,9 @@ static void view_of(side *s, const char *name, int state, view *out) {
   }
 }
 
-static void *context(view *v) { return v->read == phx__param_elements ? (void *)&v->param : (void *)&v->tensor; }
+static void *context(view *v) {
+  return v->turned ? (void *)&v->turn : v->read == phx__param_elements ? (void *)&v->param : (void *)&v->tensor;
+}
 
 static void differs(comparison *c, const char *name, const char *why) {
   if (!c->differing++) printf("first difference: %s: %s\n", name, why);
@@ -140,7 +163,12 @@ static phx_status compare_tensor(comparison *c, const char *name, int state_a, i
     differs(c, shown, "the shapes differ");
     return PHX_OK;
   }
-  return compare_values(c, shown, &a, &b, err);
+  phx_status status = a.turned ? phx__transposer_open(&a.turn, err) : PHX_OK;
+  if (!status && b.turned) status = phx__transposer_open(&b.turn, err);
+  if (!status) status = compare_values(c, shown, &a, &b, err);
+  phx__transposer_close(&a.turn); /* of zeros is fine */
+  phx__transposer_close(&b.turn);
+  return status;
 }
 
 static uint32_t names_of(const side *s) { return s->file ? s->file->n : s->reader->manifest->n_params; }
@@ -179,6 +207,8 @@ int phx__checkpoint_diff(int argc, char **argv) {
   if (!c) return phx__checkpoint_refuse(phx__fail(&err, PHX_NOMEM, "no memory to compare"), &err);
   phx_status status = side_open(&c->a, argv[1], &err);
   if (!status) status = side_open(&c->b, argv[2], &err);
+  c->a.turned = !status && is_turned(&c->a) && !is_turned(&c->b);
+  c->b.turned = !status && is_turned(&c->b) && !is_turned(&c->a);
   if (!status) status = compare_weights(c, &err);
   const bool states = !status && c->a.reader && c->b.reader && !weights_only;
   if (states) {

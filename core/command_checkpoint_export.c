@@ -1,8 +1,8 @@
 /* core/command_checkpoint_export.c - `phalanx checkpoint export`: one model.safetensors and config.json for others.
  *
- * Names and layout are those of the GPT-2 files that Hugging Face publishes: without "transformer." in front (their loader
- * takes both), linear weights (in, out) as Conv1D keeps them, no lm_head, since it is wte.weight.  Our own names are the
- * same, and linear weights are (out, in). */
+ * Names and layout are those of the GPT-2 files that Hugging Face publishes: without "transformer." in front (their
+ * loader takes both), linear weights (in, out) as Conv1D keeps them, no lm_head, since it is wte.weight.  Our own
+ * names are the same, and linear weights are (out, in). */
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>

@@ -1,9 +1,11 @@
-/* core/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint of step 0.
+/* core/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint of
+ * step 0.
  *
- * DIR holds model.safetensors and config.json as Hugging Face writes them for GPT-2; names with or without "transformer.".
- * lm_head.weight may be there if it equals wte.weight, since our head is tied; masks (attn.bias, attn.masked_bias) carry
- * nothing and are passed over; anything else is refused by name.  Optimizer states are zero.  The checkpoint is written
- * beside its place and renamed when it is whole.  The model's layout is the plugin's own, asked through a configuration. */
+ * DIR holds model.safetensors and config.json as Hugging Face writes them for GPT-2; names with or without
+ * "transformer.". lm_head.weight may be there if it equals wte.weight, since our head is tied; masks (attn.bias,
+ * attn.masked_bias) carry nothing and are passed over; anything else is refused by name.  Optimizer states are zero. 
+ * The checkpoint is written beside its place and renamed when it is whole.  The model's layout is the plugin's own,
+ * asked through a configuration. */
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -305,13 +307,13 @@ static phx_status write_shard(import *in, phx_error *err) {
   }
   PHX__TRY(phx__safetensors_create(path, tensors, n, NULL, true, &w, err));
   for (uint32_t i = 0; i < n; i++) PHX__TRY(write_slice(in, w, i, err));
-  sums = phx__calloc((size_t)phx__chunks_count(w->file_bytes), sizeof *sums);
+  sums = phx__calloc((size_t)phx__chunks_count(w->file.bytes), sizeof *sums);
   if (!sums) {
     status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
     goto done;
   }
   PHX__TRY(phx__safetensors_finish(w, sums, err));
-  PHX__TRY(phx__manifest_add_file(in->manifest, SHARD, w->file_bytes, sums, err));
+  PHX__TRY(phx__manifest_add_file(in->manifest, SHARD, w->file.bytes, sums, err));
   phx__state_hash_text(in->hash, in->manifest->state_hash);
   PHX__TRY(phx__manifest_write(in->part, in->manifest, err));
 done:

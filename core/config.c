@@ -13,6 +13,8 @@
 #include "status.h"
 #include "sys.h"
 
+#include <phalanx/provider.h>
+#include <stdio.h>
 #include <string.h>
 
 typedef struct phx__config_private store;
@@ -69,17 +71,77 @@ static void *add_plugin_section(loading *l, const phx__plugin *plugin, bool sele
   return base;
 }
 
-/* `wish` is the text of section.key; what `auto` comes to is stored back into it. */
-static void select_plugin(loading *l, uint32_t kind, const char *section, const char *key, const char *automatic,
-                          const char **wish, phx__selected *out) {
+/* Can this plugin be loaded, and run here?  If not, `why` says so. */
+static bool can_run(const loading *l, uint32_t kind, const char *name, char *why, size_t bytes) {
+  phx_error err = PHX_ERROR_INIT;
+  const phx__plugin *plugin = NULL;
+  const phx__found *found = NULL;
+  for (size_t i = 0; i < l->n_found && !found; i++)
+    if (l->found[i].kind == kind && strcmp(l->found[i].name, name) == 0) found = &l->found[i];
+  if (!found) snprintf(why, bytes, "%s is not installed", name);
+  else if (phx__loader_open_file(kind, found->path, name, &plugin, &err))
+    snprintf(why, bytes, "%s cannot be loaded: %.180s", name, err.message);
+  else if (phx__descriptor_probe(plugin->descriptor, &err))
+    snprintf(why, bytes, "%s cannot run here: %.180s", name, err.message);
+  else return true;
+  return false;
+}
+
+/* What [device] plugin = auto comes to. */
+static const char *choose_device(loading *l) {
+  char why[224];
+  const bool cuda = can_run(l, PHX_KIND_DEVICE, "cuda", why, sizeof why);
+  snprintf(l->config->device_why, sizeof l->config->device_why, "%s%s", cuda ? "cuda: " : "cpu: ",
+           cuda ? "it can run here" : why);
+  return cuda ? "cuda" : "cpu";
+}
+
+/* [comm] plugin = auto, once the device is known. */
+static const char *choose_comm(loading *l) {
+  phx__config *c = l->config;
+  const phx_plugin *device = c->device.plugin ? c->device.plugin->descriptor : NULL;
+  const phx_device_table *table = device ? device->table : NULL;
+  char why[224] = "";
+  bool nccl = device && strcmp(device->id, "cuda") == 0;
+  if (!nccl) snprintf(why, sizeof why, "device %s is not cuda", device ? device->id : "(none)");
+  const int32_t count = nccl && PHX_HAS(table, phx_device_table, count) && table->count ? table->count() : INT32_MAX;
+  if (nccl && c->s.run.ranks > count) {
+    snprintf(why, sizeof why, "%lld ranks share %d devices", (long long)c->s.run.ranks, count);
+    nccl = false;
+  }
+  if (nccl) nccl = can_run(l, PHX_KIND_COMM, "nccl", why, sizeof why);
+  snprintf(c->comm_why, sizeof c->comm_why, "%s%s", nccl ? "nccl: every rank has a GPU of its own" : "shm: ", why);
+  return nccl ? "nccl" : "shm";
+}
+
+/* [run] deterministic = auto: yes where the device promises it without being asked. */
+static void resolve_deterministic(loading *l) {
+  enum { AUTO = 2 };
+  phx__config *c = l->config;
+  phx__setting *setting = phx__config_setting(c->priv, "run", "deterministic");
+  if (setting->bad || c->s.run.deterministic != AUTO) return;
+  const phx_plugin *device = c->device.plugin ? c->device.plugin->descriptor : NULL;
+  const bool yes = !device || (device->provides & PHX_CAP_DETERMINISTIC);
+  setting->was_auto = true;
+  setting->value.i = c->s.run.deterministic = yes;
+  if (!yes)
+    phx__config_warn(c->priv, setting->entry,
+                     "[run] deterministic = auto comes to no on device %s: runs may differ in their last bits; yes makes "
+                     "them equal, and slower",
+                     device->id);
+}
+
+/* `wish` is the text of section.key; what `auto` comes to (choose, or NULL) is stored back into it. */
+static void select_plugin(loading *l, uint32_t kind, const char *section, const char *key,
+                          const char *(*choose)(loading *), const char **wish, phx__selected *out) {
   store *p = l->config->priv;
   phx_error err = PHX_ERROR_INIT;
   const phx__plugin *plugin = NULL;
   phx__setting *setting = phx__config_setting(p, section, key);
   if (setting->bad) goto refused;
-  if (automatic && strcmp(*wish, "auto") == 0) {
+  if (choose && strcmp(*wish, "auto") == 0) {
     setting->was_auto = true;
-    setting->value.s = *wish = automatic;
+    setting->value.s = *wish = choose(l);
   }
   if (phx__loader_open(l->search, kind, *wish, &plugin, &err) != PHX_OK) {
     phx__config_error(p, setting->entry, "[%s] %s: %s", section, key, err.message);
@@ -182,8 +244,9 @@ static void judge_sections(loading *l) {
 static void select_plugins(loading *l) {
   phx__config *c = l->config;
   select_plugin(l, PHX_KIND_STRATEGY, "run", "strategy", NULL, &c->s.run.strategy, &c->strategy);
-  select_plugin(l, PHX_KIND_DEVICE, "device", "plugin", "cpu", &c->s.device.plugin, &c->device);
-  select_plugin(l, PHX_KIND_COMM, "comm", "plugin", "shm", &c->s.comm.plugin, &c->comm);
+  select_plugin(l, PHX_KIND_DEVICE, "device", "plugin", choose_device, &c->s.device.plugin, &c->device);
+  select_plugin(l, PHX_KIND_COMM, "comm", "plugin", choose_comm, &c->s.comm.plugin, &c->comm);
+  resolve_deterministic(l);
   select_plugin(l, PHX_KIND_MODEL, "model", "plugin", NULL, &c->s.model.plugin, &c->model);
 }
 
@@ -192,6 +255,7 @@ static void fill(loading *l) {
   add_core_sections(c);
   if (c->priv->oom) return;
   if (list_plugins(l)) select_plugins(l);
+  else resolve_deterministic(l);
   if (c->priv->oom) return;
   add_overridden_strategies(l);
   if (c->priv->oom) return;

@@ -42,7 +42,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t warmup;        /* steps */
   } optimizer;
   struct {
-    int32_t compute, reduce; /* 0 fp32, 1 bf16 */
+    int32_t compute, reduce; /* 0 fp32, 1 bf16; 2 fp16, which is always refused */
   } precision;
   struct {
     const char *plugin;
@@ -55,6 +55,8 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t every;         /* steps; 0: none */
     int64_t keep;          /* newest ones; 0: all */
     int64_t keep_every;    /* steps; 0: none */
+    int32_t background;
+    int64_t copy;          /* bytes per rank; -1: auto */
   } checkpoint;
   struct {
     const char *path;
@@ -69,6 +71,7 @@ typedef struct phx__selected {
 typedef struct phx__config {
   phx__settings s;
   phx__selected strategy, device, comm, model;
+  char device_why[256], comm_why[256]; /* what [device] and [comm] plugin = auto came to, and why; "": not auto */
   struct phx__config_private *priv;
 } phx__config;
 
@@ -78,7 +81,7 @@ typedef struct phx__override {
   const char *flag; /* shown as the source: "--set", "-n", "--strategy" */
 } phx__override;
 
-/* Loads, selects plugins (auto: device cpu, comm shm here), validates everything.  On refusal *out is NULL, every error
+/* Loads, selects plugins, validates everything.  On refusal *out is NULL, every error
  * has been printed to `report` (one line each, "file:line: ..."), and PHX_INVALID or PHX_UNSUPPORTED is returned. */
 phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
                             phx__config **out);

@@ -12,6 +12,8 @@
   (uint32_t) offsetof(phx__settings, section.f), (uint32_t)sizeof(((phx__settings *)0)->section.f)
 #define INT(section, f, dflt, lo, hi, unit, flags, doc) \
   { #f, doc, dflt, unit, NULL, lo, hi, 0, 0, PHX_OPT_INT, flags, AT(section, f) }
+#define BYTES(section, f, dflt, flags, doc) \
+  { #f, doc, dflt, "bytes", NULL, 0, INT64_MAX, 0, 0, PHX_OPT_BYTES, flags, AT(section, f) }
 #define REAL(section, f, dflt, unit, lo, hi, doc) \
   { #f, doc, dflt, unit, NULL, 0, 0, lo, hi, PHX_OPT_REAL, 0, AT(section, f) }
 #define BOOL(section, f, dflt, doc) \
@@ -21,12 +23,13 @@
 #define STRING(section, f, dflt, flags, doc) \
   { #f, doc, dflt, NULL, NULL, 0, 0, 0, 0, PHX_OPT_STRING, flags, AT(section, f) }
 
+static const char *const deterministic_choices[] = {"no", "yes", "auto", NULL};
 static const char *const pin_choices[] = {"auto", "yes", "no", NULL};
 static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
 static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
 static const char *const optimizer_choices[] = {"adamw", "sgd", NULL};
 static const char *const schedule_choices[] = {"constant", "linear", "cosine", NULL};
-static const char *const precision_choices[] = {"fp32", "bf16", NULL};
+static const char *const precision_choices[] = {"fp32", "bf16", "fp16", NULL}; /* fp16 is refused with its reason */
 
 enum { STEPS_MOST = 1000000000, PER_STEP_MOST = 1 << 20 };
 
@@ -36,7 +39,8 @@ static const phx_option run_options[] = {
     INT(run, steps, "200", 1, STEPS_MOST, "steps", 0, "Training steps."),
     INT(run, seed, "1337", 0, INT64_MAX, NULL, 0, "Fixes the initial weights and the order of the samples."),
     STRING(run, out, "runs/demo", 0, "The run directory: run.json, metrics.jsonl, weights and the ranks' output."),
-    BOOL(run, deterministic, "yes", "The same bits under every strategy; a strategy that cannot is refused."),
+    ENUM(run, deterministic, "auto", deterministic_choices, 0,
+         "The same bits under every strategy; a strategy that cannot is refused; auto: yes where the device's fast way is."),
     REAL(run, timeout, "60", "s", 0, 1e6, "Seconds that a rank may be missing from a collective; 0 waits for ever."),
     INT(run, hash_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between state hashes; 0 hashes only the last step."),
     INT(run, valid_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between validations; 0 validates only at the end."),
@@ -80,16 +84,18 @@ static const phx_option optimizer_options[] = {
     REAL(optimizer, eps, "1e-8", NULL, 1e-30, 1, "AdamW: added to the root of the second moment."),
 };
 static const phx_option precision_options[] = {
-    ENUM(precision, compute, "fp32", precision_choices, 0, "Type of the weights as the model reads them."),
-    ENUM(precision, reduce, "fp32", precision_choices, 0, "Type of gradients on the wire."),
+    ENUM(precision, compute, "fp32", precision_choices, 0,
+         "Type of activations and of weights as the model reads them; bf16 keeps fp32 masters; fp16 is refused."),
+    ENUM(precision, reduce, "fp32", precision_choices, 0,
+         "Type of gradients on the wire; bf16 halves the traffic and changes the numbers; fp16 is refused."),
 };
 static const phx_option device_options[] = {
-    STRING(device, plugin, "auto", 0, "The device's plugin; auto takes cpu."),
+    STRING(device, plugin, "auto", 0, "The device's plugin; auto takes cuda where it can run, else cpu."),
     INT(device, threads, "auto", 1, 1024, "threads", PHX_OPTF_AUTO,
         "Threads per rank; auto shares the cores of this machine among its ranks."),
 };
 static const phx_option comm_options[] = {
-    STRING(comm, plugin, "auto", 0, "The communicator's plugin; auto takes shm."),
+    STRING(comm, plugin, "auto", 0, "The communicator's plugin; auto takes nccl where every rank has a GPU of its own, else shm."),
 };
 static const phx_option checkpoint_options[] = {
     INT(checkpoint, every, "0", 0, STEPS_MOST, "steps", 0,
@@ -97,6 +103,10 @@ static const phx_option checkpoint_options[] = {
     INT(checkpoint, keep, "3", 0, STEPS_MOST, NULL, 0, "Newest checkpoints that are kept; 0 keeps all."),
     INT(checkpoint, keep_every, "0", 0, STEPS_MOST, "steps", 0,
         "Checkpoints of steps that are a multiple of this are kept for good; 0 keeps none so."),
+    BOOL(checkpoint, background, "yes", "Checkpoints are written while training goes on; no: it waits for them."),
+    BYTES(checkpoint, copy, "auto", PHX_OPTF_AUTO,
+          "Memory per rank for what an update changes before it is written; auto: all that the rank writes.  An update "
+          "waits for the writer where it is too small."),
 };
 static const phx_option plugins_options[] = {
     STRING(plugins, path, "", PHX_OPTF_PER_RANK, "Absolute directories of plugins, colon-separated, searched first."),

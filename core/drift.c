@@ -12,6 +12,7 @@
 #define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
 
+#include "state_io.h"
 #include "status.h"
 #include "sys.h"
 #include "where.h"
@@ -34,10 +35,6 @@ phx_status phx__drift_supported(const phx__prepared *p, phx_error *err) {
 
 phx_status phx__drift_open(phx__runtime *rt, phx__drift **out, phx_error *err) {
   const size_t n = rt->prepared->model->n_params;
-  if (!(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
-    return phx__fail(err, PHX_UNSUPPORTED,
-                     "run.drift_every reads weights where they are, and %s is not host memory: use 0",
-                     rt->device->name);
   phx__drift *d = phx__calloc(1, sizeof *d);
   if (!d) return phx__fail(err, PHX_NOMEM, "no memory for the check of replicas");
   d->rt = rt;
@@ -58,14 +55,26 @@ void phx__drift_close(phx__drift *d) {
   phx__free(d);
 }
 
-static void hash_view(phx__drift *d, const phx_view *view) {
+static phx_status hash_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
+  (void)at, (void)err;
+  XXH3_64bits_update(ctx, data, (size_t)bytes);
+  return PHX_OK;
+}
+
+static phx_status hash_view(phx__drift *d, const phx_view *view, phx_error *err) {
   const phx_model *m = d->rt->prepared->model;
   for (uint32_t i = 0; i < view->n_params; i++) {
     const phx_param_view *p = (const void *)((const char *)view->params + (size_t)i * view->param_stride);
+    XXH3_state_t state;
     if (!p->weight) continue;
-    const size_t bytes = (size_t)phx_model_param(m, p->param)->numel * phx_dtype_bytes(p->weight_dtype);
-    d->own[p->param] = XXH3_64bits(p->weight, bytes);
+    XXH3_64bits_reset(&state);
+    const phx_status status = phx__state_read(
+        d->rt, PHX_SPACE_DEVICE, p->weight,
+        phx_model_param(m, p->param)->numel * (int64_t)phx_dtype_bytes(p->weight_dtype), hash_part, &state, err);
+    if (status) return status;
+    d->own[p->param] = XXH3_64bits_digest(&state);
   }
+  return PHX_OK;
 }
 
 static phx_status hash_stage(phx__drift *d, uint32_t stage, phx_error *err) {
@@ -78,9 +87,8 @@ static phx_status hash_stage(phx__drift *d, uint32_t stage, phx_error *err) {
                        strategy->acquire(rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
   phx__job_heartbeat(rt->job);
   if (!status && view->ready) status = device->stream_wait(device->ctx, NULL, view->ready, err);
-  if (!status) status = device->stream_synchronize(device->ctx, NULL, err);
+  if (!status) status = hash_view(d, view, err);
   if (status) return status;
-  hash_view(d, view);
   return PHX__IN_STRATEGY(rt->job, PHX_IN_RELEASE, (int32_t)stage,
                           strategy->release(rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, err));
 }

@@ -76,6 +76,7 @@ void phx__engine_destroy(phx__engine *e) {
   const phx__prepared *p = e->rt->prepared;
   const size_t slots = (size_t)p->layout.activation_slots, n = p->model->n_stages;
   const phx_host *host = &e->rt->core_host.table;
+  e->rt->device->stream_synchronize(e->rt->device->ctx, NULL, NULL); /* what is released is not in use any more */
   host->release(host->ctx, e->workspace);
   for (size_t i = slots * 2; e->gradients && i-- > 0;) host->release(host->ctx, e->gradients[i]);
   for (size_t i = slots * n; e->saved && e->outputs && i-- > 0;) {
@@ -304,7 +305,8 @@ static phx_status run_micro_batches(phx__engine *e, phx_error *err) {
 /* ---- the step ---- */
 /* What happens to a step that cannot be applied: the run stops, or goes on with the weights and states as they are. */
 static phx_status not_finite(phx__engine *e, phx__step_result *result, phx_error *err) {
-  if (e->rt->config->s.run.on_nonfinite == 0)
+  e->not_finite = e->rt->config->s.run.on_nonfinite == 0;
+  if (e->not_finite)
     return phx__fail(err, PHX_INVALID,
                      "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr, "
                      "set optimizer.clip, or pass over such steps with run.on_nonfinite = skip",

@@ -26,6 +26,7 @@ typedef struct phx__engine {
   float *logits;       /* (vocabulary), pinned; NULL before the first phx__engine_logits */
   phx__exact_sum norm;
   int64_t step;                  /* in progress, from 1 */
+  bool not_finite;               /* the step was stopped before its update, on all ranks (run.on_nonfinite = stop) */
   int64_t batch_ahead;           /* step k takes batch k - 1 + this: not 0 after a resume with another batch size */
   void (*at_stage)(void *arg);   /* called at every stage boundary, or NULL */
   void *at_stage_arg;

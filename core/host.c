@@ -49,24 +49,38 @@ static phx_status book_room(phx__memory_book *book, phx_error *err) {
   return PHX_OK;
 }
 
-void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int64_t bytes) {
+void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int32_t space, int64_t bytes) {
+  book->now_in[space] += bytes;
+  if (book->now_in[space] > book->peak_in[space]) book->peak_in[space] = book->now_in[space];
   book->now[kind] += bytes;
   book->now_all += bytes;
   if (book->now[kind] > book->peak[kind]) book->peak[kind] = book->now[kind];
   if (book->now_all > book->peak_all) book->peak_all = book->now_all;
 }
 
+static phx_status zero(const phx__memory_book *book, void *p, int64_t bytes, phx_error *err) {
+  const phx_device *d = book->device;
+  if (!d || (d->caps & PHX_DEVICE_HOST_MEMORY)) {
+    memset(p, 0, (size_t)bytes);
+    return PHX_OK;
+  }
+  const phx_status status = d->zero(d->ctx, p, bytes, NULL, err);
+  return status ? status : d->stream_synchronize(d->ctx, NULL, err);
+}
+
 static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_error *err) {
   phx__host *h = ctx;
   phx__memory_book *book = h->book;
-  if (what->bytes <= 0 || what->bytes > INT64_MAX - PHX_ALIGN || what->kind < 0 || what->kind >= PHX_MEM_KINDS)
-    return phx__fail(err, PHX_INVALID, "%s asked for %lld bytes of memory kind %d", h->plugin,
-                     (long long)what->bytes, what->kind);
+  if (what->bytes <= 0 || what->bytes > INT64_MAX - PHX_ALIGN || what->kind < 0 || what->kind >= PHX_MEM_KINDS ||
+      what->space < PHX_SPACE_DEVICE || what->space > PHX_SPACE_PINNED)
+    return phx__fail(err, PHX_INVALID, "%s asked for %lld bytes of memory kind %d in space %d", h->plugin,
+                     (long long)what->bytes, what->kind, what->space);
   phx_status status = book_room(book, err);
   if (status) return status;
   const int64_t bytes = phx_align_bytes(what->bytes);
   void *p = NULL;
-  if (what->comm) {
+  const bool arena = what->comm && book->arena;
+  if (arena) {
     if (bytes > book->arena_bytes - book->arena_used)
       return phx__fail(err, PHX_NOMEM,
                        "%s asked for %lld bytes of shared memory (%s), but its estimate left %lld: estimate() and "
@@ -74,15 +88,16 @@ static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_
                        h->plugin, (long long)bytes, phx__memory_name(what->kind),
                        (long long)(book->arena_bytes - book->arena_used));
     p = book->arena + book->arena_used;
-    memset(p, 0, (size_t)bytes);
+    status = zero(book, p, bytes, err);
+    if (status) return status;
     book->arena_used += bytes;
   } else {
     status = book->device_table->alloc(book->device_self, what->space, bytes, &p, err);
     if (status) return status;
   }
-  book->list[book->n++] = (phx__allocation){p, bytes, what->kind, what->space, what->comm != NULL, h};
+  book->list[book->n++] = (phx__allocation){p, bytes, what->kind, what->space, arena, h};
   book->calls++;
-  phx__memory_book_hold(book, what->kind, bytes);
+  phx__memory_book_hold(book, what->kind, what->space, bytes);
   *out = p;
   return PHX_OK;
 }
@@ -92,6 +107,7 @@ static void book_drop(phx__memory_book *book, size_t i) {
   book->list[i] = book->list[--book->n];
   book->now[a.kind] -= a.bytes;
   book->now_all -= a.bytes;
+  book->now_in[a.space] -= a.bytes;
   if (!a.arena) {
     book->device_table->free(book->device_self, a.space, a.p, a.bytes);
     return;

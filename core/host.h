@@ -17,16 +17,19 @@ typedef struct phx__allocation {
 typedef struct phx__memory_book {
   int64_t now[PHX_MEM_KINDS], peak[PHX_MEM_KINDS];
   int64_t now_all, peak_all;
+  int64_t now_in[3], peak_in[3]; /* by PHX_SPACE_* */
   int64_t calls; /* of alloc, ever: a steady step makes none */
   phx__allocation *list;
   size_t n, room;
-  char *arena; /* the communicator's memory; carved in order, given back when it is the last */
+  char *arena; /* the communicator's memory; carved in order, given back when it is the last; NULL: it has none, and
+                  the device gives what is asked for with a communicator */
   int64_t arena_bytes, arena_used;
   const phx_device_table *device_table;
   phx_device_self *device_self;
+  const phx_device *device; /* NULL: the CPU can write its memory */
 } phx__memory_book;
 /* Bytes that a provider holds for itself (a communicator's staging, a device's scratch): in the table, not in the list. */
-void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int64_t bytes);
+void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int32_t space, int64_t bytes);
 void phx__memory_book_clear(phx__memory_book *book); /* frees what is left */
 
 typedef void phx__metric_fn(void *arg, const char *plugin, const char *name, double value);

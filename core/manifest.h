@@ -129,14 +129,14 @@ phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *e
 phx_status phx__manifest_write(const char *dir, phx__manifest *m, phx_error *err);
 /* The same on a text; path is for messages.  The text is freed with phx__free.
  *
- * The text ends with the member "checksum", exactly `,\n"checksum":"32 digits"}\n`: XXH3-128 of all that stands before it,
- * and a '}'.  Seeds stand as texts of decimal digits, since JSON readers round numbers above 2^53. */
+ * The text ends with the member "checksum", exactly `,\n"checksum":"32 digits"}\n`: XXH3-128 of all that stands before
+ * it, and a '}'.  Seeds stand as texts of decimal digits, since JSON readers round numbers above 2^53. */
 phx_status phx__manifest_parse(const char *path, const char *text, size_t bytes, phx__manifest **out, phx_error *err);
 phx_status phx__manifest_print(const char *path, phx__manifest *m, char **text, size_t *bytes, phx_error *err);
 /* Of the text before the member. */
 void phx__manifest_checksum(const char *text, size_t bytes, char digits[33]);
-/* All the rules: limits, names, ranges inside files, no slice over another in a file, every block of weights and of each
- * optimizer state exactly once.  Sorts the slices. */
+/* All the rules: limits, names, ranges inside files, no slice over another in a file, every block of weights and of
+ * each optimizer state exactly once.  Sorts the slices. */
 phx_status phx__manifest_check(const char *path, phx__manifest *m, phx_error *err);
 /* Does it fit this model?  PHX_INVALID names the first parameter that differs. */
 phx_status phx__manifest_match(const char *path, const phx__manifest *m, const phx_model *model, phx_error *err);
@@ -151,24 +151,28 @@ void phx__manifest_tensor_name(const phx__manifest *m, int32_t kind, uint32_t in
 
 /* ---- verified reading: no byte is handed out whose chunk was not hashed and compared ---- */
 typedef struct phx__checked_file {
-  char *path;
-  int fd;
+  phx__stream_file at;
+  phx__stream *stream;             /* [borrow] */
   const phx__manifest_file *entry; /* [borrow:self] of the manifest */
-  unsigned char *buffer;           /* (PHX__CHUNK_BYTES) the last chunk that was read in part */
-  int64_t buffered;                /* its number, or -1 */
+  int64_t next, until;             /* byte after the last read, and after what it was part of */
+  bool in_order;                   /* reads follow one another: the stream may go on behind them */
 } phx__checked_file;
-/* Also refuses a file of another size. */
-phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, phx__checked_file *out, phx_error *err);
-void phx__checked_close(phx__checked_file *f); /* of zeros is fine */
-/* `what` (a tensor's name) is for messages. */
-phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, int64_t bytes, int64_t at,
+/* Also refuses a file of another size.  *out stays where it is; stream: one for reading, of any files. */
+phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, phx__stream *stream,
+                             phx__checked_file *out, phx_error *err);
+void phx__checked_close(phx__checked_file *f); /* of zeros is fine; before the stream is destroyed */
+/* `what` (a tensor's name) is for messages.  `ahead` bytes behind these will be asked for next: they are read ahead. */
+phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, int64_t bytes, int64_t at, int64_t ahead,
                              phx_error *err);
 
-/* A checkpoint opened for reading any range of any state; files are opened as they are needed. */
+/* A checkpoint opened for reading any range of any state; files are opened as they are needed.
+ * Memory: the manifest, and PHX__STREAM_MEMORY for all files together. */
 typedef struct phx__checkpoint_reader {
   char *dir;
   phx__manifest *manifest;
   phx__checked_file *files; /* (n_files) */
+  phx__stream *stream;
+  int64_t ahead; /* blocks that will be asked for behind those of the next call, which takes the number away; 0 is fine */
 } phx__checkpoint_reader;
 phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader **out, phx_error *err);
 void phx__checkpoint_reader_close(phx__checkpoint_reader *r); /* NULL is fine */

@@ -1,7 +1,7 @@
 /* core/manifest_check.c - see manifest.h: the rules between a manifest's members.
  *
- * Works on copies of what it sorts, except the slices; all arithmetic on numbers from a file is checked or on numbers that
- * were limited before.  A failed rule is PHX_IO: such a file is damaged, or was never one of ours. */
+ * Works on copies of what it sorts, except the slices; all arithmetic on numbers from a file is checked or on numbers
+ * that were limited before.  A failed rule is PHX_IO: such a file is damaged, or was never one of ours. */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>

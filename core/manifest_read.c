@@ -1,7 +1,8 @@
 /* core/manifest_read.c - see manifest.h: from text to structs.
  *
- * The checksum is compared first, so that what is parsed is what somebody wrote; the limits are for what somebody wrote on
- * purpose.  Every member must be there and none besides.  A reader keeps the first failure; after it nothing is read. */
+ * The checksum is compared first, so that what is parsed is what somebody wrote; the limits are for what somebody
+ * wrote on purpose.  Every member must be there and none besides.  A reader keeps the first failure; after it nothing
+ * is read. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -43,6 +43,31 @@ static phx_status update_range(const phx__optim *o, const phx_ticket *t, const p
                        c2, (float)s->optimizer.eps, decay, t->stream, err);
 }
 
+phx_status phx__optim_state_changes(const phx__optim *o, phx_error *err) {
+  return o->before_change ? o->before_change(o->before_change_arg, NULL, 0, err) : PHX_OK;
+}
+
+/* A save in the background may still have to read what the ticket changes. */
+static phx_status warn_reader(const phx__optim *o, const phx_ticket *t, phx_error *err) {
+  if (!o->before_change) return PHX_OK;
+  const struct {
+    const void *p;
+    int32_t dtype;
+  } parts[2] = {{t->weight, t->weight_dtype}, {t->master, PHX_F32}};
+  for (int i = 0; i < 2; i++) {
+    if (!parts[i].p) continue;
+    const int64_t bytes = t->numel * (int64_t)phx_dtype_bytes(parts[i].dtype);
+    const phx_status status = o->before_change(o->before_change_arg, parts[i].p, bytes, err);
+    if (status) return status;
+  }
+  for (uint32_t k = 0; k < o->table.n_states; k++) {
+    const int64_t bytes = t->numel * (int64_t)phx_dtype_bytes(o->table.states[k].dtype);
+    const phx_status status = o->before_change(o->before_change_arg, t->states[k], bytes, err);
+    if (status) return status;
+  }
+  return PHX_OK;
+}
+
 static phx_status optim_update(void *ctx, const phx_ticket *t, float scale, phx_error *err) {
   const phx__optim *o = ctx;
   if (o->step < 1) return phx__fail(err, PHX_STATE, "optimizer ticket for unit %u outside update()", t->unit);
@@ -53,9 +78,11 @@ static phx_status optim_update(void *ctx, const phx_ticket *t, float scale, phx_
       t->first + t->numel > phx_model_unit(o->model, t->unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK)
     return phx__fail(err, PHX_INVALID, "optimizer ticket for unit %u, elements %lld + %lld: out of range", t->unit,
                      (long long)t->first, (long long)t->numel);
+  phx_status status = warn_reader(o, t, err);
+  if (status) return status;
   phx__range range = {0};
   while (phx__layout_next(o->model, t->unit, PHX_FLAT_TRAINABLE, t->first, t->numel, &range)) {
-    phx_status status = update_range(o, t, &range, scale, err);
+    status = update_range(o, t, &range, scale, err);
     if (status) return status;
   }
   return PHX_OK;

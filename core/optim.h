@@ -14,10 +14,16 @@ typedef struct phx__optim {
   const phx_ops *ops;
   int64_t step; /* of the update in progress, from 1; 0: none */
   double lr;    /* of that step */
+  /* Told before state changes: the `bytes` at p (of a ticket), or all of it (p NULL).  NULL: nobody reads it meanwhile.
+   * core/saver.c. */
+  phx_status (*before_change)(void *arg, const void *p, int64_t bytes, phx_error *err);
+  void *before_change_arg;
 } phx__optim;
 
 /* States and name, before any device exists: for the topology. */
 void phx__optim_states(const phx__settings *settings, phx_optim *out);
 void phx__optim_init(phx__optim *o, const phx__settings *settings, const phx_model *model, const phx_ops *ops);
+/* [main] Before all of the state is written from outside of update: a load. */
+phx_status phx__optim_state_changes(const phx__optim *optim, phx_error *err);
 double phx__optim_lr(const phx__settings *settings, int64_t step); /* step from 1 to run.steps */
 #endif

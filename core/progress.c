@@ -27,13 +27,16 @@ void phx__bytes_text(int64_t bytes, char text[24]) {
   snprintf(text, 24, u ? "%.1f %s" : "%.0f %s", value, units[u]);
 }
 
+void phx__progress_add(phx__progress *p, const char *members) {
+  const size_t used = strlen(p->extra), more = strlen(members);
+  if (more < sizeof p->extra - used) memcpy(p->extra + used, members, more + 1);
+}
+
 static void keep_metric(void *arg, const char *plugin, const char *name, double value) {
-  phx__progress *p = arg;
-  size_t used = strlen(p->extra);
-  char number[32] = "null"; /* JSON has no NaN and no infinity */
+  char number[32] = "null", member[400]; /* JSON has no NaN and no infinity */
   if (isfinite(value)) snprintf(number, sizeof number, "%.17g", value);
-  int n = snprintf(p->extra + used, sizeof p->extra - used, ",\"%s.%s\":%s", plugin, name, number);
-  if (n < 0 || (size_t)n >= sizeof p->extra - used) p->extra[used] = 0;
+  const int n = snprintf(member, sizeof member, ",\"%s.%s\":%s", plugin, name, number);
+  if (n > 0 && (size_t)n < sizeof member) phx__progress_add(arg, member);
 }
 
 /* Keeps the whole lines of steps up to `last`; written beside and renamed.  No file is fine. */

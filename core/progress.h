@@ -10,7 +10,7 @@ typedef struct phx__progress {
   bool open_line;      /* the bar stands on a line that is not ended */
   int64_t tokens_per_step, first; /* first: the step that this run began after */
   double started;      /* seconds, monotonic */
-  char extra[1024];    /* plugins' metrics of this step, as JSON members */
+  char extra[1536];    /* plugins' metrics of this step, as JSON members */
 } phx__progress;
 
 double phx__now(void); /* seconds, CLOCK_MONOTONIC */
@@ -19,6 +19,8 @@ phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first,
 /* One step; valid_loss NaN and hash NULL when not taken at this step. */
 phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds,
                               int64_t bytes_sent, double valid_loss, const char *hash, phx_error *err);
+/* Members for the next line, with a comma before each; left out when there is no room. */
+void phx__progress_add(phx__progress *p, const char *members);
 void phx__progress_close(phx__progress *p); /* ends the bar's line, so that what follows stands on its own */
 void phx__bytes_text(int64_t bytes, char text[24]); /* "123.4 MiB" */
 #endif

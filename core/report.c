@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "checkpoint_dir.h"
 #include "output.h"
 #include "status.h"
 #include "sys.h"
@@ -30,6 +31,17 @@ int64_t phx__pss_bytes(void) {
 }
 
 /* ---- the run's directory ---- */
+/* The name of a new directory is on the disk when its parent was flushed: else a power cut may take it, with every
+ * checkpoint that was committed in it since. */
+static phx_status flush_parent(const char *path, phx_error *err) {
+  char parent[RUN_DIR_MAX];
+  snprintf(parent, sizeof parent, "%s", path);
+  char *slash = strrchr(parent, '/');
+  if (!slash) return phx__dir_flush(".", err);
+  *(slash == parent ? slash + 1 : slash) = 0;
+  return phx__dir_flush(parent, err);
+}
+
 /* Makes path and its parents; *made of them, the last ones of the path, are new. */
 static phx_status make_dirs(const char *path, int *made, phx_error *err) {
   char part[RUN_DIR_MAX];
@@ -37,9 +49,13 @@ static phx_status make_dirs(const char *path, int *made, phx_error *err) {
   snprintf(part, sizeof part, "%s", path);
   for (char *slash = strchr(part + 1, '/');; slash = strchr(slash + 1, '/')) {
     if (slash) *slash = 0;
-    if (!phx__sys.mkdir(part, 0755)) ++*made;
-    else if (errno != EEXIST)
+    if (!phx__sys.mkdir(part, 0755)) {
+      ++*made;
+      const phx_status status = flush_parent(part, err);
+      if (status) return status;
+    } else if (errno != EEXIST) {
       return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
+    }
     if (!slash) return PHX_OK;
     *slash = '/';
   }
@@ -50,7 +66,7 @@ static void unmake_dirs(const char *path, int made) {
   char part[RUN_DIR_MAX];
   snprintf(part, sizeof part, "%s", path);
   while (made > 0 && *part) {
-    if (!rmdir(part)) made--;
+    if (!phx__sys.rmdir(part)) made--;
     else if (errno == ENOTEMPTY || errno == EEXIST) return;
     char *slash = strrchr(part, '/');
     if (!slash) return;
@@ -161,6 +177,28 @@ static void add_ranks(cJSON *parent, const char *name, const phx__run_result *r,
   }
 }
 
+/* The memory table by device: our own accounting, and the driver's count where it gives one. */
+static void add_memory(cJSON *root, const phx__runtime *rt, const phx__run_result *r) {
+  static const char *const spaces[] = {"device", "host", "pinned"};
+  cJSON *o = cJSON_AddObjectToObject(root, "memory");
+  cJSON_AddStringToObject(o, "device", rt->device->name);
+  cJSON *peak = cJSON_AddObjectToObject(o, "peak");
+  for (size_t i = 0; i < 3; i++)
+    add_ranks(peak, spaces[i], r, offsetof(phx__rank_report, peak_in) + i * sizeof(int64_t));
+  if (r->ranks[0].driver_bytes >= 0) add_ranks(o, "driver", r, offsetof(phx__rank_report, driver_bytes));
+}
+
+static void add_saves(cJSON *parent, const phx__save_totals *t) {
+  if (t->saves + t->failed == 0) return;
+  cJSON *o = cJSON_AddObjectToObject(parent, "checkpoints");
+  cJSON_AddNumberToObject(o, "saves", (double)t->saves);
+  cJSON_AddNumberToObject(o, "failed", (double)t->failed);
+  cJSON_AddNumberToObject(o, "bytes", (double)t->bytes);
+  cJSON_AddNumberToObject(o, "stall_ms", 1e3 * t->stall);
+  cJSON_AddNumberToObject(o, "stall_ms_max", 1e3 * t->stall_most);
+  cJSON_AddNumberToObject(o, "seconds", t->seconds);
+}
+
 static void add_result(cJSON *root, const phx__run_result *r) {
   cJSON *o = cJSON_AddObjectToObject(root, "result");
   char text[32];
@@ -173,6 +211,7 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   cJSON_AddStringToObject(o, "state_hash", r->state_hash);
   cJSON_AddNumberToObject(o, "tokens_per_s", r->tokens_per_s);
   cJSON_AddNumberToObject(o, "step_ms", r->step_ms);
+  add_saves(o, &r->saves);
   add_ranks(o, "peak_pss", r, offsetof(phx__rank_report, peak_pss));
   add_ranks(o, "steady_allocator_calls", r, offsetof(phx__rank_report, steady_calls));
   cJSON *bytes = cJSON_AddObjectToObject(o, "bytes");
@@ -239,13 +278,20 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
   add_plugin(plugins, "device", rt->config->device.plugin);
   add_plugin(plugins, "comm", rt->config->comm.plugin);
   add_plugin(plugins, "model", rt->config->model.plugin);
+  cJSON *chosen = cJSON_AddObjectToObject(root, "chosen");
+  if (*rt->config->device_why) cJSON_AddStringToObject(chosen, "device", rt->config->device_why);
+  if (*rt->config->comm_why) cJSON_AddStringToObject(chosen, "comm", rt->config->comm_why);
   phx__config_each(rt->config, add_config, cJSON_AddObjectToObject(root, "config"));
   add_resumes(root, path, rt, resumed, when);
-  if (result && !result->stopped) add_result(root, result);
+  if (result && !result->stopped) {
+    add_result(root, result);
+    add_memory(root, rt, result);
+  }
   if (result && result->stopped) {
     cJSON *stopped = cJSON_AddObjectToObject(root, "stopped");
     cJSON_AddStringToObject(stopped, "by", result->stopped);
     cJSON_AddNumberToObject(stopped, "step", (double)result->steps);
+    add_saves(stopped, &result->saves);
   }
   const phx_status status = phx__json_write(path, root, err);
   cJSON_Delete(root);

@@ -10,8 +10,15 @@ typedef struct phx__rank_report {
   int64_t sent_planned[PHX_OPS], sent_measured[PHX_OPS];   /* payload bytes of one step */
   int64_t calls_planned[PHX_OPS], calls_measured[PHX_OPS];
   int64_t peak_pss;         /* bytes, sampled at stage boundaries of one step */
+  int64_t peak_in[3];       /* bytes by PHX_SPACE_*, our own accounting */
+  int64_t driver_bytes;     /* of the device, as its driver counts them when the run ends; -1: it does not say */
   int64_t steady_calls;     /* of the host's allocator during steps after the first */
 } phx__rank_report;
+
+typedef struct phx__save_totals { /* of this process; the stall is of the rank where it is the longest */
+  int64_t saves, failed, bytes;
+  double stall, stall_most, seconds; /* seconds: from a save's begin until it was committed */
+} phx__save_totals;
 
 typedef struct phx__run_result {
   int64_t steps, skipped;   /* skipped: not finite, without an update */
@@ -20,7 +27,8 @@ typedef struct phx__run_result {
   char state_hash[33];
   phx__rank_report ranks[PHX_RANKS_MAX];
   int32_t n_ranks;
-  const char *stopped;      /* the signal that ended the run at `steps`, or NULL: only steps is filled then */
+  const char *stopped;      /* the signal that ended the run at `steps`, or NULL: only steps and saves are filled then */
+  phx__save_totals saves;
 } phx__run_result;
 
 /* Proportional set size of this process, or -1. */

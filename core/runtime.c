@@ -6,10 +6,20 @@
 
 #include "layout.h"
 #include "rng.h"
+#include "state_io.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"
 #include "where.h"
+
+/* What state passes through on devices that the CPU cannot read. */
+static phx_status take_chunk(phx__runtime *rt, phx_error *err) {
+  const phx_memory what = {.struct_size = sizeof what, .bytes = phx__state_io_bytes(rt->device),
+                           .kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED};
+  if (what.bytes == 0) return PHX_OK;
+  rt->prepared->planned[PHX_MEM_BUFFER] += phx_align_bytes(what.bytes);
+  return rt->core_host.table.alloc(&rt->core_host, &what, &rt->chunk, err);
+}
 
 static phx_status open_device(phx__runtime *rt, phx_error *err) {
   const phx__config *c = rt->config;
@@ -23,7 +33,11 @@ static phx_status open_device(phx__runtime *rt, phx_error *err) {
   rt->device = table->device(rt->device_self);
   rt->ops = table->ops(rt->device_self);
   rt->prepared->planned[PHX_MEM_WORKSPACE] += phx_align_bytes(rt->ops->scratch_bytes);
-  phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, phx_align_bytes(rt->ops->scratch_bytes));
+  phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, PHX_SPACE_DEVICE,
+                        phx_align_bytes(rt->ops->scratch_bytes));
+  rt->book.device = rt->device;
+  status = take_chunk(rt, err);
+  if (status) return status;
   if ((c->strategy.plugin->descriptor->needs & PHX_NEED_HOST_MEMORY) && !(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
     return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs a device whose memory the CPU can read; %s is none",
                      c->strategy.plugin->descriptor->id, rt->device->name);
@@ -38,7 +52,7 @@ static phx_status open_comm(phx__runtime *rt, phx_error *err) {
   status = PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
                    rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err));
   if (status) return status;
-  phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER,
+  phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER, PHX_SPACE_HOST,
                         rt->prepared->comm->buffer_bytes(rt->config->comm.config, rt->job->size));
   rt->book.arena = rt->prepared->comm->arena(rt->world);
   rt->book.arena_bytes = rt->prepared->estimate.arena_bytes;
@@ -106,6 +120,7 @@ done:
 
 void phx__runtime_close(phx__runtime *rt) {
   if (!rt) return;
+  if (rt->device) rt->device->stream_synchronize(rt->device->ctx, NULL, NULL);
   if (rt->strategy) rt->prepared->strategy->destroy(rt->strategy);
   if (rt->model) rt->prepared->model_table->destroy(rt->model);
   if (rt->core) rt->core->destroy(rt->core);
@@ -122,6 +137,11 @@ void phx__runtime_close(phx__runtime *rt) {
   phx__free(rt);
 }
 
+int64_t phx__driver_bytes(const phx__runtime *rt) {
+  const phx_device_table *t = rt->prepared->device;
+  return PHX_HAS(t, phx_device_table, driver_bytes) && t->driver_bytes ? t->driver_bytes(rt->device_self) : -1;
+}
+
 /* ---- state ---- */
 typedef struct state_walk {
   phx__runtime *rt;
@@ -136,45 +156,62 @@ void phx__initial_values(const phx_param *p, uint64_t seed, int64_t in_param, in
   for (int64_t i = 0; i < numel; i++) out[i] = p->init == PHX_INIT_ONE ? 1.0f : 0.0f;
 }
 
-static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error *err) {
-  phx__runtime *rt = ((state_walk *)ctx)->rt;
-  void *data = NULL;
-  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK; /* the strategy's own business */
-  if (slice->dtype != PHX_F32)
-    return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
-                     slice->dtype);
-  phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_WRITE, &data, err);
-  if (status) return status;
-  memset(data, 0, (size_t)slice->blocks * PHX_BLOCK * sizeof(float));
-  if (slice->kind == PHX_STATE_WEIGHT || slice->kind == PHX_STATE_MASTER) {
+typedef struct slice_walk {
+  state_walk *walk;
+  const phx_slice *slice;
+} slice_walk;
+
+static phx_status initialise_part(void *ctx, void *data, int64_t at, int64_t bytes, phx_error *err) {
+  const slice_walk *w = ctx;
+  const phx__runtime *rt = w->walk->rt;
+  const phx_slice part = phx__slice_part(w->slice, at, bytes);
+  (void)err;
+  memset(data, 0, (size_t)bytes);
+  if (part.kind == PHX_STATE_WEIGHT || part.kind == PHX_STATE_MASTER) {
     phx__range r = {0};
-    const int64_t first = slice->first_block * PHX_BLOCK;
-    while (phx__layout_next(rt->prepared->model, slice->unit, slice->flat, first, slice->blocks * PHX_BLOCK, &r))
+    const int64_t first = part.first_block * PHX_BLOCK;
+    while (phx__layout_next(rt->prepared->model, part.unit, part.flat, first, part.blocks * PHX_BLOCK, &r))
       phx__initial_values(r.param, (uint64_t)rt->config->s.run.seed, r.in_param, r.numel,
                           (float *)data + (r.first - first));
   }
-  return rt->prepared->strategy->unmap(rt->strategy, slice, PHX_MAP_WRITE, data, err);
+  return PHX_OK;
+}
+
+static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error *err) {
+  state_walk *walk = ctx;
+  slice_walk w = {walk, slice};
+  if (slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK; /* the strategy's own business */
+  if (slice->dtype != PHX_F32)
+    return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
+                     slice->dtype);
+  return phx__slice_write(walk->rt, slice, initialise_part, &w, err);
 }
 
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err) {
   state_walk walk = {.rt = rt};
   phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = initialise_slice};
   const phx_strategy_table *strategy = rt->prepared->strategy;
-  phx_status status =
-      PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->visit_state(rt->strategy, &visitor, err));
+  phx_status status = phx__optim_state_changes(&rt->optim, err);
+  if (status) return status;
+  status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->visit_state(rt->strategy, &visitor, err));
   if (status) return status;
   return PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err));
 }
 
+static phx_status hash_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
+  const slice_walk *w = ctx;
+  state_walk *walk = w->walk;
+  const phx_slice part = phx__slice_part(w->slice, at, bytes);
+  (void)err;
+  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &part, data);
+  return PHX_OK;
+}
+
 static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   state_walk *walk = ctx;
-  const phx_strategy_table *strategy = walk->rt->prepared->strategy;
-  void *data = NULL;
-  if (slice->kind == PHX_STATE_PRIVATE) return PHX_OK;
-  phx_status status = strategy->map(walk->rt->strategy, slice, PHX_MAP_READ, &data, err);
-  if (status) return status;
-  phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, slice, data);
-  return strategy->unmap(walk->rt->strategy, slice, PHX_MAP_READ, data, err);
+  slice_walk w = {walk, slice};
+  if (slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK;
+  return phx__slice_read(walk->rt, slice, hash_part, &w, err);
 }
 
 phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err) {

@@ -18,6 +18,7 @@ typedef struct phx__runtime {
   phx_device_self *device_self;
   const phx_device *device;
   const phx_ops *ops;
+  void *chunk;     /* pinned, PHX__STATE_CHUNK bytes; NULL where the CPU can read the device's memory */
   phx_comm *world; /* the strategy's */
   phx_comm *core;  /* the core's own order: losses, norms, hashes */
   phx__optim optim;
@@ -32,6 +33,8 @@ void phx__runtime_close(phx__runtime *rt);
 
 /* [collective] every slice gets its initial values: weights from the counter-based generator, states zero. */
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err);
+/* Bytes of this process on the device as its driver counts them; -1: it does not say. */
+int64_t phx__driver_bytes(const phx__runtime *rt);
 /* [collective] the hash of the whole training state. */
 phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err);
 /* Initial values of logical elements [in_param, in_param + numel) of a parameter. */

@@ -1,8 +1,8 @@
 /* core/safetensors.c - see safetensors.h: reading.
  *
  * Does not look at the tensors' values.  After a successful open: every tensor lies inside the file, its bytes are its
- * shape's, tensors neither overlap nor leave holes, no name stands twice.  What costs more memory or time than a header is
- * worth is refused before it is done. */
+ * shape's, tensors neither overlap nor leave holes, no name stands twice.  What costs more memory or time than a
+ * header is worth is refused before it is done. */
 #include "safetensors.h"
 
 #include <errno.h>

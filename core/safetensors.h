@@ -4,13 +4,12 @@
  * {text: text}}, then the tensors' bytes without holes.  We write headers padded with blanks, so that the first tensor
  * begins at a multiple of PHX__SAFETENSORS_ALIGN.
  *
- * Statuses: PHX_IO is a file that cannot be read or written or that is damaged; PHX_INVALID is a file that is whole but not
- * what was asked for, or tensors that cannot be written; PHX_NOMEM.  Messages name the file, and the tensor if there is
- * one.  Every call [main] or one thread per object. */
+ * Statuses: PHX_IO is a file that cannot be read or written or that is damaged; PHX_INVALID is a file that is whole
+ * but not what was asked for, or tensors that cannot be written; PHX_NOMEM.  Messages name the file, and the tensor if
+ * there is one.  Every call [main] or one thread per object. */
 #ifndef PHX__SAFETENSORS_H
 #define PHX__SAFETENSORS_H
-#include <phalanx/base.h>
-#include <stdbool.h>
+#include "stream.h"
 
 enum {
   PHX__SAFETENSORS_ALIGN = 4096,         /* of the first tensor: direct input and output can be used */
@@ -18,7 +17,7 @@ enum {
   PHX__SAFETENSORS_TENSORS_MOST = 1 << 18,
   PHX__SAFETENSORS_NAME_MOST = 255,      /* bytes */
   PHX__TENSOR_DIMS = 8,
-  PHX__CHUNK_BYTES = 1 << 20             /* of a checksum */
+  PHX__CHUNK_BYTES = PHX__STREAM_CHUNK   /* of a checksum */
 };
 
 typedef struct phx__tensor {
@@ -56,14 +55,14 @@ phx_status phx__safetensors_parse(const char *path, const char *text, size_t byt
                                   phx__safetensors **out, phx_error *err);
 
 /* ---- writing ---- */
-/* Fills numel, bytes, begin and dtype_name of tensors that have name, dtype, ndim and shape, in this order; and the whole
- * beginning of the file (length and padded header), freed with phx__free.  metadata: names and values in turn, ended
- * with NULL; or NULL. */
+/* Fills numel, bytes, begin and dtype_name of tensors that have name, dtype, ndim and shape, in this order; and the
+ * whole beginning of the file (length and padded header), freed with phx__free.  metadata: names and values in turn,
+ * ended with NULL; or NULL. */
 phx_status phx__safetensors_layout(const char *path, phx__tensor *tensors, uint32_t n, const char *const *metadata,
                                    char **head, int64_t *head_bytes, int64_t *file_bytes, phx_error *err);
 
-/* Checksums of a file that is being written: XXH3-64 of each PHX__CHUNK_BYTES.  What is given in order, chunk by chunk, is
- * hashed on the way; a chunk whose parts came in another order is read back at the end. */
+/* Checksums of a file that is being written: XXH3-64 of each PHX__CHUNK_BYTES.  What is given in order, chunk by
+ * chunk, is hashed on the way; a chunk whose parts came in another order is read back at the end. */
 typedef struct phx__chunks phx__chunks;
 phx_status phx__chunks_create(const char *path, int64_t file_bytes, phx__chunks **out, phx_error *err);
 void phx__chunks_add(phx__chunks *c, const void *data, int64_t bytes, int64_t at);
@@ -74,11 +73,10 @@ int64_t phx__chunks_count(int64_t file_bytes);
 uint64_t phx__chunk_sum(const void *data, size_t bytes);
 
 typedef struct phx__safetensors_writer {
-  char *path;
-  int fd;
+  phx__stream_file file;
+  phx__stream *stream;  /* NULL once drained */
   phx__tensor *tensors; /* (n) with places; names are the caller's */
   uint32_t n;
-  int64_t file_bytes;
   phx__chunks *chunks;  /* or NULL */
 } phx__safetensors_writer;
 
@@ -87,11 +85,12 @@ typedef struct phx__safetensors_writer {
 phx_status phx__safetensors_create(const char *path, const phx__tensor *tensors, uint32_t n,
                                    const char *const *metadata, bool sums, phx__safetensors_writer **out,
                                    phx_error *err);
-/* Part of a tensor, at any time and in any order; in order is cheapest. */
+/* Part of a tensor, at any time and in any order; in order is cheapest.  The data is copied and written by a thread of
+ * the writer: a failure may be told by a later call. */
 phx_status phx__safetensors_write(phx__safetensors_writer *w, uint32_t tensor, int64_t at, int64_t bytes,
                                   const void *data, phx_error *err);
-/* Flushes; sums (may be NULL without checksums) as phx__chunks_finish.  Call once, then close.  A failed flush is final:
- * the file must be given up. */
+/* Writes what is left, and flushes; sums (may be NULL without checksums) as phx__chunks_finish.  Call once, then
+ * close.  A failed flush is final: the file must be given up. */
 phx_status phx__safetensors_finish(phx__safetensors_writer *w, uint64_t *out_sums, phx_error *err);
 void phx__safetensors_writer_close(phx__safetensors_writer *w); /* NULL is fine; the file stays */
 

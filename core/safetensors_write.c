@@ -1,7 +1,8 @@
 /* core/safetensors_write.c - see safetensors.h: writing, and checksums on the way.
  *
- * No tensor is ever held: every part goes to its place in the file when it comes.  The sum of a chunk is of the bytes that
- * were given, so that damage on the way to the disk is found; only a chunk whose parts came out of order is read back. */
+ * No tensor is ever held: every part goes to its place in the file when it comes, through the few MiB of a stream. 
+ * The sum of a chunk is of the bytes that were given, so that damage on the way to the disk is found; only a chunk
+ * whose parts came out of order is read back. */
 #include "safetensors.h"
 
 #include <errno.h>
@@ -195,6 +196,15 @@ void phx__chunks_destroy(phx__chunks *c) {
 }
 
 /* ---- the file ---- */
+static phx_status create_file(phx__safetensors_writer *w, const char *head, int64_t head_bytes, phx_error *err) {
+  w->file.fd = phx__sys.open(w->file.path, O_RDWR | O_CREAT | O_TRUNC, 0644);
+  if (w->file.fd < 0 || phx__sys.ftruncate(w->file.fd, w->file.bytes))
+    return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", w->file.path);
+  phx__stream_direct(&w->file);
+  phx_status status = phx__stream_create(w->file.bytes, 1, &w->stream, err);
+  return status ? status : phx__stream_write(w->stream, &w->file, head, head_bytes, 0, err);
+}
+
 phx_status phx__safetensors_create(const char *path, const phx__tensor *tensors, uint32_t n,
                                    const char *const *metadata, bool sums, phx__safetensors_writer **out,
                                    phx_error *err) {
@@ -203,23 +213,18 @@ phx_status phx__safetensors_create(const char *path, const phx__tensor *tensors,
   int64_t head_bytes = 0;
   phx__safetensors_writer *w = phx__calloc(1, sizeof *w);
   if (!w) return phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
-  w->fd = -1;
+  w->file.fd = -1;
   w->n = n;
-  w->path = phx__strdup(path);
+  w->file.path = phx__strdup(path);
   w->tensors = phx__calloc(n, sizeof *tensors);
-  if (!w->path || !w->tensors) {
+  if (!w->file.path || !w->tensors) {
     status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
     goto done;
   }
   if (n) memcpy(w->tensors, tensors, n * sizeof *tensors);
-  PHX__TRY(phx__safetensors_layout(path, w->tensors, n, metadata, &head, &head_bytes, &w->file_bytes, err));
-  if (sums) PHX__TRY(phx__chunks_create(path, w->file_bytes, &w->chunks, err));
-  w->fd = phx__sys.open(path, O_RDWR | O_CREAT | O_TRUNC, 0644);
-  if (w->fd < 0 || phx__sys.ftruncate(w->fd, w->file_bytes)) {
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot create %s", path);
-    goto done;
-  }
-  PHX__TRY(phx__file_write(w->fd, path, head, head_bytes, 0, err));
+  PHX__TRY(phx__safetensors_layout(path, w->tensors, n, metadata, &head, &head_bytes, &w->file.bytes, err));
+  if (sums) PHX__TRY(phx__chunks_create(path, w->file.bytes, &w->chunks, err));
+  PHX__TRY(create_file(w, head, head_bytes, err));
   if (sums) phx__chunks_add(w->chunks, head, head_bytes, 0);
   *out = w;
 done:
@@ -231,25 +236,30 @@ done:
 phx_status phx__safetensors_write(phx__safetensors_writer *w, uint32_t tensor, int64_t at, int64_t bytes,
                                   const void *data, phx_error *err) {
   const phx__tensor *t = &w->tensors[tensor];
-  if (tensor >= w->n || at < 0 || bytes < 0 || at > t->bytes || bytes > t->bytes - at)
-    return phx__fail(err, PHX_INTERNAL, "%s: tensor %u has no bytes %lld to %lld", w->path, tensor, (long long)at,
+  if (tensor >= w->n || at < 0 || bytes < 0 || at > t->bytes || bytes > t->bytes - at || !w->stream)
+    return phx__fail(err, PHX_INTERNAL, "%s: tensor %u has no bytes %lld to %lld", w->file.path, tensor, (long long)at,
                      (long long)(at + bytes));
-  phx_status status = phx__file_write(w->fd, w->path, data, bytes, t->begin + at, err);
+  phx_status status = phx__stream_write(w->stream, &w->file, data, bytes, t->begin + at, err);
   if (!status && w->chunks) phx__chunks_add(w->chunks, data, bytes, t->begin + at);
   return status;
 }
 
 phx_status phx__safetensors_finish(phx__safetensors_writer *w, uint64_t *out_sums, phx_error *err) {
-  phx_status status = w->chunks && out_sums ? phx__chunks_finish(w->chunks, w->fd, out_sums, err) : PHX_OK;
-  if (!status && phx__sys.fsync(w->fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", w->path);
+  phx_status status = phx__stream_drain(w->stream, &w->file, err);
+  phx__stream_destroy(w->stream);
+  w->stream = NULL;
+  if (!status && w->chunks && out_sums) status = phx__chunks_finish(w->chunks, w->file.fd, out_sums, err);
+  if (!status && phx__sys.fsync(w->file.fd))
+    status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", w->file.path);
   return status;
 }
 
 void phx__safetensors_writer_close(phx__safetensors_writer *w) {
   if (!w) return;
-  if (w->fd >= 0) phx__sys.close(w->fd);
+  phx__stream_destroy(w->stream);
+  if (w->file.fd >= 0) phx__sys.close(w->file.fd);
   phx__chunks_destroy(w->chunks);
   phx__free(w->tensors);
-  phx__free(w->path);
+  phx__free(w->file.path);
   phx__free(w);
 }

@@ -118,6 +118,7 @@ static int open_and_generate(const phx__config *config, const phx__sample_option
 int phx__sample(const phx__sample_options *o) {
   static const phx__override one_rank[] = {{"run.ranks=1", "sample"},
                                            {"run.strategy=ddp", "sample"},
+                                           {"precision.reduce=fp32", "sample"}, /* nothing is reduced, or announced */
                                            {"batch.total=0", "sample"}};
   char path[4200];
   phx_error err = PHX_ERROR_INIT;

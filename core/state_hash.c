@@ -15,9 +15,10 @@ void phx__state_hash_add(phx__state_hash *sum, phx__state_hash other) {
 
 void phx__state_hash_slice(phx__state_hash *sum, const phx_model *model, const phx_slice *slice, const void *data) {
   const size_t bytes = phx_dtype_bytes(slice->dtype);
+  const int32_t kind = slice->kind == PHX_STATE_MASTER ? PHX_STATE_WEIGHT : slice->kind;
   for (int64_t b = 0; b < slice->blocks; b++) {
     const int64_t block = slice->first_block + b;
-    const int64_t place[5] = {slice->kind, slice->state_index, slice->unit, slice->flat, block};
+    const int64_t place[5] = {kind, slice->state_index, slice->unit, slice->flat, block};
     XXH3_state_t state;
     XXH3_128bits_reset(&state);
     XXH3_128bits_update(&state, place, sizeof place);

@@ -9,13 +9,18 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+static int sys_direct(int fd, int on) {
+  const int flags = fcntl(fd, F_GETFL);
+  return flags < 0 ? -1 : fcntl(fd, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT);
+}
+
 static int sys_open(const char *path, int flags, mode_t mode) { return open(path, flags | O_CLOEXEC, mode); }
 
 phx__sys_table phx__sys = {
     .calloc = calloc, .realloc = realloc, .free = free, .open = sys_open, .close = close, .read = read, .write = write,
     .pwrite = pwrite, .fsync = fsync, .rename = rename, .ftruncate = ftruncate, .mkdir = mkdir, .mmap = mmap,
-    .munmap = munmap, .memfd_create = memfd_create,
-    .pread = pread, .fstat = fstat, .unlink = unlink,
+    .munmap = munmap, .memfd_create = memfd_create, .pread = pread, .fstat = fstat, .unlink = unlink,
+    .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct,
 };
 
 void *phx__calloc(size_t n, size_t bytes) { return phx__sys.calloc(n ? n : 1, bytes ? bytes : 1); }

@@ -1,6 +1,7 @@
 /* core/sys.h - every system call and allocation of the core, through one table, so that a test can fail any of them.
  *
- * phx__sys is the process's table; tests replace members (one thread, before use).  [any] otherwise. */
+ * phx__sys is the process's table; tests replace members (one thread, before use).  [any] otherwise: pread, pwrite and
+ * direct are also called from threads of stream.c. */
 #ifndef PHX__SYS_H
 #define PHX__SYS_H
 #include <stddef.h>
@@ -26,6 +27,9 @@ typedef struct phx__sys_table {
   ssize_t (*pread)(int fd, void *buffer, size_t bytes, off_t at);
   int (*fstat)(int fd, struct stat *out);
   int (*unlink)(const char *path);
+  int (*unlinkat)(int dir, const char *name, int flags);
+  int (*rmdir)(const char *path);
+  int (*direct)(int fd, int on); /* sets or clears O_DIRECT */
 } phx__sys_table;
 extern phx__sys_table phx__sys;
 

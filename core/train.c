@@ -4,12 +4,12 @@
 #include <inttypes.h>
 #include <math.h>
 #include <sched.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "checkpoint_run.h"
 #include "drift.h"
 #include "launcher.h"
 #include "progress.h"
@@ -20,6 +20,7 @@
 #include "stop.h"
 #include "sys.h"
 #include "weights.h"
+#include "where.h"
 
 enum { MEASURED_STEP = 2 }; /* memory and traffic are measured in this step: the first steady one */
 
@@ -43,6 +44,7 @@ typedef struct run {
   phx__drift *drift; /* NULL: not asked for, or one rank */
   phx__data *train, *valid;
   phx__progress progress;
+  phx__checkpoints checkpoints;
   phx__run_result result;
   double *step_seconds; /* (steps) */
   double sampling;      /* seconds of this step that went into measuring memory */
@@ -51,7 +53,6 @@ typedef struct run {
   phx__resume resume;   /* with asked */
   phx__resumed resumed; /* at.step 0: a new run */
   int64_t step;         /* the last whole one */
-  int64_t saved;        /* the step of the newest checkpoint, or 0 */
   int stopped;          /* the signal that ended it before its last step, or 0 */
   int failed_exit;      /* the exit status if it fails */
 } run;
@@ -148,6 +149,8 @@ static phx_status gather_reports(run *r, phx_error *err) {
   const phx__runtime *rt = r->rt;
   memcpy(mine->planned, rt->prepared->planned, sizeof mine->planned);
   memcpy(mine->measured, rt->book.peak, sizeof mine->measured);
+  memcpy(mine->peak_in, rt->book.peak_in, sizeof mine->peak_in);
+  mine->driver_bytes = phx__driver_bytes(rt);
   memcpy(mine->sent_planned, rt->prepared->estimate.sent, sizeof mine->sent_planned);
   memcpy(mine->calls_planned, rt->prepared->estimate.calls, sizeof mine->calls_planned);
   r->result.n_ranks = r->job->size;
@@ -198,6 +201,8 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
     r->result.valid_loss = valid_loss;
     memcpy(r->result.state_hash, hash, sizeof hash);
   }
+  if (!last && s->checkpoint.every > 0) status = phx__checkpoints_meet(&r->checkpoints, &r->stopped, err);
+  if (status) return status;
   return phx__progress_step(&r->progress, step, &result, seconds, bytes_of(&after) - bytes_of(&before), valid_loss,
                             hashed ? hash : NULL, err);
 }
@@ -226,72 +231,49 @@ static phx_status finish(run *r, phx_error *err) {
   if (status || r->job->rank != 0) return status;
   const double median = median_seconds(r);
   r->result.steps = r->config->s.run.steps;
+  r->result.saves = r->checkpoints.totals;
   r->result.step_ms = 1e3 * median;
   r->result.tokens_per_s = median > 0 ? (double)r->progress.tokens_per_step / median : 0;
   return phx__run_json_write(r->rt, &r->result, NULL, err);
 }
 
 /* ---- checkpoints ---- */
-static void say(const run *r, int32_t level, const char *format, ...) __attribute__((format(printf, 3, 4)));
-static void say(const run *r, int32_t level, const char *format, ...) {
-  char text[1024];
-  va_list args;
-  if (r->job->rank != 0) return;
-  va_start(args, format);
-  vsnprintf(text, sizeof text, format, args);
-  va_end(args);
-  phx__log(0, "checkpoint", level, text);
-}
-
 static int64_t global_batch(const phx__prepared *p) {
   return p->shape.micro * p->topology.accumulate * p->layout.data_size;
 }
 
-/* Collective.  A failure is a warning while training goes on, and an error where nothing comes after it. */
 static phx_status save(run *r, bool last, phx_error *err) {
-  const phx__settings *s = &r->config->s;
   const phx__position at = {.step = r->step,
                             .samples = (r->step + r->engine->batch_ahead) * global_batch(r->rt->prepared)};
-  const phx__retention retention = {.keep = s->checkpoint.keep, .keep_every = s->checkpoint.keep_every};
-  phx_error why = PHX_ERROR_INIT;
-  const double begin = phx__now();
-  if (r->step == r->saved) return PHX_OK;
-  const phx_status status = phx__checkpoint_save(r->rt, s->run.out, &at, &retention, &why);
-  phx__job_heartbeat(r->job);
-  if (!status) {
-    r->saved = r->step;
-    say(r, PHX_LOG_INFO, "step %" PRId64 " saved in %.0f ms", r->step, 1e3 * (phx__now() - begin));
-    return PHX_OK;
-  }
-  if (last || status == PHX_COMM) return phx__fail(err, status, "%s", why.message);
-  say(r, PHX_LOG_WARN, "step %" PRId64 " was not saved: %s; training goes on, and %s", r->step, why.message,
-      r->saved ? "the checkpoint before stays the newest" : "there is none yet");
-  return PHX_OK;
-}
-
-/* Collective: all ranks stop at the same step, whoever heard the signal. */
-static phx_status agree_to_stop(run *r, phx_error *err) {
-  int64_t asked = phx__stop_asked();
-  const phx_status status =
-      r->rt->core->all_reduce(r->rt->core->ctx, &asked, &asked, 1, PHX_I64, PHX_MAX, NULL, err);
-  if (!status) r->stopped = (int)asked;
-  return status;
+  return phx__checkpoints_save(&r->checkpoints, &at, last, err);
 }
 
 static phx_status after_step(run *r, phx_error *err) {
   const phx__settings *s = &r->config->s;
-  phx_status status = PHX_OK;
-  if (s->checkpoint.every == 0) return PHX_OK;
-  if (r->step < s->run.steps) status = agree_to_stop(r, err);
-  if (status || (r->step < s->run.steps && !r->stopped && r->step % s->checkpoint.every != 0)) return status;
-  return r->step < s->run.steps ? save(r, r->stopped != 0, err) : PHX_OK; /* the last one: below */
+  if (s->checkpoint.every == 0 || r->step == s->run.steps) return PHX_OK; /* the last one: below */
+  return r->stopped || r->step % s->checkpoint.every == 0 ? save(r, r->stopped != 0, err) : PHX_OK;
+}
+
+/* The step that was not finite was stopped on all ranks before its update: what there is is the step before, whole. */
+static void save_before_failing(run *r) {
+  phx_error why = PHX_ERROR_INIT;
+  const phx_job *job = r->job;
+  if (!r->engine->not_finite || r->config->s.checkpoint.every == 0 || r->step == 0) return;
+  phx_status status = PHX__IN_STRATEGY(job, PHX_IN_FINISH, -1,
+                                       r->rt->prepared->strategy->discard_gradients(r->rt->strategy, &why));
+  if (!status) status = save(r, true, &why);
+  phx__checkpoints_say(job->rank, status ? PHX_LOG_WARN : PHX_LOG_INFO,
+                       "step %" PRId64 ", before the one that was not finite, %s%s", r->step,
+                       status ? "was not saved: " : "is saved", status ? why.message : "");
 }
 
 static phx_status finish_stopped(run *r, phx_error *err) {
   r->result.stopped = phx__stop_name(r->stopped);
   r->result.steps = r->step;
-  say(r, PHX_LOG_INFO, "stopped by %s after step %" PRId64 ", which is saved: --resume goes on from there",
-      r->result.stopped, r->step);
+  r->result.saves = r->checkpoints.totals;
+  phx__checkpoints_say(r->job->rank, PHX_LOG_INFO,
+                       "stopped by %s after step %" PRId64 ", which is saved: --resume goes on from there",
+                       r->result.stopped, r->step);
   return r->job->rank == 0 ? phx__run_json_write(r->rt, &r->result, NULL, err) : PHX_OK;
 }
 
@@ -337,12 +319,12 @@ static phx_status begin_state(run *r, phx_error *err) {
   if (status) return status;
   r->engine->batch_ahead = r->resumed.at.samples / global_batch(r->rt->prepared) - r->resumed.at.step;
   r->step = r->resumed.at.step;
-  if (r->resume.continues) r->saved = r->step;
   if (r->engine->batch_ahead)
-    say(r, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
-        r->step + r->engine->batch_ahead, global_batch(r->rt->prepared));
+    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
+                         r->step + r->engine->batch_ahead, global_batch(r->rt->prepared));
   if (r->step == r->config->s.run.steps)
-    say(r, PHX_LOG_WARN, "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
+    phx__checkpoints_say(r->job->rank, PHX_LOG_WARN,
+                         "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
   return PHX_OK;
 }
 
@@ -355,11 +337,15 @@ static phx_status run_steps(run *r, phx_error *err) {
   if (!status && r->config->s.run.drift_every > 0 && r->job->size > 1)
     status = phx__drift_open(r->rt, &r->drift, err);
   if (!status) status = phx__progress_open(&r->progress, r->rt, r->resumed.at.step, err);
+  if (!status)
+    status = phx__checkpoints_open(&r->checkpoints, r->rt, &r->progress, r->step, r->resume.continues ? r->step : 0,
+                                   err);
   if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, r->asked ? &r->resumed : NULL, err);
   r->step_seconds = phx__calloc((size_t)r->config->s.run.steps, sizeof(double));
   if (!status && !r->step_seconds) status = phx__fail(err, PHX_NOMEM, "no memory for the step times");
   while (!status && r->step < r->config->s.run.steps && !r->stopped) {
     status = train_step(r, r->step + 1, err);
+    if (status) save_before_failing(r);
     if (status) break;
     r->step++;
     status = after_step(r, err);
@@ -388,6 +374,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
       r.job->fail(r.job->ctx, err.message);
     }
   }
+  phx__checkpoints_close(&r.checkpoints);
   if (!status || refused || r.job->size == 1) { /* after a failure peers may be gone: the process ends as it is */
     phx__drift_close(r.drift);
     phx__engine_destroy(r.engine);
@@ -407,6 +394,12 @@ static void say_plugin(const char *kind, const phx__plugin *p) {
   snprintf(line, sizeof line, "%s %s %s, ABI %u.%u, %s, sha256 %s", kind, p->descriptor->id, p->descriptor->version,
            p->descriptor->table_major, p->descriptor->table_minor, p->path, p->sha256);
   phx__log(0, "core", PHX_LOG_INFO, line);
+}
+
+static void say_chosen(const char *kind, const char *why) {
+  char line[400];
+  snprintf(line, sizeof line, "[%s] plugin = auto takes %s", kind, why);
+  if (*why) phx__log(0, "core", PHX_LOG_INFO, line);
 }
 
 /* What --resume names, before anything is touched. */
@@ -438,6 +431,8 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
   say_plugin("device", config->device.plugin);
   say_plugin("comm", config->comm.plugin);
   say_plugin("model", config->model.plugin);
+  say_chosen("device", config->device_why);
+  say_chosen("comm", config->comm_why);
   if (config->s.run.ranks > 1 || config->s.run.max_restarts > 0) return phx__restart_run(config, argv);
   /* it was accepted above: what goes wrong now is a failure, not a refusal */
   const int exit_status = phx__train_rank(config, resume);

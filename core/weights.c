@@ -11,6 +11,7 @@
 
 #include "layout.h"
 #include "safetensors.h"
+#include "state_io.h"
 #include "status.h"
 #include "sys.h"
 
@@ -25,37 +26,47 @@ typedef struct weights_file {
 typedef struct slice_walk {
   const weights_file *file;
   bool out;
+  bool weights; /* this slice's kind; what is none becomes zero when weights are read */
+  const phx_slice *slice;
 } slice_walk;
 
-static phx_status walk_slice(void *ctx, const phx_slice *slice, phx_error *err) {
-  const slice_walk *walk = ctx;
+static phx_status walk_part(const slice_walk *walk, float *data, int64_t at, int64_t bytes, phx_error *err) {
   const weights_file *f = walk->file;
-  phx__runtime *rt = f->rt;
-  const phx_strategy_table *strategy = rt->prepared->strategy;
-  const phx_model *model = rt->prepared->model;
-  const int64_t first = slice->first_block * PHX_BLOCK;
-  const int32_t mode = walk->out ? PHX_MAP_READ : PHX_MAP_WRITE;
-  const bool weights = slice->dtype == PHX_F32 && (slice->kind == PHX_STATE_WEIGHT || slice->kind == PHX_STATE_MASTER);
-  void *data = NULL;
-  if ((walk->out && !weights) || slice->kind == PHX_STATE_PRIVATE) return PHX_OK;
-  phx_status status = strategy->map(rt->strategy, slice, mode, &data, err);
-  if (status) return status;
-  if (!walk->out) memset(data, 0, (size_t)slice->blocks * PHX_BLOCK * phx_dtype_bytes(slice->dtype));
+  const phx_model *model = f->rt->prepared->model;
+  const phx_slice part = phx__slice_part(walk->slice, at, bytes);
+  const int64_t first = part.first_block * PHX_BLOCK;
+  phx_status status = PHX_OK;
   phx__range r = {0};
-  while (weights && !status &&
-         phx__layout_next(model, slice->unit, slice->flat, first, slice->blocks * PHX_BLOCK, &r)) {
+  while (walk->weights && !status &&
+         phx__layout_next(model, part.unit, part.flat, first, part.blocks * PHX_BLOCK, &r)) {
     const size_t param = (size_t)(r.param - phx_model_param(model, 0));
-    float *const at = (float *)data + (r.first - first);
-    const int64_t bytes = r.numel * 4, place = f->place[param] + r.in_param * 4;
-    status = walk->out ? phx__file_write(f->fd, f->path, at, bytes, place, err)
-                       : phx__file_read(f->fd, f->path, at, bytes, place, err);
+    float *const here = data + (r.first - first);
+    const int64_t length = r.numel * 4, place = f->place[param] + r.in_param * 4;
+    status = walk->out ? phx__file_write(f->fd, f->path, here, length, place, err)
+                       : phx__file_read(f->fd, f->path, here, length, place, err);
   }
-  phx_status unmapped = strategy->unmap(rt->strategy, slice, mode, data, status ? NULL : err);
-  return status ? status : unmapped;
+  return status;
+}
+
+static phx_status write_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
+  return walk_part(ctx, (float *)(uintptr_t)data, at, bytes, err);
+}
+static phx_status read_part(void *ctx, void *data, int64_t at, int64_t bytes, phx_error *err) {
+  memset(data, 0, (size_t)bytes);
+  return walk_part(ctx, data, at, bytes, err);
+}
+
+static phx_status walk_slice(void *ctx, const phx_slice *slice, phx_error *err) {
+  slice_walk *walk = ctx;
+  walk->slice = slice;
+  walk->weights = slice->dtype == PHX_F32 && (slice->kind == PHX_STATE_WEIGHT || slice->kind == PHX_STATE_MASTER);
+  if ((walk->out && !walk->weights) || slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK;
+  return walk->out ? phx__slice_read(walk->file->rt, slice, write_part, walk, err)
+                   : phx__slice_write(walk->file->rt, slice, read_part, walk, err);
 }
 
 static phx_status walk_slices(const weights_file *f, bool out, phx_error *err) {
-  slice_walk walk = {f, out};
+  slice_walk walk = {.file = f, .out = out};
   const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = walk_slice};
   return f->rt->prepared->strategy->visit_state(f->rt->strategy, &visitor, err);
 }
@@ -147,6 +158,7 @@ phx_status phx__weights_read(phx__runtime *rt, const char *path, phx_error *err)
   PHX__TRY(phx__safetensors_open(path, &st, err));
   f.fd = st->fd;
   for (uint32_t i = 0; i < rt->prepared->model->n_params; i++) PHX__TRY(find_tensor(&f, st, i, err));
+  PHX__TRY(phx__optim_state_changes(&rt->optim, err));
   PHX__TRY(walk_slices(&f, false, err));
   PHX__TRY(rt->prepared->strategy->state_changed(rt->strategy, err));
 done:

@@ -15,6 +15,10 @@
  * transposed once per 64 keys.  All operands are copied into dense tiles: rows of qkv are 3C apart, a distance at
  * which they evict each other from the first-level cache.
  *
+ * In bf16, tiles are widened as they are copied, and everything between is as in fp32.  dq is complete only when the
+ * last group of keys it sees is; until then it is kept in fp32 in two halves: in its own place and in the dk of the
+ * same row, which is not written before.
+ *
  * Invariant: scratch per thread is a constant, whatever the shape.  One item (a group of queries forward, a head
  * backward) is computed by one thread in one order, so the bits do not depend on the number of threads.
  * Unlike the other kernels this file may contract a * b + c; its bits differ between instruction sets.
@@ -51,16 +55,30 @@ int64_t phx__cpu_attention_scratch(int32_t threads) {
 }
 
 typedef struct job {
-  const float *qkv, *out, *lse, *dout;
-  float *new_out, *new_lse, *dqkv, *work;
-  int64_t t, c, heads, d;
+  const void *qkv, *out, *dout;
+  const float *lse;
+  void *new_out, *dqkv;
+  float *new_lse, *work;
+  int64_t t, c, heads, d, bytes; /* bytes: of an element */
   float scale;
+  int32_t dtype;
   tiles *scratch;
 } job;
 
 /* Tiles in a group: what fits TILE * WIDEST. */
 static int64_t group_of(int64_t dp) {
   return WIDEST / dp < GROUP ? WIDEST / dp : GROUP;
+}
+
+/* The rows of a head in x(B, T, ld), and those of a later part of the same. */
+static source head_of(const job *a, const void *x, int64_t ld, int64_t batch, int64_t head) {
+  return (source){phx__at(a->dtype, x, batch * a->t * ld + head * a->d), ld, a->dtype};
+}
+static source part_of(source x, int64_t elements) {
+  return (source){phx__at(x.dtype, x.p, elements), x.ld, x.dtype};
+}
+static soon soon_rows(source x, int64_t row, int64_t rows) {
+  return (soon){rows_from(x, row).p, x.ld * (int64_t)phx_dtype_bytes(x.dtype), rows};
 }
 
 /* The number of rows in the tile that begins at t0, of t in all; 0 past the end. */
@@ -129,60 +147,67 @@ static void rescale(float *o, int64_t dp, int64_t rows, const float *decay) {
 
 /* A tile of queries of w's group against the keys in w. */
 static void forward_tile(tiles *w, int64_t part, int64_t rows, int64_t keys, int diagonal, int first, int64_t d,
-                         soon soon_s, soon soon_o) {
+                         soon soon_s, soon soon_o, int64_t bytes) {
   const int64_t dp = round_up(d, VL);
   const int vecs = (int)(round_up(rows, VL) / VL);
   float *o = w->o + part * TILE * dp;
   int moved = 0;
   product(diagonal ? COLS_FROM : WHOLE, keys, vecs, d, (operand){w->k, dp, 1}, w->q + part * TILE * dp, TILE, w->s,
-          TILE, 0, soon_s, d);
+          TILE, 0, soon_s, bytes);
   for (int64_t i = 0; i < vecs * VL; i += VL)
     moved |=
         softmax_column(w->s + i, keys, diagonal, i, w->max + part * TILE + i, w->sum + part * TILE + i, w->decay + i);
   if (moved && !first) rescale(o, dp, rows, w->decay);
   product(diagonal ? DEPTH_UPTO : WHOLE, rows, (int)(dp / VL), keys, (operand){w->s, 1, TILE}, w->v, dp, o, dp, !first,
-          soon_o, d);
+          soon_o, bytes);
 }
 
 /* out(rows, d; c) and lse of a tile of queries that has seen all its keys */
-static void forward_end(const tiles *w, int64_t part, float *out, float *lse, int64_t c, int64_t rows, int64_t d) {
+INLINE void forward_end_as(int32_t dtype, const tiles *w, int64_t part, void *out, float *lse, int64_t c, int64_t rows,
+                           int64_t d) {
   const int64_t dp = round_up(d, VL);
   const float *o = w->o + part * TILE * dp, *max = w->max + part * TILE, *sum = w->sum + part * TILE;
   for (int64_t r = 0; r < rows; r++) {
     const float by = 1.0f / sum[r];
-    for (int64_t i = 0; i < d; i++) out[r * c + i] = o[r * dp + i] * by;
+    PHX__IVDEP for (int64_t i = 0; i < d; i++) phx__set(dtype, out, r * c + i, o[r * dp + i] * by);
     lse[r] = max[r] * LN2 + logf(sum[r]);
   }
+}
+
+static void forward_end(int32_t dtype, const tiles *w, int64_t part, void *out, float *lse, int64_t c, int64_t rows,
+                        int64_t d) {
+  PHX__BY_DTYPE(dtype, forward_end_as, w, part, out, lse, c, rows, d);
 }
 
 /* Queries q0 .. q0 + n * TILE - 1 of one head: every tile of keys is packed once for the group.  `after`: the queries
  * of the next group. */
 static void forward_group(const job *a, tiles *w, int64_t batch, int64_t head, int64_t q0, int64_t n, soon after) {
-  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), t = a->t;
-  const float *q = a->qkv + batch * t * ld + head * d, *k = q + a->c, *v = k + a->c;
-  float *out = a->new_out + batch * t * a->c + head * d, *lse = a->new_lse + (batch * a->heads + head) * t;
+  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), t = a->t, bytes = a->bytes;
+  const source q = head_of(a, a->qkv, 3 * a->c, batch, head), k = part_of(q, a->c), v = part_of(k, a->c);
+  char *out = (char *)a->new_out + (batch * t * a->c + head * d) * bytes;
+  float *lse = a->new_lse + (batch * a->heads + head) * t;
   for (int64_t i = 0; i < n; i++)
-    pack_transposed(w->q + i * TILE * dp, q + (q0 + i * TILE) * ld, ld, rows_at(q0 + i * TILE, t), d, a->scale * LOG2E);
+    pack_transposed(w->q + i * TILE * dp, rows_from(q, q0 + i * TILE), rows_at(q0 + i * TILE, t), d, a->scale * LOG2E);
   for (int64_t i = 0; i < n * TILE; i++) w->max[i] = -INFINITY, w->sum[i] = 0.0f;
   for (int64_t k0 = 0; k0 < q0 + n * TILE; k0 += TILE) {
     const int64_t keys = rows_at(k0, t), next = k0 + TILE, on_diagonal = k0 < q0 ? -1 : (k0 - q0) / TILE;
     const int64_t first = on_diagonal < 0 ? 0 : on_diagonal;
-    pack(w->k, dp, k + k0 * ld, ld, keys, d);
-    pack(w->v, dp, v + k0 * ld, ld, keys, d);
+    pack(w->k, dp, rows_from(k, k0), keys, d);
+    pack(w->v, dp, rows_from(v, k0), keys, d);
     for (int64_t i = first; i < n; i++) {
       const int64_t rows = rows_at(q0 + i * TILE, t);
       soon soon_s = nothing, soon_o = nothing;
       if (i == on_diagonal) { /* the last of this tile of queries */
         const int64_t left = after.rows - i * TILE;
-        soon_s = (soon){out + k0 * a->c, a->c, rows};
-        soon_o = (soon){after.p + i * TILE * ld, ld, left < TILE ? left : TILE};
+        soon_s = (soon){out + k0 * a->c * bytes, a->c * bytes, rows};
+        soon_o = (soon){after.p + i * TILE * ld * bytes, ld * bytes, left < TILE ? left : TILE};
       } else if (i == on_diagonal + 1) {
-        soon_s = (soon){k + next * ld, ld, rows_at(next, t)};
-        soon_o = (soon){v + next * ld, ld, rows_at(next, t)};
+        soon_s = soon_rows(k, next, rows_at(next, t));
+        soon_o = soon_rows(v, next, rows_at(next, t));
       }
-      forward_tile(w, i, rows, keys, i == on_diagonal, k0 == 0, d, soon_s, soon_o);
+      forward_tile(w, i, rows, keys, i == on_diagonal, k0 == 0, d, soon_s, soon_o, d * bytes);
     }
-    if (on_diagonal >= 0) forward_end(w, on_diagonal, out + k0 * a->c, lse + k0, a->c, keys, d);
+    if (on_diagonal >= 0) forward_end(a->dtype, w, on_diagonal, out + k0 * a->c * bytes, lse + k0, a->c, keys, d);
   }
 }
 
@@ -200,11 +225,12 @@ static int64_t forward_groups(const job *a) { /* of a head */
 /* Items are the groups of queries of every head. */
 static void forward_items(void *arg, int64_t first, int64_t last, int32_t worker) {
   const job *a = arg;
-  const int64_t size = group_of(round_up(a->d, VL)) * TILE, n = forward_groups(a), ld = 3 * a->c;
+  const int64_t size = group_of(round_up(a->d, VL)) * TILE, n = forward_groups(a), ld = 3 * a->c * a->bytes;
   for (int64_t i = first; i < last; i++) {
     const int64_t bh = i / n, q0 = forward_query(i % n, n, size), left = a->t - q0;
     const int64_t next = i + 1 == last ? i : i + 1, nq0 = forward_query(next % n, n, size), nleft = a->t - nq0;
-    const float *q = a->qkv + (next / n / a->heads * a->t + nq0) * ld + next / n % a->heads * a->d;
+    const char *q =
+        (const char *)a->qkv + (next / n / a->heads * a->t + nq0) * ld + next / n % a->heads * a->d * a->bytes;
     forward_group(a, a->scratch + worker, bh / a->heads, bh % a->heads, q0,
                   ((left < size ? left : size) + TILE - 1) / TILE, (soon){q, ld, nleft < size ? nleft : size});
   }
@@ -241,12 +267,13 @@ static void probabilities(float *s, float *dp, int64_t rows, int64_t keys, int d
 }
 
 /* dots[r] = sum over the head of dout * out, rows of both c apart */
-static void row_dots(float *dots, const float *dout, const float *out, int64_t c, int64_t rows, int64_t d) {
-  for (int64_t r = 0; r < rows; r++, dout += c, out += c) {
+INLINE void row_dots_as(int32_t dtype, float *dots, const void *dout, const void *out, int64_t c, int64_t rows,
+                        int64_t d) {
+  for (int64_t r = 0; r < rows; r++, dout = phx__at(dtype, dout, c), out = phx__at(dtype, out, c)) {
     phx__vf acc = {0};
     int64_t i = 0;
-    for (; i + VL <= d; i += VL) acc += phx__load(dout + i) * phx__load(out + i);
-    if (i < d) acc += phx__load_part(dout + i, d - i) * phx__load_part(out + i, d - i);
+    for (; i + VL <= d; i += VL) acc += phx__load_as(dtype, dout, i) * phx__load_as(dtype, out, i);
+    if (i < d) acc += phx__load_part_as(dtype, dout, i, d - i) * phx__load_part_as(dtype, out, i, d - i);
     float lane[VL];
     phx__store(lane, acc);
     for (int width = VL / 2; width; width /= 2)
@@ -255,21 +282,45 @@ static void row_dots(float *dots, const float *dout, const float *out, int64_t c
   }
 }
 
+static void row_dots(int32_t dtype, float *dots, const void *dout, const void *out, int64_t c, int64_t rows,
+                     int64_t d) {
+  PHX__BY_DTYPE(dtype, row_dots_as, dots, dout, out, c, rows, d);
+}
+
 /* dst(rows, d; ld) = or += factor * src(rows, dp) */
-static void unpack(float *dst, int64_t ld, const float *src, int64_t dp, int64_t rows, int64_t d, float factor,
-                   int add) {
-  for (int64_t r = 0; r < rows; r++, dst += ld, src += dp) {
+INLINE void unpack_as(int32_t dtype, void *dst, int64_t ld, const float *src, int64_t dp, int64_t rows, int64_t d,
+                      float factor, int add) {
+  for (int64_t r = 0; r < rows; r++, dst = phx__out_at(dtype, dst, ld), src += dp) {
     int64_t i = 0;
     for (; i + VL <= d; i += VL)
-      phx__store(dst + i, phx__load(src + i) * factor + (add ? phx__load(dst + i) : (phx__vf){0}));
-    for (; i < d; i++) dst[i] = src[i] * factor + (add ? dst[i] : 0.0f);
+      phx__store_as(dtype, dst, i, phx__load(src + i) * factor + (add ? phx__load_as(dtype, dst, i) : (phx__vf){0}));
+    for (; i < d; i++) phx__set(dtype, dst, i, src[i] * factor + (add ? phx__get(dtype, dst, i) : 0.0f));
   }
+}
+static void unpack(int32_t dtype, void *dst, int64_t ld, const float *src, int64_t dp, int64_t rows, int64_t d,
+                   float factor, int add) {
+  PHX__BY_DTYPE(dtype, unpack_as, dst, ld, src, dp, rows, d, factor, add);
+}
+
+/* The same into bf16 that is added to again unless `last`: until then the fp32 sum stands in two halves, the upper in
+ * dst, the lower in `low`. */
+static void unpack_halves(uint16_t *dst, uint16_t *low, int64_t ld, const float *src, int64_t dp, int64_t rows,
+                          int64_t d, float factor, int add, int last) {
+  for (int64_t r = 0; r < rows; r++, dst += ld, low += ld, src += dp) PHX__IVDEP for (int64_t i = 0; i < d; i++) {
+      const float before = add ? phx__float_of((uint32_t)dst[i] << 16 | low[i]) : 0.0f, x = src[i] * factor + before;
+      const uint32_t bits = phx__bits_of(x);
+      dst[i] = last ? phx__to_bf16(x) : (uint16_t)(bits >> 16);
+      if (!last) low[i] = (uint16_t)bits;
+    }
 }
 
 /* One tile of queries and what is needed of it. */
 typedef struct queries {
-  const float *q, *out, *dout, *lse;
-  float *dq, *dots;
+  source q;
+  const void *out, *dout; /* rows c apart */
+  const float *lse;
+  void *dq;
+  float *dots;
   int64_t rows;
 } queries;
 
@@ -282,67 +333,73 @@ typedef struct ahead {
  * dv, adds to (first: sets) w->dq. */
 static void backward_tile(tiles *w, int64_t part, int64_t rows, int64_t keys, int64_t d, int diagonal, const queries *x,
                           const ahead *next) {
-  const int64_t dp = round_up(d, VL), at = part * TILE * dp;
+  const int64_t dp = round_up(d, VL), at = part * TILE * dp, bytes = d * (int64_t)phx_dtype_bytes(x->q.dtype);
   const int dvecs = (int)(dp / VL), add = !diagonal;
   const enum mask upper = diagonal ? COLS_UPTO : WHOLE, later = diagonal ? DEPTH_FROM : WHOLE;
   const operand p = {w->s, 1, TILE}, ds = {w->dp, 1, TILE};
-  product(upper, rows, TV, d, (operand){w->q, dp, 1}, w->kt + at, TILE, w->s, TILE, 0, next->of[0], d);
-  product(upper, rows, TV, d, (operand){w->o, dp, 1}, w->v + at, TILE, w->dp, TILE, 0, next->of[1], d);
+  product(upper, rows, TV, d, (operand){w->q, dp, 1}, w->kt + at, TILE, w->s, TILE, 0, next->of[0], bytes);
+  product(upper, rows, TV, d, (operand){w->o, dp, 1}, w->v + at, TILE, w->dp, TILE, 0, next->of[1], bytes);
   probabilities(w->s, w->dp, rows, keys, diagonal, x->lse, x->dots);
-  product(later, keys, dvecs, rows, p, w->o, dp, w->dv + at, dp, add, next->of[2], d);
-  product(later, keys, dvecs, rows, ds, w->q, dp, w->dk + at, dp, add, next->of[3], d);
+  product(later, keys, dvecs, rows, p, w->o, dp, w->dv + at, dp, add, next->of[2], bytes);
+  product(later, keys, dvecs, rows, ds, w->q, dp, w->dk + at, dp, add, next->of[3], bytes);
   product(diagonal ? DEPTH_UPTO : WHOLE, rows, dvecs, keys, (operand){w->dp, TILE, 1}, w->k + at, dp, w->dq, dp,
-          part > 0, next->of[4], d);
+          part > 0, next->of[4], bytes);
 }
 
-/* The tile of queries at q0 against the group of n tiles of keys at k0. */
-static void backward_queries(const job *a, tiles *w, const queries *x, int64_t q0, int64_t k0, int64_t n,
-                             const float *k, const float *dk) {
+/* The tile of queries at q0 against the group of n tiles of keys at k0; dk: where the group's go. */
+static void backward_queries(const job *a, tiles *w, const queries *x, int64_t q0, int64_t k0, int64_t n, source k,
+                             const char *dk) {
   const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), next = q0 + TILE, more = rows_at(next, a->t);
-  if (k0 == 0) row_dots(x->dots, x->dout, x->out, a->c, x->rows, d);
-  pack(w->q, dp, x->q, ld, x->rows, d);
-  pack(w->o, dp, x->dout, a->c, x->rows, d);
+  const int64_t bytes = a->bytes, row = ld * bytes;
+  const source dout = {x->dout, a->c, a->dtype}, out = {x->out, a->c, a->dtype};
+  if (k0 == 0) row_dots(a->dtype, x->dots, x->dout, x->out, a->c, x->rows, d);
+  pack(w->q, dp, x->q, x->rows, d);
+  pack(w->o, dp, dout, x->rows, d);
   for (int64_t i = 0; i < n && k0 + i * TILE <= q0; i++) {
     const int64_t keys = rows_at(k0 + i * TILE, a->t), k_next = k0 + (n + i) * TILE;
     ahead soon_of = {{nothing, nothing, nothing, nothing, nothing}};
     if (more == 0) { /* what this group of keys writes, and the next one */
-      soon_of.of[0] = (soon){dk + i * TILE * ld, ld, keys};
-      soon_of.of[1] = (soon){dk + i * TILE * ld + a->c, ld, keys};
-      soon_of.of[3] = (soon){k + k_next * ld, ld, rows_at(k_next, a->t)};
-      soon_of.of[4] = (soon){k + k_next * ld + a->c, ld, rows_at(k_next, a->t)};
+      soon_of.of[0] = (soon){dk + i * TILE * row, row, keys};
+      soon_of.of[1] = (soon){dk + i * TILE * row + a->c * bytes, row, keys};
+      soon_of.of[3] = soon_rows(k, k_next, rows_at(k_next, a->t));
+      soon_of.of[4] = soon_rows(part_of(k, a->c), k_next, rows_at(k_next, a->t));
     } else if (i == 0) { /* the next queries */
-      soon_of.of[0] = (soon){x->q + TILE * ld, ld, more};
-      soon_of.of[1] = (soon){x->dout + TILE * a->c, a->c, more};
-      soon_of.of[2] = (soon){x->dq + TILE * ld, ld, more};
-      if (k0 == 0) soon_of.of[3] = (soon){x->out + TILE * a->c, a->c, more};
+      soon_of.of[0] = soon_rows(x->q, TILE, more);
+      soon_of.of[1] = soon_rows(dout, TILE, more);
+      soon_of.of[2] = (soon){(const char *)x->dq + TILE * row, row, more};
+      if (k0 == 0) soon_of.of[3] = soon_rows(out, TILE, more);
     }
     backward_tile(w, i, x->rows, keys, d, k0 + i * TILE == q0, x, &soon_of);
   }
-  unpack(x->dq, ld, w->dq, dp, x->rows, d, a->scale, k0 > 0);
+  if (a->dtype == PHX_BF16)
+    unpack_halves(x->dq, (uint16_t *)x->dq + a->c, ld, w->dq, dp, x->rows, d, a->scale, k0 > 0, q0 < k0 + n * TILE);
+  else
+    unpack(a->dtype, x->dq, ld, w->dq, dp, x->rows, d, a->scale, k0 > 0);
 }
 
 static void backward_head(const job *a, tiles *w, int64_t batch, int64_t head) {
-  const int64_t ld = 3 * a->c, d = a->d, dp = round_up(d, VL), t = a->t, n = group_of(dp);
-  const int64_t at = batch * t * ld + head * d;
-  const float *q = a->qkv + at, *k = q + a->c, *v = k + a->c;
-  const float *dout = a->dout + batch * t * a->c + head * d, *out = a->out + batch * t * a->c + head * d;
+  const int64_t c = a->c, ld = 3 * c, d = a->d, dp = round_up(d, VL), t = a->t, n = group_of(dp), bytes = a->bytes;
+  const source q = head_of(a, a->qkv, ld, batch, head), k = part_of(q, c), v = part_of(k, c);
+  const source dout = head_of(a, a->dout, c, batch, head), out = head_of(a, a->out, c, batch, head);
   const float *lse = a->lse + (batch * a->heads + head) * t;
-  float *dq = a->dqkv + at, *dots = a->work + (batch * a->heads + head) * t;
+  float *dots = a->work + (batch * a->heads + head) * t;
+  char *dq = (char *)a->dqkv + (batch * t * ld + head * d) * bytes, *dk = dq + c * bytes, *dv = dk + c * bytes;
   for (int64_t k0 = 0; k0 < t; k0 += n * TILE) {
     for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {
       const int64_t keys = rows_at(k1, t), to = i * TILE * dp;
-      pack(w->k + to, dp, k + k1 * ld, ld, keys, d);
-      pack_transposed(w->kt + to, k + k1 * ld, ld, keys, d, a->scale * LOG2E);
-      pack_transposed(w->v + to, v + k1 * ld, ld, keys, d, 1.0f);
+      pack(w->k + to, dp, rows_from(k, k1), keys, d);
+      pack_transposed(w->kt + to, rows_from(k, k1), keys, d, a->scale * LOG2E);
+      pack_transposed(w->v + to, rows_from(v, k1), keys, d, 1.0f);
     }
     for (int64_t q0 = k0; q0 < t; q0 += TILE) {
-      const queries x = {q + q0 * ld,  out + q0 * a->c, dout + q0 * a->c, lse + q0,
-                         dq + q0 * ld, dots + q0,       rows_at(q0, t)};
-      backward_queries(a, w, &x, q0, k0, n, k, dq + a->c + k0 * ld);
+      const queries x = {rows_from(q, q0), rows_from(out, q0).p, rows_from(dout, q0).p, lse + q0, dq + q0 * ld * bytes,
+                         dots + q0,        rows_at(q0, t)};
+      backward_queries(a, w, &x, q0, k0, n, k, dk + k0 * ld * bytes);
     }
     for (int64_t i = 0, k1 = k0; i < n && k1 < t; i++, k1 += TILE) {
-      unpack(dq + a->c + k1 * ld, ld, w->dk + i * TILE * dp, dp, rows_at(k1, t), d, a->scale, 0);
-      unpack(dq + 2 * a->c + k1 * ld, ld, w->dv + i * TILE * dp, dp, rows_at(k1, t), d, 1.0f, 0);
+      const int64_t rows = rows_at(k1, t), at = k1 * ld * bytes;
+      unpack(a->dtype, dk + at, ld, w->dk + i * TILE * dp, dp, rows, d, a->scale, 0);
+      unpack(a->dtype, dv + at, ld, w->dv + i * TILE * dp, dp, rows, d, 1.0f, 0);
     }
   }
 }
@@ -368,9 +425,16 @@ static phx_status check(int64_t b, int64_t t, int64_t c, int64_t heads, phx_erro
   return PHX_OK;
 }
 
-static job describe(int64_t t, int64_t c, int64_t heads, void *scratch) {
+static job describe(int32_t dtype, int64_t t, int64_t c, int64_t heads, void *scratch) {
   const int64_t d = c / heads;
-  return (job){.t = t, .c = c, .heads = heads, .d = d, .scale = (float)(1.0 / sqrt((double)d)), .scratch = scratch};
+  return (job){.t = t,
+               .c = c,
+               .heads = heads,
+               .d = d,
+               .bytes = (int64_t)phx_dtype_bytes(dtype),
+               .scale = (float)(1.0 / sqrt((double)d)),
+               .dtype = dtype,
+               .scratch = scratch};
 }
 
 phx_status phx__cpu_attention(void *ctx, int32_t dtype, void *out, float *lse, const void *qkv, int64_t b, int64_t t,
@@ -381,7 +445,7 @@ phx_status phx__cpu_attention(void *ctx, int32_t dtype, void *out, float *lse, c
   if (status == PHX_OK) status = phx__cpu_begin(cpu, dtype, s, err);
   if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
-  job a = describe(t, c, heads, scratch);
+  job a = describe(dtype, t, c, heads, scratch);
   a.qkv = qkv, a.new_out = out, a.new_lse = lse;
   phx__cpu_parallel(cpu, b * heads * forward_groups(&a), 1, forward_items, &a);
   return PHX_OK;
@@ -396,7 +460,7 @@ phx_status phx__cpu_attention_backward(void *ctx, int32_t dtype, void *dqkv, con
   if (status == PHX_OK) status = phx__cpu_begin(cpu, dtype, s, err);
   if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
-  job a = describe(t, c, heads, scratch);
+  job a = describe(dtype, t, c, heads, scratch);
   a.qkv = qkv, a.out = out, a.lse = lse, a.dout = dout, a.dqkv = dqkv, a.work = work;
   phx__cpu_parallel(cpu, b * heads, 1, backward_items, &a);
   return PHX_OK;

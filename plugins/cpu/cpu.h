@@ -1,6 +1,6 @@
 /* plugins/cpu/cpu.h - what the files of the cpu device share.
  *
- * Two kinds of files.  Plain files (plugin.c, memory.c, stream.c, parallel.c, product.c) are compiled once.  Kernel
+ * Two kinds of files.  Plain files (plugin.c, memory.c, stream.c, parallel.c, product*.c) are compiled once.  Kernel
  * files (ops_*.c, attention.c, cross_entropy.c) are compiled three times, for x86-64, x86-64-v3 and x86-64-v4, with
  * PHX__CPU_ISA set to base, avx2 or avx512; the operations they define get that suffix through the macros at the end,
  * and plugin.c picks one set at create.  All three give the same bits where they keep one order of additions (16 lanes)
@@ -25,6 +25,11 @@ typedef struct phx__cpu_kernels {
 } phx__cpu_kernels;
 extern const phx__cpu_kernels phx__cpu_kernels_base, phx__cpu_kernels_avx2, phx__cpu_kernels_avx512;
 
+typedef struct phx__cpu_matmuls phx__cpu_matmuls;
+
+/* The scratch: where a kernel keeps a tile of a product, then what the product itself needs. */
+enum { PHX__CPU_TILE_BYTES = 3 << 20, PHX__CPU_SCRATCH_LEAST = 4 << 20 };
+
 typedef struct phx__cpu {
   const phx_host *host;
   int32_t threads; /* of operations, >= 1 */
@@ -32,6 +37,9 @@ typedef struct phx__cpu {
   void *scratch;   /* NULL before the first use: ask phx__cpu_scratch */
   int64_t scratch_bytes;
   int32_t page_size_logged;
+  int32_t bf16; /* the processor multiplies bf16 */
+  int32_t bf16_logged;
+  phx__cpu_matmuls *matmuls; /* product_bf16.c; NULL before the first product */
   const phx__cpu_kernels *kernels;
   char name[96];
   phx_device device;
@@ -61,6 +69,13 @@ phx_status phx__cpu_scratch(phx__cpu *cpu, void **out, phx_error *err);
 phx_status phx__cpu_product(const phx__cpu *cpu, int32_t a_t, int32_t b_t, int64_t m, int64_t n, int64_t k,
                             const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
                             int32_t accumulate, phx_error *err);
+
+/* ---- product_bf16.c ---- */
+/* The same with a and b in bf16 and c in fp32.  Uses the scratch from PHX__CPU_TILE_BYTES on. */
+phx_status phx__cpu_product_bf16(phx__cpu *cpu, int32_t a_t, int32_t b_t, int64_t m, int64_t n, int64_t k,
+                                 const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc,
+                                 int32_t accumulate, phx_error *err);
+void phx__cpu_product_bf16_end(phx__cpu *cpu); /* frees what it keeps */
 
 void phx__cpu_product_version(int32_t version[3]);
 /* [main] before the first product of the process: keeps oneDNN at PHX__CPU_BASE or PHX__CPU_AVX2. */

@@ -8,36 +8,18 @@
 #include "simd.h"
 
 /* ---- conversions, round to nearest even ---- */
-static inline uint32_t bits_of(float x) {
-  uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-static inline float float_of(uint32_t u) {
-  float x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
-static inline uint16_t to_bf16(float x) {
-  const uint32_t u = bits_of(x);
-  const uint32_t even = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-  return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16 | 0x40u) : even); /* NaN stays NaN, quiet */
-}
 static inline uint16_t to_f16(float x) {
-  const uint32_t u = bits_of(x) & 0x7fffffffu, sign = bits_of(x) >> 16 & 0x8000u;
+  const uint32_t u = phx__bits_of(x) & 0x7fffffffu, sign = phx__bits_of(x) >> 16 & 0x8000u;
   const uint32_t normal = (u - 0x38000000u + 0xfffu + (u >> 13 & 1u)) >> 13;
-  const uint32_t small = bits_of(float_of(u) + 0.5f) - 0x3f000000u; /* 0.5's last bit is the smallest f16 */
+  const uint32_t small = phx__bits_of(phx__float_of(u) + 0.5f) - 0x3f000000u; /* 0.5's last bit is the smallest f16 */
   const uint32_t big = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
   return (uint16_t)(sign | (u >= 0x47800000u ? big : u < 0x38800000u ? small : normal));
 }
-static inline float from_bf16(uint16_t h) {
-  return float_of((uint32_t)h << 16);
-}
 static inline float from_f16(uint16_t h) {
   const uint32_t u = (uint32_t)(h & 0x7fff) << 13, exponent = u & 0x0f800000u;
-  const float small = float_of(u + 0x38800000u) - float_of(0x38800000u);
+  const float small = phx__float_of(u + 0x38800000u) - phx__float_of(0x38800000u);
   const uint32_t normal = u + 0x38000000u + (exponent == 0x0f800000u ? 0x38000000u : 0u);
-  return float_of((exponent == 0 ? bits_of(small) : normal) | (uint32_t)(h & 0x8000) << 16);
+  return phx__float_of((exponent == 0 ? phx__bits_of(small) : normal) | (uint32_t)(h & 0x8000) << 16);
 }
 
 enum { CAST_CHUNK = 1024 };
@@ -55,13 +37,13 @@ void phx__cpu_slice_cast(void *dst, int32_t dst_dtype, const void *src, int32_t 
     if (src_dtype != PHX_F32) {
       float *to = dst_dtype == PHX_F32 ? (float *)dst + at : chunk;
       if (src_dtype == PHX_BF16)
-        for (int64_t i = 0; i < n; i++) to[i] = from_bf16(h[i]);
+        for (int64_t i = 0; i < n; i++) to[i] = phx__from_bf16(h[i]);
       else
         for (int64_t i = 0; i < n; i++) to[i] = from_f16(h[i]);
       x = to;
     }
     if (dst_dtype == PHX_BF16)
-      for (int64_t i = 0; i < n; i++) out[i] = to_bf16(x[i]);
+      for (int64_t i = 0; i < n; i++) out[i] = phx__to_bf16(x[i]);
     else if (dst_dtype == PHX_F16)
       for (int64_t i = 0; i < n; i++) out[i] = to_f16(x[i]);
   }
@@ -77,18 +59,23 @@ void phx__cpu_slice_scale(float *x, float by, int64_t numel) {
 
 /* ---- operations ---- */
 typedef struct add_args {
-  float *out;
-  const float *a, *b;
+  void *out;
+  const void *a, *b;
+  int32_t dtype;
 } add_args;
+PHX__INLINE void add_elements(int32_t dtype, const add_args *x, int64_t first, int64_t last) {
+  PHX__IVDEP for (int64_t i = first; i < last; i++)
+      phx__set(dtype, x->out, i, phx__get(dtype, x->a, i) + phx__get(dtype, x->b, i));
+}
 static void add_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   const add_args *x = arg;
   (void)worker;
-  phx__cpu_slice_add(x->out + first, x->a + first, x->b + first, last - first);
+  PHX__BY_DTYPE(x->dtype, add_elements, x, first, last);
 }
 phx_status phx__cpu_add(void *ctx, int32_t dtype, void *out, const void *a, const void *b, int64_t numel, phx_stream *s,
                         phx_error *err) {
   const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
-  if (status == PHX_OK) phx__cpu_parallel(ctx, numel, PHX_BLOCK, add_body, &(add_args){out, a, b});
+  if (status == PHX_OK) phx__cpu_parallel(ctx, numel, PHX_BLOCK, add_body, &(add_args){out, a, b, dtype});
   return status;
 }
 

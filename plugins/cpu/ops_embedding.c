@@ -4,28 +4,35 @@
  * table is refused where its size is known (backward); forward trusts the data module.  [main] */
 #include <string.h>
 #include "cpu.h"
+#include "simd.h"
 
 typedef struct forward_args {
-  float *out;
+  void *out;
   const int32_t *tokens;
-  const float *wte, *wpe;
+  const void *wte, *wpe;
   int64_t t, c;
+  int32_t dtype;
 } forward_args;
+PHX__INLINE void forward_rows(int32_t dtype, const forward_args *a, int64_t first, int64_t last) {
+  const int64_t c = a->c;
+  for (int64_t row = first; row < last; row++) {
+    const void *restrict e = phx__at(dtype, a->wte, a->tokens[row] * c);
+    const void *restrict p = phx__at(dtype, a->wpe, row % a->t * c);
+    void *restrict out = phx__out_at(dtype, a->out, row * c);
+    PHX__IVDEP for (int64_t j = 0; j < c; j++) phx__set(dtype, out, j, phx__get(dtype, e, j) + phx__get(dtype, p, j));
+  }
+}
 static void forward_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   const forward_args *a = arg;
-  const int64_t c = a->c;
   (void)worker;
-  for (int64_t row = first; row < last; row++) {
-    const float *restrict e = a->wte + a->tokens[row] * c, *restrict p = a->wpe + row % a->t * c;
-    float *restrict out = a->out + row * c;
-    for (int64_t j = 0; j < c; j++) out[j] = e[j] + p[j];
-  }
+  PHX__BY_DTYPE(a->dtype, forward_rows, a, first, last);
 }
 
 phx_status phx__cpu_embedding(void *ctx, int32_t dtype, void *out, const int32_t *tokens, const void *wte,
                               const void *wpe, int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err) {
   const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
-  if (status == PHX_OK) phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c});
+  if (status == PHX_OK)
+    phx__cpu_parallel(ctx, b * t, 1, forward_body, &(forward_args){out, tokens, wte, wpe, t, c, dtype});
   return status;
 }
 
@@ -36,21 +43,26 @@ static void clear_body(void *arg, int64_t first, int64_t last, int32_t worker) {
 
 typedef struct backward_args {
   float *dwte, *dwpe;
-  const float *dout;
+  const void *dout;
   const int32_t *tokens;
   int64_t rows, t, c;
+  int32_t dtype;
 } backward_args;
-static inline void add_columns(float *restrict to, const float *restrict from, int64_t first, int64_t last) {
-  for (int64_t j = first; j < last; j++) to[j] += from[j];
+PHX__INLINE void add_columns(int32_t dtype, float *restrict to, const void *restrict from, int64_t first,
+                             int64_t last) {
+  PHX__IVDEP for (int64_t j = first; j < last; j++) to[j] += phx__get(dtype, from, j);
+}
+PHX__INLINE void backward_columns(int32_t dtype, const backward_args *a, int64_t first, int64_t last) {
+  for (int64_t row = 0; row < a->rows; row++) {
+    const void *dout = phx__at(dtype, a->dout, row * a->c);
+    if (a->dwte) add_columns(dtype, a->dwte + a->tokens[row] * a->c, dout, first, last);
+    if (a->dwpe) add_columns(dtype, a->dwpe + row % a->t * a->c, dout, first, last);
+  }
 }
 static void backward_body(void *arg, int64_t first, int64_t last, int32_t worker) {
   const backward_args *a = arg;
   (void)worker;
-  for (int64_t row = 0; row < a->rows; row++) {
-    const float *dout = a->dout + row * a->c;
-    if (a->dwte) add_columns(a->dwte + a->tokens[row] * a->c, dout, first, last);
-    if (a->dwpe) add_columns(a->dwpe + row % a->t * a->c, dout, first, last);
-  }
+  PHX__BY_DTYPE(a->dtype, backward_columns, a, first, last);
 }
 
 phx_status phx__cpu_embedding_backward(void *ctx, int32_t dtype, float *dwte, int32_t wte_mode, float *dwpe,
@@ -67,6 +79,6 @@ phx_status phx__cpu_embedding_backward(void *ctx, int32_t dtype, float *dwte, in
   if (status != PHX_OK) return status;
   if (dwte && wte_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, v * c, PHX_BLOCK, clear_body, dwte);
   if (dwpe && wpe_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, max_t * c, PHX_BLOCK, clear_body, dwpe);
-  phx__cpu_parallel(ctx, c, 64, backward_body, &(backward_args){dwte, dwpe, dout, tokens, b * t, t, c});
+  phx__cpu_parallel(ctx, c, 64, backward_body, &(backward_args){dwte, dwpe, dout, tokens, b * t, t, c, dtype});
   return PHX_OK;
 }

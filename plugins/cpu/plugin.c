@@ -7,9 +7,7 @@
 #include <string.h>
 #include "cpu.h"
 
-/* Scratch for gradients that are added through GELU (ops_linear.c), shared with attention: operations run one at a
- * time. */
-enum { LINEAR_SCRATCH = 4 << 20, THREADS_MAX = 1024 };
+enum { THREADS_MAX = 1024 };
 /* What dnnl_sgemm takes from malloc for the time of a call, at most (measured: 15.2 MiB at M = 1024, N = 50304, K =
  * 768, and 0.6 MiB a further thread): in the plan, though not held between calls. */
 static int64_t packing_bytes(int32_t threads) {
@@ -71,11 +69,12 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   cpu->host = host;
   cpu->threads = threads;
   cpu->kernels = sets[cpu->isa];
+  cpu->bf16 = cpu->isa == PHX__CPU_AVX512 && __builtin_cpu_supports("avx512bf16");
   const int64_t attention = cpu->kernels->attention_scratch(threads);
-  cpu->scratch_bytes = attention > LINEAR_SCRATCH ? phx_align_bytes(attention) : LINEAR_SCRATCH;
+  cpu->scratch_bytes = attention > PHX__CPU_SCRATCH_LEAST ? phx_align_bytes(attention) : PHX__CPU_SCRATCH_LEAST;
   phx__cpu_product_version(version);
-  snprintf(cpu->name, sizeof cpu->name, "cpu (%s, %d thread%s, oneDNN %d.%d.%d)", isa_names[cpu->isa], threads,
-           threads == 1 ? "" : "s", version[0], version[1], version[2]);
+  snprintf(cpu->name, sizeof cpu->name, "cpu (%s%s, %d thread%s, oneDNN %d.%d.%d)", isa_names[cpu->isa],
+           cpu->bf16 ? " with bf16" : "", threads, threads == 1 ? "" : "s", version[0], version[1], version[2]);
   phx__cpu_device_init(cpu);
   cpu->ops = cpu->kernels->ops;
   cpu->ops.ctx = cpu;
@@ -86,6 +85,7 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
 
 static void device_destroy(phx_device_self *self) {
   if (!self) return;
+  phx__cpu_product_bf16_end(&self->cpu);
   phx__cpu_parallel_end(&self->cpu);
   phx__cpu_free(self->cpu.scratch, self->cpu.scratch_bytes);
   free(self);
@@ -138,7 +138,7 @@ static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
                                   .vendor = "Phalanx",
                                   .license = "unspecified",
                                   .build = __VERSION__,
-                                  .provides = PHX_CAP_DETERMINISTIC,
+                                  .provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16,
                                   .option_stride = sizeof(phx_option),
                                   .table = &table};
 

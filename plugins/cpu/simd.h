@@ -1,9 +1,12 @@
 /* plugins/cpu/simd.h - vectors for kernel files: as wide as the instruction set, unaligned loads, exp and GELU.
  *
+ * Arrays are fp32 or bf16 in memory (the functions with a dtype, which is a constant where they are called) and fp32 in
+ * registers; a store rounds to nearest even, with integers, so that every instruction set gives the same bits.
  * Sums use 16 lanes whatever the width (PHX__PARTS vectors), so that every instruction set adds in the same order.
  * Elementwise functions give an element the same bits in a vector and in a padded tail. */
 #ifndef PHX__CPU_SIMD_H
 #define PHX__CPU_SIMD_H
+#include <phalanx/base.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -26,6 +29,9 @@
 typedef float phx__vf __attribute__((vector_size(4 * PHX__LANES)));
 typedef int32_t phx__vi __attribute__((vector_size(4 * PHX__LANES)));
 typedef float phx__vf_any __attribute__((vector_size(4 * PHX__LANES), aligned(4), may_alias));
+typedef uint32_t phx__vu __attribute__((vector_size(4 * PHX__LANES)));
+typedef uint16_t phx__vh __attribute__((vector_size(2 * PHX__LANES)));
+typedef uint16_t phx__vh_any __attribute__((vector_size(2 * PHX__LANES), aligned(2), may_alias));
 typedef struct phx__v16 {
   phx__vf part[PHX__PARTS];
 } phx__v16;
@@ -52,6 +58,76 @@ static inline void phx__store_part(float *p, phx__vf v, int64_t n) {
   phx__store(a, v);
   memcpy(p, a, (size_t)n * sizeof *a);
 }
+
+/* ---- one element, of dtype F32 or BF16 ---- */
+#define PHX__INLINE static inline __attribute__((always_inline))
+PHX__INLINE uint32_t phx__bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+PHX__INLINE float phx__float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
+PHX__INLINE uint16_t phx__to_bf16(float x) {
+  const uint32_t u = phx__bits_of(x);
+  const uint32_t even = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16 | 0x40u) : even); /* NaN stays NaN, quiet */
+}
+PHX__INLINE float phx__from_bf16(uint16_t h) {
+  return phx__float_of((uint32_t)h << 16);
+}
+PHX__INLINE float phx__get(int32_t dtype, const void *p, int64_t i) {
+  return dtype == PHX_BF16 ? phx__from_bf16(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+PHX__INLINE void phx__set(int32_t dtype, void *p, int64_t i, float x) {
+  if (dtype == PHX_BF16)
+    ((uint16_t *)p)[i] = phx__to_bf16(x);
+  else
+    ((float *)p)[i] = x;
+}
+/* Where element i is. */
+PHX__INLINE const void *phx__at(int32_t dtype, const void *p, int64_t i) {
+  return (const char *)p + i * (dtype == PHX_BF16 ? 2 : 4);
+}
+PHX__INLINE void *phx__out_at(int32_t dtype, void *p, int64_t i) {
+  return (char *)p + i * (dtype == PHX_BF16 ? 2 : 4);
+}
+
+/* ---- one vector of elements i, i + 1, ... ---- */
+PHX__INLINE phx__vf phx__widen(phx__vh h) {
+  return (phx__vf)(__builtin_convertvector(h, phx__vu) << 16);
+}
+PHX__INLINE phx__vh phx__narrow(phx__vf v) {
+  const phx__vu u = (phx__vu)v, nan = (phx__vu)((u & 0x7fffffffu) > 0x7f800000u);
+  const phx__vu even = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  return __builtin_convertvector((nan & (u >> 16 | 0x40u)) | (~nan & even), phx__vh);
+}
+PHX__INLINE phx__vf phx__load_as(int32_t dtype, const void *p, int64_t i) {
+  if (dtype == PHX_BF16) return phx__widen(*(const phx__vh_any *)((const uint16_t *)p + i));
+  return phx__load((const float *)p + i);
+}
+PHX__INLINE void phx__store_as(int32_t dtype, void *p, int64_t i, phx__vf v) {
+  if (dtype == PHX_BF16)
+    *(phx__vh_any *)((uint16_t *)p + i) = phx__narrow(v);
+  else
+    phx__store((float *)p + i, v);
+}
+/* The first n lanes, the others 0. */
+PHX__INLINE phx__vf phx__load_part_as(int32_t dtype, const void *p, int64_t i, int64_t n) {
+  float a[PHX__LANES] = {0};
+  for (int64_t l = 0; l < n; l++) a[l] = phx__get(dtype, p, i + l);
+  return phx__load(a);
+}
+PHX__INLINE void phx__store_part_as(int32_t dtype, void *p, int64_t i, phx__vf v, int64_t n) {
+  float a[PHX__LANES];
+  phx__store(a, v);
+  for (int64_t l = 0; l < n; l++) phx__set(dtype, p, i + l, a[l]);
+}
+/* One source, compiled for each dtype: f(PHX_BF16, ...) or f(PHX_F32, ...). */
+#define PHX__BY_DTYPE(dtype, f, ...) ((dtype) == PHX_BF16 ? f(PHX_BF16, __VA_ARGS__) : f(PHX_F32, __VA_ARGS__))
 
 /* e^x with a relative error below 2 ulp for -87.3 <= x <= 88.3; beyond, the value at the border (finite, never 0).
  * NaN stays NaN.  Cephes' reduction and polynomial: x = n ln 2 + r, ln 2 in two parts so that n * high is exact. */

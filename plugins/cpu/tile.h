@@ -137,19 +137,19 @@ typedef struct operand {
 /* Memory that is needed soon, asked for a few rows at a time while a product runs: rows of qkv are too far apart for
  * the hardware to guess, and asked for all at once they fill the queue of misses. */
 typedef struct soon {
-  const float *p; /* (rows, d; ld) */
+  const char *p; /* (rows, d; ld); ld in bytes */
   int64_t ld, rows;
 } soon;
 static const soon nothing = {NULL, 0, 0};
 
-/* c(m, nv vectors; ldc) = or += a(m, klen) b(klen, nv vectors; ldb).  Rows up to the next multiple of 4 are read and
- * written too. */
+/* c(m, nv vectors; ldc) = or += a(m, klen) b(klen, nv vectors; ldb).  bytes: of a row of `next`.  Rows up to the next
+ * multiple of 4 are read and written too. */
 static inline void product(enum mask mask, int64_t m, int nv, int64_t klen, operand a, const float *b, int64_t ldb,
-                           float *c, int64_t ldc, int add, soon next, int64_t d) {
+                           float *c, int64_t ldc, int add, soon next, int64_t bytes) {
   for (int v0 = 0; v0 < nv; v0 += VECS) {
     for (int64_t r = 0; r < m; r += ROWS) {
       for (int64_t i = r; v0 == 0 && i < r + ROWS && i < next.rows; i++)
-        for (int64_t x = 0; x < d; x += 16) __builtin_prefetch(next.p + i * next.ld + x, 0, 2);
+        for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(next.p + i * next.ld + x, 0, 2);
       int from = v0, upto = v0 + VECS < nv ? v0 + VECS : nv;
       int64_t k0 = 0, k1 = klen;
       if (mask == COLS_UPTO && upto > r / VL + 1) upto = (int)(r / VL) + 1;
@@ -165,14 +165,28 @@ static inline void product(enum mask mask, int64_t m, int nv, int64_t klen, oper
 
 /* ---- packing ---- */
 
-/* dst(round4(rows), dp) = src(rows, d; ld), the rest 0 */
-static void pack(float *dst, int64_t dp, const float *src, int64_t ld, int64_t rows, int64_t d) {
+/* Rows in memory, of dtype F32 or BF16, ld elements apart: row r begins at element r * ld of p. */
+typedef struct source {
+  const void *p;
+  int64_t ld;
+  int32_t dtype;
+} source;
+static source rows_from(source x, int64_t row) {
+  return (source){phx__at(x.dtype, x.p, row * x.ld), x.ld, x.dtype};
+}
+
+/* dst(round4(rows), dp) = src(rows, d), the rest 0 */
+INLINE void pack_as(int32_t dtype, float *dst, int64_t dp, source src, int64_t rows, int64_t d) {
   const int64_t whole = d / VL * VL;
-  for (int64_t r = 0; r < rows; r++, dst += dp, src += ld) {
-    for (int64_t i = 0; i < whole; i += VL) phx__store(dst + i, phx__load(src + i));
-    for (int64_t i = whole; i < dp; i++) dst[i] = i < d ? src[i] : 0.0f;
+  for (int64_t r = 0; r < rows; r++, dst += dp) {
+    const void *from = phx__at(dtype, src.p, r * src.ld);
+    for (int64_t i = 0; i < whole; i += VL) phx__store(dst + i, phx__load_as(dtype, from, i));
+    for (int64_t i = whole; i < dp; i++) dst[i] = i < d ? phx__get(dtype, from, i) : 0.0f;
   }
   for (; rows % ROWS; rows++, dst += dp) memset(dst, 0, (size_t)dp * sizeof *dst);
+}
+static void pack(float *dst, int64_t dp, source src, int64_t rows, int64_t d) {
+  PHX__BY_DTYPE(src.dtype, pack_as, dst, dp, src, rows, d);
 }
 
 /* One round of a transposition: the lanes of x and y in turn, from the lower and from the upper halves. */
@@ -187,15 +201,17 @@ static void pack(float *dst, int64_t dp, const float *src, int64_t ld, int64_t r
 #define UPPER(x, y) __builtin_shufflevector(x, y, 2, 6, 3, 7)
 #endif
 
-/* dst(d, TILE) = factor * src(rows, d; ld)^T, columns past rows 0 */
-static void pack_transposed(float *dst, const float *src, int64_t ld, int64_t rows, int64_t d, float factor) {
+/* dst(d, TILE) = factor * src(rows, d)^T, columns past rows 0 */
+INLINE void pack_transposed_as(int32_t dtype, float *dst, source src, int64_t rows, int64_t d, float factor) {
   for (int64_t r = 0; r < TILE; r += VL)
     for (int64_t i = 0; i < d; i += VL) {
       const int64_t width = d - i < VL ? d - i : VL;
       phx__vf x[VL], y[VL];
       for (int64_t j = 0; j < VL; j++) {
-        const float *at = src + (r + j) * ld + i;
-        x[j] = r + j >= rows ? (phx__vf){0} : width == VL ? phx__load(at) : phx__load_part(at, width);
+        const int64_t at = (r + j) * src.ld + i;
+        x[j] = r + j >= rows ? (phx__vf){0}
+               : width == VL ? phx__load_as(dtype, src.p, at)
+                             : phx__load_part_as(dtype, src.p, at, width);
       }
       for (int step = 1; step < VL; step *= 2) { /* a perfect shuffle, log2(VL) times */
         for (int j = 0; j < VL / 2; j++) {
@@ -206,6 +222,10 @@ static void pack_transposed(float *dst, const float *src, int64_t ld, int64_t ro
       }
       for (int64_t j = 0; j < width; j++) phx__store(dst + (i + j) * TILE + r, x[j] * factor);
     }
+}
+
+static void pack_transposed(float *dst, source src, int64_t rows, int64_t d, float factor) {
+  PHX__BY_DTYPE(src.dtype, pack_transposed_as, dst, src, rows, d, factor);
 }
 
 static int64_t round_up(int64_t x, int64_t to) {

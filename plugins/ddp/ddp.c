@@ -7,7 +7,8 @@
  *
  * Invariants: replicas are equal after state_changed and after every update; buckets are reduced in one fixed order on
  * all ranks.  Of state, rank r is the writer of the r-th part of the whole model's blocks.  [main] only; it owns one
- * stream.  Does not: shard anything, keep low-precision weights. */
+ * stream.  With [precision] compute = bf16 the weights above are bf16 and stand beside whole fp32 masters, which the
+ * optimizer updates; of frozen parameters each rank keeps its part's masters only.  Does not: shard anything else. */
 #include <phalanx/kit.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,6 +31,9 @@ enum {
   FROZEN,
   GRADIENT, /* in the order of completion; between steps also the buffer that states are gathered through */
   REDUCED,  /* what later micro-batches are reduced in, when each is reduced on its own */
+  MASTER,   /* compute = bf16: the trainable flat in fp32 */
+  ICE,      /* compute = bf16: this rank's part of the frozen flat in fp32 */
+  WIRE,     /* reduce = bf16: a bucket's gradients on their way; the stream's order makes one enough */
   STAGING,  /* device memory comes here to be hashed */
   HASHES,
   EXCHANGE, /* hashes on their way between ranks */
@@ -74,8 +78,9 @@ static void plan_destroy(ddp_plan *p) {
 
 static phx_status plan_create(const ddp_config *c, const phx_topology *t, const phx_model *m, ddp_plan *out,
                               phx_error *err) {
-  ddp_plan p = {.n_hashes = (int64_t)m->n_params * (1 + t->n_optim_states)};
-  phx_status status = phx_kit_check_topology(t, err);
+  bool masters = phx_kit_masters(t);
+  ddp_plan p = {.n_hashes = (int64_t)m->n_params * (1 + masters + t->n_optim_states)};
+  phx_status status = phx_kit_check_precision(t, err);
   if (status != PHX_OK) return status;
   PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
   PHX_KIT_TRY(phx_kit_buckets_create(m, &p.order, c->first_bucket_bytes / 4, c->bucket_bytes / 4, &p.buckets,
@@ -88,8 +93,16 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
   /* whole, and padded to equal parts per rank, so that the writers' parts are gathered in place */
   int64_t trainable = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_TRAINABLE], t->world_size);
   int64_t frozen = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_FROZEN], t->world_size);
-  p.regions[WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = trainable * 4};
-  p.regions[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = frozen * 4};
+  int64_t largest = 0, size = phx_kit_weight_bytes(t);
+  for (uint32_t b = 0; b < p.n_buckets; b++)
+    if (p.buckets[b].numel > largest) largest = p.buckets[b].numel;
+  p.regions[WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = trainable * size};
+  p.regions[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = frozen * size};
+  if (masters) {
+    p.regions[MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .shared = 1, .bytes = trainable * 4};
+    p.regions[ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = frozen / t->world_size * 4};
+  }
+  p.regions[WIRE] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = phx_kit_wire_bytes(t, largest)};
   p.regions[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = trainable * 4};
   if (phx_kit_adds_reduced(t))
     p.regions[REDUCED] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p.order.numel * 4};
@@ -113,9 +126,10 @@ static phx_status ddp_estimate(const void *config, const phx_topology *t, const 
   if (status != PHX_OK) return status;
   phx_kit_regions_estimate(p.regions, N_REGIONS, out);
   for (uint32_t b = 0; b < p.n_buckets; b++)
-    phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, p.buckets[b].numel, PHX_F32, 0,
+    phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, p.buckets[b].numel, t->reduce_dtype, 0,
                           phx_kit_adds_reduced(t) ? t->accumulate : 1);
-  if (((const ddp_config *)config)->broadcast_check == 1) /* else an ordinary step has no check */
+  /* one rank has nothing to compare; and at a greater interval an ordinary step has no check */
+  if (t->world_size > 1 && ((const ddp_config *)config)->broadcast_check == 1)
     phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, 2 * p.n_hashes, PHX_U64, 0, 1);
   plan_destroy(&p);
   return PHX_OK;
@@ -143,12 +157,18 @@ static void place_gradients(phx_strategy *self, float *base) {
     self->views.places[order->units[i]].gradient = base + order->offset[order->units[i]];
 }
 
+/* An element of a whole flat as the model reads it. */
+static char *weight_at(const phx_strategy *self, int flat, int64_t element) {
+  return (char *)self->plan.regions[WEIGHT + flat].at + element * phx_kit_weight_bytes(self->topology);
+}
+
 static void place_weights(phx_strategy *self) {
+  self->views.weight_dtype = self->topology->compute_dtype;
   for (uint32_t u = 0; u < self->model->n_units; u++)
     for (int flat = 0; flat < PHX_FLATS; flat++) {
       const phx_unit *unit = phx_model_unit(self->model, u);
-      const float *base = self->plan.regions[WEIGHT + flat].at;
-      if (unit->blocks[flat] > 0) self->views.places[u].weight[flat] = base + unit->first_block[flat] * PHX_BLOCK;
+      if (unit->blocks[flat] > 0)
+        self->views.places[u].weight[flat] = weight_at(self, flat, unit->first_block[flat] * PHX_BLOCK);
     }
 }
 
@@ -196,7 +216,8 @@ static phx_status ddp_visit_state(phx_strategy *self, const phx_visitor *visitor
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
     phx_kit_shard mine = my_part(self, (int)flat);
     for (phx_kit_part p = {0}; phx_kit_part_next(self->model, flat, mine.first, mine.blocks, &p);) {
-      phx_status status = phx_kit_visit(visitor, self->s.optim, p.unit, flat, p.first, p.blocks, err);
+      phx_status status = phx_kit_visit(visitor, self->s.optim, self->topology->compute_dtype, p.unit, flat, p.first,
+                                        p.blocks, err);
       if (status != PHX_OK) return status;
     }
   }
@@ -205,10 +226,14 @@ static phx_status ddp_visit_state(phx_strategy *self, const phx_visitor *visitor
 
 static phx_status ddp_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
   (void)mode;
-  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
+  bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
+  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
     return phx_kit_fail(err, PHX_INVALID, "ddp keeps no state of kind %d", slice->kind);
-  uint32_t region = slice->kind == PHX_STATE_OPTIM ? STATES + slice->state_index : WEIGHT + slice->flat;
+  uint32_t region = slice->kind == PHX_STATE_OPTIM ? STATES + slice->state_index
+                    : master                       ? MASTER + slice->flat
+                                                   : WEIGHT + slice->flat;
   int64_t block = phx_model_unit(self->model, slice->unit)->first_block[slice->flat] + slice->first_block;
+  if (region == ICE) block -= my_part(self, PHX_FLAT_FROZEN).first;
   *out = (char *)self->plan.regions[region].at + block * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype);
   return PHX_OK;
 }
@@ -234,16 +259,27 @@ static phx_status hash_memory(phx_strategy *self, const char *at, int64_t bytes,
   return PHX_OK;
 }
 
-/* What hash number i is of: parameter i % n_params of region "weights", then of each optimizer state. */
+/* The optimizer state that hashes number kind * n_params and on are of; -1: weights, -2: their masters. */
+static int32_t hashed_state(const phx_strategy *self, int64_t kind) {
+  int32_t before = phx_kit_masters(self->topology) ? 2 : 1;
+  return kind == 0 ? -1 : (int32_t)kind < before ? -2 : (int32_t)kind - before;
+}
+
+/* What hash number i is of: parameter i % n_params of the weights, then of masters, then of each optimizer state. */
 static phx_status hash_one(phx_strategy *self, int64_t i, uint64_t *out, phx_error *err) {
   const phx_model *m = self->model;
-  uint32_t kind = (uint32_t)(i / m->n_params);
+  int32_t state = hashed_state(self, i / m->n_params);
   const phx_param *param = phx_model_param(m, (uint32_t)(i % m->n_params));
   bool frozen = (param->flags & PHX_PARAM_FROZEN) != 0;
   *out = 0;
-  if (frozen && kind > 0) return PHX_OK; /* it has no state */
-  const phx_kit_region *region = &self->plan.regions[kind > 0 ? STATES + kind - 1 : frozen ? FROZEN : WEIGHT];
-  int64_t size = kind > 0 ? (int64_t)phx_dtype_bytes(self->topology->optim_dtype[kind - 1]) : 4;
+  if (frozen && state != -1) return PHX_OK; /* it has no state, and its master is on one rank only */
+  const phx_kit_region *region = &self->plan.regions[state >= 0    ? STATES + state
+                                                     : state == -2 ? MASTER
+                                                     : frozen      ? FROZEN
+                                                                   : WEIGHT];
+  int64_t size = state >= 0    ? (int64_t)phx_dtype_bytes(self->topology->optim_dtype[state])
+                 : state == -2 ? 4
+                               : phx_kit_weight_bytes(self->topology);
   int64_t first = phx_model_unit(m, param->unit)->first_block[frozen] * PHX_BLOCK + param->offset;
   return hash_memory(self, (const char *)region->at + first * size, param->numel * size, out, err);
 }
@@ -256,6 +292,7 @@ static phx_status compare_replicas(phx_strategy *self, const char *when, phx_err
   uint64_t *hashes = self->plan.regions[HASHES].at;
   void *exchange = self->plan.regions[EXCHANGE].at;
   phx_status status;
+  if (c->size == 1) return PHX_OK; /* there is one */
   for (int64_t i = 0; i < n; i++) {
     PHX_KIT_TRY(hash_one(self, i, &hashes[i], err));
     hashes[n + i] = ~hashes[i];
@@ -271,11 +308,12 @@ static phx_status compare_replicas(phx_strategy *self, const char *when, phx_err
       first = i;
     }
   if (different == 0) return PHX_OK;
-  int64_t kind = first / self->model->n_params;
+  int32_t state = hashed_state(self, first / self->model->n_params);
   return phx_kit_fail(err, PHX_COMM,
                       "replicas differ between ranks %s: %s%s of parameter '%s' is the first of %lld tensors that do; "
                       "a rank's memory or its arithmetic is wrong, do not go on from this state",
-                      when, kind ? "optimizer state " : "weight", kind ? self->s.optim->states[kind - 1].name : "",
+                      when, state >= 0 ? "optimizer state " : state == -2 ? "master" : "weight",
+                      state >= 0 ? self->s.optim->states[state].name : "",
                       phx_model_param(self->model, (uint32_t)(first % self->model->n_params))->name,
                       (long long)different);
 done:
@@ -287,14 +325,34 @@ static phx_status make_whole(phx_strategy *self, int flat, void *base, void *thr
   return phx_kit_make_whole(&self->s, base, through, my_part(self, flat).per * PHX_BLOCK, dtype, err);
 }
 
+/* Masters become everybody's, and the low-precision weights are rounded from them. */
+static phx_status derive_weights(phx_strategy *self, phx_error *err) {
+  const phx_device *d = self->s.device;
+  const phx_kit_region *r = self->plan.regions;
+  int32_t dtype = self->topology->compute_dtype;
+  phx_kit_shard ice = my_part(self, PHX_FLAT_FROZEN);
+  phx_status status = PHX_OK;
+  PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[MASTER].at, r[MASTER].at, PHX_F32, err));
+  if (r[MASTER].at)
+    PHX_KIT_TRY(d->cast(d->ctx, r[WEIGHT].at, dtype, r[MASTER].at, PHX_F32, r[MASTER].bytes / 4, self->s.stream, err));
+  if (ice.blocks > 0)
+    PHX_KIT_TRY(d->cast(d->ctx, weight_at(self, PHX_FLAT_FROZEN, ice.first * PHX_BLOCK), dtype, r[ICE].at, PHX_F32,
+                        ice.blocks * PHX_BLOCK, self->s.stream, err));
+done:
+  return status;
+}
+
 static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
   const phx_device *d = self->s.device;
   phx_kit_region *r = self->plan.regions;
   phx_status status;
   self->s.comm->annotate(self->s.comm->ctx, -1);
   PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
-  PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, r[WEIGHT].at, PHX_F32, err));
-  PHX_KIT_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, r[FROZEN].at, PHX_F32, err));
+  if (phx_kit_masters(self->topology))
+    PHX_KIT_TRY(derive_weights(self, err));
+  else
+    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, r[WEIGHT].at, PHX_F32, err));
+  PHX_KIT_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, r[FROZEN].at, self->topology->compute_dtype, err));
   for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
     PHX_KIT_TRY(
         make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, r[GRADIENT].at, self->topology->optim_dtype[k], err));
@@ -338,14 +396,21 @@ static phx_status ddp_acquire(phx_strategy *self, uint32_t s, int32_t pass, int3
 
 static phx_status reduce_bucket(phx_strategy *self, const phx_kit_bucket *bucket, phx_event *reduced, phx_error *err) {
   const phx_comm *c = self->s.comm;
+  const phx_device *d = self->s.device;
+  phx_stream *s = self->s.stream;
+  int32_t dtype = self->topology->reduce_dtype;
   bool adds = phx_kit_adds_reduced(self->topology) && self->micro_batch > 0;
   float *total = (float *)self->plan.regions[GRADIENT].at + bucket->first;
   float *part = adds ? (float *)self->plan.regions[REDUCED].at + bucket->first : total;
   c->annotate(c->ctx, (int32_t)self->plan.order.units[bucket->last]);
-  phx_status status = c->all_reduce(c->ctx, part, part, bucket->numel, PHX_F32, PHX_SUM, self->s.stream, err);
-  if (status == PHX_OK && adds)
-    status = self->s.device->add(self->s.device->ctx, total, part, bucket->numel, self->s.stream, err);
-  if (status == PHX_OK) status = self->s.device->event_record(self->s.device->ctx, reduced, self->s.stream, err);
+  void *wire = self->plan.regions[WIRE].at ? self->plan.regions[WIRE].at : part;
+  phx_status status = PHX_OK;
+  if (wire != part) PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, part, PHX_F32, bucket->numel, s, err));
+  PHX_KIT_TRY(c->all_reduce(c->ctx, wire, wire, bucket->numel, dtype, PHX_SUM, s, err));
+  if (wire != part) PHX_KIT_TRY(d->cast(d->ctx, part, PHX_F32, wire, dtype, bucket->numel, s, err));
+  if (adds) PHX_KIT_TRY(d->add(d->ctx, total, part, bucket->numel, s, err));
+  PHX_KIT_TRY(d->event_record(d->ctx, reduced, s, err));
+done:
   return status;
 }
 
@@ -407,7 +472,9 @@ static phx_status ddp_update(phx_strategy *self, int64_t step, float scale, phx_
     int64_t first = unit->first_block[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
     phx_kit_slice slice = {.unit = u, .place = PHX_SPACE_DEVICE, .blocks = unit->blocks[PHX_FLAT_TRAINABLE]};
     if (slice.blocks == 0) continue;
-    slice.weight = (float *)r[WEIGHT].at + first;
+    slice.weight = weight_at(self, PHX_FLAT_TRAINABLE, first);
+    slice.weight_dtype = self->topology->compute_dtype;
+    if (r[MASTER].at) slice.master = (float *)r[MASTER].at + first;
     slice.gradient = (const float *)r[GRADIENT].at + self->plan.order.offset[u];
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
       slice.states[k] = (char *)r[STATES + k].at + first * (int64_t)phx_dtype_bytes(self->topology->optim_dtype[k]);
@@ -450,7 +517,7 @@ const phx_plugin *phx_plugin_v1(void) {
       .vendor = "Phalanx",
       .license = "unspecified",
       .build = __VERSION__,
-      .provides = PHX_CAP_DETERMINISTIC,
+      .provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_LIVE_STATE,
       .extensions = extensions,
       .options = options,
       .n_options = sizeof options / sizeof *options,

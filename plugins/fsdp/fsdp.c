@@ -14,8 +14,10 @@
  * for a gather through view->ready, and for a reduction only when its window is opened for another unit.
  *
  * sharding = none keeps everything whole on every rank, in the same structure: nothing is gathered, and a reduction is
- * an all_reduce.  With one rank all is whole anyway and is run so.  [main] only.  Does not: keep low-precision weights,
- * offload, shard within groups (fsdp_plan.group is where it comes). */
+ * an all_reduce.  With one rank all is whole anyway and is run so.
+ *
+ * With [precision] compute = bf16 the held weights are bf16, and so is what is gathered; fp32 masters of the same blocks
+ * stand behind them.  [main] only.  Does not: offload, shard within groups (fsdp_plan.group is where it comes). */
 #include "fsdp.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -61,8 +63,16 @@ static phx_kit_shard held(const phx_strategy *self, uint32_t unit, uint32_t flat
   return fsdp_held(&self->plan, self->topology, phx_model_unit(self->model, unit), flat);
 }
 
-static float *held_weight(const phx_strategy *self, uint32_t unit, uint32_t flat) {
-  return (float *)self->plan.regions[FSDP_WEIGHT + flat].at + self->plan.at[flat][unit];
+static void *held_weight(const phx_strategy *self, uint32_t unit, uint32_t flat) {
+  return (char *)self->plan.regions[FSDP_WEIGHT + flat].at +
+         self->plan.at[flat][unit] * phx_kit_weight_bytes(self->topology);
+}
+
+/* Of the block that `mastered` begins with; NULL in fp32. */
+static float *held_master(const phx_strategy *self, uint32_t unit, uint32_t flat) {
+  const phx_kit_region *r = &self->plan.regions[FSDP_MASTER + flat];
+  bool part = self->plan.group == 1 && flat == PHX_FLAT_FROZEN;
+  return r->at ? (float *)r->at + self->plan.at[flat][unit] / (part ? self->topology->world_size : 1) : NULL;
 }
 
 /* The unit's gradients in the region: the held part, or the whole that it lies in. */
@@ -116,6 +126,7 @@ static phx_status fsdp_create(const phx_host *host, const void *config, const ph
   PHX_KIT_TRY(fsdp_plan_create(config, topology, model, &self->plan, err));
   PHX_KIT_TRY(phx_kit_services_open(host, self->plan.group > 1 ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err));
   PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
+  self->views.weight_dtype = topology->compute_dtype;
   PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err));
   PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->reduced, err));
   PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->mark, err));
@@ -144,12 +155,18 @@ static phx_kit_shard mine(const phx_strategy *self, uint32_t unit, uint32_t flat
                           self->topology->world_size);
 }
 
+/* Blocks whose masters this rank keeps, in compute = bf16. */
+static phx_kit_shard mastered(const phx_strategy *self, uint32_t unit, uint32_t flat) {
+  return flat == PHX_FLAT_FROZEN ? mine(self, unit, flat) : held(self, unit, flat);
+}
+
 static phx_status fsdp_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
   phx_status status = PHX_OK;
   for (uint32_t u = 0; u < self->model->n_units; u++)
     for (uint32_t flat = 0; status == PHX_OK && flat < PHX_FLATS; flat++) {
       phx_kit_shard part = mine(self, u, flat);
-      status = phx_kit_visit(visitor, self->s.optim, u, flat, part.first, part.blocks, err);
+      status = phx_kit_visit(visitor, self->s.optim, self->topology->compute_dtype, u, flat, part.first, part.blocks,
+                             err);
     }
   return status;
 }
@@ -161,11 +178,15 @@ static char *held_state(const phx_strategy *self, uint32_t unit, uint32_t k) {
 
 static phx_status fsdp_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
   (void)mode;
-  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
+  bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
+  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
     return phx_kit_fail(err, PHX_INVALID, "fsdp keeps no state of kind %d", slice->kind);
   char *base = slice->kind == PHX_STATE_OPTIM ? held_state(self, slice->unit, slice->state_index)
-                                              : (char *)held_weight(self, slice->unit, slice->flat);
-  int64_t block = slice->first_block - held(self, slice->unit, slice->flat).first;
+               : master                       ? (char *)held_master(self, slice->unit, slice->flat)
+                                              : held_weight(self, slice->unit, slice->flat);
+  phx_kit_shard part =
+      master ? mastered(self, slice->unit, slice->flat) : held(self, slice->unit, slice->flat);
+  int64_t block = slice->first_block - part.first;
   *out = base + block * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype);
   return PHX_OK;
 }
@@ -182,19 +203,56 @@ static phx_status forget_windows(phx_strategy *self, phx_error *err) {
   return self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err);
 }
 
+/* The low-precision weights of the blocks whose masters are here. */
+static phx_status derive_weights(phx_strategy *self, uint32_t unit, uint32_t flat, phx_error *err) {
+  const phx_device *d = self->s.device;
+  phx_kit_shard part = mastered(self, unit, flat);
+  if (part.blocks == 0 || !phx_kit_masters(self->topology)) return PHX_OK;
+  int64_t before = (part.first - held(self, unit, flat).first) * PHX_BLOCK * phx_kit_weight_bytes(self->topology);
+  return d->cast(d->ctx, (char *)held_weight(self, unit, flat) + before, self->topology->compute_dtype,
+                 held_master(self, unit, flat), PHX_F32, part.blocks * PHX_BLOCK, self->s.stream, err);
+}
+
+/* Where all is held, the writers' parts go around: of masters, else of weights themselves. */
+static phx_status share_weights(phx_strategy *self, uint32_t unit, uint32_t flat, phx_error *err) {
+  bool masters = phx_kit_masters(self->topology);
+  int64_t numel = mine(self, unit, flat).per * PHX_BLOCK;
+  phx_status status = PHX_OK;
+  if (masters && flat == PHX_FLAT_TRAINABLE) {
+    float *master = held_master(self, unit, flat);
+    PHX_KIT_TRY(phx_kit_make_whole(&self->s, master, master, numel, PHX_F32, err));
+    return derive_weights(self, unit, flat, err);
+  }
+  PHX_KIT_TRY(derive_weights(self, unit, flat, err));
+  void *weight = held_weight(self, unit, flat);
+  PHX_KIT_TRY(phx_kit_make_whole(&self->s, weight, weight, numel, self->topology->compute_dtype, err));
+done:
+  return status;
+}
+
+/* A shard is all there is. */
+static phx_status derive_shards(phx_strategy *self, phx_error *err) {
+  phx_status status = PHX_OK;
+  for (uint32_t u = 0; u < self->model->n_units; u++)
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) PHX_KIT_TRY(derive_weights(self, u, flat, err));
+  PHX_KIT_TRY(self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err));
+done:
+  return status;
+}
+
 static phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
   phx_status status = forget_windows(self, err);
-  if (status != PHX_OK || self->plan.group > 1) return status; /* a shard is all there is */
+  if (status != PHX_OK) return status;
   const phx_device *d = self->s.device;
   const phx_kit_region *gradients = &self->plan.regions[FSDP_GRADIENT];
   PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
+  if (self->plan.group > 1) return derive_shards(self, err);
   for (uint32_t u = 0; u < self->model->n_units; u++) {
     self->s.comm->annotate(self->s.comm->ctx, (int32_t)u);
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
       phx_kit_shard part = mine(self, u, flat);
       if (part.per == 0) continue;
-      float *weight = held_weight(self, u, flat);
-      PHX_KIT_TRY(phx_kit_make_whole(&self->s, weight, weight, part.per * PHX_BLOCK, PHX_F32, err));
+      PHX_KIT_TRY(share_weights(self, u, flat, err));
       for (uint32_t k = 0; flat == PHX_FLAT_TRAINABLE && k < self->topology->n_optim_states; k++)
         PHX_KIT_TRY(phx_kit_make_whole(&self->s, held_state(self, u, k), kept_gradient(self, u), part.per * PHX_BLOCK,
                                        self->topology->optim_dtype[k], err));
@@ -210,16 +268,17 @@ done:
 
 static phx_status gather(phx_strategy *self, const phx_kit_action *a, phx_error *err) {
   const phx_comm *c = self->s.comm;
-  float *window = (float *)self->plan.regions[FSDP_POOL].at + a->offset;
+  char *window = (char *)self->plan.regions[FSDP_POOL].at + a->offset * 4;
+  int32_t dtype = self->topology->compute_dtype;
   c->annotate(c->ctx, (int32_t)a->unit);
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
     int64_t numel = held(self, a->unit, flat).per * PHX_BLOCK;
     if (numel == 0) continue;
     phx_status status =
-        c->all_gather(c->ctx, held_weight(self, a->unit, flat), window, numel, PHX_F32, self->s.stream, err);
+        c->all_gather(c->ctx, held_weight(self, a->unit, flat), window, numel, dtype, self->s.stream, err);
     if (status != PHX_OK) return status;
     self->views.places[a->unit].weight[flat] = window;
-    window += numel * self->plan.group;
+    window += numel * self->plan.group * phx_kit_weight_bytes(self->topology);
   }
   self->gather_number[a->unit] = ++self->issued;
   return self->s.device->event_record(self->s.device->ctx, self->gathered[a->unit], self->s.stream, err);
@@ -251,6 +310,26 @@ static phx_status drop(phx_strategy *self, const phx_kit_action *a, phx_stream *
   return self->s.device->stream_wait(self->s.device->ctx, stream, self->gathered[a->unit], err);
 }
 
+/* A unit's gradients: `source` (numel of every rank's part) to the sum in `target`, through the wire's type. */
+static phx_status reduce_through(phx_strategy *self, float *source, float *target, int64_t numel, phx_error *err) {
+  const phx_comm *c = self->s.comm;
+  const phx_device *d = self->s.device;
+  phx_stream *s = self->s.stream;
+  int32_t dtype = self->topology->reduce_dtype, group = self->plan.group;
+  char *wire = self->plan.regions[FSDP_WIRE].at;
+  void *src = wire ? (void *)wire : source, *dst = target;
+  phx_status status = PHX_OK;
+  if (wire) {
+    dst = wire + (group > 1 ? c->rank * numel * (int64_t)phx_dtype_bytes(dtype) : 0);
+    PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, source, PHX_F32, numel * group, s, err));
+  }
+  PHX_KIT_TRY(group > 1 ? c->reduce_scatter(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err)
+                        : c->all_reduce(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err));
+  if (wire) PHX_KIT_TRY(d->cast(d->ctx, target, PHX_F32, dst, dtype, numel, s, err));
+done:
+  return status;
+}
+
 static phx_status reduce(phx_strategy *self, const phx_kit_action *a, phx_error *err) {
   const phx_comm *c = self->s.comm;
   const phx_device *d = self->s.device;
@@ -260,13 +339,8 @@ static phx_status reduce(phx_strategy *self, const phx_kit_action *a, phx_error 
   int64_t numel = (self->plan.group > 1 ? part.per : part.blocks) * PHX_BLOCK;
   phx_status status;
   c->annotate(c->ctx, (int32_t)a->unit);
-  if (self->plan.group > 1) {
-    if (adds) target = self->plan.regions[FSDP_REDUCED].at;
-    PHX_KIT_TRY(c->reduce_scatter(c->ctx, source, target, numel, PHX_F32, PHX_SUM, self->s.stream, err));
-  } else {
-    if (adds) target = source;
-    PHX_KIT_TRY(c->all_reduce(c->ctx, source, target, numel, PHX_F32, PHX_SUM, self->s.stream, err));
-  }
+  if (adds) target = self->plan.group > 1 ? self->plan.regions[FSDP_REDUCED].at : source;
+  PHX_KIT_TRY(reduce_through(self, source, target, numel, err));
   if (adds) PHX_KIT_TRY(d->add(d->ctx, total, target, numel, self->s.stream, err));
   PHX_KIT_TRY(d->event_record(d->ctx, self->reduced[a->unit], self->s.stream, err));
   if (self->plan.windows) {
@@ -446,6 +520,8 @@ static phx_status fsdp_update(phx_strategy *self, int64_t step, float scale, phx
                            .first = part.first,
                            .blocks = part.blocks,
                            .weight = held_weight(self, u, PHX_FLAT_TRAINABLE),
+                           .master = held_master(self, u, PHX_FLAT_TRAINABLE),
+                           .weight_dtype = self->topology->compute_dtype,
                            .gradient = held_gradient(self, u)};
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = held_state(self, u, k);
     status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);

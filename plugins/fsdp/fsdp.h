@@ -16,6 +16,9 @@ enum {
   FSDP_GRADIENT, /* held gradients, or whole ones where they wait for the step's last micro-batch */
   FSDP_REDUCED,  /* one unit's reduced shard, before it is added to what earlier micro-batches gave */
   FSDP_POOL,     /* windows */
+  FSDP_MASTER,   /* compute = bf16: held weights of the trainable flats in fp32 */
+  FSDP_ICE,      /* the same of the frozen flats; where all is held, of this rank's part only */
+  FSDP_WIRE,     /* reduce = bf16: one unit's gradients on their way; the stream's order makes one enough */
   FSDP_STATES,
   FSDP_REGIONS = FSDP_STATES + PHX_OPTIM_STATES_MAX
 };
@@ -27,7 +30,7 @@ typedef struct fsdp_plan {
   bool windows;            /* gradients pass through the pool; else they are whole and stay */
   bool adds;               /* reduced gradients of micro-batches are added up */
   int64_t *at[PHX_FLATS];  /* (n_units) elements from the start of the region to the unit's held part */
-  int64_t *weight_numel;   /* (n_units) of a gather window; 0: never gathered */
+  int64_t *weight_numel;   /* (n_units) of a gather window, in elements of 4 bytes; 0: never gathered */
   int64_t *gradient_numel; /* (n_units) of a gradient window */
   phx_kit_program train, evaluate;
   phx_kit_region regions[FSDP_REGIONS];

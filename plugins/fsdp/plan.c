@@ -40,7 +40,8 @@ static void place_units(const fsdp_config *c, const phx_topology *t, const phx_m
       p->at[flat][u] = held_numel[flat];
       held_numel[flat] += numel;
       if (flat == PHX_FLAT_TRAINABLE && numel > *largest_shard) *largest_shard = numel;
-      if (c->sharding != FSDP_NONE) p->weight_numel[u] += phx_kit_whole_numel(unit->blocks[flat], t->world_size);
+      if (c->sharding != FSDP_NONE)
+        p->weight_numel[u] += phx_kit_whole_numel(unit->blocks[flat], t->world_size) * phx_kit_weight_bytes(t) / 4;
     }
     p->gradient_numel[u] = phx_kit_whole_numel(unit->blocks[PHX_FLAT_TRAINABLE], t->world_size);
   }
@@ -80,8 +81,16 @@ static void plan_regions(const phx_topology *t, fsdp_plan *p, const int64_t held
   phx_kit_region *r = p->regions;
   bool whole = p->group == 1 || !p->windows; /* gradients that are reduced where they are kept */
   int64_t pool = p->train.pool_numel > p->evaluate.pool_numel ? p->train.pool_numel : p->evaluate.pool_numel;
-  r[FSDP_WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * 4};
-  r[FSDP_FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_FROZEN] * 4};
+  int64_t size = phx_kit_weight_bytes(t);
+  r[FSDP_WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * size};
+  r[FSDP_FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_FROZEN] * size};
+  if (phx_kit_masters(t)) {
+    int64_t ice = held[PHX_FLAT_FROZEN] / (p->group == 1 ? t->world_size : 1);
+    r[FSDP_MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * 4};
+    r[FSDP_ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = ice * 4};
+  }
+  r[FSDP_WIRE] = (phx_kit_region){
+      .kind = PHX_MEM_BUFFER, .shared = 1, .bytes = phx_kit_wire_bytes(t, largest_shard * p->group)};
   r[FSDP_GRADIENT] = (phx_kit_region){
       .kind = PHX_MEM_GRADIENT, .shared = whole, .bytes = held[PHX_FLAT_TRAINABLE] * 4 * (p->windows ? 1 : p->group)};
   if (p->adds && p->group > 1) r[FSDP_REDUCED] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .bytes = largest_shard * 4};
@@ -106,7 +115,7 @@ phx_status fsdp_plan_create(const fsdp_config *c, const phx_topology *t, const p
     status = phx_kit_fail(err, PHX_NOMEM, "no memory for the plan of %u units", m->n_units);
     goto done;
   }
-  PHX_KIT_TRY(phx_kit_check_topology(t, err));
+  PHX_KIT_TRY(phx_kit_check_precision(t, err));
   PHX_KIT_TRY(check_options(c, err));
   PHX_KIT_TRY(phx_kit_order_create(m, &order, err)); /* every trainable unit is reduced once */
   place_units(c, t, m, &p, held, &largest_shard);
@@ -132,13 +141,13 @@ phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_mo
     const phx_unit *unit = phx_model_unit(m, a->unit);
     for (uint32_t flat = 0; a->what == PHX_KIT_GATHER && flat < PHX_FLATS; flat++)
       if (unit->blocks[flat] > 0)
-        phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, fsdp_held(&p, t, unit, flat).per * PHX_BLOCK, PHX_F32, 0,
-                              t->accumulate);
+        phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, fsdp_held(&p, t, unit, flat).per * PHX_BLOCK,
+                              t->compute_dtype, 0, t->accumulate);
     int64_t numel = fsdp_held(&p, t, unit, PHX_FLAT_TRAINABLE).per * PHX_BLOCK;
     if (p.group == 1) numel = unit->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
     if (a->what == PHX_KIT_REDUCE)
-      phx_kit_estimate_call(out, t, p.group > 1 ? PHX_OP_REDUCE_SCATTER : PHX_OP_ALL_REDUCE, numel, PHX_F32, 0,
-                            p.adds ? t->accumulate : 1);
+      phx_kit_estimate_call(out, t, p.group > 1 ? PHX_OP_REDUCE_SCATTER : PHX_OP_ALL_REDUCE, numel,
+                            t->reduce_dtype, 0, p.adds ? t->accumulate : 1);
   }
   fsdp_plan_destroy(&p);
   return PHX_OK;

@@ -12,11 +12,11 @@ phx_status gpt_block_forward(phx_model_self *self, const phx_stage_call *call, p
   phx_stream *st = call->stream;
   const int64_t b = call->batch, t = call->sequence, n = b * t, c = self->sizes.width, heads = self->sizes.heads;
   gpt_block_plan p;
-  gpt_block_layout(&self->sizes, b, t, 0, &p);
-  float *const saved = call->saved, *const space = call->workspace;
-  float *const one = gpt_at(space, p.a), *const two = gpt_at(space, p.b); /* (N, C) each */
-  float *const qkv = gpt_at(saved, p.qkv), *const att = gpt_at(saved, p.att), *const res2 = gpt_at(saved, p.res2);
-  float *const act = gpt_at(saved, p.act);
+  gpt_block_layout(&self->sizes, self->dtype, b, t, 0, &p);
+  void *const saved = call->saved, *const space = call->workspace;
+  void *const one = gpt_at(space, p.a), *const two = gpt_at(space, p.b); /* (N, C) each */
+  void *const qkv = gpt_at(saved, p.qkv), *const att = gpt_at(saved, p.att), *const res2 = gpt_at(saved, p.res2);
+  void *const act = gpt_at(saved, p.act);
 
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, one, NULL, gpt_at(saved, p.mean1), gpt_at(saved, p.rstd1), call->input,
                         NULL, gpt_weight(w, GPT_LN1_W), gpt_weight(w, GPT_LN1_B), n, c, GPT_EPS, st, err));
@@ -35,9 +35,8 @@ phx_status gpt_block_forward(phx_model_self *self, const phx_stage_call *call, p
 }
 
 /* Gradient of a linear's weight and bias from d(N, oc) and its input x(N, ic); nothing when both are frozen. */
-static phx_status weight_gradient(const phx_model_self *self, const phx_stage_call *call, uint32_t weight,
-                                  float *drop, const float *d, const float *x, int64_t ic, int64_t oc,
-                                  phx_error *err) {
+static phx_status weight_gradient(const phx_model_self *self, const phx_stage_call *call, uint32_t weight, float *drop,
+                                  const void *d, const void *x, int64_t ic, int64_t oc, phx_error *err) {
   const gpt_gradient g = gpt_gradient_of(call->view, weight, drop);
   if (!g.w) return PHX_OK;
   return self->ops->linear_backward_weight(self->ops->ctx, self->dtype, g.w, g.b, d, 0, x, call->batch * call->sequence,
@@ -51,9 +50,10 @@ static phx_status mlp_backward(const phx_model_self *self, const phx_stage_call 
   const phx_view *w = call->view;
   phx_stream *st = call->stream;
   const int64_t n = call->batch * call->sequence, c = self->sizes.width;
-  float *const saved = call->saved, *const space = call->workspace;
-  float *const wide = gpt_at(space, p->wide), *const narrow = gpt_at(space, p->narrow);
-  float *const drop = gpt_at(space, p->drop), *const res2 = gpt_at(saved, p->res2);
+  void *const saved = call->saved, *const space = call->workspace;
+  void *const wide = gpt_at(space, p->wide), *const narrow = gpt_at(space, p->narrow);
+  void *const res2 = gpt_at(saved, p->res2);
+  float *const drop = gpt_at(space, p->drop);
   float *const mean = gpt_at(saved, p->mean2), *const rstd = gpt_at(saved, p->rstd2);
 
   GPT_TRY(weight_gradient(self, call, GPT_OUT_W, drop, call->d_output, gpt_at(saved, p->act), 4 * c, c, err));
@@ -77,9 +77,10 @@ static phx_status attention_backward(const phx_model_self *self, const phx_stage
   const phx_view *w = call->view;
   phx_stream *st = call->stream;
   const int64_t b = call->batch, t = call->sequence, n = b * t, c = self->sizes.width;
-  float *const saved = call->saved, *const space = call->workspace;
-  float *const dqkv = gpt_at(space, p->wide), *const narrow = gpt_at(space, p->narrow);
-  float *const drop = gpt_at(space, p->drop), *const att = gpt_at(saved, p->att);
+  void *const saved = call->saved, *const space = call->workspace;
+  void *const dqkv = gpt_at(space, p->wide), *const narrow = gpt_at(space, p->narrow);
+  void *const att = gpt_at(saved, p->att);
+  float *const drop = gpt_at(space, p->drop);
   float *const mean = gpt_at(saved, p->mean1), *const rstd = gpt_at(saved, p->rstd1);
 
   GPT_TRY(weight_gradient(self, call, GPT_ATT_W, drop, call->d_input, att, c, c, err));
@@ -102,7 +103,7 @@ phx_status gpt_block_backward(phx_model_self *self, const phx_stage_call *call, 
   if (call->d_input == call->d_output)
     return gpt_fail(err, PHX_INTERNAL, "a block's d_input and d_output are one buffer: give it two");
   gpt_block_plan p;
-  gpt_block_layout(&self->sizes, call->batch, call->sequence, 0, &p);
+  gpt_block_layout(&self->sizes, self->dtype, call->batch, call->sequence, 0, &p);
   GPT_TRY(mlp_backward(self, call, &p, err));
   return attention_backward(self, call, &p, err);
 }

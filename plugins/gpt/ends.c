@@ -25,19 +25,25 @@ static phx_status last_logits(const phx_model_self *self, const phx_stage_call *
                               phx_error *err) {
   const phx_ops *o = self->ops;
   const phx_device *dev = self->device;
-  const int64_t b = call->batch, t = call->sequence, c = self->sizes.width;
-  const float *const x = call->input;
-  float *const rows = gpt_at(call->workspace, p->last), *const ln = gpt_at(call->workspace, p->ln); /* (B, C) each */
+  const int64_t b = call->batch, t = call->sequence, c = self->sizes.width, v = self->sizes.vocab;
+  const int64_t row = c * (int64_t)phx_dtype_bytes(self->dtype);
+  const char *const x = call->input;
+  char *const rows = gpt_at(call->workspace, p->last);
+  void *const ln = gpt_at(call->workspace, p->ln), *const logits = gpt_at(call->saved, p->logits);
   for (int64_t i = 0; i < b; i++)
-    GPT_TRY(dev->copy(dev->ctx, rows + i * c, x + ((i + 1) * t - 1) * c, c * (int64_t)sizeof(float), call->stream,
-                      err));
+    GPT_TRY(dev->copy(dev->ctx, rows + i * row, x + ((i + 1) * t - 1) * row, row, call->stream, err));
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p->mean), gpt_at(call->saved, p->rstd), rows,
                         NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), b, c, GPT_EPS,
                         call->stream, err));
-  float *const logits = gpt_at(call->saved, p->logits);
-  GPT_TRY(o->linear(o->ctx, self->dtype, logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c,
-                    self->sizes.vocab, 0, call->stream, err));
-  return dev->copy(dev->ctx, call->logits, logits, b * self->sizes.vocab * (int64_t)sizeof(float), call->stream, err);
+  GPT_TRY(o->linear(o->ctx, self->dtype, logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c, v, 0,
+                    call->stream, err));
+  const void *wide = logits;
+  if (self->dtype != PHX_F32) {
+    void *const to = gpt_at(call->workspace, p->wide);
+    GPT_TRY(dev->cast(dev->ctx, to, PHX_F32, logits, self->dtype, b * v, call->stream, err));
+    wide = to;
+  }
+  return dev->copy(dev->ctx, call->logits, wide, b * v * (int64_t)sizeof(float), call->stream, err);
 }
 
 phx_status gpt_head_forward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
@@ -46,14 +52,14 @@ phx_status gpt_head_forward(phx_model_self *self, const phx_stage_call *call, ph
   const int64_t n = call->batch * call->sequence, c = s->width;
   const int32_t evaluate = call->pass == PHX_PASS_EVALUATE;
   gpt_head_plan p;
-  gpt_head_layout(s, call->batch, call->sequence, 0, &p);
+  gpt_head_layout(s, self->dtype, call->batch, call->sequence, 0, &p);
   if (evaluate && call->logits) GPT_TRY(last_logits(self, call, &p, err));
   if (!call->targets) {
     if (evaluate && call->logits) return PHX_OK;
     return gpt_fail(err, PHX_INTERNAL, "the head was called without targets");
   }
-  float *const ln = gpt_at(call->workspace, p.ln), *const losses = gpt_at(call->workspace, p.losses);
-  float *const logits = gpt_at(call->saved, p.logits);
+  void *const ln = gpt_at(call->workspace, p.ln), *const logits = gpt_at(call->saved, p.logits);
+  float *const losses = gpt_at(call->workspace, p.losses);
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p.mean), gpt_at(call->saved, p.rstd),
                         call->input, NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), n, c,
                         GPT_EPS, call->stream, err));
@@ -72,9 +78,9 @@ phx_status gpt_head_backward(phx_model_self *self, const phx_stage_call *call, p
   phx_stream *st = call->stream;
   const int64_t n = call->batch * call->sequence, c = s->width;
   gpt_head_plan p;
-  gpt_head_layout(s, call->batch, call->sequence, 0, &p);
-  float *const ln = gpt_at(call->workspace, p.ln), *const drop = gpt_at(call->workspace, p.drop);
-  float *const d_logits = gpt_at(call->saved, p.logits);
+  gpt_head_layout(s, self->dtype, call->batch, call->sequence, 0, &p);
+  void *const ln = gpt_at(call->workspace, p.ln), *const d_logits = gpt_at(call->saved, p.logits);
+  float *const drop = gpt_at(call->workspace, p.drop);
   float *const mean = gpt_at(call->saved, p.mean), *const rstd = gpt_at(call->saved, p.rstd);
   const phx_param_view *wte = gpt_view(w, GPT_HEAD_WTE);
   if (wte->gradient) {

@@ -50,7 +50,8 @@ phx_status gpt_declare(const void *config, phx_model *out, phx_model_facts *fact
 /* Byte offsets into `saved` and `workspace`, each a multiple of PHX_ALIGN.  One function lays them out, for
  * stage_memory() and for the stages, so what is announced is what is used. */
 typedef struct gpt_block_plan {
-  int64_t mean1, rstd1, qkv, att, lse, res2, mean2, rstd2, pre, act; /* saved: 13 C + H + 4 floats a token */
+  /* saved: 13 C elements and H + 4 floats a token */
+  int64_t mean1, rstd1, qkv, att, lse, res2, mean2, rstd2, pre, act;
   int64_t saved;
   int64_t a, b;                    /* workspace, forward: (N, C) each */
   int64_t wide, narrow, rows, drop; /* workspace, backward: (N, 4C), (N, C), (B, H, T), a discarded gradient */
@@ -58,13 +59,14 @@ typedef struct gpt_block_plan {
 } gpt_block_plan;
 typedef struct gpt_head_plan {
   int64_t mean, rstd, logits, saved; /* (N), (N), (N, Vp): the logits become their own gradient in place */
-  int64_t ln, losses, last;          /* workspace, forward: (N, C), (N), (B, C) */
+  int64_t ln, losses, last, wide;    /* workspace, forward: (N, C), (N), (B, C), bf16 alone: (B, V) in fp32 */
   int64_t drop;                      /* workspace, backward, behind ln: a discarded gradient */
   int64_t workspace;
 } gpt_head_plan;
-/* drop: floats of the largest gradient that an operation writes though its parameter is frozen (0: none). */
-void gpt_block_layout(const gpt_sizes *sizes, int64_t b, int64_t t, int64_t drop, gpt_block_plan *out);
-void gpt_head_layout(const gpt_sizes *sizes, int64_t b, int64_t t, int64_t drop, gpt_head_plan *out);
+/* Activations and their gradients are of dtype; means, deviations, log-sum-exps, losses and gradients of weights fp32.
+ * drop: floats of the largest gradient that an operation writes though its parameter is frozen (0: none). */
+void gpt_block_layout(const gpt_sizes *sizes, int32_t dtype, int64_t b, int64_t t, int64_t drop, gpt_block_plan *out);
+void gpt_head_layout(const gpt_sizes *sizes, int32_t dtype, int64_t b, int64_t t, int64_t drop, gpt_head_plan *out);
 
 struct phx_model_self {
   const phx_host *host;
@@ -106,8 +108,12 @@ gpt_gradient gpt_gradient_of(const phx_view *view, uint32_t weight, float *drop)
 static inline const phx_param_view *gpt_view(const phx_view *view, uint32_t i) {
   return (const phx_param_view *)(const void *)((const char *)view->params + (size_t)i * view->param_stride);
 }
-static inline const float *gpt_weight(const phx_view *view, uint32_t i) { return gpt_view(view, i)->weight; }
-static inline float *gpt_at(void *base, int64_t offset) { return (float *)(void *)((char *)base + offset); }
+static inline const void *gpt_weight(const phx_view *view, uint32_t i) {
+  return gpt_view(view, i)->weight;
+}
+static inline void *gpt_at(void *base, int64_t offset) {
+  return (char *)base + offset;
+}
 
 #define GPT_TRY(call)                        \
   do {                                       \

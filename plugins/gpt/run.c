@@ -13,53 +13,58 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static int64_t take(int64_t *cursor, int64_t floats) {
+/* Room for `elements` of dtype, or for as many floats. */
+static int64_t take_as(int64_t *cursor, int32_t dtype, int64_t elements) {
   const int64_t at = *cursor;
-  *cursor += phx_align_bytes(floats * (int64_t)sizeof(float));
+  *cursor += phx_align_bytes(elements * (int64_t)phx_dtype_bytes(dtype));
   return at;
+}
+static int64_t take(int64_t *cursor, int64_t floats) {
+  return take_as(cursor, PHX_F32, floats);
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-void gpt_block_layout(const gpt_sizes *s, int64_t b, int64_t t, int64_t drop, gpt_block_plan *p) {
+void gpt_block_layout(const gpt_sizes *s, int32_t dtype, int64_t b, int64_t t, int64_t drop, gpt_block_plan *p) {
   const int64_t n = b * t, c = s->width;
   int64_t at = 0;
   p->mean1 = take(&at, n);
   p->rstd1 = take(&at, n);
-  p->qkv = take(&at, n * 3 * c);
-  p->att = take(&at, n * c);
+  p->qkv = take_as(&at, dtype, n * 3 * c);
+  p->att = take_as(&at, dtype, n * c);
   p->lse = take(&at, n * s->heads);
-  p->res2 = take(&at, n * c);
+  p->res2 = take_as(&at, dtype, n * c);
   p->mean2 = take(&at, n);
   p->rstd2 = take(&at, n);
-  p->pre = take(&at, n * 4 * c);
-  p->act = take(&at, n * 4 * c);
+  p->pre = take_as(&at, dtype, n * 4 * c);
+  p->act = take_as(&at, dtype, n * 4 * c);
   p->saved = at;
   at = 0;
-  p->a = take(&at, n * c);
-  p->b = take(&at, n * c);
+  p->a = take_as(&at, dtype, n * c);
+  p->b = take_as(&at, dtype, n * c);
   const int64_t forward = at;
   at = 0;
-  p->wide = take(&at, n * 4 * c);
-  p->narrow = take(&at, n * c);
+  p->wide = take_as(&at, dtype, n * 4 * c);
+  p->narrow = take_as(&at, dtype, n * c);
   p->rows = take(&at, n * s->heads);
   p->drop = take(&at, drop);
   p->workspace = larger(forward, at);
 }
 
-void gpt_head_layout(const gpt_sizes *s, int64_t b, int64_t t, int64_t drop, gpt_head_plan *p) {
+void gpt_head_layout(const gpt_sizes *s, int32_t dtype, int64_t b, int64_t t, int64_t drop, gpt_head_plan *p) {
   const int64_t n = b * t;
   int64_t at = 0;
   p->mean = take(&at, n);
   p->rstd = take(&at, n);
-  p->logits = take(&at, n * s->vp);
+  p->logits = take_as(&at, dtype, n * s->vp);
   p->saved = at;
   at = 0;
-  p->ln = take(&at, n * s->width);
+  p->ln = take_as(&at, dtype, n * s->width);
   p->losses = take(&at, n);
-  p->last = take(&at, b * s->width);
+  p->last = take_as(&at, dtype, b * s->width);
+  p->wide = dtype == PHX_F32 ? 0 : take(&at, b * s->vocab);
   const int64_t forward = at;
-  at = phx_align_bytes(n * s->width * (int64_t)sizeof(float));
+  at = p->losses; /* behind ln */
   p->drop = take(&at, drop);
   p->workspace = larger(forward, at);
 }
@@ -96,8 +101,9 @@ static phx_status check_shape(const gpt_sizes *s, const phx_batch_shape *shape, 
   if (shape->micro < 1 || shape->sequence < 1 || shape->sequence > s->context)
     return gpt_fail(err, PHX_INVALID, "a micro-batch of %" PRId64 " x %" PRId64 " tokens does not fit a context of %"
                     PRId64, shape->micro, shape->sequence, s->context);
-  if (gpt_dtype(shape) != PHX_F32)
-    return gpt_fail(err, PHX_UNSUPPORTED, "the gpt model computes in fp32: set [precision] compute = fp32");
+  if (gpt_dtype(shape) != PHX_F32 && gpt_dtype(shape) != PHX_BF16)
+    return gpt_fail(err, PHX_UNSUPPORTED,
+                    "the gpt model computes in fp32 or bf16: set [precision] compute to one of them");
   const double row = (double)larger(s->vp, 16 * s->width) * sizeof(float);
   if ((double)shape->micro * (double)shape->sequence * row > 0x1p62)
     return gpt_fail(err, PHX_INVALID,
@@ -113,17 +119,18 @@ phx_status gpt_stage_memory(const void *config, const phx_batch_shape *shape, ui
   GPT_TRY(check_shape(&s, shape, err));
   if (stage > (uint32_t)s.layers + 1)
     return gpt_fail(err, PHX_INVALID, "stage %" PRIu32 " of %" PRId64, stage, s.layers + 2);
+  const int32_t dtype = gpt_dtype(shape);
   phx_stage_memory m = {.struct_size = sizeof m};
   if (stage <= (uint32_t)s.layers)
-    m.output = phx_align_bytes(shape->micro * shape->sequence * s.width * (int64_t)sizeof(float));
+    m.output = phx_align_bytes(shape->micro * shape->sequence * s.width * (int64_t)phx_dtype_bytes(dtype));
   if (stage == (uint32_t)s.layers + 1) {
     gpt_head_plan plan;
-    gpt_head_layout(&s, shape->micro, shape->sequence, dropped(config, &s, stage), &plan);
+    gpt_head_layout(&s, dtype, shape->micro, shape->sequence, dropped(config, &s, stage), &plan);
     m.saved = plan.saved;
     m.workspace = plan.workspace;
   } else if (stage > 0) {
     gpt_block_plan plan;
-    gpt_block_layout(&s, shape->micro, shape->sequence, dropped(config, &s, stage), &plan);
+    gpt_block_layout(&s, dtype, shape->micro, shape->sequence, dropped(config, &s, stage), &plan);
     m.saved = plan.saved;
     m.workspace = plan.workspace;
   }
@@ -193,10 +200,11 @@ static phx_status check_call(const phx_model_self *self, const phx_stage_call *c
                     call->stage, call->view->n_params, params);
   for (uint32_t i = 0; i < params; i++) {
     const phx_param_view *v = gpt_view(call->view, i);
-    if (v->weight && v->weight_dtype != PHX_F32)
+    if (v->weight && v->weight_dtype != self->dtype)
       return gpt_fail(err, PHX_UNSUPPORTED,
-                      "the gpt model computes in fp32 and was given weights of another type: set [precision] compute = "
-                      "fp32");
+                      "parameter %" PRIu32 " of stage %" PRIu32 " comes in dtype %" PRId32
+                      ", but the model was created to compute in dtype %" PRId32,
+                      i, call->stage, v->weight_dtype, self->dtype);
     if (v->gradient && v->gradient_dtype != PHX_F32)
       return gpt_fail(err, PHX_UNSUPPORTED, "the gpt model writes fp32 gradients and was given another type");
   }

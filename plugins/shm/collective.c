@@ -161,22 +161,18 @@ static phx_status run_direct(move *m, phx_error *err) {
 
 /* ---- staged: chunks through the halves of the staging area ---- */
 
-typedef struct chunking { /* a buffer is `pieces` parts; chunk k takes elements [k * step, (k + 1) * step) of each */
-  int32_t pieces;
-  int64_t step, rounds;
-} chunking;
-
-static chunking chunk(const move *m) {
-  int32_t op = m->call->op, one = op == PHX_OP_ALL_GATHER || op == PHX_OP_BROADCAST;
-  chunking k = {one ? 1 : m->c->n, 0, 0};
-  int64_t longest = m->call->numel, lo = 0, grain = SHM_GRAIN / m->element;
-  if (op == PHX_OP_ALL_REDUCE || op == PHX_OP_REDUCE) shm_cut(m->call->numel, m->element, m->c->n, 0, &lo, &longest);
-  k.step = m->c->world->config.staging / 2 / (k.pieces * m->element) / grain * grain;
+shm_chunks shm_chunks_of(const shm_call *call) {
+  const shm_comm *c = call->comm;
+  int32_t op = call->op, one = op == PHX_OP_ALL_GATHER || op == PHX_OP_BROADCAST;
+  shm_chunks k = {one ? 1 : c->n, 0, 0};
+  int64_t element = (int64_t)phx_dtype_bytes(call->dtype), longest = call->numel, lo = 0, grain = SHM_GRAIN / element;
+  if (op == PHX_OP_ALL_REDUCE || op == PHX_OP_REDUCE) shm_cut(call->numel, element, c->n, 0, &lo, &longest);
+  k.step = c->world->config.staging / 2 / (k.pieces * element) / grain * grain;
   k.rounds = (longest + k.step - 1) / k.step;
   return k;
 }
 /* Chunk r of part q, in elements of the whole buffer. */
-static void part(const move *m, const chunking *k, int64_t r, int32_t q, int64_t *lo, int64_t *hi) {
+static void part(const move *m, const shm_chunks *k, int64_t r, int32_t q, int64_t *lo, int64_t *hi) {
   int32_t op = m->call->op;
   int64_t begin = 0, end = m->call->numel;
   if (op == PHX_OP_ALL_REDUCE || op == PHX_OP_REDUCE) {
@@ -188,11 +184,11 @@ static void part(const move *m, const chunking *k, int64_t r, int32_t q, int64_t
   *lo = begin + r * k->step < end ? begin + r * k->step : end;
   *hi = end - *lo < k->step ? end : *lo + k->step;
 }
-static char *stage(const move *m, const chunking *k, int32_t rank, int64_t r, int32_t q) {
+static char *stage(const move *m, const shm_chunks *k, int32_t rank, int64_t r, int32_t q) {
   return m->c->staging[rank] + (r & 1) * (m->c->world->config.staging / 2) + q * k->step * m->element;
 }
 
-static void stage_in(move *m, const chunking *k, int64_t r) {
+static void stage_in(move *m, const shm_chunks *k, int64_t r) {
   int64_t lo = 0, hi = 0;
   if (m->call->op == PHX_OP_BROADCAST && m->call->root != m->c->me) return;
   for (int32_t q = 0; q < k->pieces; q++) {
@@ -202,7 +198,7 @@ static void stage_in(move *m, const chunking *k, int64_t r) {
   }
 }
 
-static void stage_work(move *m, const chunking *k, int64_t r) {
+static void stage_work(move *m, const shm_chunks *k, int64_t r) {
   shm_comm *c = m->c;
   int32_t op = m->call->op, root = m->call->root;
   int64_t lo = 0, hi = 0, whole = m->call->numel * m->element;
@@ -233,7 +229,7 @@ static void stage_work(move *m, const chunking *k, int64_t r) {
   }
 }
 
-static void stage_out(move *m, const chunking *k, int64_t r) {
+static void stage_out(move *m, const shm_chunks *k, int64_t r) {
   int64_t lo = 0, hi = 0;
   if (m->call->op != PHX_OP_ALL_REDUCE && (m->call->op != PHX_OP_REDUCE || m->call->root != m->c->me)) return;
   for (int32_t q = 0; q < k->pieces; q++) {
@@ -243,7 +239,7 @@ static void stage_out(move *m, const chunking *k, int64_t r) {
 }
 
 static phx_status run_staged(move *m, phx_error *err) {
-  chunking k = chunk(m);
+  const shm_chunks k = shm_chunks_of(m->call);
   int results = m->call->op == PHX_OP_ALL_REDUCE || m->call->op == PHX_OP_REDUCE; /* come back through the staging */
   stage_in(m, &k, 0);
   phx_status status = shm_barrier(m->call, err);
@@ -255,6 +251,63 @@ static phx_status run_staged(move *m, phx_error *err) {
     if (status == PHX_OK) stage_out(m, &k, r);
   }
   return status; /* the next staged call fills its first half only after everybody arrived there */
+}
+
+/* ---- the same for memory that the CPU cannot reach: the copies in and out are the device's (device.c) ---- */
+
+static move move_of(const shm_call *call) {
+  return (move){.call = (shm_call *)(uintptr_t)call, .c = call->comm, .element = (int64_t)phx_dtype_bytes(call->dtype)};
+}
+static int reduces(int32_t op) {
+  return op == PHX_OP_ALL_REDUCE || op == PHX_OP_REDUCE || op == PHX_OP_REDUCE_SCATTER;
+}
+
+int shm_staged_in(const shm_call *call, const shm_chunks *k, int64_t round, int32_t q, shm_part *out) {
+  const move m = move_of(call);
+  int64_t lo = 0, hi = 0;
+  if (q >= k->pieces || (call->op == PHX_OP_BROADCAST && call->root != m.c->me)) return 0;
+  part(&m, k, round, q, &lo, &hi);
+  *out = (shm_part){lo, hi - lo, stage(&m, k, m.c->me, round, q)};
+  return 1;
+}
+
+int shm_staged_out(const shm_call *call, const shm_chunks *k, int64_t round, int32_t q, shm_part *out) {
+  const move m = move_of(call);
+  const int32_t op = call->op, me = m.c->me, root = call->root;
+  int64_t lo = 0, hi = 0;
+  if (op == PHX_OP_ALL_REDUCE || op == PHX_OP_REDUCE) {
+    if (q >= k->pieces || (op == PHX_OP_REDUCE && root != me)) return 0;
+    part(&m, k, round, q, &lo, &hi);
+    *out = (shm_part){lo, hi - lo, stage(&m, k, me, round, q)};
+    return 1;
+  }
+  const int32_t mine = op == PHX_OP_ALL_TO_ALL || op == PHX_OP_REDUCE_SCATTER ? me : 0;
+  const int32_t single = op == PHX_OP_REDUCE_SCATTER || op == PHX_OP_BROADCAST;
+  if (q >= (single ? 1 : m.c->n) || (op == PHX_OP_BROADCAST && root == me)) return 0;
+  const int32_t from = op == PHX_OP_REDUCE_SCATTER ? me : op == PHX_OP_BROADCAST ? root : (me + 1 + q) % m.c->n;
+  part(&m, k, round, mine, &lo, &hi);
+  *out = (shm_part){(single ? 0 : from * call->numel) + lo - mine * call->numel, hi - lo,
+                    stage(&m, k, from, round, mine)};
+  return 1;
+}
+
+phx_status shm_staged_reduce(shm_call *call, int64_t round, phx_error *err) {
+  move m = move_of(call);
+  const shm_chunks k = shm_chunks_of(call);
+  const int32_t op = call->op, me = m.c->me;
+  void *at[PHX_RANKS_MAX];
+  const void *const *in = (const void *const *)at;
+  int64_t lo = 0, hi = 0;
+  shm_part out;
+  for (int32_t q = 0; !reduces(op) && shm_staged_out(call, &k, round, q, &out); q++)
+    if (out.staging != stage(&m, &k, me, round, op == PHX_OP_ALL_TO_ALL ? me : 0)) call->moved += out.numel * m.element;
+  if (!reduces(op)) return PHX_OK;
+  for (int32_t p = 0; p < m.c->n; p++) at[p] = stage(&m, &k, p, round, me);
+  part(&m, &k, round, me, &lo, &hi);
+  if (op == PHX_OP_ALL_REDUCE) reduce_pass(&m, at, m.c->n, 0, in, hi - lo);
+  if (op == PHX_OP_REDUCE) reduce_pass(&m, &at[call->root], 1, call->root, in, hi - lo);
+  if (op == PHX_OP_REDUCE_SCATTER) reduce_pass(&m, &at[me], 1, me, in, hi - lo);
+  return op == PHX_OP_REDUCE_SCATTER ? PHX_OK : shm_barrier(call, err);
 }
 
 /* A world of one: copy, or nothing. */

@@ -1,6 +1,6 @@
 /* issue.c - the phx_comm table: arguments are checked, a call gets its ticket, and is run inline or enqueued.
  *
- * Calls on the NULL stream run at once in the caller; calls on any other stream are records in the communicator's queue
+ * Calls on the NULL stream run at once in the caller (not so those on device memory, which are device.c's); calls on any other stream are records in the communicator's queue
  * (SHM_QUEUE, part of the communicator: no allocation per call), enqueued with device->enqueue; when the queue is full,
  * issuing waits for the oldest.  One communicator is one order: a call runs only when all calls issued before it are
  * done; one that is started earlier (two streams that no event orders) is refused as PHX_STATE.
@@ -10,6 +10,7 @@
  *
  * Stats: each communicator counts its own calls; the world counts, besides, those of all that was split off it, so that
  * world->stats() is what this rank moved.  Threads: issuing is [main]; running is the stream's thread. */
+#include <phalanx/kit_comm.h>
 #include <string.h>
 
 #include "shm.h"
@@ -18,7 +19,7 @@ static phx_status check_alive(const shm_comm *c, phx_error *err) {
   const phx_job *job = c->world->job;
   char why[300];
   if (__atomic_load_n(job->failed, __ATOMIC_ACQUIRE)) {
-    shm_job_failure(job, why, sizeof why);
+    phx_kit_job_failure(job, why, sizeof why);
     return shm_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
   }
   if (__atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) || __atomic_load_n(&c->world->all->aborted, __ATOMIC_ACQUIRE))
@@ -44,13 +45,13 @@ static phx_status check_order(const shm_call *call, phx_error *err) {
                   phx_op_name(call->op), (unsigned long long)call->ticket + 1, (unsigned long long)c->id,
                   (unsigned long long)done);
 }
-static phx_status begin(shm_call *call, phx_error *err) {
+phx_status shm_begin(shm_call *call, phx_error *err) {
   phx_status status = check_order(call, err);
   if (status == PHX_OK) status = check_alive(call->comm, err);
   if (status == PHX_OK) shm_flight_begin(call, call->ticket + 1);
   return status;
 }
-static phx_status end(shm_call *call, phx_status status) {
+phx_status shm_end(shm_call *call, phx_status status) {
   shm_comm *c = call->comm;
   int32_t on_stream = call->on_stream; /* once `done` is stored, the record belongs to [main] again */
   if (status == PHX_OK) {
@@ -69,22 +70,26 @@ static phx_status end(shm_call *call, phx_status status) {
 }
 static phx_status run(void *arg, phx_error *err) {
   shm_call *call = arg;
-  phx_status status = begin(call, err);
+  phx_status status = shm_begin(call, err);
   if (status == PHX_OK) {
     status = call->op == PHX_OP_SEND   ? shm_send(call, err)
              : call->op == PHX_OP_RECV ? shm_recv(call, err)
                                        : shm_collective(call, err);
   }
-  return end(call, status);
+  return shm_end(call, status);
 }
 
 static phx_status issue(shm_call call, phx_stream *s, phx_error *err) {
   shm_comm *c = call.comm;
   phx_status status = check_alive(c, err);
   if (status != PHX_OK) return status;
+  int32_t is_device = 0;
+  status = shm_device_check(&call, &is_device, err);
+  if (status != PHX_OK) return status;
   call.ticket = c->issued;
   call.unit = c->unit;
-  if (!s) {
+  if (!s && !is_device) {
+    if (c->world->far) shm_drain(c, c->issued); /* what is on streams may be behind the caller here, and only here */
     status = check_order(&call, err); /* refused before it takes its ticket: what is pending goes on */
     if (status != PHX_OK) return status;
     c->issued++;
@@ -94,6 +99,10 @@ static phx_status issue(shm_call call, phx_stream *s, phx_error *err) {
   shm_call *record = &c->queue[c->issued % SHM_QUEUE];
   call.on_stream = 1;
   *record = call;
+  if (is_device) {
+    c->issued++;
+    return shm_device_issue(record, s, err);
+  }
   status = c->world->device->enqueue(c->world->device->ctx, s, run, record, err);
   if (status == PHX_OK) c->issued++;
   return status;
@@ -211,14 +220,14 @@ static phx_status split(void *ctx, int32_t color, int32_t key, phx_comm **out, p
   TRY(check_alive(c, err));
   shm_drain(c, c->issued); /* inline, after what is still on a stream */
   call.ticket = c->issued++;
-  phx_status status = begin(&call, err);
-  if (status != PHX_OK) return end(&call, status);
+  phx_status status = shm_begin(&call, err);
+  if (status != PHX_OK) return shm_end(&call, status);
   status = shm_split(&call, color, key, out, err);
   if (status == PHX_UNSUPPORTED) { /* all ranks agree on that: the communicator is whole */
-    end(&call, PHX_OK);
+    shm_end(&call, PHX_OK);
     return status;
   }
-  return end(&call, status);
+  return shm_end(&call, status);
 }
 
 static void destroy(phx_comm *comm) {

@@ -2,14 +2,15 @@
  *
  * create() asks the job for one shared region per rank: control words and staging of a pool of communicators, then the
  * arena, from which the core serves host->alloc(comm).  A buffer in an arena is read and written by peers where it is;
- * other memory passes through the staging.  Nothing is shared, allocated or mapped after create(), split() included
- * (a communicator's own record comes from calloc).
+ * other memory passes through the staging.  Where the CPU cannot reach the device's memory there is no arena, and the
+ * device copies to and from the staging (device.c).  Nothing is shared, allocated or mapped after create(), split()
+ * included (a communicator's own record comes from calloc).
  *
  * The files in reading order: shm.h (the data), collective.c (how bytes move), reduce.c (kernels), wait.c and report.c
  * (waiting, and what is said when it is in vain), p2p.c, split.c, issue.c (the table, streams, stats).
  *
- * Does not: work across machines, or on memory that the CPU cannot reach.  Invariant: create() and destroy() leave
- * nothing behind; the job owns the mapping.  Threads: [main]. */
+ * Does not: work across machines.  Invariant: create() and destroy() leave nothing behind; the job owns the mapping.
+ * Threads: [main]. */
 #include "shm.h"
 
 #include <stdarg.h>
@@ -163,9 +164,10 @@ static phx_status check_host(const phx_host *host, const phx_job *job, const phx
   if (job->local_size != job->size)
     return shm_fail(err, PHX_UNSUPPORTED, "shm joins ranks of one machine; %d of %d are on this one: choose another "
                     "[comm] plugin", job->local_size, job->size);
-  if (!(device->caps & PHX_DEVICE_HOST_MEMORY))
-    return shm_fail(err, PHX_UNSUPPORTED, "shm needs memory that the CPU can reach, and device %s has none: choose "
-                    "another [comm] plugin", device->name);
+  if (!(device->caps & PHX_DEVICE_HOST_MEMORY) &&
+      (!PHX_HAS(device, phx_device, unpin) || !device->space || !device->pin || !device->unpin))
+    return shm_fail(err, PHX_UNSUPPORTED, "shm cannot stage for device %s, which does not tell its memory from the host's "
+                    "or cannot pin: choose another [comm] plugin", device->name);
   return PHX_OK;
 }
 
@@ -186,7 +188,8 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
   w->group_bytes = group_bytes(&w->config);
   w->config.staging = staging_bytes(&w->config);
   w->arena_at = w->config.communicators * w->group_bytes;
-  w->arena_bytes = round_up(arena_bytes, PAGE);
+  w->far = !(device->caps & PHX_DEVICE_HOST_MEMORY);
+  w->arena_bytes = w->far ? 0 : round_up(arena_bytes, PAGE); /* the device's memory is no peer's: it is staged */
   w->next_id = 2;
   void *bases[PHX_RANKS_MAX];
   status = job->share(job->ctx, "shm", w->arena_at + w->arena_bytes, bases, err);
@@ -196,6 +199,8 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
     w->base[r] = bases[r];
     ranks[r] = r;
   }
+  status = shm_device_open(w, err);
+  if (status != PHX_OK) goto fail;
   w->all = shm_comm_new(w, 0, 1, job->size, ranks);
   if (!w->all) {
     status = shm_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof(shm_comm));
@@ -205,6 +210,7 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
   *out = &w->all->table;
   return PHX_OK;
 fail:
+  shm_device_close(w);
   free(w);
   return status;
 }
@@ -213,12 +219,13 @@ static void destroy(phx_comm *world) {
   if (!world) return;
   shm_world *w = ((shm_comm *)(void *)world)->world;
   while (w->comms) shm_comm_free(w->comms);
+  shm_device_close(w);
   free(w);
 }
 
 static void *arena(phx_comm *world) {
   const shm_comm *c = (shm_comm *)(void *)world;
-  return c->arena[c->me];
+  return c->world->far ? NULL : c->arena[c->me];
 }
 
 static const phx_comm_table table = {
@@ -252,7 +259,6 @@ static const phx_plugin plugin = {
     .license = "unspecified",
     .build = __VERSION__,
     .provides = PHX_CAP_DETERMINISTIC,
-    .needs = PHX_NEED_HOST_MEMORY,
     .extensions = extensions,
     .options = options,
     .n_options = sizeof options / sizeof *options,

@@ -67,6 +67,8 @@ typedef struct shm_call { /* an issued call; on a stream it lives in the communi
   uint64_t ticket;
   uint64_t flight; /* its number in the flight record */
   int64_t moved;   /* payload so far */
+  int64_t round, rounds; /* device.c: pieces of its work done, and all */
+  int32_t small, reserved0;
 } shm_call;
 
 typedef struct shm_group { /* this rank's use of one group of the pool */
@@ -87,6 +89,8 @@ typedef struct shm_world {
   uint64_t next_id;
   shm_comm *comms; /* all that are alive, the world's last */
   shm_comm *all;   /* the world's */
+  int32_t far;     /* the CPU cannot reach the device's memory */
+  int32_t pinned;  /* regions that the device copies from and to: base[0 .. pinned) */
 } shm_world;
 
 struct shm_comm {
@@ -155,7 +159,33 @@ phx_status shm_report_absent(shm_call *call, int64_t waited_ns, phx_error *err);
 phx_status shm_report_failed(shm_call *call, phx_error *err);
 phx_status shm_report_mismatch(shm_call *call, int32_t peer, const shm_record *theirs, phx_error *err);
 phx_status shm_report_crossed(shm_call *call, int32_t peer, phx_error *err);
-void shm_job_failure(const phx_job *job, char *text, size_t size); /* what the failed rank's page says */
+
+/* ---- issue.c: around every call, in ticket order ---- */
+phx_status shm_begin(shm_call *call, phx_error *err);
+phx_status shm_end(shm_call *call, phx_status status);
+
+/* ---- the staged form: a buffer is `pieces` parts; chunk k takes elements [k * step, (k + 1) * step) of each ---- */
+typedef struct shm_chunks {
+  int32_t pieces;
+  int64_t step, rounds;
+} shm_chunks;
+typedef struct shm_part {
+  int64_t at, numel; /* elements of the call's src or dst */
+  char *staging;
+} shm_part;
+shm_chunks shm_chunks_of(const shm_call *call);
+/* Part q = 0, 1, ... of what goes into the staging in a round; 0: no more. */
+int shm_staged_in(const shm_call *call, const shm_chunks *k, int64_t round, int32_t q, shm_part *out);
+/* The same of what comes out of it: out of this rank's own, or of a peer's. */
+int shm_staged_out(const shm_call *call, const shm_chunks *k, int64_t round, int32_t q, shm_part *out);
+/* Between the two, when all have met: reduces within the staging; counts the payload. */
+phx_status shm_staged_reduce(shm_call *call, int64_t round, phx_error *err);
+
+/* ---- device.c: buffers that the CPU cannot reach ---- */
+phx_status shm_device_check(const shm_call *call, int32_t *is_device, phx_error *err);
+phx_status shm_device_issue(shm_call *record, phx_stream *s, phx_error *err);
+phx_status shm_device_open(shm_world *w, phx_error *err);
+void shm_device_close(shm_world *w);
 
 /* ---- collective.c, p2p.c, split.c ---- */
 phx_status shm_collective(shm_call *call, phx_error *err);

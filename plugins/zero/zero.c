@@ -9,8 +9,8 @@
  * Reading order: zero.h (words), zero_plan.c (who owns what), zero_program.c (what is gathered when), zero_whole.c,
  * zero_gather.c, zero_reduce.c, and here what the core calls.
  * Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is on
- * the communication stream, in one order that every rank derives from the declared stages. Does not: low precision,
- * offload.  [main] only; the stream's thread runs what is enqueued. */
+ * the communication stream, in one order that every rank derives from the declared stages.  With [precision] compute =
+ * bf16 the weights above are bf16, and the share has fp32 masters.  Does not: offload.  [main] only; the stream's thread runs what is enqueued. */
 #include "zero.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -111,6 +111,7 @@ static phx_status zero_create(const phx_host *host, const void *config, const ph
     status = phx_kit_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
     goto done;
   }
+  self->views.weight_dtype = topology->compute_dtype;
   zero_place_weights(self);
   zero_begin_program(self, &self->plan.train);
   tell_cost_of_accumulation(self);
@@ -130,17 +131,23 @@ static phx_status zero_visit_state(phx_strategy *self, const phx_visitor *visito
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     for (phx_kit_part part = {0};
          phx_kit_part_next(p->model, flat, p->shard[flat].first, p->shard[flat].blocks, &part);) {
-      status = phx_kit_visit(visitor, self->s.optim, part.unit, flat, part.first, part.blocks, err);
+      status = phx_kit_visit(visitor, self->s.optim, p->topology->compute_dtype, part.unit, flat, part.first,
+                             part.blocks, err);
       if (status != PHX_OK) return status;
     }
   return PHX_OK;
 }
 
 /* An owned element's place in a region of weights. */
-static float *weight_at(const phx_strategy *self, uint32_t flat, int64_t at) {
+static void *weight_at(const phx_strategy *self, uint32_t flat, int64_t at) {
   const zero_plan *p = &self->plan;
   if (p->config->stage == 3) at -= zero_share(p, flat) * p->topology->rank;
-  return zero_region(self, ZERO_WEIGHT + flat) + at;
+  return zero_weights(self, ZERO_WEIGHT + flat, at);
+}
+/* Its master, or NULL in fp32. */
+static float *master_at(const phx_strategy *self, uint32_t flat, int64_t at) {
+  float *masters = zero_region(self, ZERO_MASTER + flat);
+  return masters ? masters + (at - zero_share(&self->plan, flat) * self->plan.topology->rank) : NULL;
 }
 static void *state_at(const phx_strategy *self, uint32_t state, int64_t at) {
   int64_t inside = at - zero_share(&self->plan, PHX_FLAT_TRAINABLE) * self->plan.topology->rank;
@@ -150,12 +157,15 @@ static void *state_at(const phx_strategy *self, uint32_t state, int64_t at) {
 
 static phx_status zero_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
   (void)mode;
-  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
+  bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->plan.topology);
+  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
     return phx_kit_fail(err, PHX_INVALID, "zero keeps no state of kind %d", slice->kind);
   phx_status status = zero_settle(self, err);
   if (status != PHX_OK) return status;
   int64_t at = zero_unit_first(&self->plan, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
-  *out = slice->kind == PHX_STATE_WEIGHT ? weight_at(self, slice->flat, at) : state_at(self, slice->state_index, at);
+  *out = master                              ? master_at(self, slice->flat, at)
+         : slice->kind == PHX_STATE_WEIGHT ? weight_at(self, slice->flat, at)
+                                             : state_at(self, slice->state_index, at);
   return PHX_OK;
 }
 
@@ -164,8 +174,20 @@ static phx_status zero_unmap(phx_strategy *self, const phx_slice *slice, int32_t
   return PHX_OK;
 }
 
+/* The share's low-precision weights, from its masters. */
+static phx_status derive_weights(phx_strategy *self, uint32_t flat, phx_error *err) {
+  const zero_plan *p = &self->plan;
+  const phx_device *d = self->s.device;
+  int64_t at = p->shard[flat].first * PHX_BLOCK;
+  if (p->shard[flat].blocks == 0 || !phx_kit_masters(p->topology)) return PHX_OK;
+  return d->cast(d->ctx, weight_at(self, flat, at), p->topology->compute_dtype, master_at(self, flat, at), PHX_F32,
+                 p->shard[flat].blocks * PHX_BLOCK, NULL, err);
+}
+
 static phx_status zero_state_changed(phx_strategy *self, phx_error *err) {
-  phx_status status = zero_make_whole(self, PHX_FLAT_TRAINABLE, err);
+  phx_status status = zero_settle(self, err);
+  for (uint32_t flat = 0; flat < PHX_FLATS && status == PHX_OK; flat++) status = derive_weights(self, flat, err);
+  if (status == PHX_OK) status = zero_make_whole(self, PHX_FLAT_TRAINABLE, err);
   if (status == PHX_OK) status = zero_make_whole(self, PHX_FLAT_FROZEN, err);
   return status == PHX_OK ? zero_settle(self, err) : status;
 }
@@ -190,7 +212,7 @@ static void point_to_persistent(phx_strategy *self, uint32_t stage, int32_t pass
     for (uint32_t k = 0; k < phx_model_unit(p->model, use->unit)->n_params; k++, view++) {
       uint32_t flat = phx_model_param(p->model, view->param)->flags & PHX_PARAM_FROZEN ? PHX_FLAT_FROZEN : 0;
       if (reads && p->persist[view->param] >= 0)
-        view->weight = zero_region(self, ZERO_PERSIST + flat) + p->persist[view->param];
+        view->weight = zero_weights(self, ZERO_PERSIST + flat, p->persist[view->param]);
     }
   }
 }
@@ -250,6 +272,8 @@ static phx_status update_group(phx_strategy *self, int64_t first, int64_t blocks
                            .first = part.first,
                            .blocks = part.blocks,
                            .weight = weight_at(self, PHX_FLAT_TRAINABLE, at),
+                           .master = master_at(self, PHX_FLAT_TRAINABLE, at),
+                           .weight_dtype = p->topology->compute_dtype,
                            .gradient = zero_reduced(self, at)};
     for (uint32_t k = 0; k < p->topology->n_optim_states; k++) slice.states[k] = state_at(self, k, at);
     phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
@@ -311,7 +335,8 @@ static const phx_plugin plugin = {
     .vendor = "Phalanx",
     .license = "unspecified",
     .build = __VERSION__,
-    .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER | PHX_CAP_DETERMINISTIC,
+    .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER |
+                PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_LIVE_STATE,
     .extensions = extensions,
     .options = options,
     .n_options = sizeof options / sizeof *options,

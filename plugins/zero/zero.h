@@ -47,8 +47,10 @@ enum {
   ZERO_STAGING = 6,  /* one reduced piece on its way to be added to the share */
   ZERO_POOL = 7,     /* stage 3: windows of gathered weights */
   ZERO_WINDOWS = 8,  /* stages 2 and 3: windows of gradients until they are reduced */
-  ZERO_STATES = 9,
-  ZERO_REGIONS = 9 + PHX_OPTIM_STATES_MAX
+  ZERO_MASTER = 9,   /* + flat; compute = bf16: the share in fp32 */
+  ZERO_WIRE = 11,    /* reduce = bf16: one piece of gradients on its way; the stream's order makes one enough */
+  ZERO_STATES = 12,
+  ZERO_REGIONS = 12 + PHX_OPTIM_STATES_MAX
 };
 
 typedef struct zero_plan {
@@ -126,6 +128,10 @@ struct phx_strategy {
 };
 static inline float *zero_region(const phx_strategy *self, uint32_t region) {
   return self->plan.regions[region].at;
+}
+/* An element of a region of weights (ZERO_WEIGHT, ZERO_PERSIST, ZERO_POOL), which have the model's type. */
+static inline char *zero_weights(const phx_strategy *self, uint32_t region, int64_t element) {
+  return (char *)self->plan.regions[region].at + element * phx_kit_weight_bytes(self->plan.topology);
 }
 
 /* zero_whole.c */

@@ -6,13 +6,13 @@
 #include "zero.h"
 
 /* Where the owner keeps the unit's flat, if all of it is this rank's; else NULL. */
-static float *owned(phx_strategy *self, uint32_t unit, uint32_t flat) {
+static char *owned(phx_strategy *self, uint32_t unit, uint32_t flat) {
   const zero_plan *p = &self->plan;
   const phx_kit_shard *mine = &p->shard[flat];
   const phx_unit *u = phx_model_unit(p->model, unit);
   int64_t first = u->first_block[flat] - mine->first;
   if (u->blocks[flat] == 0 || first < 0 || first + u->blocks[flat] > mine->blocks) return NULL;
-  return zero_region(self, ZERO_WEIGHT + flat) + first * PHX_BLOCK;
+  return zero_weights(self, ZERO_WEIGHT + flat, first * PHX_BLOCK);
 }
 
 void zero_place_weights(phx_strategy *self) {
@@ -21,8 +21,9 @@ void zero_place_weights(phx_strategy *self) {
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
       if (phx_model_unit(m, u)->blocks[flat] == 0) continue;
       self->views.places[u].weight[flat] =
-          self->plan.config->stage == 3 ? owned(self, u, flat)
-                                        : zero_region(self, ZERO_WEIGHT + flat) + zero_unit_first(&self->plan, u, flat);
+          self->plan.config->stage == 3
+              ? owned(self, u, flat)
+              : zero_weights(self, ZERO_WEIGHT + flat, zero_unit_first(&self->plan, u, flat));
     }
 }
 
@@ -30,21 +31,23 @@ static phx_status gather_unit(phx_strategy *self, uint32_t u, int64_t offset, ph
   const zero_plan *p = &self->plan;
   const phx_comm *c = self->s.comm;
   const phx_device *d = self->s.device;
-  float *window[PHX_FLATS], *home[PHX_FLATS];
+  char *window[PHX_FLATS], *home[PHX_FLATS];
+  int64_t size = phx_kit_weight_bytes(p->topology);
   phx_status status = PHX_OK;
-  window[PHX_FLAT_TRAINABLE] = zero_region(self, ZERO_POOL) + offset;
+  window[PHX_FLAT_TRAINABLE] = zero_weights(self, ZERO_POOL, offset);
   window[PHX_FLAT_FROZEN] =
-      window[PHX_FLAT_TRAINABLE] + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+      window[PHX_FLAT_TRAINABLE] + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK * size;
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) home[flat] = owned(self, u, flat);
   c->annotate(c->ctx, (int32_t)u);
   for (uint32_t i = p->gathers.first[u]; i < p->gathers.first[u + 1]; i++) {
     const zero_piece *piece = &p->gathers.of[i];
-    float *here = window[piece->flat] + (piece->at - zero_unit_first(p, u, piece->flat)), *from = here;
+    char *here = window[piece->flat] + (piece->at - zero_unit_first(p, u, piece->flat)) * size, *from = here;
     if (piece->owner == c->rank) {
-      from = zero_region(self, ZERO_WEIGHT + piece->flat) + (piece->at - zero_share(p, piece->flat) * c->rank);
-      if (!home[piece->flat]) PHX_KIT_TRY(d->copy(d->ctx, here, from, piece->numel * 4, self->s.stream, err));
+      from = zero_weights(self, ZERO_WEIGHT + piece->flat, piece->at - zero_share(p, piece->flat) * c->rank);
+      if (!home[piece->flat]) PHX_KIT_TRY(d->copy(d->ctx, here, from, piece->numel * size, self->s.stream, err));
     }
-    PHX_KIT_TRY(c->broadcast(c->ctx, from, piece->numel, PHX_F32, piece->owner, self->s.stream, err));
+    PHX_KIT_TRY(
+        c->broadcast(c->ctx, from, piece->numel, p->topology->compute_dtype, piece->owner, self->s.stream, err));
   }
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     self->views.places[u].weight[flat] = home[flat] ? home[flat] : window[flat];
@@ -118,7 +121,7 @@ void zero_gather_traffic(const zero_plan *p, phx_estimate *out) {
     uint32_t u = p->train.actions[a].unit;
     if (p->train.actions[a].offset < 0) continue;
     for (uint32_t i = p->gathers.first[u]; i < p->gathers.first[u + 1]; i++)
-      phx_kit_estimate_call(out, p->topology, PHX_OP_BROADCAST, p->gathers.of[i].numel, PHX_F32, p->gathers.of[i].owner,
-                            p->topology->accumulate);
+      phx_kit_estimate_call(out, p->topology, PHX_OP_BROADCAST, p->gathers.of[i].numel,
+                            p->topology->compute_dtype, p->gathers.of[i].owner, p->topology->accumulate);
   }
 }

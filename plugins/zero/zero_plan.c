@@ -280,21 +280,27 @@ int64_t zero_pack_part(const zero_plan *p, uint32_t flat, int32_t rank, int64_t 
 static void plan_regions(zero_plan *p) {
   const phx_topology *t = p->topology;
   bool sharded = p->config->stage == 3, adds = phx_kit_adds_reduced(t);
-  int64_t piece = 0, share = zero_share(p, PHX_FLAT_TRAINABLE);
+  int64_t piece = 0, share = zero_share(p, PHX_FLAT_TRAINABLE), size = phx_kit_weight_bytes(t);
   for (uint32_t i = 0; i < p->reduces.n; i++)
     if (p->reduces.of[i].numel > piece) piece = p->reduces.of[i].numel;
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
     p->regions[ZERO_WEIGHT + flat] = (phx_kit_region){
-        .kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = zero_share(p, flat) * (sharded ? 1 : t->world_size) * 4};
-    p->regions[ZERO_PERSIST + flat] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = p->pack[flat] * 4};
+        .kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = zero_share(p, flat) * (sharded ? 1 : t->world_size) * size};
+    p->regions[ZERO_PERSIST + flat] =
+        (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = p->pack[flat] * size};
+    if (phx_kit_masters(t))
+      p->regions[ZERO_MASTER + flat] =
+          (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = p->shard[flat].blocks * PHX_BLOCK * 4};
   }
+  p->regions[ZERO_WIRE] =
+      (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = phx_kit_wire_bytes(t, piece)};
   p->regions[ZERO_GRADIENT] =
       (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p->whole ? share * t->world_size * 4 : 0};
   p->regions[ZERO_SHARE] =
       (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = !p->whole || adds ? share * 4 : 0};
   p->regions[ZERO_STAGING] =
       (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = !p->whole && adds ? piece * 4 : 0};
-  p->regions[ZERO_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->pool * 4};
+  p->regions[ZERO_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->pool * size};
   p->regions[ZERO_WINDOWS] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->windows * 4};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
     p->regions[ZERO_STATES + k] = (phx_kit_region){
@@ -323,7 +329,7 @@ phx_status zero_plan_create(const zero_config *config, const phx_topology *t, co
                             phx_error *err) {
   zero_plan p = {.config = config, .topology = t, .model = m};
   phx_status status = PHX_OK;
-  PHX_KIT_TRY(phx_kit_check_topology(t, err));
+  PHX_KIT_TRY(phx_kit_check_precision(t, err));
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     p.shard[flat] = phx_kit_shard_of(m->total_blocks[flat], t->rank, t->world_size);
   p.whole = config->stage == 1 || t->world_size == 1 || (t->accumulate > 1 && t->reduce == PHX_REDUCE_STEP);

@@ -56,6 +56,25 @@ const float *zero_reduced(const phx_strategy *self, int64_t at) {
   return zero_region(self, ZERO_SHARE) ? share_at(self, at) : zero_region(self, ZERO_GRADIENT) + at;
 }
 
+/* One piece's sum: from every rank's part to its owner; one rank rounds as many would. */
+static phx_status reduce_through(phx_strategy *self, const zero_piece *piece, float *from, float *to, phx_error *err) {
+  const phx_comm *c = self->s.comm;
+  const phx_device *d = self->s.device;
+  phx_stream *s = self->s.stream;
+  int32_t dtype = self->plan.topology->reduce_dtype;
+  void *wire = zero_region(self, ZERO_WIRE), *src = wire ? wire : from, *dst = wire ? wire : to;
+  phx_status status = PHX_OK;
+  if (wire) PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, from, PHX_F32, piece->numel, s, err));
+  if (c->size > 1)
+    PHX_KIT_TRY(c->reduce(c->ctx, src, dst, piece->numel, dtype, PHX_SUM, piece->owner, s, err));
+  else if (src != dst)
+    PHX_KIT_TRY(d->copy(d->ctx, dst, src, piece->numel * 4, s, err));
+  if (wire && piece->owner == c->rank)
+    PHX_KIT_TRY(d->cast(d->ctx, to, PHX_F32, wire, dtype, piece->numel, s, err));
+done:
+  return status;
+}
+
 /* The first sums of a step go where they stay; those of later micro-batches pass through memory of their own. */
 static phx_status reduce_piece(phx_strategy *self, const zero_piece *piece, phx_error *err) {
   const zero_plan *p = &self->plan;
@@ -68,10 +87,7 @@ static phx_status reduce_piece(phx_strategy *self, const zero_piece *piece, phx_
                          : place->gradient + (piece->at - zero_unit_first(p, piece->unit, PHX_FLAT_TRAINABLE));
   float *stays = !mine ? NULL : zero_region(self, ZERO_SHARE) ? share_at(self, piece->at) : from;
   float *to = mine && later ? (p->whole ? from : zero_region(self, ZERO_STAGING)) : stays;
-  if (c->size > 1)
-    PHX_KIT_TRY(c->reduce(c->ctx, from, to, piece->numel, PHX_F32, PHX_SUM, piece->owner, self->s.stream, err));
-  else if (to != from)
-    PHX_KIT_TRY(d->copy(d->ctx, to, from, piece->numel * 4, self->s.stream, err));
+  PHX_KIT_TRY(reduce_through(self, piece, from, to, err));
   if (mine && later) PHX_KIT_TRY(d->add(d->ctx, stays, to, piece->numel, self->s.stream, err));
 done:
   return status;
@@ -124,6 +140,6 @@ phx_status zero_finish(phx_strategy *self, phx_error *err) {
 void zero_reduce_traffic(const zero_plan *p, phx_estimate *out) {
   const phx_topology *t = p->topology;
   for (uint32_t i = 0; i < p->reduces.n && t->world_size > 1; i++)
-    phx_kit_estimate_call(out, t, PHX_OP_REDUCE, p->reduces.of[i].numel, PHX_F32, p->reduces.of[i].owner,
+    phx_kit_estimate_call(out, t, PHX_OP_REDUCE, p->reduces.of[i].numel, t->reduce_dtype, p->reduces.of[i].owner,
                           phx_kit_adds_reduced(t) ? t->accumulate : 1);
 }

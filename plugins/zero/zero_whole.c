@@ -19,8 +19,9 @@ static phx_status copy_owned_to_pack(phx_strategy *self, uint32_t flat, phx_erro
     int64_t from = begin > border ? begin : border, to = end < border + share ? end : border + share;
     if (from >= to) continue;
     phx_status status =
-        d->copy(d->ctx, zero_region(self, ZERO_PERSIST + flat) + p->persist[i] + from - begin,
-                zero_region(self, ZERO_WEIGHT + flat) + from - border, (to - from) * 4, self->s.stream, err);
+        d->copy(d->ctx, zero_weights(self, ZERO_PERSIST + flat, p->persist[i] + from - begin),
+                zero_weights(self, ZERO_WEIGHT + flat, from - border),
+                (to - from) * phx_kit_weight_bytes(p->topology), self->s.stream, err);
     if (status != PHX_OK) return status;
   }
   return PHX_OK;
@@ -33,8 +34,8 @@ static phx_status refresh_pack(phx_strategy *self, uint32_t flat, phx_error *err
   for (int32_t owner = 0; owner < c->size && status == PHX_OK; owner++) {
     int64_t first, numel = zero_pack_part(&self->plan, flat, owner, &first);
     if (numel == 0) continue;
-    status = c->broadcast(c->ctx, zero_region(self, ZERO_PERSIST + flat) + first, numel, PHX_F32, owner, self->s.stream,
-                          err);
+    status = c->broadcast(c->ctx, zero_weights(self, ZERO_PERSIST + flat, first), numel,
+                          self->plan.topology->compute_dtype, owner, self->s.stream, err);
   }
   return status;
 }
@@ -45,18 +46,20 @@ static phx_status spread_flat(phx_strategy *self, uint32_t flat, phx_error *err)
   const phx_comm *c = self->s.comm;
   const phx_device *d = self->s.device;
   const zero_plan *p = &self->plan;
-  float *base = zero_region(self, ZERO_WEIGHT + flat);
+  int32_t dtype = p->topology->compute_dtype;
   int64_t share = zero_share(p, flat);
   phx_status status = PHX_OK;
   if (zero_at_once(p, flat))
-    PHX_KIT_TRY(c->all_gather(c->ctx, base + c->rank * share, base, share, PHX_F32, self->s.stream, err));
+    PHX_KIT_TRY(c->all_gather(c->ctx, zero_weights(self, ZERO_WEIGHT + flat, c->rank * share),
+                              zero_weights(self, ZERO_WEIGHT + flat, 0), share, dtype, self->s.stream, err));
   for (uint32_t k = 0, list = flat * p->model->n_units; k < p->model->n_units; k++, list++) {
     uint32_t u = p->forward[k];
     if (phx_model_unit(p->model, u)->blocks[flat] == 0) continue;
     c->annotate(c->ctx, (int32_t)u);
     for (uint32_t i = p->spread.first[list]; i < p->spread.first[list + 1]; i++) {
       const zero_piece *piece = &p->spread.of[i];
-      PHX_KIT_TRY(c->broadcast(c->ctx, base + piece->at, piece->numel, PHX_F32, piece->owner, self->s.stream, err));
+      PHX_KIT_TRY(c->broadcast(c->ctx, zero_weights(self, ZERO_WEIGHT + flat, piece->at), piece->numel, dtype,
+                               piece->owner, self->s.stream, err));
     }
     PHX_KIT_TRY(d->event_record(d->ctx, self->gathered[u], self->s.stream, err));
   }
@@ -105,13 +108,14 @@ void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *ou
   uint32_t n_units = p->model->n_units;
   if (t->world_size == 1 || p->model->total_blocks[flat] == 0) return;
   if (p->config->stage < 3) {
-    if (zero_at_once(p, flat)) phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, zero_share(p, flat), PHX_F32, 0, 1);
+    if (zero_at_once(p, flat)) phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, zero_share(p, flat), t->compute_dtype, 0, 1);
     for (uint32_t i = p->spread.first[flat * n_units]; i < p->spread.first[(flat + 1) * n_units]; i++)
-      phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, p->spread.of[i].numel, PHX_F32, p->spread.of[i].owner, 1);
+      phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, p->spread.of[i].numel, t->compute_dtype, p->spread.of[i].owner,
+                            1);
     return;
   }
   for (int32_t owner = 0; owner < t->world_size; owner++) {
     int64_t first, numel = zero_pack_part(p, flat, owner, &first);
-    if (numel > 0) phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, numel, PHX_F32, owner, 1);
+    if (numel > 0) phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, numel, t->compute_dtype, owner, 1);
   }
 }

@@ -81,6 +81,15 @@ phx_status phx_kit_check_topology(const phx_topology *t, phx_error *err) {
   return PHX_OK;
 }
 
+phx_status phx_kit_check_precision(const phx_topology *t, phx_error *err) {
+  const int32_t dtypes[] = {t->compute_dtype, t->reduce_dtype};
+  for (int i = 0; i < 2; i++)
+    if (dtypes[i] != PHX_F32 && dtypes[i] != PHX_BF16)
+      return phx_kit_fail(err, PHX_UNSUPPORTED, "[precision] %s has dtype %d: only fp32 and bf16 are known",
+                          i ? "reduce" : "compute", dtypes[i]);
+  return PHX_OK;
+}
+
 void phx_kit_regions_estimate(const phx_kit_region *regions, uint32_t n, phx_estimate *out) {
   for (uint32_t i = 0; i < n; i++) {
     int64_t bytes = phx_align_bytes(regions[i].bytes);

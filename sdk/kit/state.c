@@ -2,11 +2,11 @@
 #include <phalanx/kit.h>
 #include <string.h>
 
-phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, uint32_t unit, uint32_t flat,
-                         int64_t first, int64_t blocks, phx_error *err) {
+phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, int32_t weight_dtype, uint32_t unit,
+                         uint32_t flat, int64_t first, int64_t blocks, phx_error *err) {
   if (blocks == 0) return PHX_OK;
   phx_slice slice = {.struct_size = sizeof slice,
-                     .kind = PHX_STATE_WEIGHT,
+                     .kind = weight_dtype == PHX_F32 ? PHX_STATE_WEIGHT : PHX_STATE_MASTER,
                      .unit = unit,
                      .flat = flat,
                      .first_block = first,
@@ -14,6 +14,11 @@ phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, uin
                      .dtype = PHX_F32,
                      .place = PHX_SPACE_DEVICE};
   phx_status status = visitor->slice(visitor->ctx, &slice, err);
+  if (status == PHX_OK && slice.kind == PHX_STATE_MASTER) {
+    slice.kind = PHX_STATE_WEIGHT;
+    slice.dtype = weight_dtype;
+    status = visitor->slice(visitor->ctx, &slice, err);
+  }
   slice.kind = PHX_STATE_OPTIM;
   for (uint32_t k = 0; status == PHX_OK && flat == PHX_FLAT_TRAINABLE && k < optim->n_states; k++) {
     slice.state_index = k;
@@ -32,8 +37,9 @@ phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *s, float 
                   .first = s->first * PHX_BLOCK,
                   .numel = s->blocks * PHX_BLOCK,
                   .weight = s->weight,
+                  .master = s->master,
                   .gradient = s->gradient,
-                  .weight_dtype = PHX_F32,
+                  .weight_dtype = s->master ? s->weight_dtype : PHX_F32,
                   .gradient_dtype = PHX_F32,
                   .stream = stream};
   memcpy(t.states, s->states, sizeof t.states);

@@ -9,7 +9,8 @@
 phx_status phx_kit_views_create(const phx_model *m, phx_kit_views *out, phx_error *err) {
   uint32_t n = 0;
   for (uint32_t i = 0; i < m->n_uses; i++) n += phx_model_unit(m, phx_model_use(m, i)->unit)->n_params;
-  phx_kit_views v = {.model = m,
+  phx_kit_views v = {.weight_dtype = PHX_F32,
+                     .model = m,
                      .places = calloc(m->n_units + 1u, sizeof *v.places),
                      .written = calloc(m->n_units + 1u, 1),
                      .told = calloc(m->n_uses + 1u, 1),
@@ -56,6 +57,7 @@ static int32_t tell(phx_kit_views *v, uint32_t use_index, const phx_use *use) {
 const phx_view *phx_kit_view(phx_kit_views *v, uint32_t s, int32_t pass, phx_event *ready) {
   const phx_model *m = v->model;
   const phx_stage *stage = phx_model_stage(m, s);
+  const int64_t bytes = (int64_t)phx_dtype_bytes(v->weight_dtype);
   uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD;
   phx_param_view *out = v->params + (v->views[s].params - v->params);
   for (uint32_t i = 0; i < stage->n_uses; i++) {
@@ -67,9 +69,9 @@ const phx_view *phx_kit_view(phx_kit_views *v, uint32_t s, int32_t pass, phx_eve
     for (uint32_t k = 0; k < unit->n_params; k++, out++) {
       const phx_param *param = phx_model_param(m, unit->first_param + k);
       bool frozen = (param->flags & PHX_PARAM_FROZEN) != 0;
-      const float *weight = place->weight[frozen ? PHX_FLAT_FROZEN : PHX_FLAT_TRAINABLE];
-      *out = (phx_param_view){.weight = (use->flags & reads) && weight ? weight + param->offset : NULL,
-                              .weight_dtype = PHX_F32,
+      const char *weight = place->weight[frozen ? PHX_FLAT_FROZEN : PHX_FLAT_TRAINABLE];
+      *out = (phx_param_view){.weight = (use->flags & reads) && weight ? weight + param->offset * bytes : NULL,
+                              .weight_dtype = v->weight_dtype,
                               .gradient_dtype = PHX_F32,
                               .param = unit->first_param + k};
       if (gradients && !frozen) {

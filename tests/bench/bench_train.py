@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmarks of whole training runs: train, overlap, overhead.  Started by tests/bench/run.
+"""Benchmarks of whole training runs: train, overlap, overhead, saves.  Started by tests/bench/run.
 
 Every figure is a ratio of neighbours: in each round the runs that are compared follow one another (every second round in
 reverse), a ratio is formed within the round, and the median and the spread over the rounds are printed.  A run's time is
@@ -34,6 +34,7 @@ class Run:
         with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
             steps = [json.loads(line) for line in f]
         self.losses = [s["loss"] for s in steps]
+        self.saves = [s["checkpoint"] for s in steps if "checkpoint" in s]
         self.hash = self.result["state_hash"]
         self.seconds = statistics.median(s["step_ms"] for s in steps[1:] or steps) / 1e3
 
@@ -318,15 +319,41 @@ def overhead(bench):
               f"ms = {100 * bound:.3f} %, asked at most 0.5 %: {'met' if bound <= 0.005 else 'NOT MET'}", flush=True)
 
 
+# ---- checkpoints beside training ----
+
+def saves(bench):
+    """How long training stands still for a save in the background, over a save that it waits for; 2 ranks."""
+    bench.need_cores(2)
+    ini = bench.ini("saves", 8192, 256,
+                    "[model]\nplugin = gpt\nlayers = 6\nheads = 6\nwidth = 384\ncontext = 256\nvocab = 8192\n"
+                    "[batch]\nmicro = 4\nsequence = 256\n[run]\nlog_every = 1000\nsteps = 7\n[checkpoint]\nevery = 2\n")
+    kinds = {"background": "yes", "waited for": "no"}
+    for strategy in ["fsdp"]:
+        runs = {kind: [] for kind in kinds}
+        for i in range(bench.rounds(3)):
+            for kind in rotated(list(kinds), i):
+                runs[kind].append(bench.train(ini, strategy, 2, sets=[f"checkpoint.background={kinds[kind]}"]))
+        stall = {kind: [statistics.mean(s["stall_ms"] for s in r.saves) for r in runs[kind]] for kind in kinds}
+        a, b = stall["background"], stall["waited for"]
+        line(f"stall of a save in the background ({strategy})", "background", "waited for",
+             [x / y for x, y in zip(a, b)], most=0.10,
+             detail=f"{statistics.median(a):.1f}, {statistics.median(b):.1f} ms",
+             void=first(differ(x, y) for x, y in zip(runs["background"], runs["waited for"])))
+        last = runs["background"][-1].saves
+        print(f"one of them: {last[-1]['bytes'] / 1e6:.0f} MB in {last[-1]['seconds']:.3f} s; begin, copies, waits, commit: " +
+              ", ".join(f"{last[-1][k]:.2f}" for k in ("begin_ms", "copies_ms", "waits_ms", "commit_ms")) + " ms; step " +
+              f"{ms(runs['background']):.0f} ms beside saves, {ms(runs['waited for']):.0f} ms between them", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["train", "overlap", "overhead"])
+    parser.add_argument("what", choices=["train", "overlap", "overhead", "saves"])
     parser.add_argument("--build", default=os.path.join(SOURCE, "build"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     build = os.path.abspath(args.build)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=build) as work:
-        {"train": train, "overlap": overlap, "overhead": overhead}[args.what](Bench(build, work, args.quick))
+        {"train": train, "overlap": overlap, "overhead": overhead, "saves": saves}[args.what](Bench(build, work, args.quick))
     sys.exit(1 if missed else 0)
 
 

@@ -92,7 +92,7 @@ static int count(const char *dir, const char *part) {
 Test(checkpoint_faults, each_call_fails_once, .timeout = 180) {
   char *dir = command_temp_dir(), rm[300];
   long made = 0, ignored;
-  training_files(dir, "[checkpoint]\nevery = 1\nkeep = 1\n[batch]\nmicro = 1\nsequence = 8\n"
+  training_files(dir, "[checkpoint]\nevery = 1\nkeep = 1\nbackground = no\n[batch]\nmicro = 1\nsequence = 8\n"
                       "[model]\nplugin = gpt\nlayers = 1\nheads = 1\nwidth = 8\ncontext = 8\nvocab = 257\n");
   char *ini = command_read_file(dir, "run.ini"), *steps = strstr(ini, "steps = 20");
   memcpy(steps, "steps = 2 ", 10);

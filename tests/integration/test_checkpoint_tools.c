@@ -126,12 +126,16 @@ Test(checkpoint_tools, export_import_and_diff) {
   expect(0, ARGV("diff", "new", "step-00000007"), SAYS("equal: 84 tensors"));
   expect(0, ARGV("diff", "run", "run"), SAYS("equal: 84 tensors, bit for bit"));
   expect(0, ARGV("diff", "hf/model.safetensors", "hf/model.safetensors"), SAYS("weights only"));
+  expect(0, ARGV("diff", "run", "hf/model.safetensors"), SAYS("equal: 28 tensors, bit for bit (weights only)"));
+  expect(0, ARGV("diff", "hf/model.safetensors", "new"), SAYS("equal: 28 tensors"));
   expect(2, ARGV("import", "hf", "-o", "new"), SAYS("not overwritten"));
   expect(2, ARGV("import", "hf", "-o", "run"), SAYS("checkpoints of its own"));
   f.step = 4;
   checkpoint_fixture_run(&f, at("run"));
   expect(1, ARGV("diff", "run/checkpoints/step-00000003", "run"), SAYS("first difference: wte.weight: element 0",
                                                                      "84 of 84", "maximum difference"));
+  expect(1, ARGV("diff", "hf/model.safetensors", "run"), SAYS("first difference: wte.weight: element 0",
+                                                              "28 of 28"));
   /* what does not fit is refused, and leaves nothing */
   config = command_read_file(dir, "hf/config.json");
   *strstr(config, "\"n_layer\": 2") = ' ';

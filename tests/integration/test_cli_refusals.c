@@ -71,7 +71,8 @@ Test(refusals, configuration) {
   EXPECT_INI("steps = 3\n" GOOD, "a.ini:1: a key before the first [section]");
   EXPECT_INI(GOOD "[zero]\nstage = 4\n", "a.ini:4: [zero] '4' is not valid for stage");
   EXPECT_INI(GOOD "[batch]\ntotal = 7\n", "ranks x micro x accumulate = 1 x 4 x 1 = 4");
-  EXPECT_INI(GOOD "[precision]\ncompute = bf16\n", "a.ini:4: [precision] compute = bf16 is not offered");
+  EXPECT_INI(GOOD "[precision]\ncompute = fp16\n", "a.ini:4: [precision] compute = fp16: its range ends at 65504");
+  EXPECT_INI(GOOD "[precision]\nreduce = fp16\n", "needs loss scaling, which is not offered; bf16 has fp32's range");
   EXPECT_INI(GOOD "[checkpoint]\nevery = -5\n", "a.ini:4: [checkpoint] '-5' is not valid for every");
 }
 
@@ -182,6 +183,15 @@ Test(commands, plugins_survives_broken_ones) {
   cr_expect(strstr(r.out, "pair          1.0  ABI 1.0  available"), "%s", r.out);
   cr_expect(strstr(r.out, "new           9.0  ABI 1.7  available"), "%s", r.out);
   cr_expect(strstr(r.out, "phx_device_cpu.so  (shadowed: an earlier directory has it too)"), "%s", r.out);
+  command_free(&r);
+}
+
+Test(commands, plugins_says_which_library_is_missing) {
+  setenv("PHALANX_PLUGIN_PATH", PHX_TEST_ONLY_PLUGINS "/lost", 1);
+  command_result r = RUN(dir, 60, "plugins");
+  cr_expect_eq(r.status, 0);
+  cr_expect(strstr(r.out, "libphx-is-nowhere.so: cannot open shared object"), "%s", r.out);
+  cr_expect(strstr(r.out, "cpu "), "the others are listed: %s", r.out);
   command_free(&r);
 }
 

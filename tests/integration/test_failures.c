@@ -198,8 +198,8 @@ Test(failures, a_restart_goes_on_from_the_latest_checkpoint, .timeout = 120) {
   cr_assert_eq(r.status, 0, "%s", r.out);
   read_result(dir, plain, NULL);
   command_free(&r);
-  r = UNDER(dir, "fsdp", "-n", "2", "--set", "checkpoint.every=3", "--set", "fault.step=11", "--set", "fault.what=kill",
-            "--set", "fault.once=once", "--set", "run.max_restarts=1");
+  r = UNDER(dir, "fsdp", "-n", "2", "--set", "checkpoint.every=3", "--set", "checkpoint.background=no",
+            "--set", "fault.step=11", "--set", "fault.what=kill", "--set", "fault.once=once", "--set", "run.max_restarts=1");
   cr_assert_eq(r.status, 0, "%s", r.out);
   EXPECT(r.out, "restart 1 of at most 1, on 2 ranks, accumulate 1, from the checkpoint of step 9");
   read_result(dir, restarted, NULL);
@@ -210,7 +210,8 @@ Test(failures, a_restart_goes_on_from_the_latest_checkpoint, .timeout = 120) {
   command_free(&r);
   /* with a rank fewer, the same samples: 4 ranks x 3 and 3 ranks x 4 */
   r = UNDER(dir, "zero", "-n", "4", "--set", "batch.accumulate=3", "--set", "checkpoint.every=3", "--set",
-            "fault.step=11", "--set", "fault.what=kill", "--set", "fault.once=again", "--set", "run.max_restarts=1",
+            "checkpoint.background=no", "--set", "fault.step=11", "--set", "fault.what=kill", "--set", "fault.once=again",
+            "--set", "run.max_restarts=1",
             "--set", "run.elastic=yes");
   cr_assert_eq(r.status, 0, "%s", r.out);
   EXPECT(r.out, "restart 1 of at most 1, on 3 ranks, accumulate 4, from the checkpoint of step 9");

@@ -127,7 +127,7 @@ static void write_rank(building *b, const char *dir, uint32_t rank) {
     tensors[n] = (phx__tensor){.name = names[n], .dtype = PHX_F32, .ndim = 1, .shape = {s->blocks * PHX_BLOCK}};
     n++;
   }
-  if (b->f->privates) tensors[n++] = (phx__tensor){.name = "private/residue", .dtype = PHX_F32, .ndim = 1, .shape = {PHX_BLOCK}};
+  if (b->f->privates) tensors[n++] = (phx__tensor){.name = "private.residue/0/0/0", .dtype = PHX_F32, .ndim = 1, .shape = {PHX_BLOCK}};
   phx__safetensors_writer *w = NULL;
   snprintf(name, sizeof name, "rank-%05u.safetensors", rank);
   snprintf(path, sizeof path, "%s/%s", dir, name);
@@ -153,9 +153,9 @@ static void write_rank(building *b, const char *dir, uint32_t rank) {
     MUST(phx__safetensors_write(w, n, 0, sizeof residue, residue, err));
     MUST(phx__manifest_add_private(b->m, &p, err));
   }
-  uint64_t *sums = calloc((size_t)phx__chunks_count(w->file_bytes), sizeof *sums);
+  uint64_t *sums = calloc((size_t)phx__chunks_count(w->file.bytes), sizeof *sums);
   MUST(phx__safetensors_finish(w, sums, err));
-  MUST(phx__manifest_add_file(b->m, name, w->file_bytes, sums, err));
+  MUST(phx__manifest_add_file(b->m, name, w->file.bytes, sums, err));
   phx__safetensors_writer_close(w);
   free(sums);
   free(names);

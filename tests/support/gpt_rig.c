@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "plain_ops.h"
+
 enum { GUARD = 256 };
 
 #define MUST(condition, ...)        \
@@ -88,31 +90,48 @@ static void buffer_check(const rig_buffer *b, const char *what, uint32_t index) 
 }
 
 gpt_rig *gpt_rig_open(const char *settings, int64_t micro, int64_t sequence, const void *(*extension)(const char *)) {
+  return gpt_rig_open_as(PHX_F32, settings, micro, sequence, extension);
+}
+
+void gpt_rig_round(gpt_rig *r) {
+  for (uint32_t i = 0; i < r->model.n_params; i++) {
+    const phx_device *d = &plain_device;
+    float *w = gpt_rig_weight(r, i);
+    MUST(!d->cast(NULL, buffer_data(&r->low[i]), PHX_BF16, w, PHX_F32, r->params[i].numel, NULL, NULL), "no cast");
+    MUST(!d->cast(NULL, w, PHX_F32, buffer_data(&r->low[i]), PHX_BF16, r->params[i].numel, NULL, NULL), "no cast");
+  }
+}
+
+gpt_rig *gpt_rig_open_as(int32_t dtype, const char *settings, int64_t micro, int64_t sequence,
+                         const void *(*extension)(const char *)) {
   gpt_rig *r = calloc(1, sizeof *r);
   MUST(r, "out of memory");
   phx_error err = {.struct_size = sizeof err};
   r->config = rig_config_make(settings);
   r->table = r->config.plugin->table;
-  r->shape = (phx_batch_shape){sizeof r->shape, micro, sequence, PHX_F32, 0};
+  r->shape = (phx_batch_shape){sizeof r->shape, micro, sequence, dtype, 0};
   fake_host_init(&r->host, 0, 1);
   r->host.extension = extension;
   MUST(!r->table->declare(r->config.values, &r->model, &r->facts, &r->shape, &err), "declare: %s", err.message);
   r->params = calloc(r->model.n_params, sizeof *r->params);
   r->weights = calloc(r->model.n_params, sizeof *r->weights);
   r->gradients = calloc(r->model.n_params, sizeof *r->gradients);
+  r->low = calloc(r->model.n_params, sizeof *r->low);
   r->outputs = calloc(r->model.n_stages, sizeof *r->outputs);
   r->d_outputs = calloc(r->model.n_stages, sizeof *r->d_outputs);
   r->saved = calloc(r->model.n_stages, sizeof *r->saved);
-  MUST(r->params && r->weights && r->gradients && r->outputs && r->d_outputs && r->saved, "out of memory");
+  MUST(r->params && r->weights && r->low && r->gradients && r->outputs && r->d_outputs && r->saved, "out of memory");
   for (uint32_t i = 0; i < r->model.n_params; i++) {
     phx_param *p = &r->params[i];
     *p = *phx_model_param(&r->model, i);
     p->numel = p->shape[0] * p->shape[1] * p->shape[2] * p->shape[3];
     const int64_t bytes = phx_align_bytes(p->numel * (int64_t)sizeof(float));
     r->weights[i] = buffer_make(bytes);
+    if (dtype == PHX_BF16) r->low[i] = buffer_make(phx_align_bytes(p->numel * 2));
     if (!(p->flags & PHX_PARAM_FROZEN)) r->gradients[i] = buffer_make(bytes);
     for (int64_t k = 0; k < p->numel; k++) gpt_rig_weight(r, i)[k] = (float)rig_value(i, k, p->name);
   }
+  if (dtype == PHX_BF16) gpt_rig_round(r);
   int64_t workspace = 0;
   for (uint32_t i = 0; i < r->model.n_stages; i++) {
     phx_stage_memory m;
@@ -131,11 +150,13 @@ void gpt_rig_close(gpt_rig *r) {
   r->table->destroy(r->self);
   MUST(r->host.allocs == r->host.frees, "%lld allocations, %lld releases", (long long)r->host.allocs,
        (long long)r->host.frees);
-  for (uint32_t i = 0; i < r->model.n_params; i++) free(r->weights[i].base), free(r->gradients[i].base);
+  for (uint32_t i = 0; i < r->model.n_params; i++)
+    free(r->weights[i].base), free(r->low[i].base), free(r->gradients[i].base);
   for (uint32_t i = 0; i < r->model.n_stages; i++)
     free(r->outputs[i].base), free(r->d_outputs[i].base), free(r->saved[i].base);
   free(r->workspace.base);
-  free(r->saved), free(r->d_outputs), free(r->outputs), free(r->gradients), free(r->weights), free(r->params);
+  free(r->saved), free(r->d_outputs), free(r->outputs), free(r->gradients), free(r->low), free(r->weights),
+      free(r->params);
   rig_config_free(&r->config);
   free(r);
 }
@@ -146,6 +167,7 @@ float *gpt_rig_gradient(gpt_rig *r, uint32_t param) { return buffer_data(&r->gra
 static void check_all(gpt_rig *r) {
   for (uint32_t i = 0; i < r->model.n_params; i++) {
     buffer_check(&r->weights[i], "weight", i);
+    buffer_check(&r->low[i], "bf16 weight", i);
     buffer_check(&r->gradients[i], "gradient", i);
   }
   for (uint32_t i = 0; i < r->model.n_stages; i++) {
@@ -166,8 +188,9 @@ static uint32_t make_view(gpt_rig *r, uint32_t stage, int32_t pass, const int *w
     const uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD;
     for (uint32_t i = 0; i < unit->n_params; i++) {
       const uint32_t p = unit->first_param + i;
-      phx_param_view v = {.weight_dtype = PHX_F32, .gradient_dtype = PHX_F32, .param = p};
-      if (use->flags & reads) v.weight = gpt_rig_weight(r, p);
+      const int32_t dtype = r->shape.compute_dtype;
+      phx_param_view v = {.weight_dtype = dtype, .gradient_dtype = PHX_F32, .param = p};
+      if (use->flags & reads) v.weight = dtype == PHX_BF16 ? buffer_data(&r->low[p]) : gpt_rig_weight(r, p);
       if (pass == PHX_PASS_BACKWARD && use->flags & PHX_USE_GRADIENT) v.gradient = gpt_rig_gradient(r, p);
       if (v.gradient) v.gradient_mode = written[use->unit] ? PHX_GRAD_ADD : PHX_GRAD_WRITE;
       out[n++] = v;

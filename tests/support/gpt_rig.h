@@ -31,6 +31,7 @@ typedef struct gpt_rig {
   phx_model_self *self;
   phx_param *params;
   rig_buffer *weights, *gradients; /* per parameter */
+  rig_buffer *low;                 /* bf16 weights, when the model computes in it */
   rig_buffer *outputs, *d_outputs, *saved; /* per stage */
   rig_buffer workspace;
   int64_t workspace_used; /* bytes up to the last that any stage wrote */
@@ -38,6 +39,11 @@ typedef struct gpt_rig {
 
 /* extension: a fake host's, e.g. plain_extension */
 gpt_rig *gpt_rig_open(const char *settings, int64_t micro, int64_t sequence, const void *(*extension)(const char *));
+/* The same, computing in dtype.  In bf16 the model reads rounded copies of the weights, and gpt_rig_weight holds their
+ * values in fp32: call gpt_rig_round after changing them. */
+gpt_rig *gpt_rig_open_as(int32_t dtype, const char *settings, int64_t micro, int64_t sequence,
+                         const void *(*extension)(const char *));
+void gpt_rig_round(gpt_rig *rig);
 void gpt_rig_close(gpt_rig *rig);
 float *gpt_rig_weight(gpt_rig *rig, uint32_t param);
 float *gpt_rig_gradient(gpt_rig *rig, uint32_t param); /* NULL when frozen */

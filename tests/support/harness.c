@@ -252,6 +252,20 @@ static int64_t first_different(const float *got, const float *want, int64_t n) {
   return n;
 }
 
+/* The low-precision copy: always the master's value, rounded. */
+static void check_low(rank_state *k, const uint16_t *low, const float *master, int64_t n, const char *where,
+                      uint32_t unit) {
+  if (k->run->c->tolerance > 0) return;
+  for (int64_t e = 0; e < n; e++)
+    if (low[e] != toy_bf16(master[e])) {
+      note(k->run, "step %lld rank %d: %s: low-precision weight %lld of unit %u is %.9g, its master %.9g",
+           (long long)k->step, k->rank, where, (long long)e, unit, (double)toy_from_bf16(low[e]), (double)master[e]);
+      return;
+    }
+}
+
+static bool masters(const run *r) { return r->c->compute_dtype == PHX_BF16; }
+
 /* ---- optimizer ---- */
 typedef struct update_call {
   rank_state *k;
@@ -265,7 +279,8 @@ static phx_status update_fn(void *arg, phx_error *err) {
   run *r = u->k->run;
   const phx_ticket *t = &u->t;
   int64_t base = toy_first(r->t, t->unit, 0) + t->first;
-  float *w = t->weight;
+  float *w = t->master ? t->master : t->weight;
+  uint16_t *low = t->master ? t->weight : NULL;
   const float *g = t->gradient;
   (void)err;
   if (!same_bits(r, g, r->ref->gradients[u->step - 1] + base, t->numel)) {
@@ -276,6 +291,7 @@ static phx_status update_fn(void *arg, phx_error *err) {
   }
   if (!same_bits(r, w, r->ref->weights[u->step - 1] + base, t->numel))
     note(r, "step %lld rank %d: ticket's weight of unit %u differs", (long long)u->step, u->k->rank, t->unit);
+  if (low) check_low(u->k, low, w, t->numel, "ticket", t->unit);
   for (int64_t e = 0; e < t->numel;) { /* split at parameter borders */
     int32_t owner = r->t->owner[0][base + e];
     int64_t n = 1;
@@ -284,6 +300,7 @@ static phx_status update_fn(void *arg, phx_error *err) {
       toy_optim_update(&r->what.optim, u->step, r->t->params[owner].flags & PHX_PARAM_DECAY, u->scale, w + e, g + e,
                        r->what.optim.adamw ? (float *)t->states[0] + e : NULL,
                        r->what.optim.adamw ? (float *)t->states[1] + e : NULL, n);
+    for (int64_t i = e; low && owner >= 0 && i < e + n; i++) low[i] = toy_bf16(w[i]);
     e += n;
   }
   return PHX_OK;
@@ -293,8 +310,9 @@ static phx_status o_update(void *ctx, const phx_ticket *t, float scale, phx_erro
   rank_state *k = ctx;
   run *r = k->run;
   harness_rank *o = k->out;
-  if (t->unit >= r->t->model.n_units || t->numel <= 0 || t->first < 0 || t->weight_dtype != PHX_F32 || t->master ||
-      t->gradient_dtype != PHX_F32 || t->first + t->numel > r->t->units[t->unit].blocks[0] * PHX_BLOCK)
+  if (t->unit >= r->t->model.n_units || t->numel <= 0 || t->first < 0 || t->weight_dtype != (masters(r) ? PHX_BF16 : PHX_F32) ||
+      (t->master != NULL) != masters(r) || !t->weight || t->gradient_dtype != PHX_F32 ||
+      t->first + t->numel > r->t->units[t->unit].blocks[0] * PHX_BLOCK)
     return phx__fail(err, PHX_INVALID, "a ticket of unit %u, elements %lld + %lld", t->unit, (long long)t->first,
                      (long long)t->numel);
   pthread_mutex_lock(&r->lock);
@@ -377,7 +395,7 @@ static void compare_state(rank_state *k, const phx_slice *s, const float *p, int
     r->result->hash[5 + s->state_index] += sum;
   else
     r->result->hash[s->kind] += sum;
-  if (s->kind == PHX_STATE_WEIGHT && !(worst <= r->result->max_difference)) r->result->max_difference = worst;
+  if (s->kind == (masters(r) ? PHX_STATE_MASTER : PHX_STATE_WEIGHT) && !(worst <= r->result->max_difference)) r->result->max_difference = worst;
   pthread_mutex_unlock(&r->lock);
 }
 
@@ -392,23 +410,28 @@ static phx_status v_slice(void *ctx, const phx_slice *s, phx_error *err) {
   run *r = k->run;
   int32_t mode = v->init ? PHX_MAP_WRITE : PHX_MAP_READ;
   int row = state_row(s);
+  bool low = s->kind == PHX_STATE_WEIGHT && masters(r);
+  int32_t values = masters(r) ? PHX_STATE_MASTER : PHX_STATE_WEIGHT;
   void *p = NULL;
   phx_status status = PHX_OK;
   if (s->kind == PHX_STATE_PRIVATE) return PHX_OK;
   if (row < 0 || s->flat >= PHX_FLATS || s->unit >= r->t->model.n_units || s->blocks <= 0 || s->first_block < 0 ||
-      s->first_block + s->blocks > r->t->units[s->unit].blocks[s->flat] || s->dtype != PHX_F32 ||
+      s->first_block + s->blocks > r->t->units[s->unit].blocks[s->flat] || s->dtype != (low ? PHX_BF16 : PHX_F32) ||
       s->place == PHX_SPACE_PINNED)
     return phx__fail(err, PHX_INVALID, "slice kind %d unit %u flat %u blocks %lld + %lld dtype %d", s->kind, s->unit,
                      s->flat, (long long)s->first_block, (long long)s->blocks, s->dtype);
   int64_t block = r->t->units[s->unit].first_block[s->flat] + s->first_block;
   PHX__TRY(r->table->map(k->strategy, s, mode, &p, err));
   float *x = p;
-  for (int64_t e = 0; v->init && e < s->blocks * PHX_BLOCK; e++) {
+  for (int64_t e = 0; v->init && !low && e < s->blocks * PHX_BLOCK; e++) {
     int32_t owner = r->t->owner[s->flat][block * PHX_BLOCK + e];
     int64_t at = owner < 0 ? 0 : s->first_block * PHX_BLOCK + e - r->t->params[owner].offset;
-    x[e] = owner < 0 || s->kind != PHX_STATE_WEIGHT ? 0 : toy_initial(r->t, r->c->seed, (uint32_t)owner, at);
+    x[e] = owner < 0 || s->kind != values ? 0 : toy_initial(r->t, r->c->seed, (uint32_t)owner, at);
   }
-  if (!v->init) compare_state(k, s, x, block * PHX_BLOCK);
+  if (!v->init && !low) compare_state(k, s, x, block * PHX_BLOCK);
+  if (!v->init && low)
+    check_low(k, p, (s->flat ? r->ref->frozen : r->ref->weights[r->what.steps]) + block * PHX_BLOCK,
+              s->blocks * PHX_BLOCK, "at the end", s->unit);
   PHX__TRY(r->table->unmap(k->strategy, s, mode, p, err));
   if (!v->init) {
     pthread_mutex_lock(&r->lock);
@@ -451,7 +474,11 @@ static void check_view(rank_state *k, uint32_t stage, int32_t pass, const phx_vi
              (long long)k->step, k->rank, stage, pass, p, v->param, v->weight, v->gradient, v->gradient_mode);
         abort(); /* running on would crash elsewhere */
       }
-      if (read && (v->weight_dtype != PHX_F32 || !same_bits(r, v->weight, want, r->t->params[p].numel)))
+      if (read && masters(r) && v->weight_dtype == PHX_BF16) {
+        check_low(k, v->weight, want, r->t->params[p].numel, "as read", use->unit);
+        continue;
+      }
+      if (read && (v->weight_dtype != PHX_F32 || masters(r) || !same_bits(r, v->weight, want, r->t->params[p].numel)))
         note(r, "step %lld rank %d stage %u pass %d: weight of %s as read differs at element %lld", (long long)k->step,
              k->rank, stage, pass, r->t->params[p].name,
              (long long)first_different(v->weight, want, r->t->params[p].numel));
@@ -753,7 +780,7 @@ static void check_coverage(run *r) {
   for (int row = 0; row < 4; row++)
     for (int f = 0; f < PHX_FLATS; f++)
       for (int64_t b = 0; b < r->t->model.total_blocks[f]; b++) {
-        int visits = row == 0 || (row >= 2 && f == 0 && !r->c->sgd);
+        int visits = row == 0 || (row == 1 && masters(r)) || (row >= 2 && f == 0 && !r->c->sgd);
         if (r->state_cover[row][f][b] != visits)
           note(r, "state %d, flat %d, block %lld was visited %d times, expected %d", row, f, (long long)b,
                r->state_cover[row][f][b], visits);
@@ -821,6 +848,8 @@ static phx_status prepare(run *r, phx_error *err) {
                       .reduce = c->reduce,
                       .steps = c->steps ? c->steps : 2,
                       .discard_step = c->discard_step,
+                      .low_weights = masters(r),
+                      .low_gradients = topology.reduce_dtype == PHX_BF16,
                       .seed = c->seed,
                       .optim = {!c->sgd, c->sgd ? 0.5f : 0.01f, 0.1f}};
   r->ref = toy_reference_run(r->t, &r->what, 1);

@@ -233,6 +233,22 @@ static phx_status add_fn(void *arg, phx_error *err) {
   for (int64_t e = 0; e < v->n; e++) acc[e] += x[e];
   return PHX_OK;
 }
+static phx_status narrow_fn(void *arg, phx_error *err) {
+  vec *v = arg;
+  uint16_t *out = v->dst;
+  const float *x = v->src;
+  (void)err;
+  for (int64_t e = 0; e < v->n; e++) out[e] = toy_bf16(x[e]);
+  return PHX_OK;
+}
+static phx_status widen_fn(void *arg, phx_error *err) {
+  vec *v = arg;
+  float *out = v->dst;
+  const uint16_t *x = v->src;
+  (void)err;
+  for (int64_t e = 0; e < v->n; e++) out[e] = toy_from_bf16(x[e]);
+  return PHX_OK;
+}
 static phx_status scale_fn(void *arg, phx_error *err) {
   vec *v = arg;
   float *x = v->dst;
@@ -250,9 +266,12 @@ static phx_status d_zero(void *ctx, void *dst, int64_t bytes, phx_stream *s, phx
 }
 static phx_status d_cast(void *ctx, void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype, int64_t numel,
                          phx_stream *s, phx_error *err) {
-  if (dst_dtype != PHX_F32 || src_dtype != PHX_F32)
-    return phx__fail(err, PHX_UNSUPPORTED, "loopback: cast between dtypes %d and %d", src_dtype, dst_dtype);
-  return d_copy(ctx, dst, src, numel * 4, s, err);
+  (void)ctx;
+  vec v = {dst, src, numel, 0};
+  if (dst_dtype == src_dtype) return d_copy(ctx, dst, src, numel * (int64_t)phx_dtype_bytes(dst_dtype), s, err);
+  if (dst_dtype == PHX_BF16 && src_dtype == PHX_F32) return submit(s, narrow_fn, NULL, &v, sizeof v, err);
+  if (dst_dtype == PHX_F32 && src_dtype == PHX_BF16) return submit(s, widen_fn, NULL, &v, sizeof v, err);
+  return phx__fail(err, PHX_UNSUPPORTED, "loopback: cast between dtypes %d and %d", src_dtype, dst_dtype);
 }
 static phx_status d_add(void *ctx, float *acc, const float *x, int64_t numel, phx_stream *s, phx_error *err) {
   (void)ctx;
@@ -423,6 +442,19 @@ static void reduce_part(group *g, const call *c, void *out, int64_t at, int64_t 
     const float *src[RANKS];
     for (int32_t r = 0; r < g->size; r++) src[r] = (const float *)g->slots[r].src + at;
     toy_tree_f32(out, src, 0, g->size, n);
+    return;
+  }
+  if (c->dtype == PHX_BF16 && c->red == PHX_SUM) {
+    for (int64_t e = 0; e < n; e++) {
+      float x[RANKS], sum;
+      const float *src[RANKS];
+      for (int32_t r = 0; r < g->size; r++) {
+        x[r] = toy_from_bf16(((const uint16_t *)g->slots[r].src)[at + e]);
+        src[r] = &x[r];
+      }
+      toy_tree_f32(&sum, src, 0, g->size, 1);
+      ((uint16_t *)out)[e] = toy_bf16(sum);
+    }
     return;
   }
   for (int64_t e = 0; e < n; e++) { /* doubles and integers: sums of whole numbers, and MIN/MAX, need no order here */

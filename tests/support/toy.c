@@ -24,6 +24,26 @@ static float unit_float(uint64_t h) {
   return (float)((int64_t)(h >> 40) - (1 << 23)) * (1.0f / (1 << 23));
 }
 
+uint16_t toy_bf16(float x) {
+  uint32_t bits, low;
+  memcpy(&bits, &x, sizeof bits);
+  low = bits & 0xffffu;
+  if (isnan(x)) return (uint16_t)(bits >> 16 | 0x40u);
+  bits >>= 16;
+  return (uint16_t)(low > 0x8000u || (low == 0x8000u && (bits & 1u)) ? bits + 1 : bits);
+}
+
+float toy_from_bf16(uint16_t h) {
+  uint32_t bits = (uint32_t)h << 16;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+static void round_all(float *x, int64_t n) {
+  for (int64_t e = 0; e < n; e++) x[e] = toy_from_bf16(toy_bf16(x[e]));
+}
+
 /* ---- building ---- */
 toy *toy_new(void) {
   toy *t = zeroed(sizeof *t);
@@ -208,14 +228,17 @@ static const phx_use *use_of(const toy_call *c, uint32_t i) {
   abort();
 }
 
+static float weight(const phx_param_view *p, int64_t e) {
+  return p->weight_dtype == PHX_BF16 ? toy_from_bf16(((const uint16_t *)p->weight)[e]) : ((const float *)p->weight)[e];
+}
+
 void toy_forward(const toy_call *c) {
   double sum[TOY_BOUNDARY] = {0, 0, 0, 0};
   for (uint32_t i = 0; i < c->n_params; i++) {
     const phx_param_view *p = view_param(c, i);
     if (!(use_of(c, i)->flags & PHX_USE_FORWARD)) continue;
-    const float *w = p->weight;
     for (int64_t e = 0; e < c->t->params[p->param].numel; e++)
-      sum[e % TOY_BOUNDARY] += (double)w[e] * (double)(e % 7 + 1);
+      sum[e % TOY_BOUNDARY] += (double)weight(p, e) * (double)(e % 7 + 1);
   }
   for (int i = 0; i < TOY_BOUNDARY; i++) c->output[i] = 0.75f * c->input[i] + (float)(sum[i] * 0.125);
 }
@@ -228,9 +251,8 @@ void toy_backward(const toy_call *c) {
     const phx_param_view *p = view_param(c, i);
     const phx_use *use = use_of(c, i);
     const phx_param *param = &c->t->params[p->param];
-    const float *w = use->flags & PHX_USE_BACKWARD ? p->weight : NULL;
-    if (w)
-      for (int64_t e = 0; e < param->numel; e++) through += (double)w[e];
+    bool reads = (use->flags & PHX_USE_BACKWARD) && p->weight;
+    for (int64_t e = 0; reads && e < param->numel; e++) through += (double)weight(p, e);
     if (!(use->flags & PHX_USE_GRADIENT) || (param->flags & PHX_PARAM_FROZEN)) continue;
     float *g = p->gradient;
     uint64_t key = toy_mix((((uint64_t)c->step * 64u + (uint64_t)c->micro_batch) * 64u + (uint64_t)c->data_rank) * 64u +
@@ -239,7 +261,7 @@ void toy_backward(const toy_call *c) {
     for (int64_t e = 0; e < param->numel; e++) {
       float noise = 0.03125f * unit_float((key + (uint64_t)e) * 0x9e3779b97f4a7c15u ^ key);
       float x = noise + 0.25f * (d_out[e % TOY_BOUNDARY] * c->input[(e + 1) % TOY_BOUNDARY]);
-      if (w) x += 0.0625f * w[e];
+      if (reads) x += 0.0625f * weight(p, e);
       g[e] = p->gradient_mode == PHX_GRAD_ADD ? g[e] + x : x;
     }
   }
@@ -286,7 +308,7 @@ void toy_tree_f32(float *out, const float *const *src, int32_t lo, int32_t n, in
 }
 
 /* One micro-batch of one rank, whole weights in w, gradients written or added into g (modes as a strategy's). */
-static double pass(const toy *t, const toy_reference *r, const float *w, float *g, int64_t step, int32_t mb,
+static double pass(const toy *t, const float *ice, const float *w, float *g, int64_t step, int32_t mb,
                    int32_t rank, bool first) {
   float act[TOY_STAGES + 1][TOY_BOUNDARY], d[2][TOY_BOUNDARY];
   bool touched[TOY_UNITS];
@@ -304,7 +326,7 @@ static double pass(const toy *t, const toy_reference *r, const float *w, float *
       for (uint32_t p = u->first_param; p < u->first_param + u->n_params; p++) {
         bool frozen = (t->params[p].flags & PHX_PARAM_FROZEN) != 0;
         int64_t at = toy_first(t, use->unit, frozen) + t->params[p].offset;
-        views[n++] = (phx_param_view){.weight = frozen ? r->frozen + at : w + at,
+        views[n++] = (phx_param_view){.weight = frozen ? ice + at : w + at,
                                       .gradient = frozen ? NULL : g + at,
                                       .gradient_mode = touched[use->unit] ? PHX_GRAD_ADD : PHX_GRAD_WRITE,
                                       .param = p};
@@ -353,7 +375,7 @@ toy_reference *toy_reference_run(const toy *t, const toy_run *run, int32_t tree)
   r->gradients = zeroed((size_t)(run->steps + 1) * sizeof *r->gradients);
   r->losses = zeroed((size_t)(run->steps + 1) * sizeof *r->losses);
   r->m = zeroed(bytes), r->v = zeroed(bytes);
-  float *g[64], *sum = zeroed(bytes);
+  float *g[64], *sum = zeroed(bytes), *read = zeroed(bytes), *ice = zeroed((size_t)t->elements[1] * sizeof(float));
   for (int32_t k = 0; k < run->data_ranks; k++) g[k] = zeroed(bytes);
   r->weights[0] = zeroed(bytes);
   for (uint32_t p = 0; p < t->model.n_params; p++) {
@@ -365,11 +387,16 @@ toy_reference *toy_reference_run(const toy *t, const toy_run *run, int32_t tree)
     bool whole = run->reduce == PHX_REDUCE_STEP;
     float *w = r->weights[s + 1] = zeroed(bytes), *total = r->gradients[s] = zeroed(bytes);
     memcpy(w, r->weights[s], bytes);
+    memcpy(read, w, bytes);
+    memcpy(ice, r->frozen, (size_t)t->elements[1] * sizeof(float));
+    if (run->low_weights) round_all(read, n), round_all(ice, t->elements[1]);
     for (int32_t mb = 0; mb < run->accumulate; mb++) {
       for (int32_t k = 0; k < run->data_ranks; k++)
-        r->losses[s] += pass(t, r, w, g[k], s + 1, mb, k, mb == 0 || !whole) / run->data_ranks / run->accumulate;
+        r->losses[s] += pass(t, ice, read, g[k], s + 1, mb, k, mb == 0 || !whole) / run->data_ranks / run->accumulate;
       if (whole && mb + 1 < run->accumulate) continue;
+      for (int32_t k = 0; run->low_gradients && k < run->data_ranks; k++) round_all(g[k], n);
       reduce_ranks(sum, g, run->data_ranks, n, tree);
+      if (run->low_gradients) round_all(sum, n);
       for (int64_t e = 0; e < n; e++) total[e] = whole || mb == 0 ? sum[e] : total[e] + sum[e];
     }
     if (s + 1 == run->discard_step) continue;
@@ -382,7 +409,7 @@ toy_reference *toy_reference_run(const toy *t, const toy_run *run, int32_t tree)
     }
   }
   for (int32_t k = 0; k < run->data_ranks; k++) free(g[k]);
-  free(sum);
+  free(sum), free(read), free(ice);
   return r;
 }
 

@@ -40,6 +40,9 @@ void toy_free(toy *t);
 toy *toy_plain(int layers, int64_t width);
 toy *toy_odd(void);
 
+/* To nearest, ties to even; a NaN stays one. */
+uint16_t toy_bf16(float x);
+float toy_from_bf16(uint16_t h);
 /* First element of a unit's flat in the whole model's flat. */
 int64_t toy_first(const toy *t, uint32_t unit, uint32_t flat);
 float toy_initial(const toy *t, uint64_t seed, uint32_t param, int64_t element);
@@ -73,6 +76,8 @@ void toy_optim_update(const toy_optim *o, int64_t step, bool decay, float scale,
 typedef struct toy_run {
   int32_t data_ranks, accumulate, reduce, steps;
   int32_t discard_step; /* that step (from 1) is skipped; 0: none */
+  bool low_weights;     /* stages read weights rounded to bf16; what is updated stays fp32 */
+  bool low_gradients;   /* each reduction: every rank's part is rounded to bf16, and the fp32 sum once more */
   uint64_t seed;
   toy_optim optim;
 } toy_run;

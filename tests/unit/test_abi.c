@@ -68,14 +68,14 @@ PIN(phx_comm, all_to_all, 80); PIN(phx_comm, barrier, 88); PIN(phx_comm, split, 
 PIN(phx_comm, annotate, 112); PIN(phx_comm, stats, 120); PIN(phx_comm, health, 128); PIN(phx_comm, abort, 136);
 
 /* ---- phalanx/device.h ---- */
-NO_TAIL(phx_device, scale);
+NO_TAIL(phx_device, unpin);
 PIN(phx_device, struct_size, 0); PIN(phx_device, ctx, 8); PIN(phx_device, name, 16); PIN(phx_device, caps, 24);
 PIN(phx_device, threads, 28); PIN(phx_device, stream_create, 32); PIN(phx_device, stream_destroy, 40);
 PIN(phx_device, stream_synchronize, 48); PIN(phx_device, event_create, 56); PIN(phx_device, event_destroy, 64);
 PIN(phx_device, event_record, 72); PIN(phx_device, stream_wait, 80); PIN(phx_device, event_synchronize, 88);
 PIN(phx_device, event_done, 96); PIN(phx_device, enqueue, 104); PIN(phx_device, native_stream, 112);
 PIN(phx_device, copy, 120); PIN(phx_device, zero, 128); PIN(phx_device, cast, 136); PIN(phx_device, add, 144);
-PIN(phx_device, scale, 152);
+PIN(phx_device, scale, 152); PIN(phx_device, space, 160); PIN(phx_device, pin, 168); PIN(phx_device, unpin, 176);
 
 /* ---- phalanx/host.h ---- */
 NO_TAIL(phx_memory, comm);
@@ -150,7 +150,7 @@ NO_TAIL(phx_job, exchange);
 
 /* ---- phalanx/provider.h: provisional, only without tail padding ---- */
 NO_TAIL(phx_ops, mean);
-NO_TAIL(phx_device_table, driver_bytes);
+NO_TAIL(phx_device_table, count);
 NO_TAIL(phx_comm_table, arena);
 NO_TAIL(phx_batch_shape, reserved0);
 NO_TAIL(phx_stage_memory, workspace);

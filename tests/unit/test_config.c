@@ -138,8 +138,8 @@ Test(config, unselected_sections_are_validated) {
   expect_report(DATA "[fsdp]\nsharding = half\nprefech = 2\n",
                 ":4: [fsdp] 'half' is not valid for sharding: expected full | grad_op | none\n"
                 ":5: [fsdp] has no key 'prefech': did you mean 'prefetch'?\n");
-  phx__config *c = expect_good(DATA "[nccl]\nanything = 1\n[pair]\nratio = 0\n"); /* pair's required note is not needed */
-  cr_expect_str_eq(report, ":3: warning: [nccl] is not checked: no plugin of that name is installed\n");
+  phx__config *c = expect_good(DATA "[mpi]\nanything = 1\n[pair]\nratio = 0\n"); /* pair's required note is not needed */
+  cr_expect_str_eq(report, ":3: warning: [mpi] is not checked: no plugin of that name is installed\n");
   phx__config_free(c);
 }
 
@@ -179,6 +179,40 @@ Test(config, all_errors_at_once) {
                 ": [data] train is missing: Token file to train on, or a glob of several.\n");
 }
 
+#define GPUS "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/gpus\n"
+
+Test(config, automatic_plugins) {
+  phx__config *c = expect_good(DATA);
+  cr_expect(strncmp(c->device_why, "cpu: cuda ", 10) == 0, "%s", c->device_why); /* not installed, or no GPU here */
+  cr_expect_str_eq(c->comm_why, "shm: device cpu is not cuda");
+  phx__config_free(c);
+  c = expect_good(DATA "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/refusing\n");
+  cr_expect_str_eq(c->device_why, "cpu: cuda cannot run here: cuda is for tests of the loader: it cannot run");
+  cr_expect_str_eq(c->s.device.plugin, "cpu");
+  phx__config_free(c);
+  c = expect_good(DATA "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/lost\n");
+  cr_expect(strstr(c->device_why, "libphx-is-nowhere.so: cannot open shared object"), "%s", c->device_why);
+  phx__config_free(c);
+  c = expect_good(DATA "[device]\nplugin = cpu\n");
+  cr_expect_str_eq(c->device_why, "");
+  phx__config_free(c);
+}
+
+Test(config, automatic_plugins_on_gpus) {
+  phx__config *c = expect_good("[run]\nranks = 2\n" DATA GPUS);
+  cr_expect_str_eq(c->s.device.plugin, "cuda");
+  cr_expect_str_eq(c->s.comm.plugin, "nccl");
+  cr_expect_str_eq(c->comm_why, "nccl: every rank has a GPU of its own");
+  cr_expect_eq(c->s.run.deterministic, 0);
+  cr_expect(strstr(report, "deterministic = auto comes to no on device cuda"), "%s", report);
+  phx__config_free(c);
+  c = expect_good("[run]\nranks = 3\ndeterministic = yes\n" DATA GPUS);
+  cr_expect_str_eq(c->s.comm.plugin, "shm");
+  cr_expect_str_eq(c->comm_why, "shm: 3 ranks share 2 devices");
+  cr_expect_eq(c->s.run.deterministic, 1);
+  phx__config_free(c);
+}
+
 Test(config, plugins_that_do_not_fit) {
   expect_report(DATA "[device]\nplugin = absent\n",
                 ":4: [device] plugin = absent cannot run here: absent is for tests of the loader: it cannot run\n");
@@ -198,10 +232,14 @@ Test(config, settings_that_do_not_go_together) {
                 ":6: [batch] total = 32, but ranks x micro x accumulate = 2 x 3 x 5 = 30\n");
   phx__config_free(expect_good("[run]\nranks = 2\n[batch]\nmicro = 3\naccumulate = 5\ntotal = 30\n" DATA));
   phx__config_free(expect_good("[run]\nsteps = 9\n[optimizer]\nwarmup = 10\n" DATA)); /* a short trial of a long run */
+  /* stubs that do not say that they take bf16 */
   expect_report(DATA "[precision]\ncompute = bf16\n",
-                ":4: [precision] compute = bf16 is not offered by device cpu in this version: use fp32\n");
-  expect_report(DATA "[precision]\nreduce = bf16\n",
-                ":4: [precision] reduce = bf16 is not part of this version, which sums gradients in fp32: use fp32\n");
+                ":4: [precision] compute = bf16: strategy ddp keeps and reduces fp32 only: use fp32\n"
+                ":4: [precision] compute = bf16: device cpu computes in fp32 only: use fp32\n"
+                ":4: [precision] compute = bf16: model gpt computes in fp32 only: use fp32\n");
+  expect_report(DATA "[precision]\nreduce = fp16\n",
+                ":4: [precision] reduce = fp16: its range ends at 65504 and gradients below 6e-8 vanish, so it needs loss "
+                "scaling, which is not offered; bf16 has fp32's range: use bf16\n");
   phx__config_free(expect_good(DATA "[checkpoint]\nevery = 5\nkeep = 0\nkeep_every = 10\n"));
   expect_report("[run]\nout =\n" DATA, ":2: [run] out is empty: name a directory\n");
   expect_report("[data]\ntrain =\n",

@@ -145,14 +145,15 @@ Test(ddp, replicas_share_the_norm, .timeout = 60) {
 
 static phx_slice damaged;
 static int64_t damaged_element, damaged_step;
+static float damaged_by = 1;
 static void damage(const phx_strategy_table *inner, phx_strategy *self, int32_t rank, int64_t step) {
   void *p;
   if (rank != 1 || step != damaged_step || inner->map(self, &damaged, PHX_MAP_WRITE, &p, NULL) != PHX_OK) return;
-  ((float *)p)[damaged_element] += 1;
+  ((float *)p)[damaged_element] += damaged_by;
   inner->unmap(self, &damaged, PHX_MAP_WRITE, p, NULL);
 }
 
-static void expect_named(const toy *t, const char *options, int64_t step, const char *what) {
+static void expect_named(const toy *t, const char *options, int32_t compute, int64_t step, const char *what) {
   meddle how = {.before_update = damage, .lost_stage = -1};
   harness_result r;
   harness_config c = {.plugin = meddle_plugin("ddp", &how),
@@ -161,6 +162,7 @@ static void expect_named(const toy *t, const char *options, int64_t step, const 
                       .ranks = 3,
                       .steps = 4,
                       .options = options,
+                      .compute_dtype = compute,
                       .ignore_plan = true};
   damaged_step = step;
   cr_assert_not(harness_run(&c, &r));
@@ -181,9 +183,9 @@ Test(ddp, broadcast_check_names_the_tensor_that_differs, .timeout = 60) {
   toy *t = toy_odd();
   damaged =
       (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .unit = 2, .blocks = 1, .dtype = PHX_F32};
-  expect_named(t, "broadcast_check=1", 1, "weight of parameter 'big.p0'");
+  expect_named(t, "broadcast_check=1", 0, 1, "weight of parameter 'big.p0'");
   damaged_element = 10112 + 5; /* the vector after the matrix of 10100 elements */
-  expect_named(t, "broadcast_check=3", 2, "weight of parameter 'big.p1'"); /* found at step 3 */
+  expect_named(t, "broadcast_check=3", 0, 2, "weight of parameter 'big.p1'"); /* found at step 3 */
   damaged = (phx_slice){.struct_size = sizeof damaged,
                         .kind = PHX_STATE_WEIGHT,
                         .unit = 3,
@@ -191,7 +193,7 @@ Test(ddp, broadcast_check_names_the_tensor_that_differs, .timeout = 60) {
                         .blocks = 1,
                         .dtype = PHX_F32};
   damaged_element = 4949;
-  expect_named(t, "broadcast_check=1", 1, "weight of parameter 'ice.p0'");
+  expect_named(t, "broadcast_check=1", 0, 1, "weight of parameter 'ice.p0'");
   damaged = (phx_slice){.struct_size = sizeof damaged,
                         .kind = PHX_STATE_OPTIM,
                         .state_index = 1,
@@ -199,7 +201,14 @@ Test(ddp, broadcast_check_names_the_tensor_that_differs, .timeout = 60) {
                         .blocks = 2,
                         .dtype = PHX_F32};
   damaged_element = 1088; /* tail.p1 */
-  expect_named(t, "broadcast_check=1", 1, "tail.p1'");
+  expect_named(t, "broadcast_check=1", 0, 1, "tail.p1'");
+  damaged =
+      (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_MASTER, .unit = 2, .blocks = 1, .dtype = PHX_F32};
+  damaged_element = 7;
+  expect_named(t, "broadcast_check=1", PHX_BF16, 1, "weight of parameter 'big.p0'"); /* rounded from it */
+  damaged_by = 1e-6f;
+  expect_named(t, "broadcast_check=1", PHX_BF16, 1, "master of parameter 'big.p0'");
+  damaged_by = 1;
   toy_free(t);
 }
 
@@ -278,7 +287,7 @@ Test(ddp, a_failing_allocation_leaks_nothing, .timeout = 60) {
 
 Test(ddp, what_it_cannot_do_is_refused_before_anything_is_opened) {
   toy *t = toy_odd();
-  harness_config c = {.strategy = "ddp", .toy = t, .ranks = 2, .compute_dtype = PHX_BF16};
+  harness_config c = {.strategy = "ddp", .toy = t, .ranks = 2, .compute_dtype = PHX_F16};
   phx_estimate e;
   phx_error err = PHX_ERROR_INIT;
   cr_assert_eq(harness_estimate(&c, 0, &e, &err), PHX_UNSUPPORTED);

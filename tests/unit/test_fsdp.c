@@ -248,7 +248,7 @@ Test(fsdp, what_does_not_fit_is_refused) {
   expect_refused(t, "sharding=grad_op max_gathered=6", 0, PHX_INVALID, "needs 8 units");
   expect_refused(t, "sharding=none max_gathered=4", 0, PHX_INVALID, "gathers nothing");
   expect_refused(t, "sharding=none reshard_after_forward=no", 0, PHX_INVALID, "shards nothing");
-  expect_refused(t, "", PHX_BF16, PHX_UNSUPPORTED, "compute");
+  expect_refused(t, "", PHX_F16, PHX_UNSUPPORTED, "compute");
   toy_free(t);
 }
 

@@ -435,6 +435,51 @@ Test(kit, low_precision_is_refused_with_the_key) {
   cr_assert(strstr(err.message, "reduce = fp32"), "%s", err.message);
 }
 
+Test(kit, precision_is_fp32_or_bf16) {
+  phx_topology t = {.struct_size = sizeof t, .compute_dtype = PHX_BF16, .reduce_dtype = PHX_BF16};
+  phx_error err = PHX_ERROR_INIT;
+  cr_assert_eq(phx_kit_check_precision(&t, &err), PHX_OK);
+  cr_assert(phx_kit_masters(&t) && phx_kit_weight_bytes(&t) == 2 && phx_kit_wire_bytes(&t, 1024) == 2048);
+  t.compute_dtype = t.reduce_dtype = PHX_F32;
+  cr_assert_eq(phx_kit_check_precision(&t, &err), PHX_OK);
+  cr_assert(!phx_kit_masters(&t) && phx_kit_weight_bytes(&t) == 4 && phx_kit_wire_bytes(&t, 1024) == 0);
+  t.compute_dtype = PHX_F64;
+  cr_assert_eq(phx_kit_check_precision(&t, &err), PHX_UNSUPPORTED);
+  cr_assert(strstr(err.message, "compute has dtype 4"), "%s", err.message);
+}
+
+static int seen_kinds[4], seen_dtypes[4], n_seen;
+static phx_status see(void *ctx, const phx_slice *slice, phx_error *err) {
+  (void)ctx, (void)err;
+  seen_kinds[n_seen] = slice->kind, seen_dtypes[n_seen++] = slice->dtype;
+  return PHX_OK;
+}
+static phx_ticket given;
+static phx_status take(void *ctx, const phx_ticket *ticket, float scale, phx_error *err) {
+  (void)ctx, (void)scale, (void)err;
+  given = *ticket;
+  return PHX_OK;
+}
+Test(kit, masters_are_named_before_what_is_derived_and_travel_in_the_ticket) {
+  phx_visitor visitor = {.struct_size = sizeof visitor, .slice = see};
+  phx_optim optim = {.struct_size = sizeof optim, .n_states = 1, .states = {{"m", PHX_F32, 0}}, .update = take};
+  cr_assert_eq(phx_kit_visit(&visitor, &optim, PHX_BF16, 0, PHX_FLAT_TRAINABLE, 0, 1, NULL), PHX_OK);
+  cr_assert_eq(n_seen, 3);
+  cr_assert(seen_kinds[0] == PHX_STATE_MASTER && seen_dtypes[0] == PHX_F32);
+  cr_assert(seen_kinds[1] == PHX_STATE_WEIGHT && seen_dtypes[1] == PHX_BF16);
+  cr_assert(seen_kinds[2] == PHX_STATE_OPTIM && seen_dtypes[2] == PHX_F32);
+  n_seen = 0;
+  cr_assert_eq(phx_kit_visit(&visitor, &optim, PHX_F32, 0, PHX_FLAT_FROZEN, 0, 1, NULL), PHX_OK);
+  cr_assert(n_seen == 1 && seen_kinds[0] == PHX_STATE_WEIGHT && seen_dtypes[0] == PHX_F32);
+  float master = 1, weight = 2;
+  phx_kit_slice slice = {.blocks = 1, .weight = &weight, .master = &master, .weight_dtype = PHX_BF16};
+  cr_assert_eq(phx_kit_update(&optim, &slice, 1, NULL, NULL), PHX_OK);
+  cr_assert(given.master == &master && given.weight == &weight && given.weight_dtype == PHX_BF16);
+  slice.master = NULL;
+  cr_assert_eq(phx_kit_update(&optim, &slice, 1, NULL, NULL), PHX_OK);
+  cr_assert(!given.master && given.weight == &weight && given.weight_dtype == PHX_F32);
+}
+
 Test(kit, the_hash_sees_every_bit) {
   unsigned char data[101];
   for (int i = 0; i < 101; i++) data[i] = (unsigned char)(i * 37);

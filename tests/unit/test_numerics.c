@@ -163,6 +163,10 @@ Test(hash, placement_and_padding_do_not_matter_but_values_do) {
   phx__rng_normal(data, 0, 2 * PHX_BLOCK, 1, 1, 1);
   phx__state_hash a = hash_slices(m, data, 2, 1), b = hash_slices(m, data, 2, 2);
   cr_assert(a.low == b.low && a.high == b.high);
+  phx_slice master = {.struct_size = sizeof master, .kind = PHX_STATE_MASTER, .unit = 1, .blocks = 2, .dtype = PHX_F32};
+  b = (phx__state_hash){0, 0};
+  phx__state_hash_slice(&b, m, &master, data);
+  cr_assert(a.low == b.low && a.high == b.high, "a master is the weight it stands behind");
   data[110] = 5; /* padding between two parameters */
   b = hash_slices(m, data, 2, 2);
   cr_assert(a.low == b.low && a.high == b.high);

@@ -108,7 +108,7 @@ static uint64_t write_sample(const char *path, int order, uint64_t sums[8], int 
       cr_assert_eq(phx__safetensors_write(w, t, at, bytes - at < 65537 ? bytes - at : 65537, data + at, &err), PHX_OK);
     free(data);
   }
-  *n_sums = (int)phx__chunks_count(w->file_bytes);
+  *n_sums = (int)phx__chunks_count(w->file.bytes);
   cr_assert_eq(phx__safetensors_finish(w, sums, &err), PHX_OK, "%s", err.message);
   phx__safetensors_writer_close(w);
   return 0;

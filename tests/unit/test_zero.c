@@ -432,10 +432,10 @@ Test(zero, what_does_not_fit_is_refused, .timeout = 60) {
   c.options = "stage=3 stage3_param_persistence_threshold=0 stage3_max_live_parameters=9000";
   expect_refused(c, PHX_INVALID, "stage3_max_live_parameters = 9000 is too small: stage 'big'");
   c.options = "stage=3";
-  c.compute_dtype = PHX_BF16;
-  expect_refused(c, PHX_UNSUPPORTED, "compute is not fp32");
+  c.compute_dtype = PHX_F16;
+  expect_refused(c, PHX_UNSUPPORTED, "compute has dtype 2");
   c.compute_dtype = PHX_F32;
-  c.reduce_dtype = PHX_BF16;
-  expect_refused(c, PHX_UNSUPPORTED, "reduce is not fp32");
+  c.reduce_dtype = PHX_F16;
+  expect_refused(c, PHX_UNSUPPORTED, "reduce has dtype 2");
   toy_free(t);
 }

@@ -8,7 +8,11 @@
  * them in that order.  Concurrent orders need split().  In-place use is as in NCCL: all_reduce with src == dst;
  * reduce_scatter with dst == src + rank * recv_numel; all_gather with src == dst + rank * send_numel.
  * When a call's work is done on its stream, the rank may reuse all its buffers.
- * Memory that host->alloc took with this communicator is reached by peers in place; other memory is staged. */
+ * Memory that host->alloc took with this communicator is reached by peers in place; other memory is staged.
+ *
+ * Buffers of a call are all in the device's space or all in host memory (pinned or not), told apart by address.  With
+ * host memory and the compute stream (NULL) a call is over when it returns, and does not wait for the stream: what the
+ * core's own small exchanges (losses, norms, hashes, agreements) are; so is a barrier. */
 #ifndef PHALANX_COMM_H
 #define PHALANX_COMM_H
 #include <phalanx/base.h>

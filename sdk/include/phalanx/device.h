@@ -2,7 +2,7 @@
  *
  * A stream is opaque; NULL is the compute stream.  On the cpu device the compute stream runs inline (a call returns
  * when its work is done) and every other stream is a thread; on cuda all streams are CUDA streams.  Code written for
- * events and waits runs on both. */
+ * events and waits runs on both.  What copy() is given beside the device's own memory is pinned. */
 #ifndef PHALANX_DEVICE_H
 #define PHALANX_DEVICE_H
 #include <phalanx/base.h>
@@ -46,6 +46,12 @@ typedef struct phx_device {
                      phx_stream *s, phx_error *err); /* round to nearest even */
   phx_status (*add)(void *ctx, float *acc, const float *x, int64_t numel, phx_stream *s, phx_error *err); /* acc += x */
   phx_status (*scale)(void *ctx, float *x, float by, int64_t numel, phx_stream *s, phx_error *err);       /* x *= by */
+
+  /* Optional, for devices without PHX_DEVICE_HOST_MEMORY.  [any] where p points: PHX_SPACE_*, pin() included */
+  int32_t (*space)(void *ctx, const void *p);
+  /* [main] ordinary host memory, page-aligned, becomes as PHX_SPACE_PINNED until unpin(p) */
+  phx_status (*pin)(void *ctx, void *p, int64_t bytes, phx_error *err);
+  void (*unpin)(void *ctx, void *p);
 } phx_device;
 
 #ifdef __cplusplus

@@ -4,9 +4,10 @@
  * pass, with the units it uses.  A tied weight is one unit used by two stages.
  *
  * Coordinates, fixed by the host: per unit, its trainable parameters in order, each beginning at a 256-byte boundary
- * (64 elements), form its flat; the flat is padded to canonical blocks of PHX_BLOCK elements.  Frozen parameters form a
- * flat of their own in the same way, without gradient or optimizer state.  Shards, norms, state slices, checkpoints and
- * hashes all speak (unit, flat, first block, blocks).  Padding is zero and stays zero. */
+ * (64 elements, which are 128 bytes in a bf16 copy), form its flat; the flat is padded to canonical blocks of PHX_BLOCK
+ * elements.  Frozen parameters form a flat of their own in the same way, without gradient or optimizer state.  Shards,
+ * norms, state slices, checkpoints and hashes all speak (unit, flat, first block, blocks).  Padding is zero and stays
+ * zero. */
 #ifndef PHALANX_MODEL_H
 #define PHALANX_MODEL_H
 #include <phalanx/base.h>

@@ -112,6 +112,8 @@ typedef struct phx_device_table {
   void (*free)(phx_device_self *self, int32_t space, void *p, int64_t bytes);
   /* [any] optional: bytes of this process on the device as its driver counts them, now; -1: not known */
   int64_t (*driver_bytes)(phx_device_self *self);
+  /* [main] pure, optional: devices of this kind on this machine that ranks may use; missing: any number of ranks */
+  int32_t (*count)(void);
 } phx_device_table;
 
 /* ==== communicator ================================================================================================= */
@@ -126,7 +128,8 @@ typedef struct phx_comm_table {
    * peers can reach.  host offers "phx.job/1" and "phx.device/1". */
   phx_status (*create)(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out, phx_error *err);
   void (*destroy)(phx_comm *world); /* [main] also of all that was split off and not destroyed */
-  /* [main] this rank's arena, arena_bytes long; the core carves it for host->alloc(comm != NULL) */
+  /* [main] this rank's arena, arena_bytes long, in the device's space; the core carves it for host->alloc(comm != NULL).
+   * NULL: it has none, and such memory comes from the device */
   void *(*arena)(phx_comm *world);
 } phx_comm_table;
 

@@ -1,13 +1,13 @@
 /* bare.c - the barest strategy: what a training loop without a framework would do (tests and benchmarks only).
  *
- * World size 1, one micro-batch, every stage run.  Weights, gradients and states are whole and private; all views are
+ * World size 1, one micro-batch, every stage run, nothing reduced.  Weights (and masters, in bf16), gradients and states are whole and private; all views are
  * written once, at create, so that acquire hands out a pointer and release does nothing.  No communicator, no stream, no
  * event, no bucket.  What a strategy costs beyond this is its overhead (tests/bench).  The same bits as ddp at 1 rank. */
 #include <phalanx/kit.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { WEIGHT, FROZEN, GRADIENT, STATES, N_REGIONS = STATES + PHX_OPTIM_STATES_MAX };
+enum { WEIGHT, FROZEN, MASTER, ICE, GRADIENT, STATES, N_REGIONS = STATES + PHX_OPTIM_STATES_MAX };
 
 struct phx_strategy {
   phx_kit_services s; /* no stream */
@@ -19,14 +19,21 @@ struct phx_strategy {
 };
 
 static phx_status plan(const phx_topology *t, const phx_model *m, phx_kit_region *r, phx_error *err) {
-  phx_status status = phx_kit_check_topology(t, err);
+  phx_status status = phx_kit_check_precision(t, err);
   if (status != PHX_OK) return status;
+  if (t->reduce_dtype != PHX_F32)
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "bare reduces nothing: set [precision] reduce = fp32");
   if (t->world_size != 1 || t->accumulate != 1)
     return phx_kit_fail(err, PHX_UNSUPPORTED, "bare runs on 1 rank with accumulate = 1, not on %d with %d",
                         t->world_size, t->accumulate);
   const int64_t trainable = m->total_blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
-  r[WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .bytes = trainable * 4};
-  r[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .bytes = m->total_blocks[PHX_FLAT_FROZEN] * PHX_BLOCK * 4};
+  const int64_t frozen = m->total_blocks[PHX_FLAT_FROZEN] * PHX_BLOCK, size = phx_kit_weight_bytes(t);
+  r[WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .bytes = trainable * size};
+  r[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .bytes = frozen * size};
+  if (phx_kit_masters(t)) {
+    r[MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = trainable * 4};
+    r[ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = frozen * 4};
+  }
   r[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .bytes = trainable * 4};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
     r[STATES + k] = (phx_kit_region){
@@ -51,9 +58,16 @@ static void bare_destroy(phx_strategy *self) {
   free(self);
 }
 
-/* Where a unit's flat begins in a region of 4-byte elements. */
+/* Where a unit's flat begins in a region of fp32; NULL: there is none. */
 static float *at(const phx_strategy *self, int region, uint32_t unit, int flat) {
-  return (float *)self->regions[region].at + phx_model_unit(self->model, unit)->first_block[flat] * PHX_BLOCK;
+  float *base = self->regions[region].at;
+  return base ? base + phx_model_unit(self->model, unit)->first_block[flat] * PHX_BLOCK : NULL;
+}
+/* An element of it as the model reads it. */
+static void *weight(const phx_strategy *self, uint32_t unit, int flat, int64_t element) {
+  return (char *)self->regions[WEIGHT + flat].at +
+         (phx_model_unit(self->model, unit)->first_block[flat] * PHX_BLOCK + element) *
+             phx_kit_weight_bytes(self->topology);
 }
 
 /* One pass of one stage; written: (n_units) whose gradient already has something. */
@@ -67,8 +81,10 @@ static void write_view(const phx_strategy *self, uint32_t s, bool backward, uint
     for (uint32_t k = 0; k < unit->n_params; k++, out++) {
       const phx_param *param = phx_model_param(self->model, unit->first_param + k);
       const bool frozen = (param->flags & PHX_PARAM_FROZEN) != 0;
-      *out = (phx_param_view){.weight_dtype = PHX_F32, .gradient_dtype = PHX_F32, .param = unit->first_param + k};
-      if (reads) out->weight = at(self, frozen ? FROZEN : WEIGHT, use->unit, frozen) + param->offset;
+      *out = (phx_param_view){.weight_dtype = self->topology->compute_dtype,
+                              .gradient_dtype = PHX_F32,
+                              .param = unit->first_param + k};
+      if (reads) out->weight = weight(self, use->unit, frozen, param->offset);
       if (!gradient || frozen) continue;
       out->gradient = at(self, GRADIENT, use->unit, PHX_FLAT_TRAINABLE) + param->offset;
       out->gradient_mode = written[use->unit] ? PHX_GRAD_ADD : PHX_GRAD_WRITE;
@@ -128,15 +144,19 @@ static phx_status bare_visit_state(phx_strategy *self, const phx_visitor *visito
   phx_status status = PHX_OK;
   for (uint32_t u = 0; u < self->model->n_units; u++)
     for (uint32_t flat = 0; flat < PHX_FLATS && status == PHX_OK; flat++)
-      status = phx_kit_visit(visitor, self->s.optim, u, flat, 0, phx_model_unit(self->model, u)->blocks[flat], err);
+      status = phx_kit_visit(visitor, self->s.optim, self->topology->compute_dtype, u, flat, 0,
+                             phx_model_unit(self->model, u)->blocks[flat], err);
   return status;
 }
 
 static phx_status bare_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
   (void)mode;
-  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
+  const bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
+  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
     return phx_kit_fail(err, PHX_INVALID, "bare keeps no state of kind %d", slice->kind);
-  const uint32_t region = slice->kind == PHX_STATE_OPTIM ? STATES + slice->state_index : WEIGHT + slice->flat;
+  const uint32_t region = slice->kind == PHX_STATE_OPTIM ? STATES + slice->state_index
+                          : master                       ? MASTER + slice->flat
+                                                         : WEIGHT + slice->flat;
   const int64_t block = phx_model_unit(self->model, slice->unit)->first_block[slice->flat] + slice->first_block;
   *out = (char *)self->regions[region].at + block * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype);
   return PHX_OK;
@@ -144,6 +164,17 @@ static phx_status bare_map(phx_strategy *self, const phx_slice *slice, int32_t m
 static phx_status bare_unmap(phx_strategy *self, const phx_slice *slice, int32_t mode, void *p, phx_error *err) {
   (void)self, (void)slice, (void)mode, (void)p, (void)err;
   return PHX_OK;
+}
+static phx_status bare_state_changed(phx_strategy *self, phx_error *err) {
+  const phx_device *d = self->s.device;
+  phx_status status = PHX_OK;
+  for (int flat = 0; flat < PHX_FLATS && status == PHX_OK; flat++) {
+    const phx_kit_region *masters = &self->regions[MASTER + flat];
+    if (masters->at)
+      status = d->cast(d->ctx, self->regions[WEIGHT + flat].at, self->topology->compute_dtype, masters->at, PHX_F32,
+                       masters->bytes / 4, NULL, err);
+  }
+  return status;
 }
 static phx_status nothing(phx_strategy *self, phx_error *err) {
   (void)self, (void)err;
@@ -190,7 +221,9 @@ static phx_status bare_update(phx_strategy *self, int64_t step, float scale, phx
     const int64_t first = unit->first_block[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
     phx_kit_slice slice = {.unit = u, .place = PHX_SPACE_DEVICE, .blocks = unit->blocks[PHX_FLAT_TRAINABLE]};
     if (slice.blocks == 0) continue;
-    slice.weight = at(self, WEIGHT, u, PHX_FLAT_TRAINABLE);
+    slice.weight = weight(self, u, PHX_FLAT_TRAINABLE, 0);
+    slice.weight_dtype = self->topology->compute_dtype;
+    slice.master = at(self, MASTER, u, PHX_FLAT_TRAINABLE);
     slice.gradient = at(self, GRADIENT, u, PHX_FLAT_TRAINABLE);
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
       slice.states[k] =
@@ -202,7 +235,7 @@ static phx_status bare_update(phx_strategy *self, int64_t step, float scale, phx
 
 static const phx_strategy_table table = {
     .struct_size = sizeof table, .estimate = bare_estimate, .create = bare_create, .destroy = bare_destroy,
-    .visit_state = bare_visit_state, .map = bare_map, .unmap = bare_unmap, .state_changed = nothing,
+    .visit_state = bare_visit_state, .map = bare_map, .unmap = bare_unmap, .state_changed = bare_state_changed,
     .begin_micro_batch = bare_begin_micro_batch, .acquire = bare_acquire, .release = bare_release,
     .finish_gradients = nothing, .discard_gradients = nothing, .gradient_norm = bare_gradient_norm,
     .update = bare_update,
@@ -213,7 +246,7 @@ const phx_plugin *phx_plugin_v1(void) {
       .struct_size = sizeof plugin, .kind = PHX_KIND_STRATEGY, .table_major = PHX_ABI_MAJOR,
       .table_minor = PHX_ABI_MINOR, .id = "bare", .version = "1.0", .vendor = "Phalanx tests", .license = "see LICENSE",
       .summary = "Test only: a training loop without a framework, on one rank.", .build = __VERSION__,
-      .provides = PHX_CAP_DETERMINISTIC, .extensions = extensions, .table = &table,
+      .provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16, .extensions = extensions, .table = &table,
   };
   return &plugin;
 }

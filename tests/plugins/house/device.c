@@ -1,6 +1,12 @@
 /* A device that can be probed. */
 #include "../stub.h"
 
+#ifdef STUB_DEVICES
+#define STUB_PROVIDES 0
+#else
+#define STUB_PROVIDES PHX_CAP_DETERMINISTIC /* as the cpu device; a GPU's does not promise it unasked */
+#endif
+
 #ifdef STUB_ABSENT
 static phx_status probe(phx_error *err) { return stub_refuse(err); }
 #else
@@ -31,7 +37,16 @@ static void give(phx_device_self *self, int32_t space, void *p, int64_t bytes) {
   (void)self, (void)space, (void)p, (void)bytes;
 }
 
+#ifdef STUB_DEVICES
+static int32_t stub_count(void) { return STUB_DEVICES; }
+#define STUB_COUNT stub_count
+#else
+#define STUB_COUNT NULL
+#endif
+
 static const phx_device_table table = {.struct_size = sizeof table, .probe = probe, .create = create,
-                                       .destroy = destroy, .device = device, .ops = ops, .alloc = take, .free = give};
-static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_DEVICE), .id = STUB_ID, .table = &table};
+                                       .destroy = destroy, .device = device, .ops = ops, .alloc = take, .free = give,
+                                       .count = STUB_COUNT};
+static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_DEVICE), .id = STUB_ID,
+                                  .provides = STUB_PROVIDES, .table = &table};
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }

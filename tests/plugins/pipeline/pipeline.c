@@ -200,7 +200,7 @@ static phx_status pipeline_visit_state(phx_strategy *self, const phx_visitor *vi
     if (!writes(&self->plan, u, self->topology->rank)) continue;
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
       int64_t blocks = phx_model_unit(self->model, u)->blocks[flat];
-      phx_status status = phx_kit_visit(visitor, self->s.optim, u, flat, 0, blocks, err);
+      phx_status status = phx_kit_visit(visitor, self->s.optim, PHX_F32, u, flat, 0, blocks, err);
       if (status != PHX_OK) return status;
     }
   }

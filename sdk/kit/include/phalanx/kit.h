@@ -42,8 +42,23 @@ void phx_kit_events_destroy(const phx_kit_services *s, uint32_t n, phx_event **e
 /* Later work of `then` runs after all that `first` has been given; through the event, which may be used again. */
 phx_status phx_kit_after(const phx_kit_services *s, phx_event *event, phx_stream *first, phx_stream *then,
                          phx_error *err);
-/* What the in-tree strategies cannot do yet, refused with the reason: compute and reduce other than fp32. */
+/* For a strategy that keeps and reduces fp32 only: compute and reduce other than that are refused with the reason. */
 phx_status phx_kit_check_topology(const phx_topology *topology, phx_error *err);
+/* For one that keeps masters and casts what it reduces: fp32 and bf16, each. */
+phx_status phx_kit_check_precision(const phx_topology *topology, phx_error *err);
+/* Weights are low precision, and fp32 masters stand behind them (arXiv 1710.03740): what is updated, saved and hashed. */
+static inline bool phx_kit_masters(const phx_topology *t) {
+  return t->compute_dtype != PHX_F32;
+}
+/* Bytes of a weight as the model reads it, and as it is gathered. */
+static inline int64_t phx_kit_weight_bytes(const phx_topology *t) {
+  return (int64_t)phx_dtype_bytes(t->compute_dtype);
+}
+/* Bytes of a buffer that `numel` gradients are cast to before they are reduced; 0: they are reduced as they are.
+ * Every rank rounds its own sum once, the communicator adds in fp32 and rounds once; one rank alone does the same. */
+static inline int64_t phx_kit_wire_bytes(const phx_topology *t, int64_t numel) {
+  return t->reduce_dtype == PHX_F32 ? 0 : numel * (int64_t)phx_dtype_bytes(t->reduce_dtype);
+}
 /* True when gradients are reduced more than once a step and the sums are added up. */
 static inline bool phx_kit_adds_reduced(const phx_topology *t) {
   return t->accumulate > 1 && t->reduce == PHX_REDUCE_MICRO_BATCH;
@@ -86,8 +101,8 @@ bool phx_kit_part_next(const phx_model *model, uint32_t flat, int64_t first, int
 
 /* ---- views of stages ---- */
 typedef struct phx_kit_place {    /* where a unit is now; NULL: nowhere */
-  const float *weight[PHX_FLATS]; /* its first element */
-  float *gradient;                /* of the trainable flat */
+  const void *weight[PHX_FLATS]; /* its first element */
+  float *gradient;               /* of the trainable flat */
 } phx_kit_place;
 typedef struct phx_kit_views {
   const phx_model *model;
@@ -96,6 +111,8 @@ typedef struct phx_kit_views {
   uint8_t *told;          /* (n_uses) in this micro-batch: 0 not asked, else the PHX_GRAD_* it was told */
   phx_param_view *params; /* all stages' */
   phx_view *views;        /* (n_stages) */
+  int32_t weight_dtype;   /* PHX_F32, or what the strategy sets after create */
+  int32_t reserved0;
 } phx_kit_views;
 phx_status phx_kit_views_create(const phx_model *model, phx_kit_views *out, phx_error *err);
 void phx_kit_views_destroy(phx_kit_views *v);
@@ -173,15 +190,19 @@ static inline uint32_t phx_kit_position(const phx_model *m, uint32_t stage, int3
 }
 
 /* ---- state, norm, update: blocks [first, first + blocks) of one unit's flat ---- */
-/* Names the weights, and for the trainable flat every optimizer state.  Nothing when blocks is 0. */
-phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, uint32_t unit, uint32_t flat,
-                         int64_t first, int64_t blocks, phx_error *err);
+/* Names the weights, before them their masters where weight_dtype is not fp32, and for the trainable flat every
+ * optimizer state.  Nothing when blocks is 0. */
+phx_status phx_kit_visit(const phx_visitor *visitor, const phx_optim *optim, int32_t weight_dtype, uint32_t unit,
+                         uint32_t flat, int64_t first, int64_t blocks, phx_error *err);
 /* One ticket.  The pointers are those of the first block; states in the optimizer's order. */
 typedef struct phx_kit_slice {
   uint32_t unit;
   int32_t place;
   int64_t first, blocks;
-  float *weight;
+  void *weight;
+  float *master;        /* NULL: weight is fp32 */
+  int32_t weight_dtype; /* with a master */
+  int32_t reserved0;
   const float *gradient;
   void *states[PHX_OPTIM_STATES_MAX];
 } phx_kit_slice;

@@ -1,0 +1,186 @@
+/* comm_nccl.h - the NCCL communicator's data structures.
+ *
+ * One world per process; split() makes more communicators of it.  Each has a slot: a part of the staging buffers,
+ * taken once at create(), and a lane in the job's shared pages, where its rank says which calls it has begun (only
+ * when all ranks share a host; else there are no lanes, and disagreement is found by the deadline).
+ *
+ * Every NCCL call is made under world.lock, on a communicator that is not aborted: ncclCommAbort frees the handle,
+ * and the watchdog may call it while [main] is between two calls.  Communicators are non-blocking, so that no call
+ * under the lock waits for a peer. */
+#ifndef COMM_NCCL_H
+#define COMM_NCCL_H
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+#include <phalanx/kit_comm.h>
+#include <phalanx/provider.h>
+#include <pthread.h>
+
+#define NCX_COMMS_MAX 32
+#define NCX_PENDING 128 /* calls that may be on their way, per communicator; the next one waits for the oldest */
+#define NCX_PAIRS 16    /* records of send and recv that a lane keeps, per peer */
+#define NCX_GRAIN 64    /* slices are cut at multiples of this many elements: rows of the staging stay aligned */
+
+typedef struct ncx_config {
+  int64_t staging;       /* bytes per communicator, on the device and as much pinned */
+  int64_t communicators; /* live at once, the world included */
+  int32_t registered;
+  int32_t reserved0;
+} ncx_config;
+
+typedef struct ncx_record { /* a call as its rank announces it; `number` last, released */
+  uint64_t number, comm;
+  int64_t numel;
+  int32_t op, dtype, reduce, root;
+  int32_t staged; /* memory of the host: it travels in other pieces than the device's */
+  int32_t reserved0;
+} ncx_record;
+typedef struct ncx_lane {     /* of one slot; written by its rank only */
+  uint64_t comm, begun;       /* id of the communicator; number of the collective begun last */
+  ncx_record ring[NCX_PENDING];
+  ncx_record sent[PHX_RANKS_MAX][NCX_PAIRS], received[PHX_RANKS_MAX][NCX_PAIRS]; /* by the peer's world rank */
+} ncx_lane;
+
+typedef struct ncx_comm ncx_comm;
+typedef struct ncx_call {
+  ncx_comm *comm;
+  const void *src;
+  void *dst;
+  int64_t numel;
+  int32_t op, dtype, reduce, root; /* root: also the peer of send and recv */
+  int32_t src_host, dst_host;      /* memory that the device does not own: staged, and the call returns when done */
+  uint64_t sequence;               /* among the collectives of the communicator, from 1; the same on all ranks */
+  phx_kit_call shown;
+  phx_stream *s;
+  cudaStream_t stream;
+  cudaEvent_t begin, end; /* of its place among the pending */
+} ncx_call;
+
+typedef struct ncx_pending { /* a call on its way; written by [main], read by the watchdog, under world.lock */
+  ncx_call call;
+  uint64_t flight;
+  cudaEvent_t begin, end; /* made once */
+  int64_t began_ns; /* when `begin` was seen to have passed; 0: not yet */
+  int32_t launched; /* `end` is recorded */
+  int32_t reserved0;
+} ncx_pending;
+
+typedef struct ncx_world {
+  const phx_host *host;
+  const phx_job *job;
+  const phx_device *device;
+  ncx_config config;
+  int32_t cuda_device, version, deterministic;
+  void *arena, *staging, *pinned;
+  int64_t arena_bytes;
+  ncx_lane *lanes[PHX_RANKS_MAX]; /* rank r's, config.communicators of them; all NULL on several hosts */
+  ncx_comm *comms, *all;          /* all that are alive; the world's */
+  uint64_t next_id;
+  uint32_t slots; /* in use */
+  /* between threads */
+  pthread_mutex_t lock;
+  pthread_cond_t changed;
+  pthread_t watchdog;
+  int32_t watched, stop, busy,
+      looking;                 /* the thread runs; shall end; [main] is in a call; it looks.  Under the lock. */
+  uint32_t aborted, reserved0; /* atomic: all communicators */
+} ncx_world;
+
+struct ncx_comm {
+  phx_comm table; /* first: a phx_comm * is a ncx_comm * */
+  ncx_world *world;
+  ncx_comm *next;
+  ncclComm_t nccl; /* NULL: aborted; under the lock */
+  void *handle;    /* of the registered arena */
+  uint64_t id;
+  int32_t slot, n, me, unit;
+  int32_t ranks[PHX_RANKS_MAX]; /* world rank of each member */
+  int32_t slots[PHX_RANKS_MAX]; /* the slot that each member uses for this communicator */
+  uint64_t issued, sequence;    /* calls, collectives */
+  uint64_t sends[PHX_RANKS_MAX], recvs[PHX_RANKS_MAX];
+  uint64_t head, tail;          /* pending[tail..head), under the lock */
+  uint32_t aborted;             /* atomic */
+  int64_t calls[PHX_OPS], bytes[PHX_OPS], wait_ns; /* atomics */
+  ncx_pending pending[NCX_PENDING];
+};
+
+/* ---- nccl.c ---- */
+phx_status ncx_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
+int64_t ncx_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
+
+/* ---- setup.c: the world, from nothing; a communicator's record ---- */
+phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes,
+                          phx_error *err);                                   /* [collective] a failure closes nothing */
+void ncx_world_close(ncx_world *w);                                          /* also of one that is half open */
+phx_status ncx_comm_new(ncx_world *w, int32_t slot, ncx_comm **out, phx_error *err);
+phx_status ncx_comm_register(ncx_comm *c, phx_error *err); /* the arena */
+void ncx_comm_free(ncx_comm *c);
+ncclConfig_t ncx_nccl_config(void);
+phx_status ncx_cuda_fail(phx_error *err, cudaError_t code, const char *what);
+
+/* ---- issue.c: the phx_comm table ---- */
+void ncx_comm_table(ncx_comm *c);
+phx_status ncx_begin(ncx_call *call, ncx_pending **out, phx_error *err); /* a call is announced */
+phx_status ncx_end(ncx_call *call, ncx_pending *pending, phx_status status, phx_error *err); /* ... and on its way */
+
+/* ---- collective.c, canonical.c: launching ---- */
+phx_status ncx_run(ncx_call *call, phx_error *err);
+phx_status ncx_launch(const ncx_call *call, const void *src, void *dst, int64_t numel, phx_error *err);
+phx_status ncx_canonical(const ncx_call *call, const void *src, void *dst, int64_t numel, phx_error *err);
+/* sends[p] elements from `from[p]` to each member p, and recvs[p] into `to[p]`, as one group; this rank's own excluded
+ */
+typedef struct ncx_parcel {
+  const char *from;
+  char *to;
+  int64_t send, recv; /* bytes */
+} ncx_parcel;
+phx_status ncx_exchange(const ncx_call *call, const ncx_parcel *parcels, phx_error *err);
+phx_status ncx_copy(const ncx_call *call, void *dst, const void *src, int64_t bytes, phx_error *err);
+/* dst = T(n) over the n rows of `rows`, `stride` bytes apart; in the CPU's memory.  tree.c */
+void ncx_tree(int32_t dtype, int32_t reduce, char *rows, int64_t stride, int32_t n, int64_t numel);
+static inline char *ncx_staging(const ncx_comm *c) {
+  return (char *)c->world->staging + c->slot * c->world->config.staging;
+}
+static inline char *ncx_pinned(const ncx_comm *c) {
+  return (char *)c->world->pinned + c->slot * c->world->config.staging;
+}
+
+/* ---- watch.c: every wait, the watchdog, failure ---- */
+phx_status ncx_watch(ncx_world *w, phx_error *err);
+void ncx_watch_end(ncx_world *w);
+/* After an NCCL call that returned `r` on c: waits until it is no longer in progress. */
+phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, phx_error *err);
+/* Until all that is on the call's stream is done.  The stream's work belongs to this call. */
+phx_status ncx_wait(const ncx_call *call, phx_error *err);
+phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err); /* [main] until tail >= upto */
+phx_status ncx_check_alive(ncx_comm *c, phx_error *err);
+int ncx_is_aborted(const ncx_comm *c);
+void ncx_abort_now(ncx_world *w); /* every communicator that was asked to; takes the lock */
+/* The job ends with this message; the communicators are aborted; PHX_COMM. */
+phx_status ncx_end_job(ncx_world *w, phx_error *err, const char *message);
+
+/* ---- lane.c: who is in which call ---- */
+phx_status ncx_announce(ncx_call *call, phx_error *err); /* PHX_COMM when a peer's record differs */
+void ncx_say_absent(phx_kit_text *t, const ncx_call *call);
+
+/* ---- split.c ---- */
+phx_status ncx_split(ncx_call *call, int32_t color, int32_t key, phx_comm **out, phx_error *err);
+
+/* The cut: rank's part of numel elements. */
+static inline void ncx_cut(int64_t numel, int32_t n, int32_t rank, int64_t *begin, int64_t *end) {
+  int64_t blocks = (numel + NCX_GRAIN - 1) / NCX_GRAIN, each = blocks / n, more = blocks % n;
+  int64_t first = (rank * each + (rank < more ? rank : more)) * NCX_GRAIN;
+  int64_t last = first + (each + (rank < more)) * NCX_GRAIN;
+  *begin = first < numel ? first : numel;
+  *end = last < numel ? last : numel;
+}
+#define NCX_TRY(x)                               \
+  do {                                           \
+    phx_status try_status = (x);                 \
+    if (try_status != PHX_OK) return try_status; \
+  } while (0)
+#define NCX_CUDA(err, call)                                                        \
+  do {                                                                             \
+    cudaError_t cuda_code = (call);                                                \
+    if (cuda_code != cudaSuccess) return ncx_cuda_fail((err), cuda_code, #call);   \
+  } while (0)
+#endif

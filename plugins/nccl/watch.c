@@ -1,0 +1,355 @@
+/* watch.c - every wait of the communicator, the watchdog, and what happens on failure.
+ *
+ * A call is pending from its launch until its end event has passed.  The deadline runs from the moment its begin
+ * event was seen to have passed: compute that the stream must do first is nobody's absence.  [main] looks while it
+ * waits (memory of the host, a full ring, split); the watchdog looks at everything else, every LOOK_NS while
+ * something is pending and not at all while nothing is: ends are stamped into the flight record, NCCL is asked for
+ * asynchronous errors, the job's failed word and abort() are obeyed, and who is absent is named.  Time in which this
+ * process did not run moves the deadline.
+ *
+ * The first failure ends the job (job->fail) and aborts every communicator, which ends NCCL's kernels: whoever
+ * waits for a stream comes back, and the next call on a communicator returns PHX_COMM.  If [main] holds the lock
+ * because a CUDA call blocks behind a kernel that hangs, the abort is given up after LOCK_S and the process is left
+ * to its launcher.
+ *
+ * Threads: [main] and the watchdog; ncx_is_aborted, and storing the aborted words, [any]. */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "comm_nccl.h"
+
+#define LOOK_NS 2000000
+#define NAP_NS 200000 /* the longest of [main] */
+#define SUSPENDED_NS 1000000000
+#define LOCK_S 5
+
+typedef struct clock_of { /* of one wait */
+  int64_t begin, last, deadline; /* deadline 0: it does not run yet */
+  int64_t nap;
+} clock_of;
+
+static void nap(clock_of *k) {
+  nanosleep(&(struct timespec){0, k->nap}, NULL);
+  if (k->nap < NAP_NS) k->nap *= 2;
+}
+static void clock_start(const ncx_world *w, clock_of *k, int64_t now) {
+  if (w->job->timeout_s > 0 && !k->deadline) k->deadline = now + (int64_t)(w->job->timeout_s * 1e9);
+}
+/* 1: the deadline is over. */
+static int clock_look(const ncx_world *w, clock_of *k) {
+  const int64_t now = phx_kit_now_ns();
+  if (now - k->last > SUSPENDED_NS && k->deadline) k->deadline += now - k->last;
+  if (now - k->last > SUSPENDED_NS) k->begin += now - k->last;
+  k->last = now;
+  __atomic_store_n(&w->job->mine->heartbeat_ns, (uint64_t)now, __ATOMIC_RELAXED);
+  return k->deadline && now >= k->deadline;
+}
+
+/* ---- failure ---- */
+
+int ncx_is_aborted(const ncx_comm *c) {
+  return __atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) || __atomic_load_n(&c->world->aborted, __ATOMIC_ACQUIRE);
+}
+static int must_give_up(const ncx_comm *c) {
+  return __atomic_load_n(c->world->job->failed, __ATOMIC_ACQUIRE) != 0 || ncx_is_aborted(c);
+}
+
+static int lock_within(ncx_world *w) {
+  struct timespec until;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += LOCK_S;
+  return pthread_mutex_timedlock(&w->lock, &until) == 0;
+}
+
+void ncx_abort_now(ncx_world *w) {
+  if (!lock_within(w)) {
+    w->host->log(w->host->ctx, PHX_LOG_ERROR, "cannot abort NCCL: [main] is in a call that does not return");
+    return;
+  }
+  for (ncx_comm *c = w->comms; c; c = c->next) {
+    ncclComm_t nccl = c->nccl;
+    if (!nccl || !ncx_is_aborted(c)) continue;
+    c->nccl = NULL;
+    (void)ncclCommAbort(nccl); /* what it says changes nothing any more */
+  }
+  pthread_mutex_unlock(&w->lock);
+}
+
+phx_status ncx_end_job(ncx_world *w, phx_error *err, const char *message) {
+  w->job->fail(w->job->ctx, message);
+  __atomic_store_n(&w->aborted, 1, __ATOMIC_RELEASE);
+  ncx_abort_now(w);
+  return ncx_fail(err, PHX_COMM, "%s", message);
+}
+
+static void say_why(const ncx_comm *c, char *text, size_t size) {
+  if (__atomic_load_n(c->world->job->failed, __ATOMIC_ACQUIRE))
+    phx_kit_job_failure(c->world->job, text, size);
+  else
+    snprintf(text, size, "the communicator was aborted");
+}
+phx_status ncx_check_alive(ncx_comm *c, phx_error *err) {
+  char why[300] = "";
+  if (!must_give_up(c)) return PHX_OK;
+  say_why(c, why, sizeof why);
+  return ncx_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
+}
+
+static void say_own(phx_kit_text *t, const ncx_comm *c, const phx_kit_call *shown) {
+  if (shown)
+    phx_kit_say_own(t, c->world->job->rank, shown);
+  else
+    phx_kit_say(t, "rank %d: while NCCL joins %d ranks", c->world->job->rank, c->n);
+}
+static phx_status report_given_up(ncx_comm *c, const phx_kit_call *shown, phx_error *err) {
+  char message[496], why[300] = "";
+  phx_kit_text t = {message, sizeof message};
+  say_why(c, why, sizeof why);
+  say_own(&t, c, shown);
+  phx_kit_say(&t, ": given up, %s", why);
+  __atomic_store_n(&c->world->aborted, 1, __ATOMIC_RELEASE); /* the ranks no longer agree on where they are */
+  ncx_abort_now(c->world);
+  return ncx_fail(err, PHX_COMM, "%s", message);
+}
+static phx_status report_absent(const ncx_call *call, int64_t waited_ns, phx_error *err) {
+  char message[496];
+  phx_kit_text t = {message, sizeof message};
+  phx_kit_say_own(&t, call->comm->world->job->rank, &call->shown);
+  phx_kit_say(&t, ": absent after %.1f s: ", (double)waited_ns * 1e-9);
+  ncx_say_absent(&t, call);
+  return ncx_end_job(call->comm->world, err, message);
+}
+static phx_status report_nccl(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, const char *more,
+                              phx_error *err) {
+  char message[496];
+  phx_kit_text t = {message, sizeof message};
+  say_own(&t, c, shown);
+  phx_kit_say(&t, ": NCCL reports: %s", ncclGetErrorString(r));
+  if (more[0]) phx_kit_say(&t, " (%.200s)", more);
+  const phx_status status = ncx_end_job(c->world, err, message);
+  if (err) err->cause = (int32_t)r;
+  return status;
+}
+static phx_status report_cuda(ncx_comm *c, const phx_kit_call *shown, cudaError_t code, phx_error *err) {
+  char message[496];
+  phx_kit_text t = {message, sizeof message};
+  say_own(&t, c, shown);
+  phx_kit_say(&t, ": the device failed while it waited: %s", cudaGetErrorString(code));
+  ncx_end_job(c->world, err, message);
+  if (err) err->code = PHX_DEVICE, err->cause = (int32_t)code;
+  return PHX_DEVICE;
+}
+
+/* ---- asynchronous errors ---- */
+
+/* NCCL's state of c; text: its last message when that is an error.  ncclSuccess when it was aborted: see must_give_up.
+ */
+static ncclResult_t ask(ncx_comm *c, char *text, size_t size) {
+  ncclResult_t state = ncclSuccess;
+  text[0] = 0;
+  pthread_mutex_lock(&c->world->lock);
+  if (c->nccl) {
+    const ncclResult_t r = ncclCommGetAsyncError(c->nccl, &state);
+    if (r != ncclSuccess) state = r;
+    if (state != ncclSuccess && state != ncclInProgress) {
+      const char *more = ncclGetLastError(c->nccl);
+      snprintf(text, size, "%s", more ? more : "");
+    }
+  }
+  pthread_mutex_unlock(&c->world->lock);
+  return state;
+}
+
+phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, phx_error *err) {
+  char text[256] = "";
+  clock_of k = {phx_kit_now_ns(), phx_kit_now_ns(), 0, 20000};
+  if (r == ncclSuccess) return PHX_OK;
+  clock_start(c->world, &k, k.begin);
+  while (r == ncclInProgress) {
+    if (must_give_up(c)) return report_given_up(c, shown, err);
+    r = ask(c, text, sizeof text);
+    if (r != ncclInProgress) break;
+    if (clock_look(c->world, &k)) {
+      char message[496];
+      phx_kit_text t = {message, sizeof message};
+      say_own(&t, c, shown);
+      phx_kit_say(&t, ": NCCL did not get ready within %g s", c->world->job->timeout_s);
+      for (int32_t p = 0; p < c->n; p++) {
+        phx_kit_say(&t, "; ");
+        phx_kit_say_rank(&t, c->world->job, c->ranks[p]);
+      }
+      return ncx_end_job(c->world, err, message);
+    }
+    nap(&k);
+  }
+  if (r == ncclSuccess) return must_give_up(c) ? report_given_up(c, shown, err) : PHX_OK;
+  if (!text[0]) (void)ask(c, text, sizeof text);
+  return report_nccl(c, shown, r, text, err);
+}
+
+/* ---- waiting for the device ---- */
+
+static phx_status await(const ncx_call *call, cudaEvent_t begin, cudaEvent_t end, phx_error *err) {
+  ncx_comm *c = call->comm;
+  phx_status status = PHX_OK;
+  char text[256];
+  clock_of k = {phx_kit_now_ns(), phx_kit_now_ns(), 0, 10000};
+  for (int i = 0;; i++) {
+    const cudaError_t done = cudaEventQuery(end);
+    if (done == cudaSuccess) break;
+    if (done != cudaErrorNotReady) status = report_cuda(c, &call->shown, done, err);
+    if (done != cudaErrorNotReady) break;
+    if (i < 50) continue;
+    if (!k.deadline && cudaEventQuery(begin) == cudaSuccess) clock_start(c->world, &k, phx_kit_now_ns());
+    const int over = clock_look(c->world, &k);
+    const ncclResult_t state = ask(c, text, sizeof text);
+    if (must_give_up(c))
+      status = report_given_up(c, &call->shown, err);
+    else if (state != ncclSuccess && state != ncclInProgress)
+      status = report_nccl(c, &call->shown, state, text, err);
+    else if (over && cudaEventQuery(end) != cudaSuccess)
+      status = report_absent(call, k.last - k.begin, err);
+    if (status != PHX_OK) break;
+    nap(&k);
+  }
+  const int64_t waited = phx_kit_now_ns() - k.begin; /* begin moves by the time in which this process was stopped */
+  __atomic_fetch_add(&c->wait_ns, waited, __ATOMIC_RELAXED);
+  if (c != c->world->all) __atomic_fetch_add(&c->world->all->wait_ns, waited, __ATOMIC_RELAXED);
+  /* An abort also ends the work: what was waited for did not happen. */
+  return status == PHX_OK && must_give_up(c) ? report_given_up(c, &call->shown, err) : status;
+}
+
+phx_status ncx_wait(const ncx_call *call, phx_error *err) {
+  NCX_CUDA(err, cudaEventRecord(call->end, call->stream));
+  return await(call, call->begin, call->end, err);
+}
+
+/* Under the lock: pending[tail] is over. */
+static void retire(ncx_comm *c) {
+  phx_kit_flight_end(c->world->job, c->pending[c->tail % NCX_PENDING].flight);
+  c->tail++;
+}
+
+phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err) {
+  ncx_world *w = c->world;
+  for (;;) {
+    ncx_call call;
+    pthread_mutex_lock(&w->lock);
+    const uint64_t at = c->tail;
+    call = c->pending[at % NCX_PENDING].call;
+    pthread_mutex_unlock(&w->lock);
+    if (at >= upto) return PHX_OK;
+    NCX_TRY(await(&call, call.begin, call.end, err));
+    pthread_mutex_lock(&w->lock);
+    if (c->tail == at) retire(c);
+    pthread_mutex_unlock(&w->lock);
+  }
+}
+
+/* ---- the watchdog ---- */
+
+/* Under the lock: retires what is over.  1: the oldest pending call is to be looked at, and is copied. */
+static int oldest(ncx_comm *c, ncx_call *out, int64_t *began_ns, cudaError_t *code) {
+  while (c->tail < c->head) {
+    ncx_pending *p = &c->pending[c->tail % NCX_PENDING];
+    if (!p->launched) return 0; /* [main] looks itself */
+    *code = cudaEventQuery(p->end);
+    if (*code == cudaSuccess) {
+      retire(c);
+      continue;
+    }
+    if (!p->began_ns && cudaEventQuery(p->begin) == cudaSuccess) {
+      p->began_ns = phx_kit_now_ns();
+      phx_kit_flight_started(c->world->job, p->flight, p->began_ns);
+    }
+    *out = p->call;
+    *began_ns = p->began_ns;
+    return 1;
+  }
+  return 0;
+}
+
+/* One communicator; 1: a failure was found and the job is ended.  asleep_ns: how long this process did not run. */
+static int look_at(ncx_comm *c, int64_t asleep_ns) {
+  ncx_world *w = c->world;
+  ncx_call call;
+  int64_t began = 0;
+  char text[256];
+  pthread_mutex_lock(&w->lock);
+  if (asleep_ns)
+    for (uint64_t k = c->tail; k < c->head; k++)
+      if (c->pending[k % NCX_PENDING].began_ns) c->pending[k % NCX_PENDING].began_ns += asleep_ns;
+  cudaError_t code = cudaSuccess;
+  const int pending = oldest(c, &call, &began, &code);
+  pthread_mutex_unlock(&w->lock);
+  if (!pending) return 0;
+  const ncclResult_t state = ask(c, text, sizeof text);
+  if (must_give_up(c)) return 0; /* the caller sees to it */
+  if (state != ncclSuccess && state != ncclInProgress) return report_nccl(c, &call.shown, state, text, NULL) != PHX_OK;
+  if (code != cudaErrorNotReady) return report_cuda(c, &call.shown, code, NULL) != PHX_OK;
+  const int64_t now = phx_kit_now_ns();
+  __atomic_store_n(&w->job->mine->heartbeat_ns, (uint64_t)now, __ATOMIC_RELAXED);
+  if (!began || w->job->timeout_s <= 0 || now - began < (int64_t)(w->job->timeout_s * 1e9)) return 0;
+  return report_absent(&call, now - began, NULL) != PHX_OK;
+}
+
+/* Under the lock. */
+static int is_anything_pending(const ncx_world *w) {
+  for (const ncx_comm *c = w->comms; c; c = c->next)
+    if (c->tail < c->head) return 1;
+  return w->busy;
+}
+
+static void *watch(void *arg) {
+  ncx_world *w = arg;
+  int64_t last = phx_kit_now_ns();
+  (void)cudaSetDevice(w->cuda_device);
+  pthread_mutex_lock(&w->lock);
+  while (!w->stop) {
+    if (!is_anything_pending(w)) {
+      pthread_cond_wait(&w->changed, &w->lock);
+      last = phx_kit_now_ns();
+      continue;
+    }
+    ncx_comm *list[NCX_COMMS_MAX];
+    int n = 0, give_up = 0;
+    /* Communicators are freed by [main] only after it has stopped looking at them here: see ncx_comm_free. */
+    for (ncx_comm *c = w->comms; c && n < NCX_COMMS_MAX; c = c->next) list[n++] = c;
+    w->looking = 1;
+    pthread_mutex_unlock(&w->lock);
+    const int64_t now = phx_kit_now_ns(), asleep = now - last > SUSPENDED_NS ? now - last : 0;
+    last = now;
+    for (int i = 0; i < n && !give_up; i++) give_up = look_at(list[i], asleep);
+    if (__atomic_load_n(w->job->failed, __ATOMIC_ACQUIRE)) __atomic_store_n(&w->aborted, 1, __ATOMIC_RELEASE);
+    const int all_gone = __atomic_load_n(&w->aborted, __ATOMIC_ACQUIRE) != 0;
+    for (int i = 0; i < n; i++) give_up |= ncx_is_aborted(list[i]);
+    if (give_up || all_gone) ncx_abort_now(w);
+    pthread_mutex_lock(&w->lock);
+    w->looking = 0;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->lock);
+    nanosleep(&(struct timespec){0, LOOK_NS}, NULL);
+    pthread_mutex_lock(&w->lock);
+    if (all_gone && !w->stop && !w->busy) pthread_cond_wait(&w->changed, &w->lock); /* nothing more will come */
+  }
+  pthread_mutex_unlock(&w->lock);
+  return NULL;
+}
+
+phx_status ncx_watch(ncx_world *w, phx_error *err) {
+  const int code = pthread_create(&w->watchdog, NULL, watch, w);
+  if (code != 0) return ncx_fail(err, PHX_NOMEM, "nccl: cannot start the watchdog's thread: %s", strerror(code));
+  w->watched = 1;
+  return PHX_OK;
+}
+void ncx_watch_end(ncx_world *w) {
+  if (!w->watched) return;
+  pthread_mutex_lock(&w->lock);
+  w->stop = 1;
+  pthread_cond_broadcast(&w->changed);
+  pthread_mutex_unlock(&w->lock);
+  pthread_join(w->watchdog, NULL);
+  w->watched = 0;
+}

@@ -1,0 +1,124 @@
+/* The extra memory of a save and of a load: buffers of a fixed size and tables, whatever the model's size. */
+#include <criterion/criterion.h>
+#include <malloc.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "rank_rig.h"
+#include "stream.h"
+#include "sys.h"
+#include "training.h"
+
+/* 5.4 million parameters: 65 MB of weights and optimizer states. */
+static const char large[] =
+    "[batch]\nmicro = 1\nsequence = 8\n[model]\nplugin = gpt\nlayers = 3\nheads = 4\nwidth = 384\ncontext = 8\n"
+    "vocab = 257\n";
+enum { STATE_BYTES = 60 << 20, TABLES = 1 << 20, STACKS_AND_HEAP = 3 << 20 };
+
+static atomic_llong held, peak;
+
+static void count(void *p, int sign) {
+  const long long now = atomic_fetch_add(&held, sign * (long long)malloc_usable_size(p)) +
+                        sign * (long long)malloc_usable_size(p);
+  long long before = atomic_load(&peak);
+  while (now > before && !atomic_compare_exchange_weak(&peak, &before, now)) continue;
+}
+static void *my_calloc(size_t n, size_t bytes) {
+  void *p = calloc(n, bytes);
+  if (p) count(p, 1);
+  return p;
+}
+static void *my_realloc(void *p, size_t bytes) {
+  if (p) count(p, -1);
+  void *q = realloc(p, bytes);
+  count(q ? q : p, 1);
+  return q;
+}
+static void my_free(void *p) {
+  if (p) count(p, -1);
+  free(p);
+}
+
+static long long status_bytes(const char *what) {
+  char line[200];
+  long long kib = -1;
+  FILE *f = fopen("/proc/self/status", "r");
+  while (f && fgets(line, sizeof line, f))
+    if (!strncmp(line, what, strlen(what))) kib = atoll(line + strlen(what));
+  if (f) fclose(f);
+  return kib * 1024;
+}
+
+/* What `call` takes beyond what is there before it: of the core's own calls, and as the kernel counts. */
+static void check(rank_rig *rig, const char *what, phx_status (*call)(rank_rig *, phx_error *)) {
+  phx_error err = {.struct_size = sizeof err};
+  const phx__sys_table saved = phx__sys;
+  FILE *f = fopen("/proc/self/clear_refs", "w"); /* the peak starts again from here */
+  RIG_CHECK(rig, f && fputs("5", f) >= 0 && !fclose(f), "clear_refs");
+  const long long before = status_bytes("VmRSS:");
+  phx__sys.calloc = my_calloc, phx__sys.realloc = my_realloc, phx__sys.free = my_free;
+  atomic_store(&held, 0);
+  atomic_store(&peak, 0);
+  const phx_status status = call(rig, &err);
+  phx__sys = saved;
+  const long long grown = status_bytes("VmHWM:") - before;
+  RIG_CHECK(rig, status == PHX_OK, "%s: %s", what, err.message);
+  RIG_CHECK(rig, peak <= PHX__STREAM_MEMORY + TABLES, "%s: %lld bytes at the peak", what, (long long)peak);
+  RIG_CHECK(rig, peak > PHX__STREAM_MEMORY / 2, "%s: only %lld bytes were counted", what, (long long)peak);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  RIG_CHECK(rig, grown <= PHX__STREAM_MEMORY + TABLES + STACKS_AND_HEAP, "%s: the process grew by %lld bytes", what,
+            grown);
+#endif
+}
+
+static phx_status save(rank_rig *rig, phx_error *err) { return rank_rig_save(rig, 0, err); }
+static phx_status load(rank_rig *rig, phx_error *err) {
+  phx__resumed at;
+  return phx__checkpoint_resume(rig->rt, "out", &at, err);
+}
+
+static void save_body(rank_rig *rig, void *arg) {
+  const char *strategy = arg;
+  phx_error err = {.struct_size = sizeof err};
+  RIG_CHECK(rig, rank_rig_open(rig, strategy, "out", &err) == PHX_OK, "%s", err.message);
+  check(rig, "save", save);
+  rank_rig_close(rig);
+}
+
+static void load_body(rank_rig *rig, void *arg) {
+  const char *strategy = arg;
+  phx_error err = {.struct_size = sizeof err};
+  RIG_CHECK(rig, rank_rig_open(rig, strategy, "out2", &err) == PHX_OK, "%s", err.message);
+  check(rig, "load", load);
+  rank_rig_close(rig);
+}
+
+static void run_ranks(const char *dir, int size, const char *strategy, void (*body)(rank_rig *, void *)) {
+  rank_rig_run run = {.size = size, .dir = dir, .strategy = strategy, .limit_s = 100, .body = body,
+                      .arg = (void *)(uintptr_t)strategy};
+  cr_assert(rank_rig_ranks(&run), "%s, %d ranks: %s", strategy, size, run.message);
+}
+
+static void across(const char *from, int from_ranks, const char *to, int to_ranks) {
+  char *dir = command_temp_dir(), path[512]; /* on a disk: direct I/O, where there is any */
+  struct stat st;
+  long long bytes = 0;
+  training_files(dir, large);
+  snprintf(path, sizeof path, "%s/out", dir);
+  cr_assert_eq(mkdir(path, 0755), 0);
+  run_ranks(dir, from_ranks, from, save_body);
+  for (int r = 0; r < from_ranks; r++) {
+    snprintf(path, sizeof path, "%s/out/checkpoints/step-00000000/rank-%05d.safetensors", dir, r);
+    cr_assert_eq(stat(path, &st), 0);
+    cr_assert_gt(st.st_size, 3 * (PHX__STREAM_MEMORY + TABLES), "a rank's part is too small to show anything");
+    bytes += st.st_size;
+  }
+  cr_assert_gt(bytes, STATE_BYTES);
+  run_ranks(dir, to_ranks, to, load_body);
+  command_remove_dir(dir);
+}
+
+Test(checkpoint_memory, of_fsdp_on_2_ranks_loaded_by_zero_on_3, .timeout = 240) { across("fsdp", 2, "zero", 3); }
+Test(checkpoint_memory, of_zero_on_3_ranks_loaded_by_ddp_on_2, .timeout = 240) { across("zero", 3, "ddp", 2); }

@@ -1,0 +1,65 @@
+/* residue.c - ddp that also keeps private state (tests only): numbers that depend on every step before and on the rank,
+ * like the residue of error feedback, and a byte per element that counts steps.
+ *
+ * Everything else is ddp's own code.  One strategy per process. */
+#define phx_plugin_v1 ddp_entry
+#include "ddp.c"
+#undef phx_plugin_v1
+
+enum { RESIDUE_BLOCKS = 300, COUNT_BLOCKS = 3 }; /* more than a chunk of a file; no multiple of 4096 bytes */
+
+static float residue[RESIDUE_BLOCKS * PHX_BLOCK];
+static uint8_t counts[COUNT_BLOCKS * PHX_BLOCK];
+
+static phx_status residue_create(const phx_host *host, const void *config, const phx_topology *topology,
+                                 const phx_model *model, phx_strategy **out, phx_error *err) {
+  memset(residue, 0, sizeof residue);
+  memset(counts, 0, sizeof counts);
+  return ddp_create(host, config, topology, model, out, err);
+}
+
+static phx_status residue_visit(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
+  const phx_slice bytes = {.struct_size = sizeof bytes, .kind = PHX_STATE_PRIVATE, .dtype = PHX_U8, .name = "counts",
+                           .blocks = COUNT_BLOCKS};
+  const phx_slice floats = {.struct_size = sizeof floats, .kind = PHX_STATE_PRIVATE, .dtype = PHX_F32,
+                            .name = "residue", .blocks = RESIDUE_BLOCKS};
+  phx_status status = visitor->slice(visitor->ctx, &bytes, err); /* first, so that nothing behind it is aligned */
+  if (status == PHX_OK) status = ddp_visit_state(self, visitor, err);
+  return status == PHX_OK ? visitor->slice(visitor->ctx, &floats, err) : status;
+}
+
+static phx_status residue_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
+  if (slice->kind != PHX_STATE_PRIVATE) return ddp_map(self, slice, mode, out, err);
+  *out = slice->dtype == PHX_U8 ? (void *)counts : (void *)residue;
+  return PHX_OK;
+}
+
+static phx_status residue_unmap(phx_strategy *self, const phx_slice *slice, int32_t mode, void *p, phx_error *err) {
+  return slice->kind == PHX_STATE_PRIVATE ? PHX_OK : ddp_unmap(self, slice, mode, p, err);
+}
+
+static phx_status residue_update(phx_strategy *self, int64_t step, float scale, phx_error *err) {
+  const phx_status status = ddp_update(self, step, scale, err);
+  for (int64_t i = 0; status == PHX_OK && i < RESIDUE_BLOCKS * PHX_BLOCK; i++)
+    residue[i] = 0.75f * residue[i] + (float)(i % 1013 + 7 * self->topology->rank) / (float)step;
+  for (int64_t i = 0; status == PHX_OK && i < COUNT_BLOCKS * PHX_BLOCK; i++) counts[i] += (uint8_t)(1 + i % 5);
+  return status;
+}
+
+PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
+const phx_plugin *phx_plugin_v1(void) {
+  static phx_strategy_table own;
+  static phx_plugin renamed;
+  renamed = *ddp_entry();
+  own = *(const phx_strategy_table *)renamed.table;
+  own.create = residue_create;
+  own.visit_state = residue_visit;
+  own.map = residue_map;
+  own.unmap = residue_unmap;
+  own.update = residue_update;
+  renamed.id = "residue";
+  renamed.summary = "Test only: ddp with private state.";
+  renamed.provides = PHX_CAP_DETERMINISTIC; /* the private state changes outside the optimizer */
+  renamed.table = &own;
+  return &renamed;
+}

@@ -1,0 +1,106 @@
+/* tests/support/fault_turn.c - see fault_turn.h. */
+#include "fault_turn.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "sys.h"
+
+fault_turn fault;
+static phx__sys_table real;
+static struct stat unflushed; /* the file whose fsync failed */
+
+static bool fails(fault_kind kind, const char *call) {
+  if (!__atomic_load_n(&fault.on, __ATOMIC_ACQUIRE) || kind != fault.kind) return false;
+  if (__atomic_add_fetch(&fault.calls, 1, __ATOMIC_RELAXED) != fault.turn) return false;
+  fault.call = call;
+  fault.fired = true;
+  if (kind != FAULT_SHORT) errno = fault.error;
+  return true;
+}
+static bool writing(const char *call) {
+  return fails(FAULT_WRITING, call);
+}
+static bool reading(const char *call) {
+  return fails(FAULT_READING, call);
+}
+
+static int my_open(const char *path, int flags, mode_t mode) {
+  return writing("open") || reading("open") ? -1 : real.open(path, flags, mode);
+}
+static int my_mkdir(const char *path, mode_t mode) {
+  return writing("mkdir") ? -1 : real.mkdir(path, mode);
+}
+static int my_rename(const char *from, const char *to) {
+  return writing("rename") ? -1 : real.rename(from, to);
+}
+static int my_ftruncate(int fd, off_t bytes) {
+  return writing("ftruncate") ? -1 : real.ftruncate(fd, bytes);
+}
+static int my_unlink(const char *path) {
+  return writing("unlink") ? -1 : real.unlink(path);
+}
+static int my_unlinkat(int dir, const char *name, int flags) {
+  return writing("unlinkat") ? -1 : real.unlinkat(dir, name, flags);
+}
+static int my_rmdir(const char *path) {
+  return writing("rmdir") ? -1 : real.rmdir(path);
+}
+static int my_fstat(int fd, struct stat *out) {
+  return reading("fstat") ? -1 : real.fstat(fd, out);
+}
+
+static int my_fsync(int fd) {
+  struct stat st;
+  const bool known = !real.fstat(fd, &st);
+  if (known && unflushed.st_ino && st.st_ino == unflushed.st_ino && st.st_dev == unflushed.st_dev) fault.retried++;
+  if (!writing("fsync")) return real.fsync(fd);
+  if (known) unflushed = st;
+  return -1;
+}
+
+static size_t part(size_t bytes, const char *call) {
+  return bytes > 1 && fails(FAULT_SHORT, call) ? bytes / 2 : bytes;
+}
+static ssize_t my_write(int fd, const void *data, size_t bytes) {
+  return writing("write") ? -1 : real.write(fd, data, part(bytes, "write"));
+}
+static ssize_t my_pwrite(int fd, const void *data, size_t bytes, off_t at) {
+  return writing("pwrite") ? -1 : real.pwrite(fd, data, part(bytes, "pwrite"), at);
+}
+static ssize_t my_read(int fd, void *data, size_t bytes) {
+  return reading("read") ? -1 : real.read(fd, data, part(bytes, "read"));
+}
+static ssize_t my_pread(int fd, void *data, size_t bytes, off_t at) {
+  return reading("pread") ? -1 : real.pread(fd, data, part(bytes, "pread"), at);
+}
+
+static void *my_mmap(void *at, size_t bytes, int prot, int flags, int fd, off_t offset) {
+  if (fault.on) __atomic_add_fetch(&fault.maps, 1, __ATOMIC_RELAXED);
+  return writing("mmap") || reading("mmap") ? MAP_FAILED : real.mmap(at, bytes, prot, flags, fd, offset);
+}
+static void *my_calloc(size_t n, size_t bytes) {
+  return fails(FAULT_MEMORY, "calloc") ? NULL : real.calloc(n, bytes);
+}
+static void *my_realloc(void *p, size_t bytes) {
+  return fails(FAULT_MEMORY, "realloc") ? NULL : real.realloc(p, bytes);
+}
+
+void fault_install(void) {
+  real = phx__sys;
+  phx__sys.open = my_open, phx__sys.mkdir = my_mkdir, phx__sys.rename = my_rename, phx__sys.fsync = my_fsync;
+  phx__sys.write = my_write, phx__sys.pwrite = my_pwrite, phx__sys.ftruncate = my_ftruncate, phx__sys.mmap = my_mmap;
+  phx__sys.unlink = my_unlink, phx__sys.unlinkat = my_unlinkat, phx__sys.rmdir = my_rmdir, phx__sys.fstat = my_fstat;
+  phx__sys.read = my_read, phx__sys.pread = my_pread, phx__sys.calloc = my_calloc, phx__sys.realloc = my_realloc;
+}
+
+void fault_begin(fault_kind kind, int error, long turn) {
+  unflushed = (struct stat){0};
+  fault = (fault_turn){.kind = kind, .error = error, .turn = turn, .call = "none"};
+  __atomic_store_n(&fault.on, true, __ATOMIC_RELEASE);
+}
+
+void fault_end(void) {
+  __atomic_store_n(&fault.on, false, __ATOMIC_RELEASE);
+}
