@@ -62,6 +62,10 @@ phx_status phx__cuda_take_scratch(phx__cuda *cuda, phx_error *err);
 phx_status phx__cuda_scratch(phx__cuda *cuda, cudaStream_t s, int64_t bytes, const char *what, void **out,
                              phx_error *err);
 int64_t phx__cuda_driver_bytes(const phx__cuda *cuda);
+/* As phx_device's space, pin and unpin. */
+int32_t phx__cuda_space(void *ctx, const void *p);
+phx_status phx__cuda_pin(void *ctx, void *p, int64_t bytes, phx_error *err);
+void phx__cuda_unpin(void *ctx, void *p);
 phx_status phx__cuda_bytes_in_use(const phx__cuda *cuda, int64_t *out, phx_error *err);
 
 /* ---- stream.c ---- */

@@ -86,6 +86,11 @@ static phx_status device_probe(phx_error *err) {
   return status == PHX_OK ? check_capability(NULL, 0, err) : status;
 }
 
+static int32_t device_count(void) {
+  int count = 0;
+  return count_devices(NULL, &count, NULL) == PHX_OK ? count : 0;
+}
+
 /* ---- create ---- */
 static phx_status choose_device(phx__cuda *cuda, phx_error *err) {
   const phx_host *host = cuda->host;
@@ -185,7 +190,8 @@ static const phx_device_table table = {.struct_size = sizeof(phx_device_table),
                                        .ops = device_ops,
                                        .alloc = device_alloc,
                                        .free = device_free,
-                                       .driver_bytes = device_driver_bytes};
+                                       .driver_bytes = device_driver_bytes,
+                                       .count = device_count};
 
 #define MIB ((int64_t)1 << 20)
 static const char *const attention_choices[] = {"auto", "cudnn", "own", NULL};
@@ -208,6 +214,7 @@ static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
                                   .vendor = "Phalanx",
                                   .license = "unspecified",
                                   .build = __VERSION__,
+                                  .provides = PHX_CAP_BF16,
                                   .options = options,
                                   .n_options = sizeof options / sizeof options[0],
                                   .option_stride = sizeof(phx_option),
