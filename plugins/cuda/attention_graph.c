@@ -11,7 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { DESCRIPTORS = 160, OPERATIONS = 40, VIRTUAL = 100 /* the first id of tensors inside */, ENGINES = 16 };
+enum { DESCRIPTORS = 192, OPERATIONS = 40, VIRTUAL = 100 /* the first id of tensors inside */, ENGINES = 16 };
 
 typedef cudnnBackendDescriptor_t descriptor;
 
@@ -305,65 +305,69 @@ static descriptor properties(builder *b, const char *json) {
 }
 
 /* An engine whose results may differ from run to run says so. */
-static int32_t usable(builder *b, descriptor engine) {
+static cudnnStatus_t usable(const builder *b, descriptor engine) {
   cudnnBackendNumericalNote_t notes[CUDNN_NUMERICAL_NOTE_TYPE_COUNT];
   int64_t n = 0;
-  if (!b->shape->deterministic) return 1;
-  note(b, b->api->get(engine, CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, CUDNN_TYPE_NUMERICAL_NOTE,
-                      CUDNN_NUMERICAL_NOTE_TYPE_COUNT, &n, notes),
-       "an engine's notes");
-  for (int64_t i = 0; i < n; i++)
-    if (notes[i] == CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC) return 0;
-  return b->status == CUDNN_STATUS_SUCCESS;
+  if (!b->shape->deterministic) return CUDNN_STATUS_SUCCESS;
+  const cudnnStatus_t status = b->api->get(engine, CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, CUDNN_TYPE_NUMERICAL_NOTE,
+                                           CUDNN_NUMERICAL_NOTE_TYPE_COUNT, &n, notes);
+  for (int64_t i = 0; i < n && i < CUDNN_NUMERICAL_NOTE_TYPE_COUNT && status == CUDNN_STATUS_SUCCESS; i++)
+    if (notes[i] == CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC) return CUDNN_STATUS_NOT_SUPPORTED;
+  return status;
 }
 
-/* The plan of an engine's configuration, or NULL where cuDNN refuses to build it. */
-static descriptor plan_of(builder *b, cudnnHandle_t handle, descriptor properties_, descriptor config) {
-  static const char step[] = "a plan";
+/* The plan of an engine's configuration, with what it needs; where cuDNN refuses it, nothing is left. */
+static cudnnStatus_t plan_of(const builder *b, cudnnHandle_t handle, descriptor config, descriptor engine,
+                             phx__cudnn_plan *out) {
+  const phx__cudnn_api *api = b->api;
   descriptor d = NULL;
-  if (b->api->descriptor_create(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &d) != CUDNN_STATUS_SUCCESS) return NULL;
-  cudnnStatus_t status = CUDNN_STATUS_SUCCESS;
-  if (handle)
-    status = b->api->set(d, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE, 1, &handle);
-  if (properties_)
-    status = b->api->set(d, CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &properties_);
+  int64_t count = 0, workspace = 0, index = 0;
+  cudnnStatus_t status =
+      api->get(config, CUDNN_ATTR_ENGINECFG_ENGINE, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &count, &engine);
+  if (status == CUDNN_STATUS_SUCCESS) status = usable(b, engine);
   if (status == CUDNN_STATUS_SUCCESS)
-    status = b->api->set(d, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &config);
-  if (status == CUDNN_STATUS_SUCCESS) status = b->api->finalize(d);
-  if (status == CUDNN_STATUS_SUCCESS) return d;
-  (void)b->api->descriptor_destroy(d);
-  note(b, status, step);
-  return NULL;
+    status = api->get(engine, CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1, &count, &index);
+  if (status == CUDNN_STATUS_SUCCESS) status = api->descriptor_create(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &d);
+  if (status != CUDNN_STATUS_SUCCESS) return status;
+  if (handle) status = api->set(d, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE, 1, &handle);
+  if (status == CUDNN_STATUS_SUCCESS)
+    status = api->set(d, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &config);
+  if (status == CUDNN_STATUS_SUCCESS) status = api->finalize(d);
+  if (status == CUDNN_STATUS_SUCCESS)
+    status = api->get(d, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count, &workspace);
+  if (status != CUDNN_STATUS_SUCCESS) {
+    (void)api->descriptor_destroy(d);
+    return status;
+  }
+  out->plan = d;
+  out->workspace = workspace;
+  out->engine = index;
+  return CUDNN_STATUS_SUCCESS;
 }
 
 /* Asks the heuristic for engines, best first, and takes the first that can be built. */
 static void choose(builder *b, cudnnHandle_t handle, descriptor graph, descriptor device, phx__cudnn_plan *out) {
   const cudnnBackendHeurMode_t mode = CUDNN_HEUR_MODE_A;
   static const char step[] = "the heuristic";
-  descriptor configs[ENGINES] = {NULL};
-  int64_t n = 0, count = 0;
+  descriptor configs[ENGINES] = {NULL}, engines[ENGINES] = {NULL};
+  int64_t n = 0;
   const descriptor heuristic = create(b, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, step);
   set_descriptor(b, heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph, step);
   set(b, heuristic, CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE, 1, &mode, step);
   if (device) set_descriptor(b, heuristic, CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, device, step);
   finalize(b, heuristic, step);
-  for (int32_t i = 0; i < ENGINES; i++) configs[i] = create(b, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR, step);
-  const descriptor engine = create(b, CUDNN_BACKEND_ENGINE_DESCRIPTOR, step);
+  for (int32_t i = 0; i < ENGINES; i++) {
+    configs[i] = create(b, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR, step);
+    engines[i] = create(b, CUDNN_BACKEND_ENGINE_DESCRIPTOR, step);
+  }
   if (b->status != CUDNN_STATUS_SUCCESS) return;
   note(b, b->api->get(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, ENGINES, &n, configs),
        step);
-  if (b->status == CUDNN_STATUS_SUCCESS && n < 1) note(b, CUDNN_STATUS_NOT_SUPPORTED, step);
-  for (int64_t i = 0; i < n && b->status == CUDNN_STATUS_SUCCESS && !out->plan; i++) {
-    descriptor e = engine;
-    note(b, b->api->get(configs[i], CUDNN_ATTR_ENGINECFG_ENGINE, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &count, &e), step);
-    if (b->status != CUDNN_STATUS_SUCCESS || !usable(b, e)) continue;
-    out->plan = plan_of(b, handle, device, configs[i]);
-    if (!out->plan) continue;
-    note(b, b->api->get(e, CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1, &count, &out->engine), step);
-    note(b, b->api->get(out->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &count,
-                        &out->workspace),
-         "the plan's workspace");
-  }
+  if (b->status != CUDNN_STATUS_SUCCESS) return;
+  cudnnStatus_t status = CUDNN_STATUS_NOT_SUPPORTED;
+  for (int64_t i = 0; i < n && i < ENGINES && !out->plan; i++)
+    status = plan_of(b, handle, configs[i], engines[i], out);
+  note(b, status, n > 0 ? "plans of engines" : step);
 }
 
 void phx__cudnn_plan_make(const phx__cudnn_api *api, cudnnHandle_t handle, const char *device,
