@@ -137,6 +137,7 @@ static void announce(const phx__cuda *cuda) {
 
 static void device_destroy(phx_device_self *self) {
   if (!self) return;
+  phx__cuda_profile_end(&self->cuda);
   phx__cuda_streams_end(&self->cuda);
   phx__cuda_attention_end(&self->cuda);
   phx__cuda_products_end(&self->cuda);
@@ -165,6 +166,11 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   }
   phx__cuda_device_init(cuda);
   phx__cuda_ops_init(cuda);
+  status = phx__cuda_profile_begin(cuda, err);
+  if (status != PHX_OK) {
+    device_destroy(self);
+    return status;
+  }
   announce(cuda);
   *out = self;
   return PHX_OK;
@@ -198,6 +204,8 @@ static const char *const attention_choices[] = {"auto", "cudnn", "own", NULL};
 static const phx_option options[] = {
     PHX_BOOL(phx__cuda_config, share, "no", "More ranks than GPUs: ranks share them, local rank modulo their number."),
     PHX_BOOL(phx__cuda_config, tf32, "no", "Products in fp32 round their inputs to TF32, which is faster."),
+    PHX_BOOL(phx__cuda_config, profile, "no",
+             "Times each kind of operation by events, and says the milliseconds when the run ends."),
     PHX_ENUM(phx__cuda_config, attention, "auto", attention_choices,
              "Who computes attention in bf16: cuDNN where it is found and has a plan that fits, or own kernels."),
     PHX_BYTES(phx__cuda_config, workspace, "auto", 0, 8192 * MIB, PHX_OPTF_AUTO,

@@ -24,3 +24,4 @@ Test(gpu_runs, fp32_on_three_ranks) { cuda_runs_compare(&gpu, "3", "fp32", 1e-3)
 Test(gpu_runs, bf16_on_one_rank) { cuda_runs_compare(&gpu, "1", "bf16", 0.02); }
 Test(gpu_runs, bf16_on_two_ranks) { cuda_runs_compare(&gpu, "2", "bf16", 0.02); }
 Test(gpu_runs, checkpoints_there_and_back) { cuda_runs_checkpoints(&gpu); }
+Test(gpu_runs, profile) { cuda_runs_profile(&gpu); }

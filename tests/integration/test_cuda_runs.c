@@ -12,3 +12,4 @@ Test(cuda_runs, fp32_on_one_rank, .timeout = 300) { cuda_runs_compare(&emulated,
 Test(cuda_runs, fp32_on_two_ranks, .timeout = 300) { cuda_runs_compare(&emulated, "2", "fp32", 1e-4); }
 Test(cuda_runs, bf16_on_two_ranks, .timeout = 300) { cuda_runs_compare(&emulated, "2", "bf16", 0.02); }
 Test(cuda_runs, checkpoints_there_and_back, .timeout = 300) { cuda_runs_checkpoints(&emulated); }
+Test(cuda_runs, profile, .timeout = 300) { cuda_runs_profile(&emulated); }

@@ -148,3 +148,21 @@ void cuda_runs_checkpoints(const cuda_where *where) {
   }
   command_remove_dir(dir);
 }
+
+void cuda_runs_profile(const cuda_where *where) {
+  static const char *const kinds[] = {"linear", "linear_backward_input", "linear_backward_weight", "embedding",
+                                      "embedding_backward", "layer_norm", "layer_norm_backward", "attention",
+                                      "attention_backward", "cross_entropy", "adamw"};
+  char *dir = files(), line[80];
+  words w = command(where, "train", "1", true);
+  set(&w, "run.steps=2");
+  set(&w, "cuda.profile=yes");
+  command_result r = command_run(dir, 280, w.list);
+  cr_assert_eq(r.status, 0, "status %d:\n%s", r.status, r.out);
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+    snprintf(line, sizeof line, "profile: %s: ", kinds[i]);
+    cr_assert(strstr(r.out, line), "no %s\n%s", line, r.out);
+  }
+  command_free(&r);
+  command_remove_dir(dir);
+}

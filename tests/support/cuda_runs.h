@@ -17,4 +17,6 @@ char *cuda_runs_reason(const cuda_where *where);
 void cuda_runs_compare(const cuda_where *where, const char *ranks, const char *compute, double near);
 /* A checkpoint of cuda goes on on the cpu and the other way; its state hash is the same on both. */
 void cuda_runs_checkpoints(const cuda_where *where);
+/* [cuda] profile = yes: says the milliseconds of every kind of operation that a step has. */
+void cuda_runs_profile(const cuda_where *where);
 #endif
