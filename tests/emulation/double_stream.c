@@ -203,6 +203,34 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t fn, void *arg) 
   return submit(stream, fn, NULL, arg, 1);
 }
 
+typedef struct value_wait {
+  const uint32_t *at;
+  uint32_t value;
+} value_wait;
+static void wait_for_value(void *arg) {
+  const value_wait *w = arg;
+  const struct timespec pause = {0, 20000};
+  while ((int32_t)(__atomic_load_n(w->at, __ATOMIC_ACQUIRE) - w->value) < 0) nanosleep(&pause, NULL);
+}
+/* The driver's call; flags 0: until the value is there or was passed. */
+static int wait_value32(cudaStream_t stream, unsigned long long address, uint32_t value, unsigned flags) {
+  if (cuda_double_enter("cuStreamWaitValue32") != cudaSuccess || flags) return (int)cudaErrorInvalidValue;
+  value_wait *w = malloc(sizeof *w);
+  if (!w) abort();
+  *w = (value_wait){(const uint32_t *)(uintptr_t)address, value};
+  return (int)submit(stream, wait_for_value, free, w, 1);
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **entry, unsigned version,
+                                             unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
+  int (*const call)(cudaStream_t, unsigned long long, uint32_t, unsigned) = wait_value32;
+  ENTER("cudaGetDriverEntryPointByVersion");
+  (void)version, (void)flags;
+  *entry = NULL;
+  *found = strcmp(symbol, "cuStreamWaitValue32") == 0 ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  if (*found == cudaDriverEntryPointSuccess) memcpy(entry, &call, sizeof call);
+  return cudaSuccess;
+}
+
 /* ---- events ---- */
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
   ENTER("cudaEventCreateWithFlags");

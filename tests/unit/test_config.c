@@ -167,7 +167,7 @@ Test(config, new_plugin) {
 Test(config, all_errors_at_once) {
   expect_report(
       "[run]\nstrategy = fspd\nsteps = many\nsteps = 3\nstep = 4\n  x = 1\n"
-      "[optimiser]\nlr = 1\n[batch]\nmicro = 0\na:b = 1\n[device]\nplugin = cuda\n",
+      "[optimiser]\nlr = 1\n[batch]\nmicro = 0\na:b = 1\n[device]\nplugin = vulkan\n",
       ":2: [run] strategy: there is no strategy plugin 'fspd': "
       "did you mean 'fsdp'?\n"
       ":3: [run] 'many' is not valid for steps: expected a whole number from 1 to 1000000000\n"
@@ -177,7 +177,7 @@ Test(config, all_errors_at_once) {
       ":7: there is no section [optimiser], in the core or of an installed plugin: did you mean 'optimizer'?\n"
       ":10: [batch] '0' is not valid for micro: expected a whole number from 1 to 1048576\n"
       ":11: [batch] has no key 'a' (':' ends a key, like '=')\n"
-      ":13: [device] plugin: there is no device plugin 'cuda'\n"
+      ":13: [device] plugin: there is no device plugin 'vulkan'\n"
       ": [data] train is missing: Token file to train on, or a glob of several.\n");
 }
 

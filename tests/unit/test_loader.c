@@ -67,7 +67,7 @@ Test(loader, refusals) {
 Test(loader, names) {
   expect_refused(HOUSE, PHX_KIND_STRATEGY, "fspd", "did you mean 'fsdp'?");
   expect_refused(HOUSE, PHX_KIND_STRATEGY, "fspd", "(found: ");
-  expect_refused(HOUSE, PHX_KIND_DEVICE, "cuda", "there is no device plugin 'cuda' (found: absent, cpu)");
+  expect_refused(HOUSE, PHX_KIND_DEVICE, "vulkan", "there is no device plugin 'vulkan' (found: absent, cpu");
   expect_refused(HOUSE, PHX_KIND_STRATEGY, "a.b", "is not a plugin's name");
   expect_refused(HOUSE, PHX_KIND_STRATEGY, "", "is not a plugin's name");
   expect_refused(HOUSE, PHX_KIND_STRATEGY, "FSDP", "is not a plugin's name");
