@@ -15,12 +15,13 @@ extern "C" {
 #endif
 
 typedef struct phx__cuda_config {
-  int32_t share, tf32, attention, reserved0;
+  int32_t share, tf32, attention, profile;
   int64_t workspace; /* from the end of create: bytes, never auto (-1) */
 } phx__cuda_config;
 
 struct phx__cuda_products; /* product.c */
 struct phx__cuda_cudnn;    /* attention_cudnn.c */
+struct phx__cuda_profile;  /* profile.c */
 typedef int phx__cuda_wait_value(cudaStream_t stream, unsigned long long address, uint32_t value, unsigned flags);
 
 typedef struct phx__cuda {
@@ -40,6 +41,7 @@ typedef struct phx__cuda {
   int64_t used_before;           /* bytes in use on the device when we came */
   struct phx__cuda_products *products;
   struct phx__cuda_cudnn *cudnn; /* NULL: own attention only */
+  struct phx__cuda_profile *profile; /* NULL: not asked for */
   char name[160];
   phx_device device;
   phx_ops ops;
@@ -62,7 +64,16 @@ phx_status phx__cuda_take_scratch(phx__cuda *cuda, phx_error *err);
 phx_status phx__cuda_scratch(phx__cuda *cuda, cudaStream_t s, int64_t bytes, const char *what, void **out,
                              phx_error *err);
 int64_t phx__cuda_driver_bytes(const phx__cuda *cuda);
+/* As phx_device's space, pin and unpin. */
+int32_t phx__cuda_space(void *ctx, const void *p);
+phx_status phx__cuda_pin(void *ctx, void *p, int64_t bytes, phx_error *err);
+void phx__cuda_unpin(void *ctx, void *p);
 phx_status phx__cuda_bytes_in_use(const phx__cuda *cuda, int64_t *out, phx_error *err);
+
+/* ---- profile.c ---- */
+phx_status phx__cuda_profile_begin(phx__cuda *cuda, phx_error *err); /* behind phx__cuda_ops_init */
+void phx__cuda_profile_end(phx__cuda *cuda);                         /* says the result; the streams are still there */
+phx_status phx__cuda_profile_drain(phx__cuda *cuda, phx_error *err); /* waits for what is timed */
 
 /* ---- stream.c ---- */
 void phx__cuda_device_init(phx__cuda *cuda); /* fills cuda->device */

@@ -82,6 +82,28 @@ void phx__cuda_free(phx__cuda *cuda, int32_t space, void *p, int64_t bytes) {
   }
 }
 
+/* ---- what the communicator asks ---- */
+int32_t phx__cuda_space(void *ctx, const void *p) {
+  struct cudaPointerAttributes found;
+  (void)ctx;
+  if (cudaPointerGetAttributes(&found, p) != cudaSuccess) {
+    (void)cudaGetLastError(); /* older runtimes say so of ordinary memory */
+    return PHX_SPACE_HOST;
+  }
+  if (found.type == cudaMemoryTypeDevice) return PHX_SPACE_DEVICE;
+  return found.type == cudaMemoryTypeHost ? PHX_SPACE_PINNED : PHX_SPACE_HOST;
+}
+
+phx_status phx__cuda_pin(void *ctx, void *p, int64_t bytes, phx_error *err) {
+  return phx__cuda_check(ctx, cudaHostRegister(p, (size_t)bytes, cudaHostRegisterPortable), "cudaHostRegister", err);
+}
+
+void phx__cuda_unpin(void *ctx, void *p) {
+  (void)ctx;
+  (void)cudaHostUnregister(p); /* nothing is left to be done about it */
+  (void)cudaGetLastError();
+}
+
 phx_status phx__cuda_take_scratch(phx__cuda *cuda, phx_error *err) {
   if (cuda->scratch) return PHX_OK;
   return alloc_device(cuda, cuda->scratch_bytes + cuda->config.workspace, &cuda->scratch, err);

@@ -86,6 +86,11 @@ static phx_status device_probe(phx_error *err) {
   return status == PHX_OK ? check_capability(NULL, 0, err) : status;
 }
 
+static int32_t device_count(void) {
+  int count = 0;
+  return count_devices(NULL, &count, NULL) == PHX_OK ? count : 0;
+}
+
 /* ---- create ---- */
 static phx_status choose_device(phx__cuda *cuda, phx_error *err) {
   const phx_host *host = cuda->host;
@@ -132,6 +137,7 @@ static void announce(const phx__cuda *cuda) {
 
 static void device_destroy(phx_device_self *self) {
   if (!self) return;
+  phx__cuda_profile_end(&self->cuda);
   phx__cuda_streams_end(&self->cuda);
   phx__cuda_attention_end(&self->cuda);
   phx__cuda_products_end(&self->cuda);
@@ -160,6 +166,11 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   }
   phx__cuda_device_init(cuda);
   phx__cuda_ops_init(cuda);
+  status = phx__cuda_profile_begin(cuda, err);
+  if (status != PHX_OK) {
+    device_destroy(self);
+    return status;
+  }
   announce(cuda);
   *out = self;
   return PHX_OK;
@@ -185,13 +196,16 @@ static const phx_device_table table = {.struct_size = sizeof(phx_device_table),
                                        .ops = device_ops,
                                        .alloc = device_alloc,
                                        .free = device_free,
-                                       .driver_bytes = device_driver_bytes};
+                                       .driver_bytes = device_driver_bytes,
+                                       .count = device_count};
 
 #define MIB ((int64_t)1 << 20)
 static const char *const attention_choices[] = {"auto", "cudnn", "own", NULL};
 static const phx_option options[] = {
     PHX_BOOL(phx__cuda_config, share, "no", "More ranks than GPUs: ranks share them, local rank modulo their number."),
     PHX_BOOL(phx__cuda_config, tf32, "no", "Products in fp32 round their inputs to TF32, which is faster."),
+    PHX_BOOL(phx__cuda_config, profile, "no",
+             "Times each kind of operation by events, and says the milliseconds when the run ends."),
     PHX_ENUM(phx__cuda_config, attention, "auto", attention_choices,
              "Who computes attention in bf16: cuDNN where it is found and has a plan that fits, or own kernels."),
     PHX_BYTES(phx__cuda_config, workspace, "auto", 0, 8192 * MIB, PHX_OPTF_AUTO,
@@ -208,6 +222,7 @@ static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
                                   .vendor = "Phalanx",
                                   .license = "unspecified",
                                   .build = __VERSION__,
+                                  .provides = PHX_CAP_BF16,
                                   .options = options,
                                   .n_options = sizeof options / sizeof options[0],
                                   .option_stride = sizeof(phx_option),

@@ -369,5 +369,8 @@ void phx__cuda_device_init(phx__cuda *cuda) {
                               .zero = zero,
                               .cast = cast,
                               .add = add,
-                              .scale = scale};
+                              .scale = scale,
+                              .space = phx__cuda_space,
+                              .pin = phx__cuda_pin,
+                              .unpin = phx__cuda_unpin};
 }

@@ -15,6 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "root.h"
+
 enum { OUT_MAX = 1 << 20 };
 
 static double now(void) {
@@ -31,7 +33,7 @@ static void child(const char *dir, int out, const char *const *argv) {
   const int null = open("/dev/null", O_RDONLY);
   if (null >= 0) dup2(null, STDIN_FILENO);
   if (dir && chdir(dir)) _exit(126);
-  const char *path = strcmp(argv[0], "phalanx") ? argv[0] : PHX_TEST_COMMAND;
+  const char *path = strcmp(argv[0], "phalanx") ? argv[0] : test_path("bin/phalanx");
   execv(path, (char *const *)(unsigned long)argv);
   _exit(127);
 }

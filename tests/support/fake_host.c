@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "root.h"
+
 static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void keep_log(void *ctx, int32_t level, const char *message) {
@@ -67,7 +69,7 @@ void fake_host_init(fake_host *fake, int32_t rank, int32_t world_size) {
 
 const phx_plugin *fake_host_plugin(const char *file) {
   char path[1024];
-  snprintf(path, sizeof path, "%s/%s", PHX_TEST_PLUGINS, file);
+  snprintf(path, sizeof path, "%s/lib/phalanx/%s", test_root(), file);
   void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   phx_plugin_entry *entry = NULL;
   if (library) {

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "root.h"
 #include "status.h"
 
 typedef struct allocation {
@@ -144,7 +145,7 @@ const phx_plugin *harness_plugin(const char *strategy, phx_error *err) {
   if (strchr(strategy, '/'))
     snprintf(path, sizeof path, "%s", strategy);
   else
-    snprintf(path, sizeof path, "%s/phx_strategy_%s.so", PHX_TEST_PLUGINS, strategy);
+    snprintf(path, sizeof path, "%s/lib/phalanx/phx_strategy_%s.so", test_root(), strategy);
   void *so = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   void *entry = so ? dlsym(so, PHX_ENTRY_SYMBOL) : NULL;
   phx_plugin_entry *call = NULL;

@@ -17,7 +17,7 @@
 
 #define MIB ((int64_t)1 << 20)
 typedef struct config { /* as in plugins/cuda/cuda.h; its size is checked */
-  int32_t share, tf32, attention, reserved0;
+  int32_t share, tf32, attention, profile;
   int64_t workspace;
 } config;
 enum { OWN_ATTENTION = 2 }; /* [cuda] attention = own: cuDNN is in test_cuda_cudnn.c */
