@@ -8,7 +8,8 @@
 
 static const char *const strategies[] = {"ddp",          "fsdp",         "fsdp.sharding=grad_op", "fsdp.sharding=none",
                                          "zero.stage=1", "zero.stage=2", "zero.stage=3",          NULL};
-static const cuda_where gpu = {.steps = 10, .strategies = strategies};
+static const cuda_where gpu = {.comm = "comm.plugin=shm", .steps = 10, .strategies = strategies};
+static const cuda_where with_nccl = {.comm = "comm.plugin=nccl", .steps = 10, .strategies = strategies};
 
 static void need_gpu(void) {
   char *reason = cuda_runs_reason(&gpu), text[512];
@@ -23,5 +24,6 @@ Test(gpu_runs, fp32_on_one_rank) { cuda_runs_compare(&gpu, "1", "fp32", 1e-3); }
 Test(gpu_runs, fp32_on_three_ranks) { cuda_runs_compare(&gpu, "3", "fp32", 1e-3); }
 Test(gpu_runs, bf16_on_one_rank) { cuda_runs_compare(&gpu, "1", "bf16", 0.02); }
 Test(gpu_runs, bf16_on_two_ranks) { cuda_runs_compare(&gpu, "2", "bf16", 0.02); }
+Test(gpu_runs, nccl_on_one_rank) { cuda_runs_compare(&with_nccl, "1", "bf16", 0.02); }
 Test(gpu_runs, checkpoints_there_and_back) { cuda_runs_checkpoints(&gpu); }
 Test(gpu_runs, profile) { cuda_runs_profile(&gpu); }

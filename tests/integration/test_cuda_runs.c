@@ -5,8 +5,8 @@
 #include "cuda_runs.h"
 
 static const char *const strategies[] = {"ddp", "fsdp", "zero.stage=2", "zero.stage=3", NULL};
-static const cuda_where emulated = {.plugins = "lib/phalanx-emulated", .steps = 2, .strategies = strategies,
-                                    .smaller = "model.layers=1"};
+static const cuda_where emulated = {.plugins = "lib/phalanx-emulated", .comm = "comm.plugin=shm", .steps = 2,
+                                    .strategies = strategies, .smaller = "model.layers=1"};
 
 Test(cuda_runs, fp32_on_one_rank, .timeout = 300) { cuda_runs_compare(&emulated, "1", "fp32", 1e-4); }
 Test(cuda_runs, fp32_on_two_ranks, .timeout = 300) { cuda_runs_compare(&emulated, "2", "fp32", 1e-4); }

@@ -37,7 +37,7 @@ static words command(const cuda_where *where, const char *verb, const char *rank
   if (where->smaller) set(&w, where->smaller);
   if (!cuda) return w;
   set(&w, "device.plugin=cuda");
-  set(&w, "comm.plugin=shm");
+  set(&w, where->comm);
   set(&w, "cuda.share=yes");
   set(&w, "run.deterministic=yes");
   if (where->plugins) {
