@@ -162,8 +162,8 @@ phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, p
                              phx__checked_file *out, phx_error *err);
 void phx__checked_close(phx__checked_file *f); /* of zeros is fine; before the stream is destroyed */
 /* `what` (a tensor's name) is for messages.  `ahead` bytes behind these will be asked for next: they are read ahead. */
-phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, int64_t bytes, int64_t at, int64_t ahead,
-                             phx_error *err);
+phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, int64_t bytes, int64_t at,
+                             int64_t ahead, phx_error *err);
 
 /* A checkpoint opened for reading any range of any state; files are opened as they are needed.
  * Memory: the manifest, and PHX__STREAM_MEMORY for all files together. */
@@ -172,13 +172,15 @@ typedef struct phx__checkpoint_reader {
   phx__manifest *manifest;
   phx__checked_file *files; /* (n_files) */
   phx__stream *stream;
-  int64_t ahead; /* blocks that will be asked for behind those of the next call, which takes the number away; 0 is fine */
+  /* blocks that will be asked for behind those of the next call, which takes the number away; 0 is fine */
+  int64_t ahead;
 } phx__checkpoint_reader;
 phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader **out, phx_error *err);
 void phx__checkpoint_reader_close(phx__checkpoint_reader *r); /* NULL is fine */
 /* blocks * PHX_BLOCK fp32 of a state (WEIGHT also finds MASTER), from however many slices hold them. */
 phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind, uint32_t index, uint32_t unit,
-                                         uint32_t flat, int64_t first_block, int64_t blocks, float *out, phx_error *err);
+                                         uint32_t flat, int64_t first_block, int64_t blocks, float *out,
+                                         phx_error *err);
 /* Bytes of a private slice. */
 phx_status phx__checkpoint_reader_private(phx__checkpoint_reader *r, const phx__manifest_private *slice, void *out,
                                           phx_error *err);

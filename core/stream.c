@@ -46,7 +46,9 @@ struct phx__stream {
 };
 
 static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t rounded_up(int64_t bytes) { return (bytes + PHX__STREAM_ALIGN - 1) / PHX__STREAM_ALIGN * PHX__STREAM_ALIGN; }
+static int64_t rounded_up(int64_t bytes) {
+  return (bytes + PHX__STREAM_ALIGN - 1) / PHX__STREAM_ALIGN * PHX__STREAM_ALIGN;
+}
 
 /* ---- one transfer, in a thread or in the caller's ---- */
 static void say_buffered(const phx__stream_file *file, int why) {
