@@ -140,10 +140,12 @@ phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind
   while (blocks > 0) {
     phx__checked_file *file;
     const phx__manifest_slice *s = phx__manifest_find(r->manifest, kind, index, unit, flat, first_block);
-    if (!s) return phx__fail(err, PHX_INVALID, "%s has no block %" PRId64 " of state %s of unit %u", r->dir,
-                             first_block,
-                             kind == PHX_STATE_OPTIM && index < r->manifest->n_states ? r->manifest->states[index].name
-                             : kind >= 0 && kind < PHX__STATE_KINDS ? phx__state_kind_names[kind] : "?", unit);
+    if (!s)
+      return phx__fail(err, PHX_INVALID, "%s has no block %" PRId64 " of state %s of unit %u", r->dir, first_block,
+                       kind == PHX_STATE_OPTIM && index < r->manifest->n_states ? r->manifest->states[index].name
+                       : kind >= 0 && kind < PHX__STATE_KINDS                   ? phx__state_kind_names[kind]
+                                                                                : "?",
+                       unit);
     const int64_t skip = first_block - s->first_block;
     const int64_t part = blocks < s->blocks - skip ? blocks : s->blocks - skip;
     phx_status status = open_file(r, s->file, &file, err);

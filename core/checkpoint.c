@@ -429,7 +429,8 @@ static void after_commit(const phx__save *s, const phx__retention *retention) {
 
 phx_status phx__save_gather(phx__save *s, phx_error *err) {
   phx__verdict verdict = {.hash = s->hash};
-  if (!s->flushed && !s->status) s->status = phx__fail(&s->error, PHX_STATE, "a save was not flushed before its commit");
+  if (!s->flushed && !s->status)
+    s->status = phx__fail(&s->error, PHX_STATE, "a save was not flushed before its commit");
   phx_status status = phx__agree(s->rt, s->status, &s->error, &verdict, err);
   if (!status) status = gather_tables(s, err);
   s->whole = verdict.sum;

@@ -96,7 +96,7 @@ static phx_status remove_entry(int dir, const char *path, const char *name, int 
   if (!phx__sys.unlinkat(dir, name, 0) || errno == ENOENT) return PHX_OK;
   if (errno != EISDIR && errno != EPERM) return phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
   if (depth == 0) return phx__fail(err, PHX_IO, "%s holds directories in directories: not ours to remove", path);
-  const int fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  const int fd = phx__sys.openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
   if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s/%s", path, name);
   phx_status status = remove_contents(fd, path, depth - 1, err);
   if (!status && phx__sys.unlinkat(dir, name, AT_REMOVEDIR) && errno != ENOENT)
@@ -304,8 +304,9 @@ phx_status phx__checkpoint_set_aside(const char *run_dir, int64_t above, phx_err
     if (!status && phx__sys.rename(from, to))
       status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
     if (status) break;
-    snprintf(text, sizeof text, "step %" PRId64 " was saved after step %" PRId64 ", where the run goes on: it is now %s",
-             list.steps[i], above, to);
+    snprintf(text, sizeof text,
+             "step %" PRId64 " was saved after step %" PRId64 ", where the run goes on: it is now %s", list.steps[i],
+             above, to);
     phx__log(0, "checkpoint", PHX_LOG_WARN, text);
     moved = true;
   }

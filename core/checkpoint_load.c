@@ -27,8 +27,9 @@ static phx_status fits_optimizer(const char *path, const phx__manifest *m, const
   for (uint32_t i = 0; same && i < now.n_states; i++)
     same = strcmp(m->states[i].name, now.states[i].name) == 0 && m->states[i].dtype == now.states[i].dtype;
   if (same) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit",
-                   path, m->optimizer, now.name);
+  return phx__fail(err, PHX_INVALID,
+                   "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit", path,
+                   m->optimizer, now.name);
 }
 
 static phx_status fits_data(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,

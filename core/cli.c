@@ -20,7 +20,8 @@ typedef struct command {
 /* One row per command, in the order of --help. */
 static const command commands[] = {
     {"train", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K] [--resume [DIR]]",
-     "one run, or (--resume) what is left of it; without another launcher it starts the ranks itself", phx__command_train},
+     "one run, or (--resume) what is left of it; without another launcher it starts the ranks itself",
+     phx__command_train},
     {"compare", "FILE.ini --strategies ddp,fsdp.sharding=grad_op,zero.stage=1,... [-n RANKS] [--steps K] [--set ...]",
      "the same run under several strategies: memory, speed, traffic, loss, equal bits", phx__command_compare},
     {"check", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]...",

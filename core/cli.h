@@ -23,8 +23,8 @@ typedef struct phx__arguments {
   char *own_file;           /* owned; or NULL */
 } phx__arguments;
 
-/* FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... and what `accept` adds.  On refusal one line
- * on stderr, false, and nothing to free. */
+/* FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... and what `accept` adds.  On refusal one
+ * line on stderr, false, and nothing to free. */
 bool phx__arguments_parse(int argc, char **argv, unsigned accept, phx__arguments *out);
 void phx__arguments_free(phx__arguments *arguments);
 /* One line on stderr with the nearest of `known` (NULL-terminated); returns PHX__EXIT_REFUSED. */

@@ -218,8 +218,8 @@ int phx__checkpoint_diff(int argc, char **argv) {
     status = compare_states(c, &err);
   }
   if (!status && c->differing)
-    printf("%" PRId64 " of %" PRId64 " tensors differ; maximum difference %.9g%s%s\n", c->differing, c->tensors, c->most,
-           c->most_name[0] ? " in " : "", c->most_name);
+    printf("%" PRId64 " of %" PRId64 " tensors differ; maximum difference %.9g%s%s\n", c->differing, c->tensors,
+           c->most, c->most_name[0] ? " in " : "", c->most_name);
   else if (!status)
     printf("equal: %" PRId64 " tensors, bit for bit%s\n", c->tensors, states ? "" : " (weights only)");
   const int differing = c->differing > 0;

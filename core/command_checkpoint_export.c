@@ -53,15 +53,15 @@ static phx_status recognise(exported *e, phx_error *err) {
   e->heads = heads_of(m);
   if (!wte || !wpe || wte->ndim != 2 || wpe->ndim != 2 || wte->shape[1] != wpe->shape[1] || (m->n_params - 4) % 12 ||
       m->n_params < 16 || !param_of(m, "ln_f.bias") || !param_of(m, "h.0.attn.c_attn.weight"))
-    return phx__fail(err, PHX_UNSUPPORTED, "%s holds a model of plugin %s, and export writes GPT-2 only", e->reader->dir,
-                     plugin ? plugin : "?");
+    return phx__fail(err, PHX_UNSUPPORTED, "%s holds a model of plugin %s, and export writes GPT-2 only",
+                     e->reader->dir, plugin ? plugin : "?");
   e->vocab = wte->shape[0];
   e->width = wte->shape[1];
   e->context = wpe->shape[0];
   e->layers = (m->n_params - 4) / 12;
   if (e->heads < 1 || e->width % e->heads)
-    return phx__fail(err, PHX_INVALID, "%s: its configuration does not say how many heads the model has ([model] heads)",
-                     e->reader->dir);
+    return phx__fail(err, PHX_INVALID,
+                     "%s: its configuration does not say how many heads the model has ([model] heads)", e->reader->dir);
   for (uint32_t i = 0; i < m->n_params; i++)
     if (phx__gpt2_transposed(m->params[i].name) && m->params[i].ndim != 2)
       return phx__fail(err, PHX_UNSUPPORTED, "%s: parameter %s is no matrix", e->reader->dir, m->params[i].name);

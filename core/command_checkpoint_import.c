@@ -58,7 +58,8 @@ static phx_status choose_target(import *in, const char *out, phx_error *err) {
     snprintf(in->target, sizeof in->target, "%s/checkpoints/step-00000000", out);
   }
   snprintf(in->part, sizeof in->part, "%.4000s/.step-import.%d.part", in->parent, (int)getpid());
-  if (!lstat(in->target, &st)) return phx__fail(err, PHX_INVALID, "%s is there already, and is not overwritten", in->target);
+  if (!lstat(in->target, &st))
+    return phx__fail(err, PHX_INVALID, "%s is there already, and is not overwritten", in->target);
   snprintf(path, sizeof path, "%.4000s/checkpoints/latest", in->run);
   if (in->run[0] && !lstat(path, &st))
     return phx__fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
@@ -78,14 +79,17 @@ static phx_status read_sizes(const char *dir, char *ini, size_t room, phx_error 
   phx_status status = phx__file_open(path, &fd, &bytes, err);
   if (status) return status;
   if (bytes > MOST) status = phx__fail(err, PHX_IO, "%s has %" PRId64 " bytes; %d are the most", path, bytes, MOST);
-  else if (!(text = phx__calloc(1, (size_t)bytes + 1))) status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+  else if (!(text = phx__calloc(1, (size_t)bytes + 1)))
+    status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
   else status = phx__file_read(fd, path, text, bytes, 0, err);
   phx__sys.close(fd);
-  if (!status && !(root = cJSON_ParseWithLength(text, (size_t)bytes))) /* theirs has fractions: our strict reader would refuse */
+  if (!status &&
+      !(root = cJSON_ParseWithLength(text, (size_t)bytes))) /* theirs has fractions: our strict reader would refuse */
     status = phx__fail(err, PHX_IO, "%s is not JSON", path);
   const char *type = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(root, "model_type"));
   if (!status && (!type || strcmp(type, "gpt2")))
-    status = phx__fail(err, PHX_UNSUPPORTED, "%s: model_type is '%.40s', and import reads gpt2", path, type ? type : "");
+    status =
+        phx__fail(err, PHX_UNSUPPORTED, "%s: model_type is '%.40s', and import reads gpt2", path, type ? type : "");
   const char *act = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(root, "activation_function"));
   if (!status && act && strcmp(act, "gelu_new"))
     status = phx__fail(err, PHX_UNSUPPORTED, "%s: activation_function is '%.40s', and ours is gelu_new", path, act);
@@ -95,9 +99,11 @@ static phx_status read_sizes(const char *dir, char *ini, size_t room, phx_error 
     else status = phx__fail(err, PHX_INVALID, "%s: %s is missing or not a size", path, keys[i][0]);
   }
   if (!status)
-    snprintf(ini, room, "[run]\nstrategy = ddp\n[data]\ntrain = imported\n[batch]\nmicro = 1\nsequence = %" PRId64
-             "\n[model]\nplugin = gpt\nlayers = %" PRId64 "\nheads = %" PRId64 "\nwidth = %" PRId64 "\ncontext = %" PRId64
-             "\nvocab = %" PRId64 "\n", value[3], value[0], value[1], value[2], value[3], value[4]);
+    snprintf(ini, room,
+             "[run]\nstrategy = ddp\n[data]\ntrain = imported\n[batch]\nmicro = 1\nsequence = %" PRId64
+             "\n[model]\nplugin = gpt\nlayers = %" PRId64 "\nheads = %" PRId64 "\nwidth = %" PRId64
+             "\ncontext = %" PRId64 "\nvocab = %" PRId64 "\n",
+             value[3], value[0], value[1], value[2], value[3], value[4]);
   cJSON_Delete(root);
   phx__free(text);
   return status;
@@ -237,8 +243,12 @@ static phx_status add_slices(import *in, phx_error *err) {
     for (uint32_t u = 0; u < m->n_units; u++)
       for (uint32_t f = 0; f < (state ? 1 : PHX_FLATS); f++) {
         if (!m->units[u].blocks[f]) continue;
-        const phx__manifest_slice s = {.kind = state ? PHX_STATE_OPTIM : PHX_STATE_WEIGHT, .index = state ? state - 1 : 0,
-                                       .unit = u, .flat = f, .blocks = m->units[u].blocks[f], .dtype = PHX_F32};
+        const phx__manifest_slice s = {.kind = state ? PHX_STATE_OPTIM : PHX_STATE_WEIGHT,
+                                       .index = state ? state - 1 : 0,
+                                       .unit = u,
+                                       .flat = f,
+                                       .blocks = m->units[u].blocks[f],
+                                       .dtype = PHX_F32};
         phx_status status = phx__manifest_add_slice(in->manifest, &s, err);
         if (status) return status;
       }

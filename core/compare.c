@@ -60,9 +60,11 @@ static int parse_variants(variant *v, const char *text, int *n) {
   for (*n = 0; *text; (*n)++) {
     const size_t length = strcspn(text, ",");
     if (*n == VARIANTS_MAX || !parse_variant(&v[*n], text, length)) {
-      fprintf(stderr, "phalanx: --strategies: '%.*s' is not NAME, NAME.key=value[+key=value] or the path of a .so (at most %d of "
-              "them)\n",
-              (int)length, text, VARIANTS_MAX);
+      fprintf(
+          stderr,
+          "phalanx: --strategies: '%.*s' is not NAME, NAME.key=value[+key=value] or the path of a .so (at most %d of "
+          "them)\n",
+          (int)length, text, VARIANTS_MAX);
       return 0;
     }
     text += length + (text[length] == ',');
@@ -94,7 +96,8 @@ static int check_variant(const phx__compare_plan *plan, const variant *v) {
     return 0;
   }
   FILE *report = open_memstream(&text, &bytes); /* warnings come from the run itself */
-  phx_status status = phx__config_load(plan->file, all, variant_overrides(plan, v, all), report ? report : stderr, &config);
+  phx_status status =
+      phx__config_load(plan->file, all, variant_overrides(plan, v, all), report ? report : stderr, &config);
   if (report) fclose(report);
   if (status && text) fputs(text, stderr);
   if (!status && (status = phx__train_check(config, &err)))
@@ -254,9 +257,9 @@ static void print_table(const variant *v, int n) {
     phx__bytes_text((int64_t)array_max(cJSON_GetObjectItemCaseSensitive(result_of(&v[i]), "peak_pss")), text[5]);
     phx__bytes_text((int64_t)total_of(&v[i], "sent", "measured"), text[6]);
     const char *slash = strrchr(v[i].strategy, '/');
-    printf("%-24s %10s %10s %10s %10s %11s %11s %9.0f %10s  %.17g\n%-24s %99s%s\n", slash ? slash + 1 : v[i].label, text[0], text[1],
-           text[2], text[3], text[4], text[5], number_of(&v[i], "tokens_per_s"), text[6], number_of(&v[i], "loss"), "",
-           "", hash_of(&v[i]));
+    printf("%-24s %10s %10s %10s %10s %11s %11s %9.0f %10s  %.17g\n%-24s %99s%s\n", slash ? slash + 1 : v[i].label,
+           text[0], text[1], text[2], text[3], text[4], text[5], number_of(&v[i], "tokens_per_s"), text[6],
+           number_of(&v[i], "loss"), "", "", hash_of(&v[i]));
   }
 }
 

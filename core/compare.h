@@ -1,4 +1,5 @@
-/* core/compare.h - the same run under several strategies, one after the other, and the table of what differs.  [main] */
+/* core/compare.h - the same run under several strategies, one after the other, and the table of what differs.  [main]
+ */
 #ifndef PHX__COMPARE_H
 #define PHX__COMPARE_H
 #include "cli.h"

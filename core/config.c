@@ -125,10 +125,11 @@ static void resolve_deterministic(loading *l) {
   setting->was_auto = true;
   setting->value.i = c->s.run.deterministic = yes;
   if (!yes)
-    phx__config_warn(c->priv, setting->entry,
-                     "[run] deterministic = auto comes to no on device %s: runs may differ in their last bits; yes makes "
-                     "them equal, and slower",
-                     device->id);
+    phx__config_warn(
+        c->priv, setting->entry,
+        "[run] deterministic = auto comes to no on device %s: runs may differ in their last bits; yes makes "
+        "them equal, and slower",
+        device->id);
 }
 
 /* `wish` is the text of section.key; what `auto` comes to (choose, or NULL) is stored back into it. */

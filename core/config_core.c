@@ -34,19 +34,22 @@ static const char *const precision_choices[] = {"fp32", "bf16", "fp16", NULL}; /
 enum { STEPS_MOST = 1000000000, PER_STEP_MOST = 1 << 20 };
 
 static const phx_option run_options[] = {
-    STRING(run, strategy, "ddp", 0, "How weights, gradients and states are spread: a plugin's name, or the path of a .so."),
+    STRING(run, strategy, "ddp", 0,
+           "How weights, gradients and states are spread: a plugin's name, or the path of a .so."),
     INT(run, ranks, "1", 1, PHX_RANKS_MAX, "ranks", 0, "Ranks started on this machine; -n overrides."),
     INT(run, steps, "200", 1, STEPS_MOST, "steps", 0, "Training steps."),
     INT(run, seed, "1337", 0, INT64_MAX, NULL, 0, "Fixes the initial weights and the order of the samples."),
     STRING(run, out, "runs/demo", 0, "The run directory: run.json, metrics.jsonl, weights and the ranks' output."),
     ENUM(run, deterministic, "auto", deterministic_choices, 0,
-         "The same bits under every strategy; a strategy that cannot is refused; auto: yes where the device's fast way is."),
+         "The same bits under every strategy; a strategy that cannot is refused; auto: yes where the device's fast way "
+         "is."),
     REAL(run, timeout, "60", "s", 0, 1e6, "Seconds that a rank may be missing from a collective; 0 waits for ever."),
     INT(run, hash_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between state hashes; 0 hashes only the last step."),
     INT(run, valid_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between validations; 0 validates only at the end."),
     INT(run, valid_batches, "8", 1, PER_STEP_MOST, NULL, 0, "Micro-batches per rank of one validation."),
     INT(run, log_every, "1", 1, STEPS_MOST, "steps", 0, "Steps between lines on the screen; the files have them all."),
-    ENUM(run, pin, "auto", pin_choices, PHX_OPTF_PER_RANK, "Pin ranks to cores; auto does so when every rank can have its own."),
+    ENUM(run, pin, "auto", pin_choices, PHX_OPTF_PER_RANK,
+         "Pin ranks to cores; auto does so when every rank can have its own."),
     ENUM(run, on_nonfinite, "stop", nonfinite_choices, 0,
          "A loss or norm that is not finite stops the run, or its update is skipped; the same on all ranks."),
     INT(run, drift_every, "0", 0, STEPS_MOST, "steps", 0,
@@ -95,7 +98,8 @@ static const phx_option device_options[] = {
         "Threads per rank; auto shares the cores of this machine among its ranks."),
 };
 static const phx_option comm_options[] = {
-    STRING(comm, plugin, "auto", 0, "The communicator's plugin; auto takes nccl where every rank has a GPU of its own, else shm."),
+    STRING(comm, plugin, "auto", 0,
+           "The communicator's plugin; auto takes nccl where every rank has a GPU of its own, else shm."),
 };
 static const phx_option checkpoint_options[] = {
     INT(checkpoint, every, "0", 0, STEPS_MOST, "steps", 0,

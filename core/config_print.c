@@ -103,7 +103,8 @@ static void print_row(const phx_option *o, FILE *out) {
   print_wrapped(out, "      ", o->doc);
   fprintf(out, "      %s%s%s%s%s%s\n", expected, o->unit ? ", in " : "", o->unit ? o->unit : "",
           o->flags & PHX_OPTF_PER_RANK ? "; may differ between ranks" : "",
-          o->flags & PHX_OPTF_DEPRECATED ? "; deprecated" : "", o->flags & PHX_OPTF_EXPERIMENTAL ? "; experimental" : "");
+          o->flags & PHX_OPTF_DEPRECATED ? "; deprecated" : "",
+          o->flags & PHX_OPTF_EXPERIMENTAL ? "; experimental" : "");
 }
 
 void phx__config_help(const char *section, const phx_option *options, uint32_t n, uint32_t stride, FILE *out) {

@@ -1,8 +1,8 @@
 /* core/data.c - see data.h.
  *
- * Files are read with pread, not mapped: a file that shrinks while a run uses it gives an error with its name instead of
- * SIGBUS.  One step reads a few kilobytes per rank, which the page cache serves.  Every token is checked again on the
- * way to the embedding, since the file may have changed since it was opened.
+ * Files are read with pread, not mapped: a file that shrinks while a run uses it gives an error with its name instead
+ * of SIGBUS.  One step reads a few kilobytes per rank, which the page cache serves.  Every token is checked again on
+ * the way to the embedding, since the file may have changed since it was opened.
  *
  * The order of an epoch is a permutation computed, not stored: a Feistel network over the next even power of two, keyed
  * by (seed, epoch), walked until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
@@ -45,8 +45,10 @@ static phx_status read_at(const token_file *f, void *out, int64_t bytes, int64_t
     if (n < 0) return phx__fail_errno(err, PHX_IO, errno, "%s: cannot read at byte %" PRId64, f->path, at + done);
     if (n == 0)
       return phx__fail(err, PHX_IO,
-                       "%s ends at byte %" PRId64 ", but had %" PRId64 " when the run opened it: it was changed; restore "
-                       "the file and start again", f->path, at + done, f->header + 2 * f->tokens);
+                       "%s ends at byte %" PRId64 ", but had %" PRId64
+                       " when the run opened it: it was changed; restore "
+                       "the file and start again",
+                       f->path, at + done, f->header + 2 * f->tokens);
     done += n;
   }
   return PHX_OK;
@@ -72,14 +74,16 @@ static phx_status read_header(token_file *f, int64_t bytes, phx_error *err) {
   }
   if (head[0] == PHX__TOKENS_MAGIC) {
     if (head[1] != PHX__TOKENS_VERSION)
-      return phx__fail(err, PHX_INVALID, "%s: llm.c token file of version %" PRId32 "; only version 1 (uint16) is known",
-                       f->path, head[1]);
+      return phx__fail(err, PHX_INVALID,
+                       "%s: llm.c token file of version %" PRId32 "; only version 1 (uint16) is known", f->path,
+                       head[1]);
     const int64_t expected = PHX__TOKENS_HEADER + 2 * (int64_t)head[2];
     if (head[2] < 0 || bytes != expected)
       return phx__fail(err, PHX_INVALID,
                        "%s: its header announces %" PRId32 " tokens, so 1024 + 2 x %" PRId32 " = %" PRId64
                        " bytes, but it has %" PRId64 ": %s; make it again",
-                       f->path, head[2], head[2], expected, bytes, bytes < expected ? "it is truncated" : "it is too long");
+                       f->path, head[2], head[2], expected, bytes,
+                       bytes < expected ? "it is truncated" : "it is too long");
     f->header = PHX__TOKENS_HEADER;
     f->tokens = head[2];
     return PHX_OK;

@@ -233,8 +233,9 @@ static phx_status load_batch(phx__engine *e, phx__data *data, phx_error *err) {
   const phx__prepared *p = e->rt->prepared;
   for (int32_t micro = 0; micro < p->topology.accumulate; micro++) {
     int32_t *at = e->host_tokens + 2 * micro * micro_tokens(e);
-    phx_status status = phx__data_batch(data, e->step - 1 + e->batch_ahead, micro, p->topology.accumulate, p->layout.data_rank,
-                                        p->layout.data_size, p->shape.micro, at, at + micro_tokens(e), err);
+    phx_status status =
+        phx__data_batch(data, e->step - 1 + e->batch_ahead, micro, p->topology.accumulate, p->layout.data_rank,
+                        p->layout.data_size, p->shape.micro, at, at + micro_tokens(e), err);
     if (status) return status;
   }
   memset(e->losses, 0, sizeof *e->losses * (size_t)p->topology.accumulate);

@@ -177,6 +177,7 @@ int64_t phx__host_held(const phx__host *h, char *text, size_t bytes) {
   int used = snprintf(text, bytes, "destroy() left allocated:");
   for (int32_t k = 0; k < PHX_MEM_KINDS && used >= 0 && (size_t)used < bytes; k++)
     if (kinds[k])
-      used += snprintf(text + used, bytes - (size_t)used, " %lld bytes of %s", (long long)kinds[k], phx__memory_name(k));
+      used +=
+          snprintf(text + used, bytes - (size_t)used, " %lld bytes of %s", (long long)kinds[k], phx__memory_name(k));
   return held;
 }

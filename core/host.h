@@ -1,6 +1,7 @@
 /* core/host.h - what plugins call: log, accounted memory, extensions, metrics.
  *
- * One phx__host per plugin of the run; they share one phx__memory_book, which is the memory table.  [main] except log. */
+ * One phx__host per plugin of the run; they share one phx__memory_book, which is the memory table.  [main] except log.
+ */
 #ifndef PHX__HOST_H
 #define PHX__HOST_H
 #include <phalanx/provider.h>
@@ -28,7 +29,8 @@ typedef struct phx__memory_book {
   phx_device_self *device_self;
   const phx_device *device; /* NULL: the CPU can write its memory */
 } phx__memory_book;
-/* Bytes that a provider holds for itself (a communicator's staging, a device's scratch): in the table, not in the list. */
+/* Bytes that a provider holds for itself (a communicator's staging, a device's scratch): in the table, not in the list.
+ */
 void phx__memory_book_hold(phx__memory_book *book, int32_t kind, int32_t space, int64_t bytes);
 void phx__memory_book_clear(phx__memory_book *book); /* frees what is left */
 
@@ -51,7 +53,7 @@ void phx__host_init(phx__host *h, const char *plugin, const phx_job *job, phx__m
 int64_t phx__host_held(const phx__host *h, char *text, size_t bytes);
 
 const char *phx__memory_name(int32_t kind); /* "weights", "gradients", ... */
-/* One line on stderr, unless it is below the level of PHALANX_LOG=error|warn|info|debug (default: info on rank 0, warn on
- * the others). */
+/* One line on stderr, unless it is below the level of PHALANX_LOG=error|warn|info|debug (default: info on rank 0, warn
+ * on the others). */
 void phx__log(int32_t rank, const char *who, int32_t level, const char *message);
 #endif

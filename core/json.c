@@ -75,7 +75,11 @@ static bool escape(scan *s, uint32_t *code) {
 /* One character of UTF-8: no overlong form, no surrogate, nothing above 10FFFF. */
 static bool utf8(scan *s, uint32_t *code) {
   const unsigned char c = *s->at++;
-  const int more = c < 0x80 ? 0 : c >= 0xc2 && c < 0xe0 ? 1 : c >= 0xe0 && c < 0xf0 ? 2 : c >= 0xf0 && c < 0xf5 ? 3 : -1;
+  const int more = c < 0x80                ? 0
+                   : c >= 0xc2 && c < 0xe0 ? 1
+                   : c >= 0xe0 && c < 0xf0 ? 2
+                   : c >= 0xf0 && c < 0xf5 ? 3
+                                           : -1;
   uint32_t value = more <= 0 ? c : c & (0x3fu >> more);
   if (more < 0 || s->end - s->at < more) return wrong(s, "not UTF-8");
   for (int i = 0; i < more; i++) {
@@ -117,7 +121,8 @@ static bool number(scan *s) {
   for (; s->at < s->end && *s->at >= '0' && *s->at <= '9'; s->at++)
     if ((value = value * 10 + (*s->at - '0')) > PHX__JSON_INTEGER_MOST) return wrong(s, "a number is above 2^53");
   if (zero && s->at - first > 1) return wrong(s, "a number begins with 0");
-  if (s->at < s->end && (*s->at == '.' || *s->at == 'e' || *s->at == 'E')) return wrong(s, "a number is not an integer");
+  if (s->at < s->end && (*s->at == '.' || *s->at == 'e' || *s->at == 'E'))
+    return wrong(s, "a number is not an integer");
   return true;
 }
 

@@ -1,7 +1,7 @@
 /* core/layout.c - see layout.h.
  *
- * Invariant: parameters of a unit stand together; within a flat, parameters are in declaration order, each at a multiple
- * of 64 elements; blocks = ceil(end / PHX_BLOCK).  Nothing here depends on ranks or strategies. */
+ * Invariant: parameters of a unit stand together; within a flat, parameters are in declaration order, each at a
+ * multiple of 64 elements; blocks = ceil(end / PHX_BLOCK).  Nothing here depends on ranks or strategies. */
 #include "layout.h"
 
 #include <string.h>

@@ -2,8 +2,8 @@
  *
  * libltdl reports every failure as "file not found" and binds lazily, so a loader vtable of our own stands in for its
  * dlopen one: RTLD_NOW (an undefined symbol is found here, not in the middle of a run), RTLD_LOCAL (plugins do not see
- * each other), RTLD_NODELETE (nothing is ever unmapped), and dlerror's text is kept.  libltdl knows a module by its path
- * string: it is always given a real path that ends in .so, so a stray .la file is never read.
+ * each other), RTLD_NODELETE (nothing is ever unmapped), and dlerror's text is kept.  libltdl knows a module by its
+ * path string: it is always given a real path that ends in .so, so a stray .la file is never read.
  *
  * Invariant: what is in `loaded` was checked whole; a plugin stays for the life of the process.  [main] only: libltdl
  * is not thread-safe. */

@@ -231,8 +231,8 @@ static phx_status cover_flat(const char *path, const phx__manifest *m, int32_t k
     const phx__manifest_slice *s = &m->slices[*at];
     if (group_of(s->kind) != kind || s->index != index || s->unit != unit || s->flat != flat) break;
     if (s->first_block < next)
-      return phx__fail(err, PHX_IO, "%s: block %" PRId64 " of %s of unit %s is there twice", path, s->first_block, state,
-                       m->units[unit].name);
+      return phx__fail(err, PHX_IO, "%s: block %" PRId64 " of %s of unit %s is there twice", path, s->first_block,
+                       state, m->units[unit].name);
     if (s->first_block > next) break;
     next += s->blocks;
   }
@@ -288,13 +288,14 @@ phx_status phx__manifest_match(const char *path, const phx__manifest *m, const p
     const phx__manifest_param *a = &m->params[i];
     const phx_param *b = phx_model_param(model, i);
     if (strcmp(a->name, b->name))
-      return phx__fail(err, PHX_INVALID, "%s is of another model: parameter %u is %.100s, here %.100s", path, i, a->name,
-                       b->name);
+      return phx__fail(err, PHX_INVALID, "%s is of another model: parameter %u is %.100s, here %.100s", path, i,
+                       a->name, b->name);
     if (a->ndim != b->ndim || memcmp(a->shape, b->shape, a->ndim * sizeof *a->shape))
       return phx__fail(err, PHX_INVALID, "%s: parameter %.100s has another shape than in this model", path, a->name);
     if ((a->flat == PHX_FLAT_FROZEN) != ((b->flags & PHX_PARAM_FROZEN) != 0))
       return phx__fail(err, PHX_INVALID, "%s: parameter %.100s is %s there and %s here", path, a->name,
-                       a->flat == PHX_FLAT_FROZEN ? "frozen" : "trained", b->flags & PHX_PARAM_FROZEN ? "frozen" : "trained");
+                       a->flat == PHX_FLAT_FROZEN ? "frozen" : "trained",
+                       b->flags & PHX_PARAM_FROZEN ? "frozen" : "trained");
     if (a->unit != b->unit || a->offset != b->offset)
       return phx__fail(err, PHX_INVALID, "%s: parameter %.100s stands elsewhere in this model's units", path, a->name);
   }

@@ -141,8 +141,9 @@ static void read_head(reader *r, phx__manifest *m, const cJSON *root) {
   if (strcmp(text(r, root, "format"), "phalanx-checkpoint")) bad(r, "format", "is not 'phalanx-checkpoint'");
   const int64_t version = integer(r, root, "version", 1, INT32_MAX);
   if (!r->status && version != PHX__MANIFEST_VERSION)
-    r->status = phx__fail(r->err, PHX_UNSUPPORTED, "%s has version %" PRId64 " of the format, and this phalanx reads %d",
-                          r->path, version, PHX__MANIFEST_VERSION);
+    r->status =
+        phx__fail(r->err, PHX_UNSUPPORTED, "%s has version %" PRId64 " of the format, and this phalanx reads %d",
+                  r->path, version, PHX__MANIFEST_VERSION);
   m->step = integer(r, root, "step", 0, PHX__JSON_INTEGER_MOST);
   m->time = integer(r, root, "time", 0, PHX__JSON_INTEGER_MOST);
   m->ranks = (int32_t)integer(r, root, "ranks", 1, PHX_RANKS_MAX);
@@ -219,7 +220,8 @@ static void read_pairs(reader *r, phx__manifest *m, const cJSON *section, bool i
   cJSON_ArrayForEach(item, section) {
     if (r->status) return;
     if (!cJSON_IsString(item)) bad(r, item->string, "is not a text");
-    else if ((identity ? m->n_identity : m->n_config) >= PHX__MANIFEST_PAIRS_MOST) bad(r, "config", "has too many values");
+    else if ((identity ? m->n_identity : m->n_config) >= PHX__MANIFEST_PAIRS_MOST)
+      bad(r, "config", "has too many values");
     else if (identity) r->status = phx__manifest_add_identity(m, item->string, item->valuestring, r->err);
     else r->status = phx__manifest_add_config(m, section->string, item->string, item->valuestring, r->err);
   }
@@ -243,7 +245,8 @@ static void read_file(reader *r, phx__manifest_file *f, const cJSON *item) {
   if (cJSON_GetArraySize(chunks) != phx__chunks_count(bytes)) bad(r, "chunks", "is not one checksum for each MiB");
   cJSON_ArrayForEach(chunk, chunks) {
     const char *digits = cJSON_IsString(chunk) ? chunk->valuestring : "";
-    if (strlen(digits) != 16 || strspn(digits, "0123456789abcdef") != 16) bad(r, "chunks", "has no 16 hexadecimal digits");
+    if (strlen(digits) != 16 || strspn(digits, "0123456789abcdef") != 16)
+      bad(r, "chunks", "has no 16 hexadecimal digits");
     if (r->status) return;
     f->chunks[i++] = strtoull(digits, NULL, 16);
   }

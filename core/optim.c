@@ -1,7 +1,7 @@
 /* core/optim.c - see optim.h.
  *
- * A ticket is split at parameter borders; padding is skipped.  The device's kernels are elementwise, so slicing does not
- * change the bits.  Scalars are computed in double and rounded once. */
+ * A ticket is split at parameter borders; padding is skipped.  The device's kernels are elementwise, so slicing does
+ * not change the bits.  Scalars are computed in double and rounded once. */
 #include "optim.h"
 
 #include <math.h>

@@ -1,4 +1,5 @@
-/* core/progress.h - what rank 0 says while training: a bar on a terminal, plain lines elsewhere; metrics.jsonl. [main] */
+/* core/progress.h - what rank 0 says while training: a bar on a terminal, plain lines elsewhere; metrics.jsonl. [main]
+ */
 #ifndef PHX__PROGRESS_H
 #define PHX__PROGRESS_H
 #include "engine.h"
@@ -14,7 +15,8 @@ typedef struct phx__progress {
 } phx__progress;
 
 double phx__now(void); /* seconds, CLOCK_MONOTONIC */
-/* first: the step of the checkpoint that the run goes on from, or 0.  Lines of later steps are cut from metrics.jsonl. */
+/* first: the step of the checkpoint that the run goes on from, or 0.  Lines of later steps are cut from metrics.jsonl.
+ */
 phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err);
 /* One step; valid_loss NaN and hash NULL when not taken at this step. */
 phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds,

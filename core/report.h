@@ -27,14 +27,14 @@ typedef struct phx__run_result {
   char state_hash[33];
   phx__rank_report ranks[PHX_RANKS_MAX];
   int32_t n_ranks;
-  const char *stopped;      /* the signal that ended the run at `steps`, or NULL: only steps and saves are filled then */
+  const char *stopped; /* the signal that ended the run at `steps`, or NULL: only steps and saves are filled then */
   phx__save_totals saves;
 } phx__run_result;
 
 /* Proportional set size of this process, or -1. */
 int64_t phx__pss_bytes(void);
-/* Creates run.out (and parents); an earlier run there is moved aside to run.out.N; writes config.ini.  On failure no new
- * directory is left.  The launcher, or rank 0 under another launcher. */
+/* Creates run.out (and parents); an earlier run there is moved aside to run.out.N; writes config.ini.  On failure no
+ * new directory is left.  The launcher, or rank 0 under another launcher. */
 phx_status phx__run_dir_create(const phx__config *config, phx_error *err);
 /* For a run that goes on there: only config.ini is written anew. */
 phx_status phx__run_dir_resume(const phx__config *config, phx_error *err);

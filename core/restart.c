@@ -107,8 +107,8 @@ int phx__restart_run(const phx__config *config, char *const *argv) {
     char from[48] = "the beginning";
     if (a.from > 0) snprintf(from, sizeof from, "the checkpoint of step %" PRId64, a.from);
     fprintf(stderr,
-            "phalanx: restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from %s\n", restarts,
-            config->s.run.max_restarts, a.ranks, a.ranks == 1 ? "" : "s", a.accumulate, from);
+            "phalanx: restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from %s\n",
+            restarts, config->s.run.max_restarts, a.ranks, a.ranks == 1 ? "" : "s", a.accumulate, from);
   }
   if (status) fprintf(stderr, "phalanx: %s%s\n", first.failed ? "no restart: " : "", err.message);
   if (restarts > 0)

@@ -59,5 +59,6 @@ phx_status phx__resume_load(const phx__resume *resume, phx__runtime *rt, phx__re
   if (status) return status;
   if (rt->job->rank == 0) status = tidy(resume, rt->config, out->at.step, &why);
   status = phx__agree(rt, status, &why, NULL, err);
-  return status == PHX_IO ? PHX_STATE : status; /* the checkpoint is whole: it is this directory that cannot be changed */
+  return status == PHX_IO ? PHX_STATE
+                          : status; /* the checkpoint is whole: it is this directory that cannot be changed */
 }

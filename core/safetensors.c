@@ -127,8 +127,9 @@ static phx_status read_tensor(phx__safetensors *st, const cJSON *item, int64_t d
       !phx__json_integer(cJSON_GetArrayItem(offsets, 1), begin, PHX__JSON_INTEGER_MOST, &end))
     return phx__fail(err, PHX_IO, "%s: tensor %s has no place: data_offsets are wrong", st->path, t->name);
   if (end > data_bytes)
-    return phx__fail(err, PHX_IO, "%s: tensor %s lies outside the file: it ends at byte %lld of the data, which has %lld",
-                     st->path, t->name, (long long)end, (long long)data_bytes);
+    return phx__fail(err, PHX_IO,
+                     "%s: tensor %s lies outside the file: it ends at byte %lld of the data, which has %lld", st->path,
+                     t->name, (long long)end, (long long)data_bytes);
   if (end - begin != t->bytes)
     return phx__fail(err, PHX_IO, "%s: tensor %s has %lld bytes, and its shape %lld", st->path, t->name,
                      (long long)(end - begin), (long long)t->bytes);

@@ -66,7 +66,8 @@ phx_status phx__safetensors_layout(const char *path, phx__tensor *tensors, uint3
 typedef struct phx__chunks phx__chunks;
 phx_status phx__chunks_create(const char *path, int64_t file_bytes, phx__chunks **out, phx_error *err);
 void phx__chunks_add(phx__chunks *c, const void *data, int64_t bytes, int64_t at);
-/* sums: (phx__chunks_count(file_bytes)); fd is read for chunks that came out of order.  Every byte must have been given. */
+/* sums: (phx__chunks_count(file_bytes)); fd is read for chunks that came out of order.  Every byte must have been
+ * given. */
 phx_status phx__chunks_finish(phx__chunks *c, int fd, uint64_t *sums, phx_error *err);
 void phx__chunks_destroy(phx__chunks *c); /* NULL is fine */
 int64_t phx__chunks_count(int64_t file_bytes);

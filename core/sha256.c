@@ -1,7 +1,7 @@
 /* core/sha256.c - SHA-256 as in FIPS 180-4, section 6.2.
  *
- * For provenance (which file was loaded), not for secrets: plain and portable rather than fast.  No state between calls;
- * any thread. */
+ * For provenance (which file was loaded), not for secrets: plain and portable rather than fast.  No state between
+ * calls; any thread. */
 #include "sha256.h"
 #include "status.h"
 #include "sys.h"

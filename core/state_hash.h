@@ -12,7 +12,8 @@ typedef struct phx__state_hash {
   uint64_t low, high;
 } phx__state_hash;
 
-/* Low-precision weights: rounded from their masters by state_changed, so neither initialised, saved, loaded nor hashed. */
+/* Low-precision weights: rounded from their masters by state_changed, so neither initialised, saved, loaded nor hashed.
+ */
 static inline bool phx__state_derived(const phx_slice *slice) {
   return slice->kind == PHX_STATE_WEIGHT && slice->dtype != PHX_F32;
 }

@@ -1,7 +1,8 @@
 /* core/state_io.c - see state_io.h.
  *
- * Copies are issued on the compute stream, behind what the strategy gave it, and waited for: one chunk, no overlap, since
- * what is done with the bytes (hashing, writing files) takes longer than the copy.  No memory is taken after open. */
+ * Copies are issued on the compute stream, behind what the strategy gave it, and waited for: one chunk, no overlap,
+ * since what is done with the bytes (hashing, writing files) takes longer than the copy.  No memory is taken after
+ * open. */
 #include "state_io.h"
 
 int64_t phx__state_io_bytes(const phx_device *device) {
@@ -57,7 +58,8 @@ phx_status phx__slice_read(phx__runtime *rt, const phx_slice *slice, phx__state_
   return unmap(rt, slice, PHX_MAP_READ, data, status, err);
 }
 
-phx_status phx__slice_write(phx__runtime *rt, const phx_slice *slice, phx__state_fill *fill, void *ctx, phx_error *err) {
+phx_status phx__slice_write(phx__runtime *rt, const phx_slice *slice, phx__state_fill *fill, void *ctx,
+                            phx_error *err) {
   void *data = NULL;
   phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_WRITE, &data, err);
   if (status) return status;

@@ -1,8 +1,8 @@
 /* core/state_io.h - reading and writing state where the CPU cannot reach it: mapped slices, weights of a view.  [main]
  *
  * Memory that the CPU can read is used in place; the device's own passes through one pinned chunk of the runtime, in
- * order of the compute stream.  `at` of the callbacks counts bytes from the start of what is read or written; every part
- * but the last is a multiple of PHX__STATE_CHUNK. */
+ * order of the compute stream.  `at` of the callbacks counts bytes from the start of what is read or written; every
+ * part but the last is a multiple of PHX__STATE_CHUNK. */
 #ifndef PHX__STATE_IO_H
 #define PHX__STATE_IO_H
 #include "runtime.h"

@@ -1,6 +1,7 @@
 /* core/stop.h - SIGTERM and SIGUSR1 as a wish: save at the next step boundary, then stop with status 0.
  *
- * The launcher passes both on to the ranks, which start with them blocked, so that none is lost before it can be heeded. */
+ * The launcher passes both on to the ranks, which start with them blocked, so that none is lost before it can be
+ * heeded. */
 #ifndef PHX__STOP_H
 #define PHX__STOP_H
 #include <signal.h>

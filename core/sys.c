@@ -16,11 +16,13 @@ static int sys_direct(int fd, int on) {
 
 static int sys_open(const char *path, int flags, mode_t mode) { return open(path, flags | O_CLOEXEC, mode); }
 
+static int sys_openat(int dir, const char *name, int flags) { return openat(dir, name, flags | O_CLOEXEC); }
+
 phx__sys_table phx__sys = {
     .calloc = calloc, .realloc = realloc, .free = free, .open = sys_open, .close = close, .read = read, .write = write,
     .pwrite = pwrite, .fsync = fsync, .rename = rename, .ftruncate = ftruncate, .mkdir = mkdir, .mmap = mmap,
     .munmap = munmap, .memfd_create = memfd_create, .pread = pread, .fstat = fstat, .unlink = unlink,
-    .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct,
+    .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct, .openat = sys_openat,
 };
 
 void *phx__calloc(size_t n, size_t bytes) { return phx__sys.calloc(n ? n : 1, bytes ? bytes : 1); }

@@ -13,6 +13,7 @@ typedef struct phx__sys_table {
   void *(*realloc)(void *p, size_t bytes);
   void (*free)(void *p);
   int (*open)(const char *path, int flags, mode_t mode);
+  int (*openat)(int dir, const char *name, int flags);
   int (*close)(int fd);
   ssize_t (*read)(int fd, void *buffer, size_t bytes);
   ssize_t (*write)(int fd, const void *buffer, size_t bytes);

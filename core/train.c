@@ -68,8 +68,9 @@ static phx_status open_data(const phx__config *c, const phx__prepared *p, phx__d
   if (!c->s.data.valid[0]) return PHX_OK;
   status = phx__data_open(c->s.data.valid, p->shape.sequence, p->facts.vocabulary, seed, valid, err);
   if (!status && phx__data_windows(*valid) < p->shape.micro)
-    status = phx__fail(err, PHX_INVALID, "data.valid = %s holds %" PRId64 " sequences, fewer than batch.micro = %" PRId64,
-                       c->s.data.valid, phx__data_windows(*valid), p->shape.micro);
+    status =
+        phx__fail(err, PHX_INVALID, "data.valid = %s holds %" PRId64 " sequences, fewer than batch.micro = %" PRId64,
+                  c->s.data.valid, phx__data_windows(*valid), p->shape.micro);
   return status;
 }
 

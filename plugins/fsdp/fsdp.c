@@ -16,8 +16,9 @@
  * sharding = none keeps everything whole on every rank, in the same structure: nothing is gathered, and a reduction is
  * an all_reduce.  With one rank all is whole anyway and is run so.
  *
- * With [precision] compute = bf16 the held weights are bf16, and so is what is gathered; fp32 masters of the same blocks
- * stand behind them.  [main] only.  Does not: offload, shard within groups (fsdp_plan.group is where it comes). */
+ * With [precision] compute = bf16 the held weights are bf16, and so is what is gathered; fp32 masters of the same
+ * blocks stand behind them.  [main] only.  Does not: offload, shard within groups (fsdp_plan.group is where it comes).
+ */
 #include "fsdp.h"
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,8 +1,8 @@
 /* plugins/gpt/plugin.c - the descriptor and options of the GPT-2 model.  Constant data; any thread.
  *
- * The architecture is GPT-2's exactly (Radford et al. 2019): learned positions, biases everywhere, pre-norm blocks, layer
- * norm 1e-5, GELU with tanh, the head tied to the token embedding.  Weights of linear layers are stored (out, in), as
- * in torch's Linear and llm.c, not (in, out) as in Hugging Face's Conv1D; names are Hugging Face's without
+ * The architecture is GPT-2's exactly (Radford et al. 2019): learned positions, biases everywhere, pre-norm blocks,
+ * layer norm 1e-5, GELU with tanh, the head tied to the token embedding.  Weights of linear layers are stored (out,
+ * in), as in torch's Linear and llm.c, not (in, out) as in Hugging Face's Conv1D; names are Hugging Face's without
  * "transformer.". */
 #include "gpt.h"
 

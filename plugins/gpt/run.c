@@ -175,7 +175,8 @@ static uint64_t mix(uint64_t x) { /* splitmix64's finisher */
   return x ^ (x >> 31);
 }
 
-/* LayerDrop: blocks only, each rank and micro-batch on its own; evaluation runs every block (the caller does not ask). */
+/* LayerDrop: blocks only, each rank and micro-batch on its own; evaluation runs every block (the caller does not ask).
+ */
 int32_t gpt_stage_runs(phx_model_self *self, uint32_t stage, uint64_t seed, int64_t step, int32_t micro_batch,
                        int32_t data_rank) {
   if (self->layer_drop <= 0 || stage == 0 || stage > (uint32_t)self->sizes.layers) return 1;
@@ -192,9 +193,12 @@ static phx_status check_call(const phx_model_self *self, const phx_stage_call *c
     return gpt_fail(err, PHX_INTERNAL, "stage %" PRIu32 " of %" PRId64, call->stage, s->layers + 2);
   if (call->batch < 1 || call->batch > self->shape.micro || call->sequence < 1 ||
       call->sequence > self->shape.sequence)
-    return gpt_fail(err, PHX_INTERNAL, "a batch of %" PRId64 " x %" PRId64 " exceeds the planned %" PRId64 " x %" PRId64,
-                    call->batch, call->sequence, self->shape.micro, self->shape.sequence);
-  const uint32_t params = call->stage == 0 ? 2 : call->stage <= (uint32_t)s->layers ? GPT_BLOCK_PARAMS : GPT_HEAD_PARAMS;
+    return gpt_fail(err, PHX_INTERNAL,
+                    "a batch of %" PRId64 " x %" PRId64 " exceeds the planned %" PRId64 " x %" PRId64, call->batch,
+                    call->sequence, self->shape.micro, self->shape.sequence);
+  const uint32_t params = call->stage == 0                     ? 2
+                          : call->stage <= (uint32_t)s->layers ? GPT_BLOCK_PARAMS
+                                                               : GPT_HEAD_PARAMS;
   if (call->view->n_params != params)
     return gpt_fail(err, PHX_INTERNAL, "stage %" PRIu32 " got a view of %" PRIu32 " parameters, it has %" PRIu32,
                     call->stage, call->view->n_params, params);

@@ -11,11 +11,13 @@
  *   staged   some rank's buffer is elsewhere: chunks go through two staging halves in turn; filling the next half comes
  *            before the barrier that ends the work on this one, so a chunk costs one barrier.
  *
- * Reductions cut the elements into one slice per rank (shm_cut); a rank reduces its slice over all ranks' buffers in one
- * pass and stores it where it is needed: per all_reduce a rank moves 2 S bytes on the bus, S read and S written, for any
- * number of ranks (S: the buffer).  Direct and staged forms move the same payload: bytes read from or stored to peers.
+ * Reductions cut the elements into one slice per rank (shm_cut); a rank reduces its slice over all ranks' buffers in
+ * one pass and stores it where it is needed: per all_reduce a rank moves 2 S bytes on the bus, S read and S written,
+ * for any number of ranks (S: the buffer).  Direct and staged forms move the same payload: bytes read from or stored to
+ * peers.
  *
- * Does not: know of streams, tickets or stats (issue.c), or of waiting (wait.c).  Threads: the one that runs the call. */
+ * Does not: know of streams, tickets or stats (issue.c), or of waiting (wait.c).  Threads: the one that runs the call.
+ */
 #include <string.h>
 
 #include "shm.h"
@@ -88,7 +90,8 @@ static void fetch(move *m, void *dst, int32_t from, const void *src, int64_t byt
 
 static int put_in_slot(const shm_call *call, int64_t bytes, char *data) {
   if (bytes > SHM_SMALL) return 0;
-  if (bytes > 0 && (call->op != PHX_OP_BROADCAST || call->root == call->comm->me)) memcpy(data, call->src, (size_t)bytes);
+  if (bytes > 0 && (call->op != PHX_OP_BROADCAST || call->root == call->comm->me))
+    memcpy(data, call->src, (size_t)bytes);
   return 1;
 }
 
@@ -194,7 +197,8 @@ static void stage_in(move *m, const shm_chunks *k, int64_t r) {
   for (int32_t q = 0; q < k->pieces; q++) {
     part(m, k, r, q, &lo, &hi);
     if (hi > lo)
-      memcpy(stage(m, k, m->c->me, r, q), (const char *)m->call->src + lo * m->element, (size_t)((hi - lo) * m->element));
+      memcpy(stage(m, k, m->c->me, r, q), (const char *)m->call->src + lo * m->element,
+             (size_t)((hi - lo) * m->element));
   }
 }
 
@@ -234,7 +238,8 @@ static void stage_out(move *m, const shm_chunks *k, int64_t r) {
   if (m->call->op != PHX_OP_ALL_REDUCE && (m->call->op != PHX_OP_REDUCE || m->call->root != m->c->me)) return;
   for (int32_t q = 0; q < k->pieces; q++) {
     part(m, k, r, q, &lo, &hi);
-    if (hi > lo) memcpy((char *)m->call->dst + lo * m->element, stage(m, k, m->c->me, r, q), (size_t)((hi - lo) * m->element));
+    if (hi > lo)
+      memcpy((char *)m->call->dst + lo * m->element, stage(m, k, m->c->me, r, q), (size_t)((hi - lo) * m->element));
   }
 }
 

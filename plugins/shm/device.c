@@ -1,9 +1,9 @@
 /* device.c - collectives on memory that the CPU cannot reach: staged, as work of the caller's stream.
  *
  * A call becomes a row of entries on its stream: the device copies a chunk from and to the shared staging, which is
- * pinned, and functions in between, on the stream's thread, meet the peers and reduce.  The functions call nothing of the
- * device, since a GPU's host functions may not.  Chunks, cuts and the order of additions are those of collective.c's
- * staged form, and so is the payload; peers' staging is copied straight to where it goes.
+ * pinned, and functions in between, on the stream's thread, meet the peers and reduce.  The functions call nothing of
+ * the device, since a GPU's host functions may not.  Chunks, cuts and the order of additions are those of
+ * collective.c's staged form, and so is the payload; peers' staging is copied straight to where it goes.
  *
  *   arrive | copy in 0 | meet, reduce, (meet) | copy out 0 | copy in 1 | meet, reduce, (meet) | copy out 1 | ...
  *

@@ -1,9 +1,10 @@
 /* issue.c - the phx_comm table: arguments are checked, a call gets its ticket, and is run inline or enqueued.
  *
- * Calls on the NULL stream run at once in the caller (not so those on device memory, which are device.c's); calls on any other stream are records in the communicator's queue
- * (SHM_QUEUE, part of the communicator: no allocation per call), enqueued with device->enqueue; when the queue is full,
- * issuing waits for the oldest.  One communicator is one order: a call runs only when all calls issued before it are
- * done; one that is started earlier (two streams that no event orders) is refused as PHX_STATE.
+ * Calls on the NULL stream run at once in the caller (not so those on device memory, which are device.c's); calls on
+ * any other stream are records in the communicator's queue (SHM_QUEUE, part of the communicator: no allocation per
+ * call), enqueued with device->enqueue; when the queue is full, issuing waits for the oldest.  One communicator is one
+ * order: a call runs only when all calls issued before it are done; one that is started earlier (two streams that no
+ * event orders) is refused as PHX_STATE.
  *
  * Once a call failed after it was announced to peers the ranks no longer agree on where they are: the communicator is
  * broken, and every later call returns PHX_COMM at once.

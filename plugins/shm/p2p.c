@@ -1,8 +1,8 @@
 /* p2p.c - send and recv.
  *
  * One channel per ordered pair of ranks, in the lanes: the sender counts the chunks it posted, the receiver those it
- * took; both words only grow.  A buffer in the sender's arena is one chunk, read in place; other memory goes through the
- * sender's pipe (two chunks of its own, since peers may still read the collectives' halves).  The receiver does the
+ * took; both words only grow.  A buffer in the sender's arena is one chunk, read in place; other memory goes through
+ * the sender's pipe (two chunks of its own, since peers may still read the collectives' halves).  The receiver does the
  * reading, so the payload is the receiver's.
  *
  * A send ends when the receiver took everything, so two ranks that both send first wait for each other; that is found

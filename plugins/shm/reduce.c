@@ -3,8 +3,8 @@
  * Compiled once per instruction set (SHM_ISA names the table).  Every kernel loads one vector of each source, combines
  * them in registers in the order T(n) and stores the result to every destination: 1 read per source and 1 write per
  * destination, whatever n.  The tree for any n comes from a binary counter: after i sources the stack holds the perfect
- * trees of i's binary digits, largest first, and folding it from the right gives T(n).  bf16 is widened to fp32, combined
- * and rounded once.  NaN wins in MIN and MAX.  Integers wrap.
+ * trees of i's binary digits, largest first, and folding it from the right gives T(n).  bf16 is widened to fp32,
+ * combined and rounded once.  NaN wins in MIN and MAX.  Integers wrap.
  *
  * Does not: know of ranks, arenas or threads.  Invariant: an element's bits depend on its n inputs only, never on the
  * slicing: the last, incomplete vector goes through the same kernel in a padded copy.  Pure, any thread. */

@@ -166,8 +166,10 @@ static phx_status check_host(const phx_host *host, const phx_job *job, const phx
                     "[comm] plugin", job->local_size, job->size);
   if (!(device->caps & PHX_DEVICE_HOST_MEMORY) &&
       (!PHX_HAS(device, phx_device, unpin) || !device->space || !device->pin || !device->unpin))
-    return shm_fail(err, PHX_UNSUPPORTED, "shm cannot stage for device %s, which does not tell its memory from the host's "
-                    "or cannot pin: choose another [comm] plugin", device->name);
+    return shm_fail(err, PHX_UNSUPPORTED,
+                    "shm cannot stage for device %s, which does not tell its memory from the host's "
+                    "or cannot pin: choose another [comm] plugin",
+                    device->name);
   return PHX_OK;
 }
 

@@ -4,11 +4,11 @@
  *
  *     [ group 0: lane | staging ] [ group 1: lane | staging ] ... [ arena ]
  *
- * A group is one communicator's share of it; group 0 is the world, split() takes the others from the pool.  A lane holds
- * what a rank tells its peers: a phase counter, the record and (when small) the data of its current call, and one
+ * A group is one communicator's share of it; group 0 is the world, split() takes the others from the pool.  A lane
+ * holds what a rank tells its peers: a phase counter, the record and (when small) the data of its current call, and one
  * channel per peer for send and recv.  Everything in a rank's region is written by that rank, with three exceptions:
- * `sleepers` counts those who wait on its words, a peer stores results into its arena in all_reduce and reduce, and into
- * its staging half in the staged form of the same. */
+ * `sleepers` counts those who wait on its words, a peer stores results into its arena in all_reduce and reduce, and
+ * into its staging half in the staged form of the same. */
 #ifndef SHM_H
 #define SHM_H
 #include <phalanx/provider.h>

@@ -1,14 +1,15 @@
 /* split.c - a new communicator on some of the ranks, from the pool that create() shared.
  *
  * Two rounds on the parent.  Round 1 is an arrival: when it ends, every rank has destroyed what it destroyed before.
- * Round 2 publishes, per rank: colour, key, the groups free at this rank, the phase of its lane in each of them, and the
- * next communicator id it would give.  From these all ranks compute the same answer for all colours, so either every
- * colour gets a group or every rank gets the error.  Disjoint communicators may share a group: lanes are per rank.
+ * Round 2 publishes, per rank: colour, key, the groups free at this rank, the phase of its lane in each of them, and
+ * the next communicator id it would give.  From these all ranks compute the same answer for all colours, so either
+ * every colour gets a group or every rank gets the error.  Disjoint communicators may share a group: lanes are per
+ * rank.
  *
  * A group is free at a rank once every member of the communicator that had it last has destroyed that one (its lane's
- * `left` says so): a slow member may still be reading.  Phases are never reset, a new communicator starts from where each
- * lane is; ids only grow, so `left` can be compared.  A third step ends it: nobody may use the new lanes before all have
- * reset theirs.  Threads: [main], inline. */
+ * `left` says so): a slow member may still be reading.  Phases are never reset, a new communicator starts from where
+ * each lane is; ids only grow, so `left` can be compared.  A third step ends it: nobody may use the new lanes before
+ * all have reset theirs.  Threads: [main], inline. */
 #include <string.h>
 
 #include "shm.h"

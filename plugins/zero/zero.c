@@ -10,7 +10,8 @@
  * zero_gather.c, zero_reduce.c, and here what the core calls.
  * Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is on
  * the communication stream, in one order that every rank derives from the declared stages.  With [precision] compute =
- * bf16 the weights above are bf16, and the share has fp32 masters.  Does not: offload.  [main] only; the stream's thread runs what is enqueued. */
+ * bf16 the weights above are bf16, and the share has fp32 masters.  Does not: offload.  [main] only; the stream's
+ * thread runs what is enqueued. */
 #include "zero.h"
 #include <stdio.h>
 #include <stdlib.h>

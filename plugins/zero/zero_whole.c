@@ -108,7 +108,8 @@ void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *ou
   uint32_t n_units = p->model->n_units;
   if (t->world_size == 1 || p->model->total_blocks[flat] == 0) return;
   if (p->config->stage < 3) {
-    if (zero_at_once(p, flat)) phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, zero_share(p, flat), t->compute_dtype, 0, 1);
+    if (zero_at_once(p, flat))
+      phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, zero_share(p, flat), t->compute_dtype, 0, 1);
     for (uint32_t i = p->spread.first[flat * n_units]; i < p->spread.first[(flat + 1) * n_units]; i++)
       phx_kit_estimate_call(out, t, PHX_OP_BROADCAST, p->spread.of[i].numel, t->compute_dtype, p->spread.of[i].owner,
                             1);

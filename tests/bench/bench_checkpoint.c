@@ -58,7 +58,7 @@ static void serve(const job *j, int rank, int ask, int answer) {
   phx__resumed resumed;
   char path[PHX__CHECKPOINT_PATH];
   int64_t step; /* to save, or minus the one to load */
-  char text[8];
+  char text[16];
   snprintf(text, sizeof text, "%d", rank);
   setenv("RANK", text, 1);
   setenv("LOCAL_RANK", text, 1);
@@ -204,7 +204,8 @@ static void compare(const char *build, const char *strategy, int ranks, int laye
   char name[100], command[300], saves[80], loads[80];
   snprintf(saves, sizeof saves, "checkpoint save, %s, %d rank%s", strategy, ranks, ranks > 1 ? "s" : "");
   snprintf(loads, sizeof loads, "checkpoint load, %s, %d rank%s", strategy, ranks, ranks > 1 ? "s" : "");
-  const int replicas = ranks > 1 && !strcmp(strategy, "ddp"); /* a load also copies and compares them: not only a read */
+  const int replicas =
+      ranks > 1 && !strcmp(strategy, "ddp"); /* a load also copies and compares them: not only a read */
   if (!bench_wanted(saves) && !bench_wanted(loads)) return;
   snprintf(j.dir, sizeof j.dir, "%.100s/checkpoint-bench.XXXXXX", build);
   if (!mkdtemp(j.dir)) die(j.dir, strerror(errno));

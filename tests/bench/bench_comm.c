@@ -1,9 +1,9 @@
 /* tests/bench/bench_comm.c - the communicator shm on two ranks, one per core, beside what memory allows and Open MPI.
  *
- * The bound: both ranks' copies updated in place, a = b = a + b, each process one half: what an all_reduce must at least
- * read and write.  It runs on the same shared arenas, in the same processes, in turn with the all_reduce.
- * Open MPI: several settings are started, each measured once, the best for each line is the comparator.  Buffers in
- * place on both sides.  Ranks that are not asked sleep. */
+ * The bound: both ranks' copies updated in place, a = b = a + b, each process one half: what an all_reduce must at
+ * least read and write.  It runs on the same shared arenas, in the same processes, in turn with the all_reduce. Open
+ * MPI: several settings are started, each measured once, the best for each line is the comparator.  Buffers in place on
+ * both sides.  Ranks that are not asked sleep. */
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
@@ -58,7 +58,8 @@ static void serve(fake_rank *rank) {
   FAKE_CHECK(rank, status == PHX_OK, "%s", err.message);
   memset(table->arena(c), 0, (size_t)MAX_BYTES);
   for (int r = 0; r < SERVE_RANKS; r++) /* equal layout: the arena is equally far from every base */
-    x[r] = (float *)(void *)((char *)rank->bases_seen[r] + ((char *)table->arena(c) - (char *)rank->bases_seen[rank->job.rank]));
+    x[r] = (float *)(void *)((char *)rank->bases_seen[r] +
+                             ((char *)table->arena(c) - (char *)rank->bases_seen[rank->job.rank]));
   if (rank->job.rank == 0) snprintf(s->about, sizeof s->about, "shm (%.120s)", rank->log);
   for (uint32_t number = 0;;) {
     number = serve_next(s, number);

@@ -2,8 +2,8 @@
  * measured against.
  *
  * Forward, dX and dW of C to 3C, C to C, C to 4C, 4C to C (12 layers) and of the head, at M = 1024 rows; every shape
- * counts as often as a step has it, so the rate is weighted by the step's own FLOPs.  Wall clock, one thread, the best of
- * two runs of each shape after one to warm up (the head: of one).  Prints one line of JSON. */
+ * counts as often as a step has it, so the rate is weighted by the step's own FLOPs.  Wall clock, one thread, the best
+ * of two runs of each shape after one to warm up (the head: of one).  Prints one line of JSON. */
 #include <dnnl.h>
 #include <stdio.h>
 #include "bench.h"

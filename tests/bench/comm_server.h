@@ -1,7 +1,8 @@
 /* tests/bench/comm_server.h - a set of ranks that bench_comm drives: ours (forked), or Open MPI's (under mpirun).
  *
- * The driver writes a job and raises `number`; every rank runs it and stores the number in done[rank].  Idle ranks sleep,
- * so that one set does not disturb the other's turn.  The page is an anonymous shared mapping, or a mapped file. */
+ * The driver writes a job and raises `number`; every rank runs it and stores the number in done[rank].  Idle ranks
+ * sleep, so that one set does not disturb the other's turn.  The page is an anonymous shared mapping, or a mapped file.
+ */
 #ifndef PHX__COMM_SERVER_H
 #define PHX__COMM_SERVER_H
 #include <stdint.h>
@@ -28,7 +29,8 @@ static inline double serve_now(void) {
 /* The next job's number; sleeps while there is none. */
 static inline uint32_t serve_next(comm_server *s, uint32_t last) {
   uint32_t number;
-  while ((number = __atomic_load_n(&s->number, __ATOMIC_ACQUIRE)) == last) nanosleep(&(struct timespec){0, 200000}, NULL);
+  while ((number = __atomic_load_n(&s->number, __ATOMIC_ACQUIRE)) == last)
+    nanosleep(&(struct timespec){0, 200000}, NULL);
   return number;
 }
 static inline void serve_done(comm_server *s, int rank, uint32_t number, double seconds) {

@@ -1,6 +1,6 @@
-/* tests/bench/unfused.c - causal attention as separate operations: oneDNN's products over blocks of query rows, each only
- * as wide as the causal mask leaves it, a vectorised softmax in place, and the T x T probabilities kept from forward to
- * backward.  Backward needs four products then, the fused one five. */
+/* tests/bench/unfused.c - causal attention as separate operations: oneDNN's products over blocks of query rows, each
+ * only as wide as the causal mask leaves it, a vectorised softmax in place, and the T x T probabilities kept from
+ * forward to backward.  Backward needs four products then, the fused one five. */
 #include <dnnl.h>
 #include <math.h>
 #include "unfused.h"

@@ -1,7 +1,7 @@
 /* Fuzz target: any bytes as a manifest without its checksum, which is added, so that what lies behind it is reached.
  *
- * Properties: what is accepted prints to a text that is accepted and prints to the same text; every block of the weights
- * and of each optimizer state is found in exactly one slice that lies inside its file.  With libFuzzer:
+ * Properties: what is accepted prints to a text that is accepted and prints to the same text; every block of the
+ * weights and of each optimizer state is found in exactly one slice that lies inside its file.  With libFuzzer:
  *   build-clang/tests/fuzz_manifest tests/fuzz/manifest     The corpus is replayed by tests/unit/test_corpus.c. */
 #include "../../core/manifest.h"
 #include "../../core/manifest_inner.h"

@@ -1,8 +1,9 @@
 /* Fuzz target: any bytes as a safetensors file (length, header, data).
  *
- * Properties of what is accepted: tensors follow each other without holes up to the end, every one is found by its name,
- * and laying the same tensors out again gives a header that is accepted with the same tensors.  With libFuzzer:
- *   build-clang/tests/fuzz_safetensors tests/fuzz/safetensors     The corpus is replayed by tests/unit/test_corpus.c. */
+ * Properties of what is accepted: tensors follow each other without holes up to the end, every one is found by its
+ * name, and laying the same tensors out again gives a header that is accepted with the same tensors.  With libFuzzer:
+ *   build-clang/tests/fuzz_safetensors tests/fuzz/safetensors     The corpus is replayed by tests/unit/test_corpus.c.
+ */
 #include "../../core/safetensors.h"
 #include "../../core/sys.h"
 
@@ -50,8 +51,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   if (bytes < 8) return 0;
   for (int i = 7; i >= 0; i--) length = length << 8 | data[i];
   if (length > bytes - 8) length = bytes - 8; /* as if it had been true: the rules behind it are to be reached */
-  phx_status status = phx__safetensors_parse("fuzz", (const char *)data + 8, (size_t)length, (int64_t)(bytes - 8 - length),
-                                             &st, &err);
+  phx_status status =
+      phx__safetensors_parse("fuzz", (const char *)data + 8, (size_t)length, (int64_t)(bytes - 8 - length), &st, &err);
   CHECK(status == PHX_OK || (status == PHX_IO && err.message[0] && strstr(err.message, "fuzz")));
   if (status) return 0;
   int64_t at = st->data_at;

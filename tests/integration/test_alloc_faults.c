@@ -61,7 +61,8 @@ static void check_files(const char *dir, long n) {
   char *text = command_read_file(dir, "out/run.json");
   if (text) {
     cJSON *json = cJSON_Parse(text);
-    cr_assert(cJSON_HasObjectItem(json, "config") && cJSON_HasObjectItem(json, "plugins"), "call %ld: run.json is not whole", n);
+    cr_assert(cJSON_HasObjectItem(json, "config") && cJSON_HasObjectItem(json, "plugins"),
+              "call %ld: run.json is not whole", n);
     cJSON_Delete(json);
   }
   free(text);
@@ -84,14 +85,15 @@ static int fail_call(const char *dir, long n) {
   cr_assert_eq(waitpid(pid, &status, 0), pid);
   char *errors = command_read_file(dir, "errors");
   cr_assert(WIFEXITED(status), "call %ld: signal %d\n%s", n, WTERMSIG(status), errors);
-  cr_assert_eq(got, (ssize_t)sizeof made, "call %ld: ended on its way with status %d\n%s", n, WEXITSTATUS(status), errors);
+  cr_assert_eq(got, (ssize_t)sizeof made, "call %ld: ended on its way with status %d\n%s", n, WEXITSTATUS(status),
+               errors);
   const int passed = made < n;
   if (passed) {
     cr_assert_eq(WEXITSTATUS(status), 0, "%s", errors);
   } else {
     const int code = WEXITSTATUS(status);
-    cr_assert(code == PHX__EXIT_REFUSED || code == PHX__EXIT_RANK, "call %ld failed, and the run ended with status %d\n%s", n,
-              code, errors);
+    cr_assert(code == PHX__EXIT_REFUSED || code == PHX__EXIT_RANK,
+              "call %ld failed, and the run ended with status %d\n%s", n, code, errors);
     cr_assert(strstr(errors, "memory"), "call %ld: no clear error:\n%s", n, errors);
   }
   check_files(dir, n);

@@ -1,5 +1,5 @@
-/* What the overhead of a strategy is measured against must compute the same: bare's bits are ddp's on one rank.  And the
- * pretended wire changes the time of a run, not its numbers. */
+/* What the overhead of a strategy is measured against must compute the same: bare's bits are ddp's on one rank.  And
+ * the pretended wire changes the time of a run, not its numbers. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>

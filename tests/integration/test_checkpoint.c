@@ -1,5 +1,6 @@
 /* Checkpoints of whole runs through the command: k steps, save, resume and k more are 2k steps bit for bit, under every
- * strategy and across; any strategy and world size loads any other's; retention, leftovers, damage, refusals, signals. */
+ * strategy and across; any strategy and world size loads any other's; retention, leftovers, damage, refusals, signals.
+ */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <stdarg.h>
@@ -108,7 +109,8 @@ Test(checkpoint, resumed_is_uninterrupted, .timeout = 240) {
     TRAIN(dir, "-n 2 --strategy %s --set run.out=whole%d --set checkpoint.every=10", strategies[s], s);
     hash_of(dir, "whole0", whole);
     for (int to = 0; to < 3; to++) { /* a fork: run.out is another run */
-      TRAIN(dir, "-n 2 --strategy %s --set run.out=again --resume whole%d/checkpoints/step-00000010", strategies[to], s);
+      TRAIN(dir, "-n 2 --strategy %s --set run.out=again --resume whole%d/checkpoints/step-00000010", strategies[to],
+            s);
       hash_of(dir, "again", again);
       cr_assert_str_eq(whole, again, "10 steps of %s, then 10 of %s", strategies[s], strategies[to]);
     }
@@ -145,8 +147,8 @@ Test(checkpoint, another_world_size_and_batch, .timeout = 120) {
   hash_of(dir, "on1", one);
   saved_hash(dir, "out", 6, other);
   cr_assert_str_neq(one, other); /* twice the samples a step */
-  expect(phalanx(dir, "train run.ini -n 3 --set batch.micro=4 --set run.out=no --resume out/checkpoints/step-00000004"), 2,
-         "micro x accumulate x ranks = 4 x 1 x 3 = 12: 16 / 12 is not whole");
+  expect(phalanx(dir, "train run.ini -n 3 --set batch.micro=4 --set run.out=no --resume out/checkpoints/step-00000004"),
+         2, "micro x accumulate x ranks = 4 x 1 x 3 = 12: 16 / 12 is not whole");
   cr_assert(!exists(dir, "no"));
   command_remove_dir(dir);
 }
@@ -164,8 +166,8 @@ Test(checkpoint, matrix, .timeout = 400) {
   training_files(dir, tiny_model);
   for (int s = 0; s < STRATEGIES; s++)
     for (int n = 1; n <= RANKS; n++) {
-      TRAIN(dir, "-n %d --strategy %s --set run.steps=2 --set batch.micro=%d --set checkpoint.every=2", n, strategies[s],
-            12 / n);
+      TRAIN(dir, "-n %d --strategy %s --set run.steps=2 --set batch.micro=%d --set checkpoint.every=2", n,
+            strategies[s], 12 / n);
       hash_of(dir, "out", loaded);
       saved_hash(dir, "out", 2, saved);
       cr_assert_str_eq(saved, loaded, "%s on %d ranks: the manifest's hash", strategies[s], n);
@@ -284,7 +286,8 @@ static void check_signal(const char *signal_name, int ranks) {
            "optimizer.schedule=constant --set checkpoint.every=1000000",
            signal_name, PHX_TEST_COMMAND, ranks);
   command_result r = command_run(dir, 60, (const char *const[]){"/bin/sh", "-c", line, NULL});
-  cr_assert_eq(r.status, 0, "SIG%s: status %d:\n%s", signal_name, r.status, r.out + (strlen(r.out) > 3000 ? strlen(r.out) - 3000 : 0));
+  cr_assert_eq(r.status, 0, "SIG%s: status %d:\n%s", signal_name, r.status,
+               r.out + (strlen(r.out) > 3000 ? strlen(r.out) - 3000 : 0));
   command_free(&r);
   cJSON *json = training_json(dir, "out/run.json");
   const cJSON *step = training_get(json, "stopped.step"), *by = training_get(json, "stopped.by");
@@ -292,9 +295,10 @@ static void check_signal(const char *signal_name, int ranks) {
   const int at = (int)step->valuedouble;
   cJSON_Delete(json);
   cr_assert_eq(count_entries(dir, "out", "step-"), 1);
-  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --resume", ranks, at + 3);
-  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --set run.out=whole", ranks,
+  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --resume", ranks,
         at + 3);
+  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --set run.out=whole",
+        ranks, at + 3);
   hash_of(dir, "out", again);
   hash_of(dir, "whole", whole);
   cr_assert_str_eq(whole, again);

@@ -38,7 +38,9 @@ static int my_mkdir(const char *path, mode_t mode) { return fails(path) ? -1 : r
 static int my_rename(const char *from, const char *to) { return fails(to) ? -1 : real.rename(from, to); }
 static int my_fsync(int fd) { return fails_fd(fd) ? -1 : real.fsync(fd); }
 static ssize_t my_write(int fd, const void *p, size_t n) { return fails_fd(fd) ? -1 : real.write(fd, p, n); }
-static ssize_t my_pwrite(int fd, const void *p, size_t n, off_t at) { return fails_fd(fd) ? -1 : real.pwrite(fd, p, n, at); }
+static ssize_t my_pwrite(int fd, const void *p, size_t n, off_t at) {
+  return fails_fd(fd) ? -1 : real.pwrite(fd, p, n, at);
+}
 static int my_ftruncate(int fd, off_t n) { return fails_fd(fd) ? -1 : real.ftruncate(fd, n); }
 
 static int run(const char *resume) {
@@ -109,8 +111,8 @@ Test(checkpoint_faults, each_call_fails_once, .timeout = 180) {
       break;
     }
     cr_assert(status == 0 || status == PHX__EXIT_RANK, "call %ld: status %d\n%s", failing, status, errors);
-    cr_assert(strstr(errors, "Input/output error") && strstr(errors, "checkpoints"), "call %ld: no clear error:\n%s", failing,
-              errors);
+    cr_assert(strstr(errors, "Input/output error") && strstr(errors, "checkpoints"), "call %ld: no clear error:\n%s",
+              failing, errors);
     cr_assert_geq(count(dir, "step-0"), 1, "call %ld: no checkpoint is left\n%s", failing, errors);
     if (status == 0) cr_assert_eq(count(dir, "step-00000002"), 1, "call %ld\n%s", failing, errors);
     failed_saves += strstr(errors, "was not saved") != NULL;

@@ -1,5 +1,5 @@
-/* `phalanx checkpoint`: ls, verify, export, import and diff on checkpoints of a fixture, whole and damaged; and the Python
- * package, where there is one. */
+/* `phalanx checkpoint`: ls, verify, export, import and diff on checkpoints of a fixture, whole and damaged; and the
+ * Python package, where there is one. */
 #include <criterion/criterion.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -71,7 +71,8 @@ Test(checkpoint_tools, damage_is_named) {
   cr_assert_eq(pwrite(fd, &byte, 1, 5000), 1);
   close(fd);
   expect(4, ARGV("verify", "c"), SAYS("c/rank-00001.safetensors is damaged in bytes 0 to 1048575", "weight/0/0/"));
-  expect(4, ARGV("export", "c", "out"), SAYS("rank-00001.safetensors is damaged", "weight/0/0/", "parameter wte.weight"));
+  expect(4, ARGV("export", "c", "out"),
+         SAYS("rank-00001.safetensors is damaged", "weight/0/0/", "parameter wte.weight"));
   expect(4, ARGV("diff", "c", "c2"), SAYS("rank-00001.safetensors is damaged"));
   cr_assert_neq(access(at("out/model.safetensors"), F_OK), 0, "a damaged checkpoint was exported");
   cr_assert_neq(access(at("out/model.safetensors.part"), F_OK), 0, "leftovers");
@@ -113,15 +114,17 @@ Test(checkpoint_tools, export_import_and_diff) {
   expect(0, ARGV("export", "run", "hf"), SAYS("hf/model.safetensors: 28 tensors of step 3"));
   check_export(&f, at("hf/model.safetensors"));
   char *config = command_read_file(dir, "hf/config.json");
-  cr_assert(strstr(config, "\"n_head\": 3") && strstr(config, "\"n_embd\": 12") && strstr(config, "\"vocab_size\": 257") &&
-            strstr(config, "\"tie_word_embeddings\": true"), "%s", config);
+  cr_assert(strstr(config, "\"n_head\": 3") && strstr(config, "\"n_embd\": 12") &&
+                strstr(config, "\"vocab_size\": 257") && strstr(config, "\"tie_word_embeddings\": true"),
+            "%s", config);
   free(config);
   expect(2, ARGV("export", "run", "hf"), SAYS("not overwritten"));
   expect(0, ARGV("import", "hf", "-o", "new"), SAYS("new/checkpoints/step-00000000: 28 parameters"));
   expect(0, ARGV("verify", "new"), SAYS("whole"));
   expect(0, ARGV("ls", "new"), SAYS("ddp", "latest"));
   expect(0, ARGV("diff", "run", "new", "--weights"), SAYS("equal: 28 tensors"));
-  expect(1, ARGV("diff", "run", "new"), SAYS("step: 3 and 0", "first difference: m of wte.weight: element 0", "56 of 84"));
+  expect(1, ARGV("diff", "run", "new"),
+         SAYS("step: 3 and 0", "first difference: m of wte.weight: element 0", "56 of 84"));
   expect(0, ARGV("import", "hf", "-o", "step-00000007"), SAYS("step-00000007"));
   expect(0, ARGV("diff", "new", "step-00000007"), SAYS("equal: 84 tensors"));
   expect(0, ARGV("diff", "run", "run"), SAYS("equal: 84 tensors, bit for bit"));
@@ -142,7 +145,8 @@ Test(checkpoint_tools, export_import_and_diff) {
   command_write_file(dir, "hf/config.json", config, strlen(config));
   expect(4, ARGV("import", "hf", "-o", "bad"), SAYS("config.json is not JSON"));
   free(config);
-  const char *two = "{\"model_type\":\"gpt2\",\"n_layer\":3,\"n_head\":3,\"n_embd\":12,\"n_positions\":9,\"vocab_size\":257}";
+  const char *two =
+      "{\"model_type\":\"gpt2\",\"n_layer\":3,\"n_head\":3,\"n_embd\":12,\"n_positions\":9,\"vocab_size\":257}";
   command_write_file(dir, "hf/config.json", two, strlen(two));
   expect(2, ARGV("import", "hf", "-o", "bad"), SAYS("has no tensor h.2."));
   cr_assert_neq(access(at("bad"), F_OK), 0, "a refused import left something");
@@ -168,7 +172,8 @@ Test(checkpoint_tools, import_of_other_spellings) {
     }
     tensors[n] = *phx__safetensors_find(st, "wte.weight");
     tensors[n].name = "lm_head.weight";
-    tensors[n + 1] = (phx__tensor){.name = "transformer.h.0.attn.bias", .dtype = PHX_U8, .ndim = 4, .shape = {1, 1, 9, 9}};
+    tensors[n + 1] =
+        (phx__tensor){.name = "transformer.h.0.attn.bias", .dtype = PHX_U8, .ndim = 4, .shape = {1, 1, 9, 9}};
     mkdir(at("other"), 0755);
     cr_assert_eq(phx__safetensors_create(at("other/model.safetensors"), tensors, n + 2, NULL, false, &w, &err), PHX_OK);
     for (uint32_t i = 0; i <= n; i++) {
@@ -202,12 +207,15 @@ static int outcome(const char *what) {
   phx_status status = phx__checkpoint_reader_open(at("c"), &r, &err);
   for (uint32_t i = 0; !status && i < r->manifest->n_slices; i++) {
     const phx__manifest_slice *s = &r->manifest->slices[i];
-    status = phx__checkpoint_reader_blocks(r, s->kind, s->index, s->unit, s->flat, s->first_block, s->blocks, data, &err);
+    status =
+        phx__checkpoint_reader_blocks(r, s->kind, s->index, s->unit, s->flat, s->first_block, s->blocks, data, &err);
   }
   phx__checkpoint_reader_close(r);
   cr_assert(status == PHX_OK || status == PHX_IO, "%s: status %d: %s", what, status, err.message);
-  if (status) cr_assert(strstr(err.message, "rank-0000") || strstr(err.message, "manifest.json"), "%s: %s", what, err.message);
-  if (!phx__safetensors_open(at("c/rank-00000.safetensors"), &st, &err)) phx__safetensors_close(st); /* must not crash */
+  if (status)
+    cr_assert(strstr(err.message, "rank-0000") || strstr(err.message, "manifest.json"), "%s: %s", what, err.message);
+  if (!phx__safetensors_open(at("c/rank-00000.safetensors"), &st, &err))
+    phx__safetensors_close(st); /* must not crash */
   free(data);
   return status != PHX_OK;
 }

@@ -59,7 +59,8 @@ Test(refusals, configuration) {
   EXPECT_INI(GOOD "[comm]\nplugin = gloo\n", "a.ini:4: [comm] plugin: there is no comm plugin 'gloo' (found: ");
   EXPECT_INI(GOOD "[model]\nplugin = llama\n", "a.ini:4: [model] plugin: there is no model plugin 'llama' (found: gpt");
   EXPECT_INI(GOOD "[run]\nsteps = 1e6\n", "a.ini:4: [run] '1e6' is not valid for steps: expected a whole number");
-  EXPECT_INI(GOOD "[run]\nranks = 65\n", "a.ini:4: [run] '65' is not valid for ranks: expected a whole number from 1 to 64");
+  EXPECT_INI(GOOD "[run]\nranks = 65\n",
+             "a.ini:4: [run] '65' is not valid for ranks: expected a whole number from 1 to 64");
   EXPECT_INI(GOOD "[optimizer]\nlr = nan\n", "a.ini:4: [optimizer] 'nan' is not valid for lr");
   EXPECT_INI(GOOD "[optimizer]\nlr = 1e-3 # low\n", "(a comment begins with ' ;')");
   EXPECT_INI(GOOD "[run]\nsteps = 3\nsteps = 3\n", "a.ini:5: [run] steps is given twice: first on line 4");
@@ -174,9 +175,10 @@ Test(commands, plugins_survives_broken_ones) {
   setenv("PHALANX_PLUGIN_PATH", BROKEN ":" PHX_TEST_ONLY_PLUGINS "/house", 1);
   command_result r = RUN(dir, 60, "plugins");
   cr_expect_eq(r.status, 0);
-  cr_expect(strstr(r.out, "broken: crashes when it is loaded: signal 6 (Aborted)") ||
-                strstr(r.out, "broken: ends the process when it is loaded: exit status 1\n"), /* AddressSanitizer's way */
-            "%s", r.out);
+  cr_expect(
+      strstr(r.out, "broken: crashes when it is loaded: signal 6 (Aborted)") ||
+          strstr(r.out, "broken: ends the process when it is loaded: exit status 1\n"), /* AddressSanitizer's way */
+      "%s", r.out);
   cr_expect(strstr(r.out, "broken: ends the process when it is loaded: exit status 7"), "%s", r.out);
   cr_expect(strstr(r.out, "was built for ABI 2"));
   cr_expect(strstr(r.out, "absent        1.0  ABI 1.0  not available here: absent is for tests"), "%s", r.out);

@@ -1,7 +1,6 @@
 /* What goes wrong in a run, made on purpose: every failure is named, ends the job in time, and leaves nothing behind;
  * what is no failure (a stop that is continued, Ctrl-Z, a debugger, a busy machine) changes no bit. */
 #include <criterion/criterion.h>
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -198,8 +197,8 @@ Test(failures, a_restart_goes_on_from_the_latest_checkpoint, .timeout = 120) {
   cr_assert_eq(r.status, 0, "%s", r.out);
   read_result(dir, plain, NULL);
   command_free(&r);
-  r = UNDER(dir, "fsdp", "-n", "2", "--set", "checkpoint.every=3", "--set", "checkpoint.background=no",
-            "--set", "fault.step=11", "--set", "fault.what=kill", "--set", "fault.once=once", "--set", "run.max_restarts=1");
+  r = UNDER(dir, "fsdp", "-n", "2", "--set", "checkpoint.every=3", "--set", "checkpoint.background=no", "--set",
+            "fault.step=11", "--set", "fault.what=kill", "--set", "fault.once=once", "--set", "run.max_restarts=1");
   cr_assert_eq(r.status, 0, "%s", r.out);
   EXPECT(r.out, "restart 1 of at most 1, on 2 ranks, accumulate 1, from the checkpoint of step 9");
   read_result(dir, restarted, NULL);
@@ -210,9 +209,8 @@ Test(failures, a_restart_goes_on_from_the_latest_checkpoint, .timeout = 120) {
   command_free(&r);
   /* with a rank fewer, the same samples: 4 ranks x 3 and 3 ranks x 4 */
   r = UNDER(dir, "zero", "-n", "4", "--set", "batch.accumulate=3", "--set", "checkpoint.every=3", "--set",
-            "checkpoint.background=no", "--set", "fault.step=11", "--set", "fault.what=kill", "--set", "fault.once=again",
-            "--set", "run.max_restarts=1",
-            "--set", "run.elastic=yes");
+            "checkpoint.background=no", "--set", "fault.step=11", "--set", "fault.what=kill", "--set",
+            "fault.once=again", "--set", "run.max_restarts=1", "--set", "run.elastic=yes");
   cr_assert_eq(r.status, 0, "%s", r.out);
   EXPECT(r.out, "restart 1 of at most 1, on 3 ranks, accumulate 4, from the checkpoint of step 9");
   command_free(&r);
@@ -354,10 +352,7 @@ static int end_of(const job *j, double seconds) {
       waitpid(j->ranks[r], NULL, WNOHANG);
     cr_expect(kill(j->ranks[r], 0) == -1 && errno == ESRCH, "rank %d is left", r);
   }
-  DIR *shared = opendir("/dev/shm");
-  for (struct dirent *e; shared && (e = readdir(shared));)
-    cr_expect_null(strstr(e->d_name, "phalanx"), "shared memory is left: %s", e->d_name);
-  if (shared) closedir(shared);
+  cr_expect_eq(command_shared_memory(), 0, "shared memory is left");
   return !found ? -1 : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 

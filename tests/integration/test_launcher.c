@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include "command.h"
 #include "job.h"
 #include "job_segment.h"
 #include "launcher.h"
@@ -434,14 +435,6 @@ Test(launcher, kill_9_of_the_launcher_leaves_nothing, .timeout = 60) {
   }
 }
 
-static int count_shm(void) {
-  int count = 0;
-  DIR *dir = opendir("/dev/shm");
-  for (struct dirent *e; dir && (e = readdir(dir));) count += strstr(e->d_name, "phx") || strstr(e->d_name, "phalanx");
-  if (dir) closedir(dir);
-  return count;
-}
-
 Test(launcher, kill_9_of_everything_leaves_nothing, .timeout = 60) {
   struct trial t =
       launch((struct plan){.ranks = 4, .timeout = 20, .mode = "run", .who = -1, .steps = 100000, .pause_us = 300});
@@ -450,7 +443,7 @@ Test(launcher, kill_9_of_everything_leaves_nothing, .timeout = 60) {
   kill(-t.launcher, SIGKILL); /* the launcher's group: everything */
   cr_expect_eq(wait_for(&t, 5), -SIGKILL);
   expect_nothing_left(&t, 4, 1.0);
-  cr_expect_eq(count_shm(), 0);
+  cr_expect_eq(command_shared_memory(), 0);
   clean(&t);
 }
 

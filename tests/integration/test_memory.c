@@ -33,7 +33,8 @@ Test(memory, planned_and_counted_at_124M, .timeout = 580) {
     const char *name = training_get(s, "strategy")->valuestring;
     training_check_plan(s, name);
     for (int rank = 0; rank < 4; rank++) {
-      const double plan = planned_total(s, rank), pss = cJSON_GetArrayItem(training_get(s, "peak_pss"), rank)->valuedouble;
+      const double plan = planned_total(s, rank),
+                   pss = cJSON_GetArrayItem(training_get(s, "peak_pss"), rank)->valuedouble;
       cr_assert_leq(pss, 1.10 * plan + 96 * 1048576.0, "%s, rank %d: Pss %.0f, planned %.0f", name, rank, pss, plan);
       cr_assert_geq(pss, 0.5 * plan, "%s, rank %d: Pss %.0f was not sampled while memory was in use", name, rank, pss);
     }

@@ -37,8 +37,8 @@ ParameterizedTestParameters(precision, the_same_bits_under_every_strategy) {
 ParameterizedTest(precision_case *c, precision, the_same_bits_under_every_strategy, .timeout = 400) {
   char *dir = command_temp_dir(), extra[2048], ranks[8];
   snprintf(extra, sizeof extra,
-           "[precision]\ncompute = %s\nreduce = %s\n%saccumulate = %d\nreduce = %s\n%sfreeze = h.1.*,wpe.*\n", c->compute,
-           c->wire, "[batch]\n", c->accumulate, c->reduce, strchr(training_odd_model, '\n') + 1);
+           "[precision]\ncompute = %s\nreduce = %s\n%saccumulate = %d\nreduce = %s\n%sfreeze = h.1.*,wpe.*\n",
+           c->compute, c->wire, "[batch]\n", c->accumulate, c->reduce, strchr(training_odd_model, '\n') + 1);
   training_files(dir, extra);
   snprintf(ranks, sizeof ranks, "%d", c->ranks);
   command_result r = RUN(dir, 380, "compare", "run.ini", "-n", ranks, "--strategies", STRATEGIES);
@@ -100,15 +100,16 @@ Test(precision, bf16_trains_as_fp32_does, .timeout = 200) {
   cr_assert_eq(low.masters, full.weights);
   cr_assert_eq(full.masters, 0);
   cr_assert_str_neq(low.hash, full.hash);
-  cr_assert(low.loss != full.loss && fabs(low.loss - full.loss) < 0.005, "loss %.6f, in fp32 %.6f", low.loss, full.loss);
+  cr_assert(low.loss != full.loss && fabs(low.loss - full.loss) < 0.005, "loss %.6f, in fp32 %.6f", low.loss,
+            full.loss);
   command_remove_dir(dir);
 }
 
 /* ---- state is the masters', and they are fp32 ---- */
 
 /* A run of 2 ranks with checkpoints; its state hash. */
-static void train_and_hash(const char *dir, const char *out, const char *strategy, const char *compute, const char *steps,
-                           const char *resume, char hash[40]) {
+static void train_and_hash(const char *dir, const char *out, const char *strategy, const char *compute,
+                           const char *steps, const char *resume, char hash[40]) {
   char sets[3][128], name[256];
   snprintf(sets[0], sizeof sets[0], "run.out=%s", out);
   snprintf(sets[1], sizeof sets[1], "precision.compute=%s", compute);

@@ -97,8 +97,8 @@ Test(run_refusals, batches_and_ranks) {
   TRAIN("[batch] sequence = 34 does not fit the model's context of 33", "--set", "batch.sequence=34");
   TRAIN("micro 100 x accumulate 10 x ranks 2 = 2000 samples, but 40000 tokens in 1 file(s) make only 1212", "-n", "2",
         "--set", "batch.micro=100", "--set", "batch.accumulate=10");
-  TRAIN("[batch] total = 7, but ranks x micro x accumulate = 2 x 1 x 3 = 6", "-n", "2", "--set", "batch.total=7", "--set",
-        "batch.accumulate=3");
+  TRAIN("[batch] total = 7, but ranks x micro x accumulate = 2 x 1 x 3 = 6", "-n", "2", "--set", "batch.total=7",
+        "--set", "batch.accumulate=3");
   TRAIN("1048576 x 1048576 x 33", "--set", "batch.micro=1048576", "--set", "batch.accumulate=1048576");
   TRAIN("whole number from 1 to 64", "-n", "0");
   TRAIN("whole number from 1 to 64", "-n", "65");
@@ -135,7 +135,8 @@ Test(run_refusals, compare_checks_every_run_before_the_first) {
   COMPARE("is not NAME", "--strategies", "ddp,,zero");
   COMPARE("is not NAME", "--strategies", ".stage=1");
   COMPARE("compare needs --strategies", "-n", "2");
-  COMPARE("phalanx: ddp: [batch] sequence = 34 does not fit the model's context", "--strategies", "ddp,fsdp", "--set", "batch.sequence=34");
+  COMPARE("phalanx: ddp: [batch] sequence = 34 does not fit the model's context", "--strategies", "ddp,fsdp", "--set",
+          "batch.sequence=34");
   COMPARE("none.bin", "--strategies", "ddp,fsdp", "--set", "data.train=none.bin");
   COMPARE("has no key 'stesp'", "--strategies", "ddp,fsdp", "--set", "run.stesp=3");
   COMPARE("cannot create the directory", "--strategies", "ddp", "--set", "run.out=run.ini/x");
@@ -167,10 +168,10 @@ Test(runs, samples_what_a_strategy_of_a_file_trained) {
 
 /* torchrun's variables with one rank: there is no launcher of ours, and the directory is made all the same. */
 Test(runs, rank_0_makes_the_directory_under_another_launcher) {
-  command_result r = command_run(
-      dir, 60,
-      (const char *const[]){"/usr/bin/env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", "MASTER_PORT=1",
-                            PHX_TEST_COMMAND, "train", "run.ini", "--steps", "2", NULL});
+  command_result r =
+      command_run(dir, 60,
+                  (const char *const[]){"/usr/bin/env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1",
+                                        "MASTER_PORT=1", PHX_TEST_COMMAND, "train", "run.ini", "--steps", "2", NULL});
   cr_assert_eq(r.status, 0, "%s", r.out);
   command_free(&r);
   cJSON *json = training_json(dir, "out/run.json");
@@ -220,7 +221,8 @@ Test(runs, a_full_disk_stops_the_run_and_leaves_no_half_file) {
 Test(runs, no_room_for_the_jobs_memory) {
   for (int n = 1; n <= 2; n++) {
     char line[600];
-    snprintf(line, sizeof line, "trap '' XFSZ; ulimit -f 40; exec %s train run.ini -n %d --steps 3", PHX_TEST_COMMAND, n);
+    snprintf(line, sizeof line, "trap '' XFSZ; ulimit -f 40; exec %s train run.ini -n %d --steps 3", PHX_TEST_COMMAND,
+             n);
     command_result r = command_run(dir, 60, (const char *const[]){"/bin/bash", "-c", line, NULL});
     cr_expect(r.status == 3 && strstr(r.out, "cannot size the job's shared memory"), "status %d\n%s", r.status, r.out);
     command_free(&r);
@@ -259,7 +261,8 @@ Test(runs, a_terminal_shows_a_bar) {
   char *out = run_on_terminal(&status);
   static const char *const parts[] = {"] 30/30 loss ", "norm ", " tok/s ", "iB ETA 0:", "[########################]",
                                       "\r\033[K["};
-  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) cr_expect(strstr(out, parts[i]), "no '%s' in\n%s", parts[i], out);
+  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+    cr_expect(strstr(out, parts[i]), "no '%s' in\n%s", parts[i], out);
   cr_expect_null(strstr(out, "step "), "a plain line on a terminal:\n%s", out);
   cr_expect_eq(lines(out), 1, "%s", out);
   free(out);

@@ -1,5 +1,5 @@
-/* The promise: the same bits under every strategy, at every world size, with accumulation in both reduce modes, and with
- * a model that divides by nothing.  Memory and traffic are as planned in every one of these runs. */
+/* The promise: the same bits under every strategy, at every world size, with accumulation in both reduce modes, and
+ * with a model that divides by nothing.  Memory and traffic are as planned in every one of these runs. */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <stdio.h>

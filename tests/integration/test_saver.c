@@ -62,8 +62,8 @@ static int fails(const char *call) {
   return 1;
 }
 
-/* The linker puts this in front (tests/CMakeLists.txt): small files reach the disk as a whole, so a slow pwrite would not
- * keep the state from being read at once. */
+/* The linker puts this in front (tests/CMakeLists.txt): small files reach the disk as a whole, so a slow pwrite would
+ * not keep the state from being read at once. */
 phx_status __real_phx__save_write(phx__save *, size_t, int64_t, int64_t, const void *, phx_error *);
 phx_status __wrap_phx__save_write(phx__save *, size_t, int64_t, int64_t, const void *, phx_error *);
 phx_status __wrap_phx__save_write(phx__save *save, size_t i, int64_t first, int64_t blocks, const void *data,

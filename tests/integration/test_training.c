@@ -69,7 +69,8 @@ Test(training, ranks_equal_one_rank, .timeout = 300) {
           "--set", cases[c].accumulate);
     read_losses(dir, cases[c].out, other);
     for (int i = 0; i < STEPS; i++)
-      cr_assert_float_eq(one[i], other[i], 1e-5, "%s, step %d: %.9f against %.9f", cases[c].out, i + 1, other[i], one[i]);
+      cr_assert_float_eq(one[i], other[i], 1e-5, "%s, step %d: %.9f against %.9f", cases[c].out, i + 1, other[i],
+                         one[i]);
   }
   command_remove_dir(dir);
 }
@@ -98,14 +99,15 @@ Test(training, pipeline_matches_one_rank, .timeout = 120) {
   double one[STEPS], two[STEPS];
   training_files(dir, training_odd_model);
   TRAIN(dir, "one", "--set", "batch.accumulate=3", "--set", "optimizer.lr=1e-3", "--set", "model.layer_drop=0.2");
-  TRAIN(dir, "two", "-n", "2", "--set", "batch.accumulate=3", "--set", "optimizer.lr=1e-3", "--set", "model.layer_drop=0.2", "--strategy",
-        PHX_TEST_ONLY_PLUGINS "/phx_strategy_pipeline.so");
+  TRAIN(dir, "two", "-n", "2", "--set", "batch.accumulate=3", "--set", "optimizer.lr=1e-3", "--set",
+        "model.layer_drop=0.2", "--strategy", PHX_TEST_ONLY_PLUGINS "/phx_strategy_pipeline.so");
   cJSON *json = training_json(dir, "two/run.json");
   training_check_plan(training_get(json, "result"), "pipeline");
   cJSON_Delete(json);
   read_losses(dir, "one", one);
   read_losses(dir, "two", two);
-  for (int i = 0; i < STEPS; i++) cr_assert_float_eq(one[i], two[i], 1e-5, "step %d: %.9f against %.9f", i + 1, two[i], one[i]);
+  for (int i = 0; i < STEPS; i++)
+    cr_assert_float_eq(one[i], two[i], 1e-5, "step %d: %.9f against %.9f", i + 1, two[i], one[i]);
   command_remove_dir(dir);
 }
 

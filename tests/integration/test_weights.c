@@ -42,7 +42,8 @@ TestSuite(weights, .init = setup, .fini = teardown, .timeout = 120);
 static void expect_damaged(const char *what, const char *message) {
   command_result r = RUN(dir, 30, "sample", "out", "--tokens", "2");
   cr_expect_eq(r.status, 4, "%s: status %d: %s", what, r.status, r.out);
-  cr_expect(strstr(r.out, message) && strstr(r.out, "out/weights.safetensors"), "%s: '%s' lacks '%s'", what, r.out, message);
+  cr_expect(strstr(r.out, message) && strstr(r.out, "out/weights.safetensors"), "%s: '%s' lacks '%s'", what, r.out,
+            message);
   command_free(&r);
 }
 static void put(const void *data, size_t n) { command_write_file(dir, "out/weights.safetensors", data, n); }
@@ -171,6 +172,7 @@ Test(weights, missing_is_a_wrong_argument) {
   snprintf(path, sizeof path, "%s/out/weights.safetensors", dir);
   cr_assert_eq(remove(path), 0);
   command_result r = RUN(dir, 30, "sample", "out");
-  cr_expect(r.status == 2 && strstr(r.out, "cannot open the weights out/weights.safetensors"), "%d: %s", r.status, r.out);
+  cr_expect(r.status == 2 && strstr(r.out, "cannot open the weights out/weights.safetensors"), "%d: %s", r.status,
+            r.out);
   command_free(&r);
 }

@@ -29,9 +29,10 @@ phx_model *checkpoint_fixture_model(const checkpoint_fixture *f) {
   static const struct {
     const char *name;
     int rows, columns; /* in widths */
-  } block[12] = {{"ln_1.weight", 1, 0}, {"ln_1.bias", 1, 0}, {"attn.c_attn.weight", 3, 1}, {"attn.c_attn.bias", 3, 0},
-                 {"attn.c_proj.weight", 1, 1}, {"attn.c_proj.bias", 1, 0}, {"ln_2.weight", 1, 0}, {"ln_2.bias", 1, 0},
-                 {"mlp.c_fc.weight", 4, 1}, {"mlp.c_fc.bias", 4, 0}, {"mlp.c_proj.weight", 1, 4}, {"mlp.c_proj.bias", 1, 0}};
+  } block[12] = {{"ln_1.weight", 1, 0},      {"ln_1.bias", 1, 0},          {"attn.c_attn.weight", 3, 1},
+                 {"attn.c_attn.bias", 3, 0}, {"attn.c_proj.weight", 1, 1}, {"attn.c_proj.bias", 1, 0},
+                 {"ln_2.weight", 1, 0},      {"ln_2.bias", 1, 0},          {"mlp.c_fc.weight", 4, 1},
+                 {"mlp.c_fc.bias", 4, 0},    {"mlp.c_proj.weight", 1, 4},  {"mlp.c_proj.bias", 1, 0}};
   static char names[400][40];
   static phx_param params[400];
   static phx_unit units[40];
@@ -39,13 +40,15 @@ phx_model *checkpoint_fixture_model(const checkpoint_fixture *f) {
   static phx_use uses[40];
   uint32_t n = 0, u = 0;
   memset(units, 0, sizeof units);
-#define PARAM(unit_, rows_, columns_, ...)                                                                          \
-  do {                                                                                                              \
-    snprintf(names[n], sizeof names[0], __VA_ARGS__);                                                               \
-    params[n] = (phx_param){.name = names[n], .shape = {rows_, (columns_) > 0 ? (columns_) : 1, 1, 1},                      \
-                            .ndim = (columns_) > 0 ? 2 : 1, .unit = unit_};                                               \
-    units[unit_].n_params++;                                                                                        \
-    n++;                                                                                                            \
+#define PARAM(unit_, rows_, columns_, ...)                                           \
+  do {                                                                               \
+    snprintf(names[n], sizeof names[0], __VA_ARGS__);                                \
+    params[n] = (phx_param){.name = names[n],                                        \
+                            .shape = {rows_, (columns_) > 0 ? (columns_) : 1, 1, 1}, \
+                            .ndim = (columns_) > 0 ? 2 : 1,                          \
+                            .unit = unit_};                                          \
+    units[unit_].n_params++;                                                         \
+    n++;                                                                             \
   } while (0)
   units[u] = (phx_unit){.name = "wte", .first_param = n};
   PARAM(u, f->vocab, f->width, "wte.weight");
@@ -127,7 +130,8 @@ static void write_rank(building *b, const char *dir, uint32_t rank) {
     tensors[n] = (phx__tensor){.name = names[n], .dtype = PHX_F32, .ndim = 1, .shape = {s->blocks * PHX_BLOCK}};
     n++;
   }
-  if (b->f->privates) tensors[n++] = (phx__tensor){.name = "private.residue/0/0/0", .dtype = PHX_F32, .ndim = 1, .shape = {PHX_BLOCK}};
+  if (b->f->privates)
+    tensors[n++] = (phx__tensor){.name = "private.residue/0/0/0", .dtype = PHX_F32, .ndim = 1, .shape = {PHX_BLOCK}};
   phx__safetensors_writer *w = NULL;
   snprintf(name, sizeof name, "rank-%05u.safetensors", rank);
   snprintf(path, sizeof path, "%s/%s", dir, name);

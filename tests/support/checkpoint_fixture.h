@@ -1,5 +1,5 @@
-/* tests/support/checkpoint_fixture.h - a small checkpoint of a GPT-2 on disk, with values from a formula, written with the
- * core's format modules but not with its saving: slices are spread over ranks in an odd way. */
+/* tests/support/checkpoint_fixture.h - a small checkpoint of a GPT-2 on disk, with values from a formula, written with
+ * the core's format modules but not with its saving: slices are spread over ranks in an odd way. */
 #ifndef CHECKPOINT_FIXTURE_H
 #define CHECKPOINT_FIXTURE_H
 #include "manifest.h"

@@ -1,6 +1,7 @@
 /* tests/support/command.c - see command.h. */
 #include "command.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
@@ -110,4 +111,13 @@ char *command_read_file(const char *dir, const char *name) {
   if (text && fread(text, 1, OUT_MAX * 4, f) == 0) text[0] = 0;
   fclose(f);
   return text;
+}
+
+int command_shared_memory(void) {
+  int n = 0;
+  DIR *dir = opendir("/dev/shm");
+  for (struct dirent *e; dir && (e = readdir(dir));)
+    n += e->d_type != DT_DIR && (strstr(e->d_name, "phx") || strstr(e->d_name, "phalanx"));
+  if (dir) closedir(dir);
+  return n;
 }

@@ -19,5 +19,9 @@ void command_write_file(const char *dir, const char *name, const void *data, siz
 /* The whole file as text, or NULL. */
 char *command_read_file(const char *dir, const char *name);
 
+/* Shared memory with a name of ours: jobs have none, so that a kill leaves nothing.  The directories that tests running
+ * at the same time have there are no memory. */
+int command_shared_memory(void);
+
 #define RUN(dir, seconds, ...) command_run(dir, seconds, (const char *const[]){"phalanx", __VA_ARGS__, NULL})
 #endif

@@ -1,9 +1,9 @@
 /* fake_job.h - "phx.job/1" and a host for tests of communicators: ranks are forked processes, or threads.
  *
  * fake_job_run makes the shared memory, forks `n` children, runs `body` in each, and waits at most limit_s; children
- * that are late are killed.  A child reports with FAKE_CHECK; its text comes back in fake_result.  The job's failed word,
- * liveness pages and share() work as job.h says.  With threads = 1 the ranks are threads of this process (for the thread
- * sanitizer); they must all return. */
+ * that are late are killed.  A child reports with FAKE_CHECK; its text comes back in fake_result.  The job's failed
+ * word, liveness pages and share() work as job.h says.  With threads = 1 the ranks are threads of this process (for the
+ * thread sanitizer); they must all return. */
 #ifndef FAKE_JOB_H
 #define FAKE_JOB_H
 #include <phalanx/device.h>

@@ -29,6 +29,9 @@ static bool reading(const char *call) {
 static int my_open(const char *path, int flags, mode_t mode) {
   return writing("open") || reading("open") ? -1 : real.open(path, flags, mode);
 }
+static int my_openat(int dir, const char *name, int flags) {
+  return writing("openat") || reading("openat") ? -1 : real.openat(dir, name, flags);
+}
 static int my_mkdir(const char *path, mode_t mode) {
   return writing("mkdir") ? -1 : real.mkdir(path, mode);
 }
@@ -93,6 +96,7 @@ void fault_install(void) {
   phx__sys.write = my_write, phx__sys.pwrite = my_pwrite, phx__sys.ftruncate = my_ftruncate, phx__sys.mmap = my_mmap;
   phx__sys.unlink = my_unlink, phx__sys.unlinkat = my_unlinkat, phx__sys.rmdir = my_rmdir, phx__sys.fstat = my_fstat;
   phx__sys.read = my_read, phx__sys.pread = my_pread, phx__sys.calloc = my_calloc, phx__sys.realloc = my_realloc;
+  phx__sys.openat = my_openat;
 }
 
 void fault_begin(fault_kind kind, int error, long turn) {

@@ -269,7 +269,8 @@ phx_status gpt_rig_step(gpt_rig *r, const int32_t *tokens, const int32_t *target
     for (uint32_t u = 0; u < s->n_uses; u++) {
       const uint32_t unit = phx_model_use(&r->model, s->first_use + u)->unit;
       const phx_unit *un = phx_model_unit(&r->model, unit);
-      for (uint32_t p = un->first_param; skipped(r, runs, i) && !written[unit] && p < un->first_param + un->n_params; p++)
+      for (uint32_t p = un->first_param; skipped(r, runs, i) && !written[unit] && p < un->first_param + un->n_params;
+           p++)
         if (r->gradients[p].base) memset(buffer_data(&r->gradients[p]), 0, (size_t)r->gradients[p].bytes);
       written[unit] = 1;
     }

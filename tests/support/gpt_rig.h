@@ -1,7 +1,8 @@
-/* tests/support/gpt_rig.h - runs a model plugin as the engine would, on one rank: buffers of exactly the announced sizes
- * between guard bytes, everything the model may not rely on filled with NaN.
+/* tests/support/gpt_rig.h - runs a model plugin as the engine would, on one rank: buffers of exactly the announced
+ * sizes between guard bytes, everything the model may not rely on filled with NaN.
  *
- * One rig at a time: the plugin's declaration is valid until the next one.  Ends the test program with a message on anything that is not the model's own refusal. */
+ * One rig at a time: the plugin's declaration is valid until the next one.  Ends the test program with a message on
+ * anything that is not the model's own refusal. */
 #ifndef PHX__GPT_RIG_H
 #define PHX__GPT_RIG_H
 #include <phalanx/provider.h>
@@ -47,7 +48,8 @@ void gpt_rig_round(gpt_rig *rig);
 void gpt_rig_close(gpt_rig *rig);
 float *gpt_rig_weight(gpt_rig *rig, uint32_t param);
 float *gpt_rig_gradient(gpt_rig *rig, uint32_t param); /* NULL when frozen */
-/* Forward and backward of one micro-batch; first: gradients are written, else added.  runs[layer] 0: skipped; NULL: all. */
+/* Forward and backward of one micro-batch; first: gradients are written, else added.  runs[layer] 0: skipped; NULL:
+ * all. */
 phx_status gpt_rig_step(gpt_rig *rig, const int32_t *tokens, const int32_t *targets, int64_t batch, int64_t sequence,
                         int first, const int *runs, double *loss, phx_error *err);
 /* 256-byte pieces of a stage's `saved` that the last step did not write; 0: all that was announced is used. */

@@ -310,9 +310,9 @@ static phx_status o_update(void *ctx, const phx_ticket *t, float scale, phx_erro
   rank_state *k = ctx;
   run *r = k->run;
   harness_rank *o = k->out;
-  if (t->unit >= r->t->model.n_units || t->numel <= 0 || t->first < 0 || t->weight_dtype != (masters(r) ? PHX_BF16 : PHX_F32) ||
-      (t->master != NULL) != masters(r) || !t->weight || t->gradient_dtype != PHX_F32 ||
-      t->first + t->numel > r->t->units[t->unit].blocks[0] * PHX_BLOCK)
+  if (t->unit >= r->t->model.n_units || t->numel <= 0 || t->first < 0 ||
+      t->weight_dtype != (masters(r) ? PHX_BF16 : PHX_F32) || (t->master != NULL) != masters(r) || !t->weight ||
+      t->gradient_dtype != PHX_F32 || t->first + t->numel > r->t->units[t->unit].blocks[0] * PHX_BLOCK)
     return phx__fail(err, PHX_INVALID, "a ticket of unit %u, elements %lld + %lld", t->unit, (long long)t->first,
                      (long long)t->numel);
   pthread_mutex_lock(&r->lock);
@@ -395,7 +395,8 @@ static void compare_state(rank_state *k, const phx_slice *s, const float *p, int
     r->result->hash[5 + s->state_index] += sum;
   else
     r->result->hash[s->kind] += sum;
-  if (s->kind == (masters(r) ? PHX_STATE_MASTER : PHX_STATE_WEIGHT) && !(worst <= r->result->max_difference)) r->result->max_difference = worst;
+  if (s->kind == (masters(r) ? PHX_STATE_MASTER : PHX_STATE_WEIGHT) && !(worst <= r->result->max_difference))
+    r->result->max_difference = worst;
   pthread_mutex_unlock(&r->lock);
 }
 

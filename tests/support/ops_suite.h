@@ -6,9 +6,9 @@
  * outputs are poisoned, with a guard behind each, so that what is not written, or written beside, shows.
  *
  * Bounds.  An element may differ from the reference by one rounding to its dtype (half a unit in the last place: at
- * most 2^-8 of it in bf16, 2^-24 in fp32) and by a floor relative to the array's largest element (or 1/4, if that is larger): what sums in fp32, in
- * any order, may lose, and in bf16 what is lost where an operation reads a tensor that was rounded on its way (a norm
- * its sum, attention's backward the output).  The floors stand with the cases. */
+ * most 2^-8 of it in bf16, 2^-24 in fp32) and by a floor relative to the array's largest element (or 1/4, if that is
+ * larger): what sums in fp32, in any order, may lose, and in bf16 what is lost where an operation reads a tensor that
+ * was rounded on its way (a norm its sum, attention's backward the output).  The floors stand with the cases. */
 #ifndef PHX__OPS_SUITE_H
 #define PHX__OPS_SUITE_H
 #include <phalanx/provider.h>
@@ -21,8 +21,8 @@ typedef struct ops_suite {
   int32_t print; /* one line on stderr per case, with its worst error as a part of the bound */
 } ops_suite;
 
-/* Every case in one dtype, PHX_F32 or PHX_BF16.  Returns the number of outputs that were wrong, each with a line on
- * stderr: the case, what, where, how far, and the seed. */
+/* Every case (PHX_TEST_CASE: those of this name) in one dtype, PHX_F32 or PHX_BF16.  Returns the number of outputs that
+ * were wrong, each with a line on stderr: the case, what, where, how far, and the seed. */
 int ops_suite_run(const ops_suite *suite, int32_t dtype);
 /* A seed from PHX_TEST_SEED, else from the clock; printed on stderr. */
 uint64_t ops_suite_seed(void);

@@ -1,6 +1,6 @@
-/* tests/support/plain_ops.h - a device in plain C: "phx.ops/1" and what a model needs of "phx.device/1", written from the
- * contract alone, sums in double, one thread, no vector code.  It lets a model be tested without a device plugin, and a
- * device plugin be compared with something simple. */
+/* tests/support/plain_ops.h - a device in plain C: "phx.ops/1" and what a model needs of "phx.device/1", written from
+ * the contract alone, sums in double, one thread, no vector code.  It lets a model be tested without a device plugin,
+ * and a device plugin be compared with something simple. */
 #ifndef PHX__PLAIN_OPS_H
 #define PHX__PLAIN_OPS_H
 #include <phalanx/provider.h>

@@ -111,8 +111,8 @@ Test(config, core_tables_are_fit) {
   const phx__core_table *t;
   uint32_t i = 0;
   for (; (t = phx__core_table_at(i)); i++) {
-    cr_expect_eq(phx__options_check(t->options, t->n, sizeof(phx_option), sizeof(phx__settings), &err), PHX_OK, "[%s] %s",
-                 t->section, err.message);
+    cr_expect_eq(phx__options_check(t->options, t->n, sizeof(phx_option), sizeof(phx__settings), &err), PHX_OK,
+                 "[%s] %s", t->section, err.message);
     cr_expect_eq(phx__core_section(t->section), t);
   }
   cr_expect_eq(i, 10);
@@ -138,7 +138,8 @@ Test(config, unselected_sections_are_validated) {
   expect_report(DATA "[fsdp]\nsharding = half\nprefech = 2\n",
                 ":4: [fsdp] 'half' is not valid for sharding: expected full | grad_op | none\n"
                 ":5: [fsdp] has no key 'prefech': did you mean 'prefetch'?\n");
-  phx__config *c = expect_good(DATA "[mpi]\nanything = 1\n[pair]\nratio = 0\n"); /* pair's required note is not needed */
+  phx__config *c =
+      expect_good(DATA "[mpi]\nanything = 1\n[pair]\nratio = 0\n"); /* pair's required note is not needed */
   cr_expect_str_eq(report, ":3: warning: [mpi] is not checked: no plugin of that name is installed\n");
   phx__config_free(c);
 }
@@ -164,19 +165,20 @@ Test(config, new_plugin) {
 }
 
 Test(config, all_errors_at_once) {
-  expect_report("[run]\nstrategy = fspd\nsteps = many\nsteps = 3\nstep = 4\n  x = 1\n"
-                "[optimiser]\nlr = 1\n[batch]\nmicro = 0\na:b = 1\n[device]\nplugin = vulkan\n",
-                ":2: [run] strategy: there is no strategy plugin 'fspd': "
-                "did you mean 'fsdp'?\n"
-                ":3: [run] 'many' is not valid for steps: expected a whole number from 1 to 1000000000\n"
-                ":4: [run] steps is given twice: first on line 3\n"
-                ":5: [run] has no key 'step': did you mean 'steps'?\n"
-                ":6: an indented line would continue the one above: begin it in the first column\n"
-                ":7: there is no section [optimiser], in the core or of an installed plugin: did you mean 'optimizer'?\n"
-                ":10: [batch] '0' is not valid for micro: expected a whole number from 1 to 1048576\n"
-                ":11: [batch] has no key 'a' (':' ends a key, like '=')\n"
-                ":13: [device] plugin: there is no device plugin 'vulkan'\n"
-                ": [data] train is missing: Token file to train on, or a glob of several.\n");
+  expect_report(
+      "[run]\nstrategy = fspd\nsteps = many\nsteps = 3\nstep = 4\n  x = 1\n"
+      "[optimiser]\nlr = 1\n[batch]\nmicro = 0\na:b = 1\n[device]\nplugin = vulkan\n",
+      ":2: [run] strategy: there is no strategy plugin 'fspd': "
+      "did you mean 'fsdp'?\n"
+      ":3: [run] 'many' is not valid for steps: expected a whole number from 1 to 1000000000\n"
+      ":4: [run] steps is given twice: first on line 3\n"
+      ":5: [run] has no key 'step': did you mean 'steps'?\n"
+      ":6: an indented line would continue the one above: begin it in the first column\n"
+      ":7: there is no section [optimiser], in the core or of an installed plugin: did you mean 'optimizer'?\n"
+      ":10: [batch] '0' is not valid for micro: expected a whole number from 1 to 1048576\n"
+      ":11: [batch] has no key 'a' (':' ends a key, like '=')\n"
+      ":13: [device] plugin: there is no device plugin 'vulkan'\n"
+      ": [data] train is missing: Token file to train on, or a glob of several.\n");
 }
 
 #define GPUS "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/gpus\n"
@@ -237,9 +239,10 @@ Test(config, settings_that_do_not_go_together) {
                 ":4: [precision] compute = bf16: strategy ddp keeps and reduces fp32 only: use fp32\n"
                 ":4: [precision] compute = bf16: device cpu computes in fp32 only: use fp32\n"
                 ":4: [precision] compute = bf16: model gpt computes in fp32 only: use fp32\n");
-  expect_report(DATA "[precision]\nreduce = fp16\n",
-                ":4: [precision] reduce = fp16: its range ends at 65504 and gradients below 6e-8 vanish, so it needs loss "
-                "scaling, which is not offered; bf16 has fp32's range: use bf16\n");
+  expect_report(
+      DATA "[precision]\nreduce = fp16\n",
+      ":4: [precision] reduce = fp16: its range ends at 65504 and gradients below 6e-8 vanish, so it needs loss "
+      "scaling, which is not offered; bf16 has fp32's range: use bf16\n");
   phx__config_free(expect_good(DATA "[checkpoint]\nevery = 5\nkeep = 0\nkeep_every = 10\n"));
   expect_report("[run]\nout =\n" DATA, ":2: [run] out is empty: name a directory\n");
   expect_report("[data]\ntrain =\n",
@@ -308,9 +311,10 @@ static char *printed(const phx__config *c, bool sources) {
   return text;
 }
 
-#define FULL                                                                                                      \
-  "[run]\nstrategy = fsdp\nseed = 9223372036854775807\ntimeout = 0.1\n" DATA                                      \
-  "[fsdp]\nratio = 0.30000000000000004\nbucket_bytes = 1025\nnote = a b;c # d\n[optimizer]\nlr = 1e-5\n[pair]\nratio = 0\n"
+#define FULL                                                                                                           \
+  "[run]\nstrategy = fsdp\nseed = 9223372036854775807\ntimeout = 0.1\n" DATA                                           \
+  "[fsdp]\nratio = 0.30000000000000004\nbucket_bytes = 1025\nnote = a b;c # d\n[optimizer]\nlr = 1e-5\n[pair]\nratio " \
+  "= 0\n"
 
 Test(config, print_round_trip) {
   for (int sources = 0; sources < 2; sources++) {
@@ -400,7 +404,8 @@ Test(config, hash_knows_the_file) {
   phx__config *c;
   char copy[] = "/tmp/phx-hash-XXXXXX", command[600], set[200];
   cr_assert(mkdtemp(copy));
-  snprintf(command, sizeof command, "cp %s/phx_strategy_fsdp.so %s/ && echo >> %s/phx_strategy_fsdp.so", HOUSE, copy, copy);
+  snprintf(command, sizeof command, "cp %s/phx_strategy_fsdp.so %s/ && echo >> %s/phx_strategy_fsdp.so", HOUSE, copy,
+           copy);
   cr_assert_eq(system(command), 0);
   snprintf(set, sizeof set, "plugins.path=%s", copy);
   const phx__override path = {set, "--set"};

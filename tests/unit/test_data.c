@@ -82,13 +82,15 @@ Test(data, bad_files_are_refused) {
   refused(llmc_file("swapped.bin", (int32_t)__builtin_bswap32(PHX__TOKENS_MAGIC), 1 << 24, 100, 100), 8, 257,
           "other byte order");
   refused(llmc_file("version.bin", PHX__TOKENS_MAGIC, 2, 100, 100), 8, 257, "version 2");
-  refused(llmc_file("short.bin", PHX__TOKENS_MAGIC, 1, 101, 100), 8, 257, "1226 bytes, but it has 1224: it is truncated");
+  refused(llmc_file("short.bin", PHX__TOKENS_MAGIC, 1, 101, 100), 8, 257,
+          "1226 bytes, but it has 1224: it is truncated");
   refused(llmc_file("long.bin", PHX__TOKENS_MAGIC, 1, 99, 100), 8, 257, "too long");
   refused(llmc_file("negative.bin", PHX__TOKENS_MAGIC, 1, -1, 100), 8, 257, "announces -1 tokens");
   refused(llmc_file("none.bin", PHX__TOKENS_MAGIC, 1, 0, 0), 8, 257, "has 0 tokens");
   refused(temp_dir_write(&dir, "head.bin", (const int32_t[4]){PHX__TOKENS_MAGIC, 1, 100}, 16), 8, 257, "truncated");
   refused(raw_file("few.bin", 20, 0), 20, 257, "has 20 tokens, one sample of sequence = 20 needs 21");
-  refused(raw_file("vocab.bin", 300, 0), 8, 250, "token 250 at position 250 (byte 500) is not below the vocabulary of 250");
+  refused(raw_file("vocab.bin", 300, 0), 8, 250,
+          "token 250 at position 250 (byte 500) is not below the vocabulary of 250");
   refused(llmc_file("vocab2.bin", PHX__TOKENS_MAGIC, 1, 300, 300), 8, 250, "token 250 at position 250 (byte 1524)");
   refused(dir.path, 8, 257, "not a regular file");
 }
@@ -230,8 +232,9 @@ Test(data, too_little_for_a_step_is_refused_with_the_arithmetic) {
   cr_assert_eq(phx__data_open(raw_file("a.bin", 101, 0), 10, 257, 9, &d, NULL), PHX_OK);
   cr_expect_eq(phx__data_check_batch(d, 5, 1, 2, &err), PHX_OK);
   cr_expect_eq(phx__data_check_batch(d, 4, 3, 1, &err), PHX_INVALID);
-  cr_expect(strstr(err.message, "micro 4 x accumulate 3 x ranks 1 = 12 samples, but 101 tokens in 1 file(s) make only 10"),
-            "%s", err.message);
+  cr_expect(
+      strstr(err.message, "micro 4 x accumulate 3 x ranks 1 = 12 samples, but 101 tokens in 1 file(s) make only 10"),
+      "%s", err.message);
   cr_expect_eq(phx__data_batch(d, 0, 0, 3, 0, 1, 4, tokens, targets, &err), PHX_INVALID);
   cr_expect_eq(phx__data_check_batch(d, INT64_MAX, 3, 2, &err), PHX_INVALID);
   cr_expect_eq(phx__data_check_batch(d, 0, 1, 1, &err), PHX_INVALID);

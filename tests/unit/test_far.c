@@ -1,5 +1,5 @@
-/* The test-only device `far` itself: the CPU cannot touch its memory, the compute stream is asynchronous, misuse is found.
- * Ends by signals are Criterion's to see, so this is not for the thread sanitizer's build. */
+/* The test-only device `far` itself: the CPU cannot touch its memory, the compute stream is asynchronous, misuse is
+ * found. Ends by signals are Criterion's to see, so this is not for the thread sanitizer's build. */
 #include <criterion/criterion.h>
 #include <dlfcn.h>
 #include <signal.h>

@@ -1,4 +1,5 @@
-/* The gpt model: its declaration, its loss and every gradient against the reference, its memory, and what it refuses. */
+/* The gpt model: its declaration, its loss and every gradient against the reference, its memory, and what it refuses.
+ */
 #include <criterion/criterion.h>
 #include <dlfcn.h>
 #include <math.h>
@@ -361,7 +362,8 @@ Test(gpt, presets_have_the_published_sizes) {
     cr_expect_eq(m.n_stages, presets[i].layers + 2);
     cr_expect_eq(m.n_units, presets[i].layers + 3);
     phx_stage_memory memory;
-    for (uint32_t s = 0; s < m.n_stages; s++) cr_expect_eq(table->stage_memory(c.values, &shape, s, &memory, NULL), PHX_OK);
+    for (uint32_t s = 0; s < m.n_stages; s++)
+      cr_expect_eq(table->stage_memory(c.values, &shape, s, &memory, NULL), PHX_OK);
     cr_expect_neq(table->stage_memory(c.values, &shape, m.n_stages, &memory, NULL), PHX_OK);
     rig_config_free(&c);
   }
@@ -441,7 +443,8 @@ Test(gpt, misfits_are_refused) {
   const phx_batch_shape huge = {sizeof huge, INT64_MAX / 8, 1024, PHX_F32, 0};
   phx_stage_memory memory;
   phx_error err = {.struct_size = sizeof err};
-  cr_expect_eq(((const phx_model_table *)c.plugin->table)->stage_memory(c.values, &huge, 1, &memory, &err), PHX_INVALID);
+  cr_expect_eq(((const phx_model_table *)c.plugin->table)->stage_memory(c.values, &huge, 1, &memory, &err),
+               PHX_INVALID);
   cr_expect(strstr(err.message, "64 bits"), "%s", err.message);
   rig_config_free(&c);
 }

@@ -47,7 +47,8 @@ static void teardown(void) {
 TestSuite(host, .init = setup, .fini = teardown, .timeout = 20);
 
 static void *take(phx__host *h, int64_t bytes, int32_t kind, phx_comm *from) {
-  const phx_memory what = {.struct_size = sizeof what, .bytes = bytes, .kind = kind, .space = PHX_SPACE_DEVICE, .comm = from};
+  const phx_memory what = {
+      .struct_size = sizeof what, .bytes = bytes, .kind = kind, .space = PHX_SPACE_DEVICE, .comm = from};
   void *p = NULL;
   phx_error err = PHX_ERROR_INIT;
   cr_assert_eq(h->table.alloc(h->table.ctx, &what, &p, &err), PHX_OK, "%s", err.message);
@@ -56,7 +57,8 @@ static void *take(phx__host *h, int64_t bytes, int32_t kind, phx_comm *from) {
 static void give(phx__host *h, void *p) { h->table.release(h->table.ctx, p); }
 
 static phx_error refused(int64_t bytes, int32_t kind, phx_comm *from, phx_status expected) {
-  const phx_memory what = {.struct_size = sizeof what, .bytes = bytes, .kind = kind, .space = PHX_SPACE_DEVICE, .comm = from};
+  const phx_memory what = {
+      .struct_size = sizeof what, .bytes = bytes, .kind = kind, .space = PHX_SPACE_DEVICE, .comm = from};
   void *p = arena;
   phx_error err = PHX_ERROR_INIT;
   const phx__memory_book before = book;
@@ -106,8 +108,8 @@ Test(host, arena_is_carved_in_order_zeroed_and_returned_in_any_order) {
 
 Test(host, refusals_change_nothing) {
   phx_error err = refused(sizeof arena + 1, PHX_MEM_WEIGHT, &comm, PHX_NOMEM);
-  cr_assert(strstr(err.message, "one asked for 4352 bytes of shared memory (weights), but its estimate left 4096"), "%s",
-            err.message);
+  cr_assert(strstr(err.message, "one asked for 4352 bytes of shared memory (weights), but its estimate left 4096"),
+            "%s", err.message);
   refused(0, PHX_MEM_WEIGHT, NULL, PHX_INVALID);
   refused(-1, PHX_MEM_WEIGHT, NULL, PHX_INVALID);
   refused(INT64_MAX, PHX_MEM_WEIGHT, NULL, PHX_INVALID);

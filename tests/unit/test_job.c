@@ -146,7 +146,8 @@ static int exchange_bytes(int rank, int size) {
   NEED(job->exchange(job->ctx, "none", mine, 0, all, &err) == PHX_INVALID);
   NEED(job->exchange(job->ctx, "much", mine, PHX_EXCHANGE_MAX + 1, all, &err) == PHX_INVALID);
   if (size < 2) return 0;
-  NEED(job->exchange(job->ctx, "size", mine, rank == 1 ? 9 : 8, all, &err) == PHX_COMM && strstr(err.message, "'size'"));
+  NEED(job->exchange(job->ctx, "size", mine, rank == 1 ? 9 : 8, all, &err) == PHX_COMM &&
+       strstr(err.message, "'size'"));
   NEED(job->exchange(job->ctx, rank == 1 ? "left" : "right", mine, 8, all, &err) == PHX_COMM);
   NEED(job->exchange(job->ctx, "fine", mine, 8, all, &err) == PHX_OK);
   return 0;

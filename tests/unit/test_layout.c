@@ -14,14 +14,18 @@ static phx_use uses[2];
 static phx_model model;
 
 static void setup(void) {
-  memcpy(params, (phx_param[]){{.name = "a", .unit = 0, .ndim = 2, .shape = {5, 7}},
-                               {.name = "b", .unit = 1, .ndim = 1, .shape = {1500}},
-                               {.name = "c", .unit = 1, .ndim = 1, .shape = {3}, .flags = PHX_PARAM_FROZEN}}, sizeof params);
-  memcpy(units, (phx_unit[]){{.name = "u", .first_param = 0, .n_params = 1}, {.name = "w", .first_param = 1, .n_params = 2}},
+  memcpy(params,
+         (phx_param[]){{.name = "a", .unit = 0, .ndim = 2, .shape = {5, 7}},
+                       {.name = "b", .unit = 1, .ndim = 1, .shape = {1500}},
+                       {.name = "c", .unit = 1, .ndim = 1, .shape = {3}, .flags = PHX_PARAM_FROZEN}},
+         sizeof params);
+  memcpy(units,
+         (phx_unit[]){{.name = "u", .first_param = 0, .n_params = 1}, {.name = "w", .first_param = 1, .n_params = 2}},
          sizeof units);
   memcpy(stages, (phx_stage[]){{.name = "s", .first_use = 0, .n_uses = 1}, {.name = "t", .first_use = 1, .n_uses = 1}},
          sizeof stages);
-  memcpy(uses, (phx_use[]){{.unit = 0, .flags = PHX_USE_GRADIENT}, {.unit = 1, .flags = PHX_USE_GRADIENT}}, sizeof uses);
+  memcpy(uses, (phx_use[]){{.unit = 0, .flags = PHX_USE_GRADIENT}, {.unit = 1, .flags = PHX_USE_GRADIENT}},
+         sizeof uses);
   model = (phx_model){.struct_size = sizeof model, .params = params, .units = units, .stages = stages, .uses = uses,
                       .n_params = 3, .n_units = 2, .n_stages = 2, .n_uses = 2, .param_stride = sizeof *params,
                       .unit_stride = sizeof *units, .stage_stride = sizeof *stages, .use_stride = sizeof *uses};

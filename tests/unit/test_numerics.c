@@ -82,7 +82,13 @@ Test(norm, not_finite_is_flagged) {
 
 /* A tied unit (0), a unit with a frozen parameter (1), a small one (2). */
 static const phx_param params[] = {
-    {.name = "wte", .shape = {257, 30}, .ndim = 2, .flags = PHX_PARAM_DECAY, .unit = 0, .init = PHX_INIT_NORMAL, .init_std = 0.02},
+    {.name = "wte",
+     .shape = {257, 30},
+     .ndim = 2,
+     .flags = PHX_PARAM_DECAY,
+     .unit = 0,
+     .init = PHX_INIT_NORMAL,
+     .init_std = 0.02},
     {.name = "a", .shape = {100}, .ndim = 1, .unit = 1, .init = PHX_INIT_ONE},
     {.name = "b", .shape = {7, 9}, .ndim = 2, .flags = PHX_PARAM_FROZEN, .unit = 1},
     {.name = "c", .shape = {1000}, .ndim = 1, .unit = 1},

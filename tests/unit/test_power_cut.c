@@ -204,7 +204,9 @@ Test(power_cut, every_state_of_saves_in_the_background) {
   power_cut cut = {.most_violations = 100};
   search(&cut, true, "in the background");
   cr_assert_eq(cut.violations, 0, "%ld violations; the first: %s", cut.violations, cut.message);
-  cr_assert_geq(cut.states, 1000);
+  /* how many of the places are equal states depends on how the calls of ranks and threads fell */
+  cr_assert_geq(cut.occurrences, 10000);
+  cr_assert_geq(cut.states, 500);
 }
 
 /* What the replay is worth: without flushes it finds what goes wrong. */

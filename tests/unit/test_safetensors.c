@@ -33,7 +33,8 @@ Test(safetensors, every_rule_of_the_format) {
       {"{" T("a", "\"shape\":[],\"data_offsets\":[0,4]") "}", 4, NULL},
       {"{" T("a", "\"shape\":[0,9],\"data_offsets\":[0,0]") "}", 0, NULL},
       {"{\"__metadata__\":{\"format\":\"pt\"}," T("a", "\"shape\":[1],\"data_offsets\":[0,4]") "}", 4, NULL},
-      {"{" T("b", "\"shape\":[1],\"data_offsets\":[4,8]") "," T("a", "\"shape\":[1],\"data_offsets\":[0,4]") "}", 8, NULL},
+      {"{" T("b", "\"shape\":[1],\"data_offsets\":[4,8]") "," T("a", "\"shape\":[1],\"data_offsets\":[0,4]") "}", 8,
+       NULL},
       {" {}", 0, "begin with '{'"},
       {"[]", 0, "begin with '{'"},
       {"{\"a\":1}", 0, "tensor a"},
@@ -46,8 +47,8 @@ Test(safetensors, every_rule_of_the_format) {
        "tensor b begins at byte"},
       {"{" T("a", "\"shape\":[1],\"data_offsets\":[0,4]") "," T("a", "\"shape\":[1],\"data_offsets\":[4,8]") "}", 8,
        "'a' stands twice"},
-      {"{" T("a", "\"shape\":[1],\"data_offsets\":[0,4]") "," T("\\u0061", "\"shape\":[1],\"data_offsets\":[4,8]") "}", 8,
-       "'a' stands twice"},
+      {"{" T("a", "\"shape\":[1],\"data_offsets\":[0,4]") "," T("\\u0061", "\"shape\":[1],\"data_offsets\":[4,8]") "}",
+       8, "'a' stands twice"},
       {"{" T("a", "\"shape\":[-1],\"data_offsets\":[0,4]") "}", 4, "dimension 0"},
       {"{" T("a", "\"shape\":[1.0],\"data_offsets\":[0,4]") "}", 4, "not an integer"},
       {"{" T("a", "\"shape\":[1e0],\"data_offsets\":[0,4]") "}", 4, "not an integer"},
@@ -82,7 +83,8 @@ Test(safetensors, every_rule_of_the_format) {
       continue;
     }
     cr_expect_eq(status, PHX_IO, "%s was taken", cases[i].header);
-    cr_expect(strstr(err.message, cases[i].says), "%s: said '%s', not '%s'", cases[i].header, err.message, cases[i].says);
+    cr_expect(strstr(err.message, cases[i].says), "%s: said '%s', not '%s'", cases[i].header, err.message,
+              cases[i].says);
     cr_expect(strstr(err.message, "x.safetensors"), "the file is not named: %s", err.message);
   }
 }

@@ -1,5 +1,5 @@
-/* The communicator "shm" on forked ranks: every collective against a plain reference, bit for bit; order, faults, traffic.
- * Each rank generates every rank's data itself, so the reference needs no communication.
+/* The communicator "shm" on forked ranks: every collective against a plain reference, bit for bit; order, faults,
+ * traffic. Each rank generates every rank's data itself, so the reference needs no communication.
  * TSan: run. */
 #include <criterion/criterion.h>
 #include <math.h>
@@ -78,7 +78,8 @@ static void no_order(fake_rank *rank) {
   if (rank->job.rank == 0) {
     phx_status a = c->all_reduce(c->ctx, &one, &one, 1, PHX_F32, PHX_SUM, s, &g.err);
     phx_status b = c->all_reduce(c->ctx, &two, &two, 1, PHX_F32, PHX_SUM, NULL, &g.err);
-    if (a != PHX_OK || b != PHX_STATE || !strstr(g.err.message, "order the streams")) COMM_SUITE_BAD(&g, "%d %s", b, g.err.message);
+    if (a != PHX_OK || b != PHX_STATE || !strstr(g.err.message, "order the streams"))
+      COMM_SUITE_BAD(&g, "%d %s", b, g.err.message);
     c->abort(c->ctx);
     if (d->stream_synchronize(d->ctx, s, &g.err) != PHX_COMM) COMM_SUITE_BAD(&g, "the aborted call did not fail");
   }
@@ -145,7 +146,8 @@ Test(shm, payload_adds_up) {
     for (int64_t numel = 0; numel < 200000; numel = numel * 3 + 1031) {
       int64_t sum = 0, bytes = numel * 4;
       for (int32_t r = 0; r < n; r++) sum += table->payload(PHX_OP_ALL_REDUCE, numel, PHX_F32, r, n, 0);
-      cr_assert_eq(sum, bytes <= 512 ? n * (n - 1) * bytes : 2 * (n - 1) * bytes, "%d ranks, %lld", n, (long long)numel);
+      cr_assert_eq(sum, bytes <= 512 ? n * (n - 1) * bytes : 2 * (n - 1) * bytes, "%d ranks, %lld", n,
+                   (long long)numel);
       sum = 0;
       for (int32_t r = 0; r < n; r++) sum += table->payload(PHX_OP_BROADCAST, numel, PHX_F32, r, n, n / 2);
       cr_assert_eq(sum, (n - 1) * bytes);

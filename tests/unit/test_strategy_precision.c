@@ -112,7 +112,8 @@ Test(precision, halves_what_is_gathered_and_what_is_reduced) {
       bool gathers = op == PHX_OP_ALL_GATHER || op == PHX_OP_BROADCAST;
       bool reduces = op == PHX_OP_REDUCE || op == PHX_OP_REDUCE_SCATTER || op == PHX_OP_ALL_REDUCE;
       if (gathers) cr_expect_eq(low.sent[op] * 2, full.sent[op], "%s %s", subjects[s].options, phx_op_name(op));
-      if (reduces && full.sent[op]) cr_expect_eq(wire.sent[op] * 2, full.sent[op], "%s %s", subjects[s].options, phx_op_name(op));
+      if (reduces && full.sent[op])
+        cr_expect_eq(wire.sent[op] * 2, full.sent[op], "%s %s", subjects[s].options, phx_op_name(op));
       cr_expect_eq(low.calls[op], full.calls[op]);
       cr_expect_eq(wire.calls[op], full.calls[op]);
     }

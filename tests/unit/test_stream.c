@@ -48,7 +48,8 @@ static int refused(int fd, int on) {
   errno = EINVAL;
   return on ? -1 : 0;
 }
-static ssize_t refused_write(int fd, const void *p, size_t n, off_t at) { /* accepts O_DIRECT, then does not write */
+static ssize_t refused_write(int fd, const void *p, size_t n,
+                             off_t at) { /* accepts O_DIRECT, and then does not write */
   if (atomic_fetch_add(&calls, 1) != 1) return pwrite(fd, p, n, at);
   errno = EINVAL;
   return -1;

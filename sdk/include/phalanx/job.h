@@ -14,7 +14,8 @@ extern "C" {
 #define PHX_FLIGHT_RING 64
 #define PHX_EXCHANGE_MAX 4096
 
-/* One collective in the flight record; fields are written with relaxed atomics (__atomic), `sequence` last, released. */
+/* One collective in the flight record; fields are written with relaxed atomics (__atomic), `sequence` last, released.
+ */
 typedef struct phx_flight {
   uint64_t sequence; /* from 1, per communicator; 0: empty */
   uint64_t comm;     /* id of the communicator, equal on its ranks */
@@ -73,8 +74,8 @@ typedef struct phx_job {
   phx_status (*share)(void *ctx, const char *name, int64_t bytes, void **bases /* (size) */, phx_error *err);
   /* [any] sets *failed and wakes every sleeper; the message goes to this rank's page (the first one counts). */
   void (*fail)(void *ctx, const char *message);
-  /* [main][collective] every rank brings `bytes` (1 to PHX_EXCHANGE_MAX, equal on all ranks) and gets everybody's, in the
-   * order of ranks, in all (size * bytes).  For start-up: identifiers, places, versions. */
+  /* [main][collective] every rank brings `bytes` (1 to PHX_EXCHANGE_MAX, equal on all ranks) and gets everybody's, in
+   * the order of ranks, in all (size * bytes).  For start-up: identifiers, places, versions. */
   phx_status (*exchange)(void *ctx, const char *name, const void *mine, int64_t bytes, void *all, phx_error *err);
 } phx_job;
 

@@ -25,7 +25,7 @@ enum {
   PHX_USE_FORWARD = 1u << 0,  /* the stage's forward pass reads the unit's weights */
   PHX_USE_BACKWARD = 1u << 1, /* its backward pass reads them */
   PHX_USE_GRADIENT = 1u << 2, /* its backward pass writes or adds gradients */
-  PHX_USE_LAST = 1u << 3      /* filled by the host: in backward order, the last stage that adds to this unit's gradient */
+  PHX_USE_LAST = 1u << 3 /* filled by the host: in backward order, the last stage that adds to this unit's gradient */
 };
 
 typedef struct phx_param {

@@ -21,11 +21,12 @@ enum { PHX_KIND_STRATEGY = 1, PHX_KIND_DEVICE = 2, PHX_KIND_COMM = 3, PHX_KIND_M
 #define PHX_CAP_DETERMINISTIC (1ull << 3) /* same bits as every other strategy that says so */
 #define PHX_CAP_RUNS_STEP (1ull << 4)     /* takes over the schedule (run_step) */
 /* Strategy: reads compute_dtype and reduce_dtype of the topology, keeps fp32 masters beside bf16 weights and casts what
- * it reduces (or refuses in estimate).  Device: its operations take PHX_BF16.  Model: honours its shape's compute_dtype.
- * A plugin without it is not given bf16. */
+ * it reduces (or refuses in estimate).  Device: its operations take PHX_BF16.  Model: honours its shape's
+ * compute_dtype. A plugin without it is not given bf16. */
 #define PHX_CAP_BF16 (1ull << 5)
 /* Between updates map() gives the state itself, never a copy, and it stays there; only what the optimizer does for a
- * ticket changes it (and a load).  On a device with PHX_DEVICE_HOST_MEMORY checkpoints are then saved in the background. */
+ * ticket changes it (and a load).  On a device with PHX_DEVICE_HOST_MEMORY checkpoints are then saved in the
+ * background. */
 #define PHX_CAP_LIVE_STATE (1ull << 6)
 
 /* needs: the core refuses a plugin whose bit it does not know, or cannot meet, with the bit's number or name. */

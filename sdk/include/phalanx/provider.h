@@ -18,13 +18,13 @@ extern "C" {
 #endif
 
 /* ==== operations ("phx.ops/1") =====================================================================================
- * All matrices are row-major.  B sequences of T tokens, N = B * T rows, C channels, H heads, V vocabulary, Vp its padded
- * row length.  `mode` is PHX_GRAD_WRITE or PHX_GRAD_ADD.
- * dtype (PHX_F32 or PHX_BF16; a device refuses what it does not offer) is that of the `void` arrays: activations, their
- * gradients, and weights as the model reads them.  What is typed float is fp32 under any dtype: gradients of weights,
- * means, log-sum-exps, losses.  Sums are in fp32 or wider, rounded to dtype once, to nearest even (arXiv 1710.03740).
- * [main], asynchronous on the stream (inline on cpu); arrays are in the device's space unless the comment says host.
- * For a given shape, the bits of a result do not depend on pointers beyond their 256-byte alignment. */
+ * All matrices are row-major.  B sequences of T tokens, N = B * T rows, C channels, H heads, V vocabulary, Vp its
+ * padded row length.  `mode` is PHX_GRAD_WRITE or PHX_GRAD_ADD. dtype (PHX_F32 or PHX_BF16; a device refuses what it
+ * does not offer) is that of the `void` arrays: activations, their gradients, and weights as the model reads them. What
+ * is typed float is fp32 under any dtype: gradients of weights, means, log-sum-exps, losses.  Sums are in fp32 or
+ * wider, rounded to dtype once, to nearest even (arXiv 1710.03740). [main], asynchronous on the stream (inline on cpu);
+ * arrays are in the device's space unless the comment says host. For a given shape, the bits of a result do not depend
+ * on pointers beyond their 256-byte alignment. */
 #define PHX_EXT_OPS "phx.ops/1"
 typedef struct phx_ops {
   size_t struct_size;
@@ -79,9 +79,9 @@ typedef struct phx_ops {
    * logits are replaced in place by (softmax - onehot) * scale, and columns V..Vp-1 by 0.  No second copy. */
   phx_status (*cross_entropy)(void *ctx, int32_t dtype, void *logits, float *losses, const int32_t *targets, int64_t n,
                               int64_t v, int64_t vp, int32_t gradient, float scale, phx_stream *s, phx_error *err);
-  /* Decoupled weight decay (arXiv 1711.05101).  g' = g * scale; m, v as in the paper; bias corrections c1 = 1 - beta1^t,
-   * c2 = 1 - beta2^t are passed as fp32;  w -= lr * (m / c1 / (sqrt(v / c2) + eps) + decay * w).
-   * low (numel, low_dtype) or NULL: a rounded copy of the new weight.  Equal bits under any slicing. */
+  /* Decoupled weight decay (arXiv 1711.05101).  g' = g * scale; m, v as in the paper; bias corrections c1 = 1 -
+   * beta1^t, c2 = 1 - beta2^t are passed as fp32;  w -= lr * (m / c1 / (sqrt(v / c2) + eps) + decay * w). low (numel,
+   * low_dtype) or NULL: a rounded copy of the new weight.  Equal bits under any slicing. */
   phx_status (*adamw)(void *ctx, float *w, const float *g, float *m, float *v, void *low, int32_t low_dtype,
                       int64_t numel, float scale, float lr, float beta1, float beta2, float c1, float c2, float eps,
                       float decay, phx_stream *s, phx_error *err);
@@ -95,7 +95,8 @@ typedef struct phx_ops {
   phx_status (*mean)(void *ctx, double *out, const float *x, int64_t n, phx_stream *s, phx_error *err);
 } phx_ops;
 
-/* ==== device ======================================================================================================= */
+/* ==== device =======================================================================================================
+ */
 typedef struct phx_device_self phx_device_self;
 typedef struct phx_device_table {
   size_t struct_size;
@@ -116,7 +117,8 @@ typedef struct phx_device_table {
   int32_t (*count)(void);
 } phx_device_table;
 
-/* ==== communicator ================================================================================================= */
+/* ==== communicator =================================================================================================
+ */
 typedef struct phx_comm_table {
   size_t struct_size;
   phx_status (*probe)(phx_error *err); /* [main] pure */
@@ -128,12 +130,13 @@ typedef struct phx_comm_table {
    * peers can reach.  host offers "phx.job/1" and "phx.device/1". */
   phx_status (*create)(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out, phx_error *err);
   void (*destroy)(phx_comm *world); /* [main] also of all that was split off and not destroyed */
-  /* [main] this rank's arena, arena_bytes long, in the device's space; the core carves it for host->alloc(comm != NULL).
-   * NULL: it has none, and such memory comes from the device */
+  /* [main] this rank's arena, arena_bytes long, in the device's space; the core carves it for host->alloc(comm !=
+   * NULL). NULL: it has none, and such memory comes from the device */
   void *(*arena)(phx_comm *world);
 } phx_comm_table;
 
-/* ==== model ======================================================================================================== */
+/* ==== model ========================================================================================================
+ */
 typedef struct phx_batch_shape {
   size_t struct_size;
   int64_t micro;    /* sequences per micro-batch and rank (B) */

@@ -34,7 +34,8 @@ typedef struct phx_topology {
   /* Pure: payload bytes that `rank` of `size` moves for one call (see phx_comm_stats.bytes); numel as in the call.
    * root is for reduce and broadcast. */
   int64_t (*payload)(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
-  /* (n_stages) bytes of the tensor between a stage and the next for one micro-batch; 0 after the last.  [borrow:self] */
+  /* (n_stages) bytes of the tensor between a stage and the next for one micro-batch; 0 after the last.  [borrow:self]
+   */
   const int64_t *boundary_bytes;
 } phx_topology;
 
@@ -177,7 +178,8 @@ typedef struct phx_strategy_table {
                         const phx_view **out, phx_error *err);
   phx_status (*release)(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
                         phx_stream *stream, phx_error *err); /* [main][collective] */
-  phx_status (*finish_gradients)(phx_strategy *self, phx_error *err);  /* [main][collective] waits for what is in flight */
+  phx_status (*finish_gradients)(phx_strategy *self,
+                                 phx_error *err); /* [main][collective] waits for what is in flight */
   phx_status (*discard_gradients)(phx_strategy *self, phx_error *err); /* [main][collective] drops it: a skipped step */
   phx_status (*gradient_norm)(phx_strategy *self, const phx_accumulator *acc, phx_error *err); /* [main] */
   /* [main][collective] one ticket per owned slice, then weights whole where they are kept whole: that may go on beside

@@ -1,5 +1,5 @@
-/* tests/emulation/include/cuda_emulation.h - the language of CUDA kernels on top of C++17: the same .cu files run on the
- * processor: correctness only, no speed.
+/* tests/emulation/include/cuda_emulation.h - the language of CUDA kernels on top of C++17: the same .cu files run on
+ * the processor: correctness only, no speed.
  *
  * Blocks run one after the other; the threads of a block are fibers, so barriers, shuffles and votes work, and a
  * barrier that not all threads reach ends the program with a message.  Shared memory is filled with 0xFF (NaN) before

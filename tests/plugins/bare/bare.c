@@ -1,8 +1,9 @@
 /* bare.c - the barest strategy: what a training loop without a framework would do (tests and benchmarks only).
  *
- * World size 1, one micro-batch, every stage run, nothing reduced.  Weights (and masters, in bf16), gradients and states are whole and private; all views are
- * written once, at create, so that acquire hands out a pointer and release does nothing.  No communicator, no stream, no
- * event, no bucket.  What a strategy costs beyond this is its overhead (tests/bench).  The same bits as ddp at 1 rank. */
+ * World size 1, one micro-batch, every stage run, nothing reduced.  Weights (and masters, in bf16), gradients and
+ * states are whole and private; all views are written once, at create, so that acquire hands out a pointer and release
+ * does nothing.  No communicator, no stream, no event, no bucket.  What a strategy costs beyond this is its overhead
+ * (tests/bench).  The same bits as ddp at 1 rank. */
 #include <phalanx/kit.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,4 +1,5 @@
-/* far.c - the plugin "far": test only; see far.h.  The cpu device does the work, and is loaded from the build's folder. */
+/* far.c - the plugin "far": test only; see far.h.  The cpu device does the work, and is loaded from the build's folder.
+ */
 #include "far.h"
 
 #include <dlfcn.h>

@@ -1,8 +1,8 @@
 /* far.h - a device as a GPU looks from the host, without one: what the files of the plugin share.
  *
  * Memory    A device pointer is the real address plus FAR_AWAY, which no process can map: the CPU crashes on it.  Only
- *           the device's own work takes FAR_AWAY off.  An allocation ends at an unmapped page, and is unmapped when freed.
- * Streams   All of them, the compute stream (NULL) too, are threads; `delay` makes each wait when it wakes up.
+ *           the device's own work takes FAR_AWAY off.  An allocation ends at an unmapped page, and is unmapped when
+ * freed. Streams   All of them, the compute stream (NULL) too, are threads; `delay` makes each wait when it wakes up.
  * Checks    Free with work pending on the compute stream, leaks at destroy, foreign pointers, copies beyond an
  *           allocation or from memory that is not pinned: the first two end the process, since nothing could return
  *           them; the others are errors. */
@@ -88,7 +88,8 @@ void far_check_leaks(const phx_device_self *self);
 phx_status far_pin(void *ctx, void *p, int64_t bytes, phx_error *err);
 void far_unpin(void *ctx, void *p);
 int32_t far_space(void *ctx, const void *p);
-/* Is [p, p + bytes) inside one allocation of the device (or pinned)?  device: 1 must be, 0 must be pinned, -1 either. */
+/* Is [p, p + bytes) inside one allocation of the device (or pinned)?  device: 1 must be, 0 must be pinned, -1 either.
+ */
 phx_status far_check(phx_device_self *self, const char *who, const void *p, int64_t bytes, int32_t device,
                      phx_error *err);
 static inline void *far_near(const void *p) { return (void *)((uintptr_t)p & ~FAR_AWAY); }

@@ -28,7 +28,8 @@ static phx_status add(phx_device_self *self, const far_block *block, phx_error *
 }
 
 phx_status far_alloc(phx_device_self *self, int32_t space, int64_t bytes, void **out, phx_error *err) {
-  if (bytes <= 0 || bytes > INT64_MAX / 2) return far_fail(err, PHX_INVALID, "far: alloc of %lld bytes", (long long)bytes);
+  if (bytes <= 0 || bytes > INT64_MAX / 2)
+    return far_fail(err, PHX_INVALID, "far: alloc of %lld bytes", (long long)bytes);
   const size_t room = pages(bytes);
   char *map = mmap(NULL, room + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map == MAP_FAILED || mprotect(map + PAGE, room, PROT_READ | PROT_WRITE)) {

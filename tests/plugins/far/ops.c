@@ -1,7 +1,8 @@
 /* ops.c - the cpu device's operations, issued in stream order.
  *
  * One list of arguments per operation makes its record, its call and its run: P are arrays of the device, V is anything
- * else, H is pinned memory.  A bound that an operation oversteps is the allocation's: the next page cannot be touched. */
+ * else, H is pinned memory.  A bound that an operation oversteps is the allocation's: the next page cannot be touched.
+ */
 #include "far.h"
 
 #define FIELD(type, name) type name;

@@ -4,7 +4,8 @@
 typedef struct settings {
   int64_t spin;
 } settings;
-static const phx_option options[] = {PHX_INT(settings, spin, "100", 0, 10000, "us", 0, "Time to spin before sleeping.")};
+static const phx_option options[] = {
+    PHX_INT(settings, spin, "100", 0, 10000, "us", 0, "Time to spin before sleeping.")};
 
 static phx_status probe(phx_error *err) {
   (void)err;

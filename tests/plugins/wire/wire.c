@@ -1,13 +1,13 @@
 /* wire.c - shm on a pretended wire: every collective of the world takes payload / bandwidth longer, without the CPU.
  *
- * What it is for: "is communication hidden behind compute?" at two ranks and more, with real ranks and real data, so that
- * every strategy takes the path that it takes in earnest and its losses can be compared with shm's.  (At world size 1
- * strategies rightly skip collectives, and there is nothing to hide.)
+ * What it is for: "is communication hidden behind compute?" at two ranks and more, with real ranks and real data, so
+ * that every strategy takes the path that it takes in earnest and its losses can be compared with shm's.  (At world
+ * size 1 strategies rightly skip collectives, and there is nothing to hide.)
  *
  * A call on a stream is shm's own call, and behind it on the same stream a sleep of payload / bandwidth, payload being
- * the plan's formula for this rank; a call without a stream sleeps before it returns.  Calls on two streams do not share
- * the bandwidth.  Communicators that were split off (the core's losses and norms) are as fast as ever, and so are send,
- * recv and barrier.  bandwidth = 0: no wire, only shm.  One world per process. */
+ * the plan's formula for this rank; a call without a stream sleeps before it returns.  Calls on two streams do not
+ * share the bandwidth.  Communicators that were split off (the core's losses and norms) are as fast as ever, and so are
+ * send, recv and barrier.  bandwidth = 0: no wire, only shm.  One world per process. */
 #define phx_plugin_v1 shm_entry
 #include "shm.c"
 #undef phx_plugin_v1

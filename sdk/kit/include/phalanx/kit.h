@@ -46,7 +46,8 @@ phx_status phx_kit_after(const phx_kit_services *s, phx_event *event, phx_stream
 phx_status phx_kit_check_topology(const phx_topology *topology, phx_error *err);
 /* For one that keeps masters and casts what it reduces: fp32 and bf16, each. */
 phx_status phx_kit_check_precision(const phx_topology *topology, phx_error *err);
-/* Weights are low precision, and fp32 masters stand behind them (arXiv 1710.03740): what is updated, saved and hashed. */
+/* Weights are low precision, and fp32 masters stand behind them (arXiv 1710.03740): what is updated, saved and hashed.
+ */
 static inline bool phx_kit_masters(const phx_topology *t) {
   return t->compute_dtype != PHX_F32;
 }

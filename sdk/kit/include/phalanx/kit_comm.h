@@ -32,7 +32,8 @@ void phx_kit_job_failure(const phx_job *job, char *text, size_t size); /* what t
 int64_t phx_kit_now_ns(void); /* CLOCK_MONOTONIC */
 /* The number of the new record.  bytes: of this rank's buffer. */
 uint64_t phx_kit_flight_begin(const phx_job *job, const phx_kit_call *call, uint64_t sequence);
-void phx_kit_flight_started(const phx_job *job, uint64_t flight, int64_t now_ns); /* work that began later than its call */
+void phx_kit_flight_started(const phx_job *job, uint64_t flight,
+                            int64_t now_ns); /* work that began later than its call */
 void phx_kit_flight_end(const phx_job *job, uint64_t flight);
 
 #ifdef __cplusplus

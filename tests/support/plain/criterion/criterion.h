@@ -1,6 +1,6 @@
-/* tests/support/plain/criterion/criterion.h - stands in for Criterion under the thread sanitizer, whose address space has no
- * room for Criterion's arena.  The same test files; each test in a process of its own; the exit status says whether any failed,
- * and a report of the sanitizer is a failure.  Only what the tests use. */
+/* tests/support/plain/criterion/criterion.h - stands in for Criterion under the thread sanitizer, whose address space
+ * has no room for Criterion's arena.  The same test files; each test in a process of its own; the exit status says
+ * whether any failed, and a report of the sanitizer is a failure.  Only what the tests use. */
 #ifndef PHX__PLAIN_CRITERION_H
 #define PHX__PLAIN_CRITERION_H
 #include <math.h>
