@@ -1,7 +1,8 @@
 /* core/checked_file.c - see manifest.h: verified reading of a checkpoint's files.
  *
  * The bytes that are handed out are the very bytes that were hashed: they are copied out of the stream's buffer after
- * it was.  One thread per reader. */
+ * it was, or lie in the caller's memory, which nobody changes meanwhile.  After a failure nothing writes there.
+ * One thread per reader. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -46,20 +47,16 @@ void phx__checked_close(phx__checked_file *f) {
 /* The chunk, verified when it came; `until`: byte behind what is wanted next. */
 static phx_status load_chunk(phx__checked_file *f, const char *what, int64_t chunk, int64_t until,
                              const unsigned char **out, phx_error *err) {
+  phx__stream_data data;
   const int64_t at = chunk * PHX__CHUNK_BYTES, left = f->entry->bytes - at;
   const int64_t bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
   const int64_t last = f->in_order ? INT64_MAX : (until - 1) / PHX__CHUNK_BYTES;
-  const unsigned char *data = NULL;
-  bool held = false;
-  phx_status status = phx__stream_chunk(f->stream, &f->at, chunk, last, &data, &held, err);
+  phx_status status = phx__stream_chunk(f->stream, &f->at, chunk, last, &data, err);
   if (status) return status;
-  *out = data;
-  if (held) return PHX_OK;
-  const uint64_t sum = phx__chunk_sum(data, (size_t)bytes);
-  if (sum == f->entry->chunks[chunk]) return PHX_OK;
-  phx__stream_forget(f->stream, &f->at);
+  *out = data.bytes;
+  if (data.sum == f->entry->chunks[chunk]) return PHX_OK;
   return phx__fail(err, PHX_IO, "%s is damaged in bytes %" PRId64 " to %" PRId64 ", read for %s: their checksum is %016"
-                   PRIx64 " and should be %016" PRIx64, f->at.path, at, at + bytes - 1, what, sum,
+                   PRIx64 " and should be %016" PRIx64, f->at.path, at, at + bytes - 1, what, data.sum,
                    f->entry->chunks[chunk]);
 }
 
@@ -67,22 +64,28 @@ phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, 
                              int64_t ahead, phx_error *err) {
   if (at < 0 || bytes < 0 || at > f->entry->bytes || bytes > f->entry->bytes - at)
     return phx__fail(err, PHX_INTERNAL, "%s has no bytes %" PRId64 " to %" PRId64, f->at.path, at, at + bytes);
-  if (at != f->next) f->in_order = false;
+  const bool goes_on = at == f->next;
+  if (!goes_on) f->in_order = false;
   else if (at == f->until) f->in_order = true;
   f->next = at + bytes;
   f->until = f->next + ahead;
-  for (char *p = out; bytes > 0;) {
+  if (!goes_on || f->at.into.to + (at - f->at.into.at) != out) phx__stream_leave(f->stream, &f->at);
+  f->at.into.at = at;
+  f->at.into.bytes = f->in_place ? bytes + ahead : 0;
+  f->at.into.to = out;
+  phx_status status = PHX_OK;
+  for (unsigned char *p = out; bytes > 0 && !status;) {
     const int64_t inside = at % PHX__CHUNK_BYTES;
     const int64_t part = bytes < PHX__CHUNK_BYTES - inside ? bytes : PHX__CHUNK_BYTES - inside;
     const unsigned char *data = NULL;
-    phx_status status = load_chunk(f, what, at / PHX__CHUNK_BYTES, f->until, &data, err);
-    if (status) return status;
-    memcpy(p, data + inside, (size_t)part);
+    status = load_chunk(f, what, at / PHX__CHUNK_BYTES, f->until, &data, err);
+    if (!status && p != data + inside) memcpy(p, data + inside, (size_t)part);
     p += part;
     at += part;
     bytes -= part;
   }
-  return PHX_OK;
+  if (status) phx__stream_forget(f->stream, &f->at);
+  return status;
 }
 
 /* ---- a whole checkpoint ---- */
@@ -148,6 +151,7 @@ phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind
     phx_status status = open_file(r, s->file, &file, err);
     if (status) return status;
     phx__manifest_tensor_name(r->manifest, s->kind, s->index, s->unit, s->flat, s->first_block, name);
+    file->in_place = true;
     const int64_t behind = s->blocks - skip - part; /* of the slice: no more than `ahead` is wanted of it */
     status = phx__checked_read(file, name, out, part * BLOCK_BYTES, s->offset + skip * BLOCK_BYTES,
                                (ahead < behind ? ahead : behind) * BLOCK_BYTES, err);
@@ -164,6 +168,7 @@ phx_status phx__checkpoint_reader_private(phx__checkpoint_reader *r, const phx__
   phx__checked_file *file;
   phx_status status = open_file(r, slice->file, &file, err);
   if (status) return status;
+  file->in_place = true;
   return phx__checked_read(file, slice->name, out, slice->blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype),
                            slice->offset, 0, err);
 }

@@ -79,8 +79,10 @@ static bool can_run(const loading *l, uint32_t kind, const char *name, char *why
   for (size_t i = 0; i < l->n_found && !found; i++)
     if (l->found[i].kind == kind && strcmp(l->found[i].name, name) == 0) found = &l->found[i];
   if (!found) snprintf(why, bytes, "%s is not installed", name);
-  else if (phx__loader_open_file(kind, found->path, name, &plugin, &err))
+  else if (phx__loader_open_file(kind, found->path, name, &plugin, &err)) {
     snprintf(why, bytes, "%s cannot be loaded: %.180s", name, err.message);
+    if (err.code == PHX_NOMEM) phx__config_error(l->config->priv, NULL, "%s", err.message); /* not a choice, then */
+  }
   else if (phx__descriptor_probe(plugin->descriptor, &err))
     snprintf(why, bytes, "%s cannot run here: %.180s", name, err.message);
   else return true;

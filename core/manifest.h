@@ -156,6 +156,7 @@ typedef struct phx__checked_file {
   const phx__manifest_file *entry; /* [borrow:self] of the manifest */
   int64_t next, until;             /* byte after the last read, and after what it was part of */
   bool in_order;                   /* reads follow one another: the stream may go on behind them */
+  bool in_place;                   /* what is `ahead` belongs behind `out`: it may be read there already */
 } phx__checked_file;
 /* Also refuses a file of another size.  *out stays where it is; stream: one for reading, of any files. */
 phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, phx__stream *stream,
@@ -172,8 +173,8 @@ typedef struct phx__checkpoint_reader {
   phx__manifest *manifest;
   phx__checked_file *files; /* (n_files) */
   phx__stream *stream;
-  /* blocks that will be asked for behind those of the next call, which takes the number away; 0 is fine */
-  int64_t ahead;
+  int64_t ahead; /* blocks that will be asked for behind those of the next call, into the memory behind its, which
+                    takes the number away; 0 is fine */
 } phx__checkpoint_reader;
 phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader **out, phx_error *err);
 void phx__checkpoint_reader_close(phx__checkpoint_reader *r); /* NULL is fine */

@@ -3,15 +3,17 @@
  * A slot holds a chunk of a file, or the part of one that is there.  The bytes of a file lie in a slot at the same
  * place within 4096 as in the file, as direct I/O asks; parts of pages are moved with O_DIRECT off, and no page both
  * ways. Invariant: a slot that is BUSY belongs to a thread, any other to the caller; states change under the lock.
- * What it does not do: hash, flush, or retry what failed. */
+ * What is read to its final place is given out once: whoever asks again reads again, since it may have changed there.
+ * What it does not do: compare hashes, flush, or retry what failed. */
 #include "stream.h"
 
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#define XXH_STATIC_LINKING_ONLY
+#include <xxhash.h>
 
 #include "host.h"
 #include "status.h"
@@ -20,12 +22,14 @@
 enum { FREE, FILLING, QUEUED, BUSY, DONE };
 
 typedef struct slot {
-  unsigned char *data;
+  unsigned char *data;  /* its own */
+  unsigned char *place; /* where the file's bytes go: data, or the caller's memory */
   phx__stream_file *file;
   int64_t from, to; /* bytes of the file */
   uint64_t turn;    /* the least goes first */
   int state;
   bool write;
+  uint64_t sum;      /* with DONE */
   phx_status status; /* with DONE */
   phx_error error;
 } slot;
@@ -95,7 +99,7 @@ static phx_status get(slot *k, phx_error *err) {
   phx__stream_file *f = k->file;
   for (int64_t at = k->from; at < k->to;) {
     const int64_t bytes = f->direct ? rounded_up(k->to - at) : k->to - at; /* there is room behind the file's end */
-    const ssize_t n = phx__sys.pread(f->fd, k->data + (at - k->from), (size_t)bytes, at);
+    const ssize_t n = phx__sys.pread(f->fd, k->place + (at - k->from), (size_t)bytes, at);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && errno == EINVAL && f->direct) {
       say_buffered(f, errno);
@@ -107,6 +111,7 @@ static phx_status get(slot *k, phx_error *err) {
     at += n;
     if (f->direct && at < k->to && at % PHX__STREAM_ALIGN) give_up_direct(f);
   }
+  k->sum = XXH3_64bits(k->place, (size_t)(k->to - k->from));
   return PHX_OK;
 }
 
@@ -198,11 +203,11 @@ void phx__stream_destroy(phx__stream *s) {
   phx__free(s);
 }
 
-void phx__stream_forget(phx__stream *s, const phx__stream_file *file) {
+static void forget(phx__stream *s, const phx__stream_file *file, bool placed_only) {
   pthread_mutex_lock(&s->lock);
   for (int i = 0; i < s->n; i++) {
     slot *k = &s->slots[i];
-    if (k->file != file) continue;
+    if (k->file != file || (placed_only && k->place == k->data)) continue;
     while (k->state == BUSY) pthread_cond_wait(&s->done, &s->lock);
     k->state = FREE;
     k->file = NULL;
@@ -210,6 +215,9 @@ void phx__stream_forget(phx__stream *s, const phx__stream_file *file) {
   }
   pthread_mutex_unlock(&s->lock);
 }
+
+void phx__stream_forget(phx__stream *s, const phx__stream_file *file) { forget(s, file, false); }
+void phx__stream_leave(phx__stream *s, const phx__stream_file *file) { forget(s, file, true); }
 
 /* ---- writing ---- */
 static void submit(phx__stream *s) {
@@ -280,6 +288,13 @@ static slot *find(phx__stream *s, const phx__stream_file *file, int64_t chunk) {
   return NULL;
 }
 
+/* What was given out in its place is not here any more. */
+static void hand_over(slot *k) {
+  if (!k || k->place == k->data) return;
+  k->state = FREE;
+  k->file = NULL;
+}
+
 /* One that nobody waits for: neither given out nor one of the next chunks; or NULL. */
 static slot *spare(phx__stream *s, const phx__stream_file *file, int64_t chunk, int64_t last) {
   slot *found = NULL;
@@ -297,13 +312,17 @@ static void aim(slot *k, phx__stream_file *file, int64_t chunk) {
   k->file = file;
   k->from = chunk * PHX__STREAM_CHUNK;
   k->to = at_most(k->from + PHX__STREAM_CHUNK, file->bytes);
+  k->place = k->data;
+  const int64_t ahead = k->from - file->into.at;
+  if (!file->into.to || ahead < 0 || ahead + PHX__STREAM_CHUNK > file->into.bytes) return;
+  if ((uintptr_t)(file->into.to + ahead) % PHX__STREAM_ALIGN == 0) k->place = file->into.to + ahead;
 }
 
 phx_status phx__stream_chunk(phx__stream *s, phx__stream_file *file, int64_t chunk, int64_t last,
-                             const unsigned char **data, bool *held, phx_error *err) {
+                             phx__stream_data *out, phx_error *err) {
   pthread_mutex_lock(&s->lock);
   slot *k = find(s, file, chunk);
-  if (held) *held = k && k == s->current;
+  if (k != s->current) hand_over(s->current);
   s->current = NULL;
   last = at_most(at_most(last, chunk + s->n - 1), (file->bytes - 1) / PHX__STREAM_CHUNK);
   while (!k && !(k = spare(s, file, chunk, last))) pthread_cond_wait(&s->done, &s->lock);
@@ -328,6 +347,6 @@ phx_status phx__stream_chunk(phx__stream *s, phx__stream_file *file, int64_t chu
     s->current = NULL;
   }
   pthread_mutex_unlock(&s->lock);
-  *data = k->data;
+  *out = (phx__stream_data){k->place, k->sum};
   return status;
 }

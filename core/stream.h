@@ -1,5 +1,6 @@
 /* core/stream.h - files moved a chunk at a time through a few buffers, by threads of the stream's own, while the caller
- * hashes and copies; past the page cache (O_DIRECT) where the file system allows it.
+ * hashes and copies; past the page cache (O_DIRECT) where the file system allows it.  What is read is hashed by the
+ * thread that read it, and lies in its final place where that can be.
  *
  * A stream either writes one file or reads any number of files.  All calls from one thread; only pread, pwrite and
  * direct of phx__sys are called from the stream's own.  What fits one chunk is moved at once, without a thread. */
@@ -7,6 +8,7 @@
 #define PHX__STREAM_H
 #include <phalanx/base.h>
 #include <stdbool.h>
+#include <stdint.h>
 
 enum {
   PHX__STREAM_CHUNK = 1 << 20,
@@ -21,6 +23,10 @@ typedef struct phx__stream_file { /* the owner opens and closes it; stays where 
   char *path;    /* for messages */
   int64_t bytes; /* of the file */
   _Atomic bool direct; /* O_DIRECT is set; only the stream changes it */
+  struct { /* the caller's: bytes [at, at + bytes) belong at `to`; whole chunks of them are read to there */
+    int64_t at, bytes;
+    unsigned char *to;
+  } into;
 } phx__stream_file;
 /* Asks for O_DIRECT; a file system that has none is told of in the log (debug), and no failure. */
 void phx__stream_direct(phx__stream_file *file);
@@ -31,6 +37,8 @@ typedef struct phx__stream phx__stream;
 phx_status phx__stream_create(int64_t bytes, int threads, phx__stream **out, phx_error *err);
 /* Nothing of `file` is used any more. */
 void phx__stream_forget(phx__stream *s, const phx__stream_file *file);
+/* Nothing is read to file.into any more, and what was is not given out again. */
+void phx__stream_leave(phx__stream *s, const phx__stream_file *file);
 void phx__stream_destroy(phx__stream *s); /* NULL is fine; what was not drained may be unwritten */
 
 /* Copies the data, which is written some time before drain ends; in order is cheapest.  An error may be that of an
@@ -40,8 +48,12 @@ phx_status phx__stream_write(phx__stream *s, phx__stream_file *file, const void 
 /* All is written (not flushed).  From here on the file is without O_DIRECT. */
 phx_status phx__stream_drain(phx__stream *s, phx__stream_file *file, phx_error *err);
 
-/* A whole chunk; *data is valid until the next call.  Chunks up to `last` are read ahead, as far as there is room.
- * *held (may be NULL): it is the chunk that the call before gave out, unchanged. */
+typedef struct phx__stream_data {
+  const unsigned char *bytes; /* a buffer, or the place in file.into */
+  uint64_t sum;               /* XXH3-64 of the chunk */
+} phx__stream_data;
+/* A whole chunk; out->bytes is valid until the next call.  Chunks up to `last` are read ahead, as far as there is room,
+ * and to their place if file.into names one: it must stay until they were given out, or leave or forget was called. */
 phx_status phx__stream_chunk(phx__stream *s, phx__stream_file *file, int64_t chunk, int64_t last,
-                             const unsigned char **data, bool *held, phx_error *err);
+                             phx__stream_data *out, phx_error *err);
 #endif

@@ -243,18 +243,20 @@ static phx_status ddp_unmap(phx_strategy *self, const phx_slice *slice, int32_t 
   return PHX_OK;
 }
 
-/* The hash of `bytes` bytes of device memory, through the staging buffer. */
+/* The hash of `bytes` bytes of device memory, through the staging buffer where the CPU cannot read it. */
 static phx_status hash_memory(phx_strategy *self, const char *at, int64_t bytes, uint64_t *out, phx_error *err) {
   const phx_device *d = self->s.device;
   void *staging = self->plan.regions[STAGING].at;
+  bool near = (d->caps & PHX_DEVICE_HOST_MEMORY) != 0;
   uint64_t hash = 0;
-  for (int64_t done = 0; done < bytes; done += STAGING_BYTES) {
+  phx_status status = d->stream_synchronize(d->ctx, NULL, err);
+  for (int64_t done = 0; done < bytes && status == PHX_OK; done += STAGING_BYTES) {
     int64_t now = bytes - done < STAGING_BYTES ? bytes - done : STAGING_BYTES;
-    phx_status status = d->copy(d->ctx, staging, at + done, now, NULL, err);
-    if (status == PHX_OK) status = d->stream_synchronize(d->ctx, NULL, err);
-    if (status != PHX_OK) return status;
-    hash = phx_kit_hash(hash, staging, (size_t)now);
+    if (!near) status = d->copy(d->ctx, staging, at + done, now, NULL, err);
+    if (!near && status == PHX_OK) status = d->stream_synchronize(d->ctx, NULL, err);
+    if (status == PHX_OK) hash = phx_kit_hash(hash, near ? at + done : staging, (size_t)now);
   }
+  if (status != PHX_OK) return status;
   *out = hash;
   return PHX_OK;
 }
@@ -356,7 +358,8 @@ static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
   for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
     PHX_KIT_TRY(
         make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, r[GRADIENT].at, self->topology->optim_dtype[k], err));
-  if (r[GRADIENT].bytes > 0) PHX_KIT_TRY(d->zero(d->ctx, r[GRADIENT].at, r[GRADIENT].bytes, self->s.stream, err));
+  if (r[GRADIENT].bytes > 0 && self->s.comm->size > 1) /* states went through it */
+    PHX_KIT_TRY(d->zero(d->ctx, r[GRADIENT].at, r[GRADIENT].bytes, self->s.stream, err));
   PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
   return compare_replicas(self, "at start", err);
 done:

@@ -46,14 +46,23 @@ phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *s, float 
   return optim->update(optim->ctx, &t, scale, err);
 }
 
+static phx_status copy_part(const phx_kit_services *s, char *to, const char *from, int64_t at, int64_t end,
+                            phx_error *err) {
+  const phx_device *d = s->device;
+  return at < end ? d->copy(d->ctx, to + at, from + at, end - at, s->stream, err) : PHX_OK;
+}
+
 phx_status phx_kit_make_whole(const phx_kit_services *s, void *base, void *through, int64_t numel, int32_t dtype,
                               phx_error *err) {
-  const phx_device *d = s->device;
-  int64_t bytes = numel * (int64_t)phx_dtype_bytes(dtype), at = s->comm->rank * bytes;
+  int64_t bytes = numel * (int64_t)phx_dtype_bytes(dtype), at = s->comm->rank * bytes, all = s->comm->size * bytes;
   phx_status status = PHX_OK;
-  if (through != base) PHX_KIT_TRY(d->copy(d->ctx, (char *)through + at, (char *)base + at, bytes, s->stream, err));
+  if (s->comm->size == 1) return PHX_OK; /* it is everybody's */
+  if (through != base) PHX_KIT_TRY(copy_part(s, through, base, at, at + bytes, err));
   PHX_KIT_TRY(s->comm->all_gather(s->comm->ctx, (char *)through + at, through, numel, dtype, s->stream, err));
-  if (through != base) PHX_KIT_TRY(d->copy(d->ctx, base, through, bytes * s->comm->size, s->stream, err));
+  if (through != base) {
+    PHX_KIT_TRY(copy_part(s, base, through, 0, at, err));
+    PHX_KIT_TRY(copy_part(s, base, through, at + bytes, all, err));
+  }
 done:
   return status;
 }

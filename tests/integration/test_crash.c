@@ -133,7 +133,7 @@ static crash disturb(const char *dir, pid_t launcher, int wait_for_save) {
   const pid_t victim = c.all ? -launcher : a_rank(launcher);
   if (victim) kill(victim, SIGKILL);
   double last = now();
-  /* a loaded virtual machine's processor may stand still for 10 s and more, with whoever sleeps on it */
+  /* on a crowded virtual machine the launcher was seen to spend seconds inside the kernel's waitid */
   for (until = last + 60; waitpid(launcher, &status, WNOHANG) != launcher; usleep(500)) {
     if (now() - last > 1) until += now() - last; /* the machine slept, and the job with it */
     last = now();

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "stream.h"
+#include "safetensors.h"
 #include "sys.h"
 #include "temp_dir.h"
 
@@ -151,11 +151,16 @@ Test(stream, a_failed_write_is_told_and_nothing_follows) {
   }
 }
 
+static const unsigned char *place; /* of the last chunk */
+
 static void check_chunk(int64_t chunk, int64_t last) {
   const int64_t at = chunk * PHX__STREAM_CHUNK, left = ODD - at;
-  const unsigned char *data = NULL;
-  cr_assert_eq(phx__stream_chunk(stream, &file, chunk, last, &data, NULL, &err), PHX_OK, "%s", err.message);
-  cr_assert_eq(memcmp(data, wanted + at, (size_t)(left < PHX__STREAM_CHUNK ? left : PHX__STREAM_CHUNK)), 0);
+  const size_t bytes = (size_t)(left < PHX__STREAM_CHUNK ? left : PHX__STREAM_CHUNK);
+  phx__stream_data data;
+  cr_assert_eq(phx__stream_chunk(stream, &file, chunk, last, &data, &err), PHX_OK, "%s", err.message);
+  cr_assert_eq(memcmp(data.bytes, wanted + at, bytes), 0);
+  cr_assert_eq(data.sum, phx__chunk_sum(wanted + at, bytes));
+  place = data.bytes;
 }
 
 static void read_all(void) {
@@ -182,20 +187,54 @@ Test(stream, reads_in_order_and_out_of_it) {
   phx__stream_destroy(stream); /* with others on their way */
 }
 
+/* Whole chunks of [at, at + bytes) come to their place, others and what is not aligned to a buffer. */
+Test(stream, reads_to_their_place) {
+  enum { AT = PHX__STREAM_CHUNK / 2 / 4096 * 4096 + 4096, BYTES = 6 * PHX__STREAM_CHUNK };
+  unsigned char *memory = aligned_alloc(4096, BYTES + 8192);
+  cr_assert(memory && pwrite(file.fd, wanted, ODD, 0) == ODD);
+  begin(PHX__STREAM_READERS);
+  for (int off = 0; off < 2; off++) {
+    unsigned char *to = memory + 4096 + off * 256;
+    memset(memory, 0xa5, BYTES + 8192);
+    file.into.at = AT;
+    file.into.bytes = BYTES;
+    file.into.to = to;
+    for (int64_t c = 0; c <= 9; c++) {
+      check_chunk(c, 9);
+      const int64_t ahead = c * PHX__STREAM_CHUNK - AT;
+      const bool whole = ahead >= 0 && ahead + PHX__STREAM_CHUNK <= BYTES;
+      cr_assert_eq(place == to + ahead, whole && !off, "chunk %d", (int)c);
+    }
+    for (int64_t i = -4096; i < BYTES + 3584; i++)
+      if (off || i < PHX__STREAM_CHUNK - AT || i >= 6 * PHX__STREAM_CHUNK - AT)
+        cr_assert_eq(to[i], 0xa5, "byte %d", (int)i);
+    check_chunk(3, 3);
+    memset(memory, 0x5a, BYTES + 8192); /* given out once: after another chunk it is read again */
+    check_chunk(9, 9);
+    check_chunk(3, 9);
+    phx__stream_leave(stream, &file); /* with others on their way */
+    memset(memory, 0x5a, BYTES + 8192);
+    file.into.to = NULL;
+    for (int64_t c = 2; c < 6; c++) check_chunk(c, 9);
+  }
+  phx__stream_destroy(stream);
+  free(memory);
+}
+
 Test(stream, a_failed_read_is_of_its_chunk_only) {
-  const unsigned char *data;
+  phx__stream_data data;
   cr_assert_eq(pwrite(file.fd, wanted, ODD, 0), ODD);
   phx__sys.pread = failing_read;
   begin(PHX__STREAM_READERS);
   for (int64_t c = 0; c < 5; c++) check_chunk(c, 9);
-  cr_assert_eq(phx__stream_chunk(stream, &file, 5, 9, &data, NULL, &err), PHX_IO);
+  cr_assert_eq(phx__stream_chunk(stream, &file, 5, 9, &data, &err), PHX_IO);
   cr_assert(strstr(err.message, "Input/output error"), "%s", err.message);
   for (int64_t c = 6; c < 10; c++) check_chunk(c, 9);
   phx__sys = saved;
   check_chunk(5, 5);
   cr_assert_eq(ftruncate(file.fd, 2 * PHX__STREAM_CHUNK), 0);
   phx__stream_forget(stream, &file);
-  cr_assert_eq(phx__stream_chunk(stream, &file, 4, 4, &data, NULL, &err), PHX_IO);
+  cr_assert_eq(phx__stream_chunk(stream, &file, 4, 4, &data, &err), PHX_IO);
   cr_assert(strstr(err.message, "too early"), "%s", err.message);
   phx__stream_destroy(stream);
 }
