@@ -34,7 +34,8 @@ typedef struct record { /* from the child */
 static void look(const phx__found *found, record *out) {
   phx_error err = PHX_ERROR_INIT;
   const phx__plugin *plugin;
-  out->loaded = phx__loader_open_file(found->kind, found->path, found->name, &plugin, &err) == PHX_OK;
+  out->loaded = phx__loader_open_file(found->kind, found->path, found->name, &plugin, &err) == PHX_OK &&
+                phx__loader_identify(plugin, &err) == PHX_OK;
   if (out->loaded) {
     const phx_plugin *d = plugin->descriptor;
     out->abi_major = d->table_major;

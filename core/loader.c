@@ -112,7 +112,6 @@ static phx_status load(const char *path, uint32_t kind, const char *name, const 
   loaded_plugin *mine = phx__calloc(1, sizeof *mine);
   if (!mine) return phx__fail(err, PHX_NOMEM, "out of memory");
   PHX__TRY(phx__file_trusted(path, err));
-  PHX__TRY(phx__sha256_file(path, mine->plugin.sha256, err));
   PHX__TRY(ltdl_start(err));
   snprintf(dlopen_error, sizeof dlopen_error, "libltdl gives no reason");
   lt_dlhandle module = lt_dlopen(path);
@@ -175,8 +174,14 @@ static phx_status not_found(const char *search, uint32_t kind, const char *name,
   return status;
 }
 
-phx_status phx__loader_open(const char *search, uint32_t kind, const char *name, const phx__plugin **out,
-                            phx_error *err) {
+phx_status phx__loader_identify(const phx__plugin *plugin, phx_error *err) {
+  loaded_plugin *mine = loaded;
+  while (&mine->plugin != plugin) mine = mine->next; /* what callers hold is in the list */
+  return mine->plugin.sha256[0] ? PHX_OK : phx__sha256_file(mine->plugin.path, mine->plugin.sha256, err);
+}
+
+static phx_status find_and_open(const char *search, uint32_t kind, const char *name, const phx__plugin **out,
+                                phx_error *err) {
   phx__search where;
   char path[PATH_MAX + 128] = "";
   bool found = false;
@@ -192,4 +197,10 @@ phx_status phx__loader_open(const char *search, uint32_t kind, const char *name,
   }
   phx__search_close(&where);
   return found ? phx__loader_open_file(kind, path, name, out, err) : not_found(search, kind, name, err);
+}
+
+phx_status phx__loader_open(const char *search, uint32_t kind, const char *name, const phx__plugin **out,
+                            phx_error *err) {
+  const phx_status status = find_and_open(search, kind, name, out, err);
+  return status == PHX_OK ? phx__loader_identify(*out, err) : status;
 }

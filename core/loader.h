@@ -11,16 +11,18 @@
 typedef struct phx__plugin {
   const phx_plugin *descriptor;
   char path[4096];   /* real path */
-  char sha256[65];   /* of the file, hex */
+  char sha256[65];   /* of the file, hex; "" until it is identified */
 } phx__plugin;
 
 /* search: colon-separated directories of [plugins] path, or NULL.  name_or_path as above.  Loads and validates the
- * descriptor for this kind; the same file loaded twice gives the same plugin.  [static] */
+ * descriptor for this kind, and identifies the file; the same file loaded twice gives the same plugin.  [static] */
 phx_status phx__loader_open(const char *search, uint32_t kind, const char *name_or_path, const phx__plugin **out,
                             phx_error *err);
-/* One known file; name: what its id must be, or NULL.  [static] */
+/* One known file, not yet identified; name: what its id must be, or NULL.  [static] */
 phx_status phx__loader_open_file(uint32_t kind, const char *path, const char *name, const phx__plugin **out,
                                  phx_error *err);
+/* Fills sha256: for what is used or shown, not for what is only asked whether it can run (reading it takes time). */
+phx_status phx__loader_identify(const phx__plugin *plugin, phx_error *err);
 /* One file in the search path, for `phalanx plugins` and for "nearest name" hints. */
 typedef struct phx__found {
   uint32_t kind;

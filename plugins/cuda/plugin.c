@@ -154,9 +154,9 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   memcpy(&cuda->config, config, sizeof cuda->config);
   cuda->scratch_bytes = SCRATCH;
   phx_status status = choose_device(cuda, err);
+  if (status == PHX_OK) status = phx__cuda_products_begin(cuda, err);
   if (status == PHX_OK) status = describe(cuda, err);
   if (status == PHX_OK) status = phx__cuda_streams_begin(cuda, err);
-  if (status == PHX_OK) status = phx__cuda_products_begin(cuda, err);
   if (status == PHX_OK) status = phx__cuda_attention_begin(cuda, err);
   if (cuda->config.workspace < 0) cuda->config.workspace = cuda->cudnn ? WORKSPACE_CUDNN : WORKSPACE;
   if (status == PHX_OK) status = phx__cuda_bytes_in_use(cuda, &cuda->used_before, err);

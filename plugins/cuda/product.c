@@ -6,11 +6,61 @@
  * The heuristic is asked once for each key; the same key gives the same algorithm in every run on the same device and
  * version of the library.  Pointers enter by their alignment only (256 bytes where they have it).  With [run]
  * deterministic a split over k may reduce through the workspace only.
- * Epilogues that cuBLASLt has no algorithm for are remembered too: the caller then finishes with a kernel.  [main] */
+ * Epilogues that cuBLASLt has no algorithm for are remembered too: the caller then finishes with a kernel.
+ * The library is opened with the first device, not with the plugin: it is half a gigabyte, which `auto` would load on
+ * every machine only to hear that there is no driver.  [main] */
 #include <cublasLt.h>
+#include <dlfcn.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include "cuda.h"
+
+/* ---- the library ---- */
+#define LIBRARY_NAME(major) "libcublasLt.so." #major
+#define LIBRARY_NAME_OF(major) LIBRARY_NAME(major)
+#ifndef PHX__CUBLASLT /* a test build names its double */
+#define PHX__CUBLASLT LIBRARY_NAME_OF(CUBLAS_VER_MAJOR)
+#endif
+#define FUNCTIONS(X) \
+  X(Create) X(Destroy) X(GetVersion) X(GetStatusName) X(Matmul) X(MatmulAlgoGetHeuristic) X(MatmulDescCreate) \
+  X(MatmulDescDestroy) X(MatmulDescSetAttribute) X(MatmulPreferenceCreate) X(MatmulPreferenceDestroy) \
+  X(MatmulPreferenceSetAttribute) X(MatrixLayoutCreate) X(MatrixLayoutDestroy)
+#define FIELD(name) __typeof__(cublasLt##name) *name;
+static struct {
+  void *library; /* stays open: another device of this process finds it here */
+  FUNCTIONS(FIELD)
+} lt;
+#undef FIELD
+
+static int32_t find(const char *name, void *to) {
+  void *symbol = dlsym(lt.library, name);
+  memcpy(to, &symbol, sizeof symbol);
+  return symbol != NULL;
+}
+
+static phx_status open_library(phx__cuda *cuda, phx_error *err) {
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* a process may make devices in several threads */
+  phx_status status = PHX_OK;
+  pthread_mutex_lock(&lock);
+  if (!lt.library) {
+    lt.library = dlopen(PHX__CUBLASLT, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    if (!lt.library) {
+      const char *why = dlerror();
+      status = phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
+                              "cuBLASLt was not found (%s): install it with CUDA, or name its folder in LD_LIBRARY_PATH",
+                              why ? why : PHX__CUBLASLT);
+    }
+#define FIND(name) &find("cublasLt" #name, &lt.name)
+    else if (!(1 FUNCTIONS(FIND))) {
+      lt.library = NULL;
+      status = phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, PHX__CUBLASLT " lacks functions that this plugin needs");
+    }
+#undef FIND
+  }
+  pthread_mutex_unlock(&lock);
+  return status;
+}
 
 typedef struct key { /* no padding: compared as bytes */
   int32_t in_dtype, out_dtype, a_t, b_t, accumulate, epilogue, has_bias, has_aux;
@@ -34,24 +84,26 @@ struct phx__cuda_products {
 static phx_status check(const phx__cuda *cuda, cublasStatus_t status, const char *what, phx_error *err) {
   if (status == CUBLAS_STATUS_SUCCESS) return PHX_OK;
   const phx_status code = status == CUBLAS_STATUS_ALLOC_FAILED ? PHX_NOMEM : PHX_DEVICE;
-  phx__cuda_fail(cuda, err, code, "%s: cuBLASLt: %s (%d)", what, cublasLtGetStatusName(status), (int)status);
+  phx__cuda_fail(cuda, err, code, "%s: cuBLASLt: %s (%d)", what, lt.GetStatusName(status), (int)status);
   if (err) err->cause = (int32_t)status;
   return code;
 }
 
-int64_t phx__cuda_products_version(void) { return (int64_t)cublasLtGetVersion(); }
+int64_t phx__cuda_products_version(void) { return (int64_t)lt.GetVersion(); }
 
 phx_status phx__cuda_products_begin(phx__cuda *cuda, phx_error *err) {
+  const phx_status status = open_library(cuda, err);
+  if (status != PHX_OK) return status;
   cuda->products = calloc(1, sizeof *cuda->products);
   if (!cuda->products) return phx__cuda_fail(cuda, err, PHX_NOMEM, "no memory for the products");
-  return check(cuda, cublasLtCreate(&cuda->products->handle), "cublasLtCreate", err);
+  return check(cuda, lt.Create(&cuda->products->handle), "cublasLtCreate", err);
 }
 
 static void entry_free(entry *e) {
-  if (e->desc) (void)cublasLtMatmulDescDestroy(e->desc);
-  if (e->a) (void)cublasLtMatrixLayoutDestroy(e->a);
-  if (e->b) (void)cublasLtMatrixLayoutDestroy(e->b);
-  if (e->c) (void)cublasLtMatrixLayoutDestroy(e->c);
+  if (e->desc) (void)lt.MatmulDescDestroy(e->desc);
+  if (e->a) (void)lt.MatrixLayoutDestroy(e->a);
+  if (e->b) (void)lt.MatrixLayoutDestroy(e->b);
+  if (e->c) (void)lt.MatrixLayoutDestroy(e->c);
   free(e);
 }
 
@@ -60,7 +112,7 @@ void phx__cuda_products_end(phx__cuda *cuda) {
   if (!p) return;
   for (int32_t i = 0; i < p->n; i++) entry_free(p->entries[i]);
   free(p->entries);
-  if (p->handle) (void)cublasLtDestroy(p->handle);
+  if (p->handle) (void)lt.Destroy(p->handle);
   free(p);
   cuda->products = NULL;
 }
@@ -101,9 +153,9 @@ static cudaDataType_t type_of(int32_t dtype) { return dtype == PHX_BF16 ? CUDA_R
 static cublasStatus_t set_pointers(const entry *e, const phx__cuda_product *p) {
   cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
   if (p->bias)
-    status = cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
+    status = lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
   if (p->aux && status == CUBLAS_STATUS_SUCCESS)
-    status = cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux, sizeof p->aux);
+    status = lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux, sizeof p->aux);
   return status;
 }
 
@@ -115,17 +167,17 @@ static cublasStatus_t describe(const phx__cuda *cuda, entry *e) {
   const cublasLtEpilogue_t epilogue = epilogue_of(k);
   const cudaDataType_t in = type_of(k->in_dtype), out = type_of(k->out_dtype);
   const uint64_t n = (uint64_t)k->n, m = (uint64_t)k->m, depth = (uint64_t)k->k;
-  cublasStatus_t status = cublasLtMatmulDescCreate(&e->desc, compute, CUDA_R_32F);
+  cublasStatus_t status = lt.MatmulDescCreate(&e->desc, compute, CUDA_R_32F);
 #define NEXT(call) \
   if (status == CUBLAS_STATUS_SUCCESS) status = call
-  NEXT(cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
-  NEXT(cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
-  NEXT(cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+  NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
+  NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
+  NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
   if (k->has_aux)
-    NEXT(cublasLtMatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &k->n, sizeof k->n));
-  NEXT(cublasLtMatrixLayoutCreate(&e->a, in, k->b_t ? depth : n, k->b_t ? n : depth, k->ldb));
-  NEXT(cublasLtMatrixLayoutCreate(&e->b, in, k->a_t ? m : depth, k->a_t ? depth : m, k->lda));
-  NEXT(cublasLtMatrixLayoutCreate(&e->c, out, n, m, k->ldc));
+    NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &k->n, sizeof k->n));
+  NEXT(lt.MatrixLayoutCreate(&e->a, in, k->b_t ? depth : n, k->b_t ? n : depth, k->ldb));
+  NEXT(lt.MatrixLayoutCreate(&e->b, in, k->a_t ? m : depth, k->a_t ? depth : m, k->lda));
+  NEXT(lt.MatrixLayoutCreate(&e->c, out, n, m, k->ldc));
 #undef NEXT
   return status;
 }
@@ -140,21 +192,21 @@ static cublasStatus_t ask(const phx__cuda *cuda, entry *e) {
   const cublasLtMatmulPreferenceAttributes_t sides[] = {
       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-  cublasStatus_t status = cublasLtMatmulPreferenceCreate(&wish);
+  cublasStatus_t status = lt.MatmulPreferenceCreate(&wish);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  status = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+  status = lt.MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                                                 sizeof workspace);
   for (int i = 0; i < 4 && status == CUBLAS_STATUS_SUCCESS; i++)
-    status = cublasLtMatmulPreferenceSetAttribute(wish, sides[i], &alignment, sizeof alignment);
+    status = lt.MatmulPreferenceSetAttribute(wish, sides[i], &alignment, sizeof alignment);
   if (cuda->host->deterministic && status == CUBLAS_STATUS_SUCCESS)
-    status = cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+    status = lt.MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
                                                   sizeof schemes);
   if (status == CUBLAS_STATUS_SUCCESS) {
-    status = cublasLtMatmulAlgoGetHeuristic(cuda->products->handle, e->desc, e->a, e->b, e->c, e->c, wish, 1, &result,
+    status = lt.MatmulAlgoGetHeuristic(cuda->products->handle, e->desc, e->a, e->b, e->c, e->c, wish, 1, &result,
                                             &found);
     if (status == CUBLAS_STATUS_NOT_SUPPORTED) status = CUBLAS_STATUS_SUCCESS, found = 0;
   }
-  (void)cublasLtMatmulPreferenceDestroy(wish);
+  (void)lt.MatmulPreferenceDestroy(wish);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
   e->known = 1;
   e->works = found > 0 && result.state == CUBLAS_STATUS_SUCCESS;
@@ -212,7 +264,7 @@ phx_status phx__cuda_product_run(phx__cuda *cuda, const phx__cuda_product *p, cu
   if (status != PHX_OK) return status;
   void *workspace = (char *)scratch + cuda->scratch_bytes;
   status = check(cuda,
-                 cublasLtMatmul(cuda->products->handle, e->desc, &one, p->b, e->a, p->a, e->b, &beta, p->c, e->c, p->c,
+                 lt.Matmul(cuda->products->handle, e->desc, &one, p->b, e->a, p->a, e->b, &beta, p->c, e->c, p->c,
                                 e->c, &e->algo, workspace, (size_t)cuda->config.workspace, s),
                  what, err);
   if (status == PHX_OK) *done = 1;
