@@ -32,28 +32,20 @@ static phx_status fits_optimizer(const char *path, const phx__manifest *m, const
                    m->optimizer, now.name);
 }
 
-static phx_status fits_data(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,
-                            phx_error *err) {
-  const int64_t micro = p->shape.micro, accumulate = p->topology.accumulate, ranks = p->layout.data_size;
-  const int64_t batch = micro * accumulate * ranks;
-  if (m->data_seed != (uint64_t)c->s.run.seed || m->generator_seed != m->data_seed)
-    return phx__fail(err, PHX_INVALID,
-                     "%s was saved with run.seed = %" PRIu64 ", and this run has %" PRId64
-                     ": the samples would come in another order",
-                     path, m->data_seed, c->s.run.seed);
-  if (m->samples % batch == 0) return PHX_OK;
+/* Any batch goes on from any sample; only their order must be the one before, once any was read. */
+static phx_status fits_data(const char *path, const phx__manifest *m, const phx__config *c, phx_error *err) {
+  if (m->samples == 0 || (m->data_seed == (uint64_t)c->s.run.seed && m->generator_seed == m->data_seed)) return PHX_OK;
   return phx__fail(err, PHX_INVALID,
-                   "%s has consumed %" PRId64 " sequences, and a step of this run takes micro x accumulate x ranks = "
-                   "%" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64 ": %" PRId64 " / %" PRId64
-                   " is not whole; choose a batch that divides it",
-                   path, m->samples, micro, accumulate, ranks, batch, m->samples, batch);
+                   "%s was saved with run.seed = %" PRIu64 ", and this run has %" PRId64
+                   ": the samples would come in another order",
+                   path, m->data_seed, c->s.run.seed);
 }
 
 static phx_status fits(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,
                        phx_error *err) {
   phx_status status = phx__manifest_match(path, m, p->model, err);
   if (!status) status = fits_optimizer(path, m, &c->s, err);
-  if (!status) status = fits_data(path, m, c, p, err);
+  if (!status) status = fits_data(path, m, c, err);
   if (!status && m->step > c->s.run.steps)
     status = phx__fail(err, PHX_INVALID, "%s is of step %" PRId64 ", and this run ends at run.steps = %" PRId64, path,
                        m->step, c->s.run.steps);

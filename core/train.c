@@ -239,13 +239,8 @@ static phx_status finish(run *r, phx_error *err) {
 }
 
 /* ---- checkpoints ---- */
-static int64_t global_batch(const phx__prepared *p) {
-  return p->shape.micro * p->topology.accumulate * p->layout.data_size;
-}
-
 static phx_status save(run *r, bool last, phx_error *err) {
-  const phx__position at = {.step = r->step,
-                            .samples = (r->step + r->engine->batch_ahead) * global_batch(r->rt->prepared)};
+  const phx__position at = {.step = r->step, .samples = phx__engine_samples(r->engine, r->step)};
   return phx__checkpoints_save(&r->checkpoints, &at, last, err);
 }
 
@@ -311,6 +306,17 @@ static phx_status open_run(run *r, phx_error *err) {
   return status;
 }
 
+/* Another batch than before: no sequence is read twice, and none is left out. */
+static void say_position(const run *r) {
+  const int64_t batch = phx__engine_samples(r->engine, 1) - phx__engine_samples(r->engine, 0);
+  if (r->resumed.at.samples % batch == 0)
+    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
+                         r->resumed.at.samples / batch, batch);
+  else
+    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from sequence %" PRId64 ", %" PRId64 " a step",
+                         r->resumed.at.samples, batch);
+}
+
 /* The state: of a checkpoint, or the initial one. */
 static phx_status begin_state(run *r, phx_error *err) {
   if (!r->asked) return phx__runtime_initialise(r->rt, err);
@@ -318,11 +324,9 @@ static phx_status begin_state(run *r, phx_error *err) {
   if (status == PHX_INVALID || status == PHX_UNSUPPORTED) r->failed_exit = PHX__EXIT_REFUSED;
   if (status == PHX_IO) r->failed_exit = PHX__EXIT_DAMAGED;
   if (status) return status;
-  r->engine->batch_ahead = r->resumed.at.samples / global_batch(r->rt->prepared) - r->resumed.at.step;
   r->step = r->resumed.at.step;
-  if (r->engine->batch_ahead)
-    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
-                         r->step + r->engine->batch_ahead, global_batch(r->rt->prepared));
+  r->engine->samples_ahead = r->resumed.at.samples - phx__engine_samples(r->engine, r->step);
+  if (r->engine->samples_ahead) say_position(r);
   if (r->step == r->config->s.run.steps)
     phx__checkpoints_say(r->job->rank, PHX_LOG_WARN,
                          "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
