@@ -181,6 +181,31 @@ Test(checkpoint, ranks_come_and_go, .timeout = 60) {
   command_remove_dir(dir);
 }
 
+/* What was trained elsewhere begins here: any seed, any optimizer, and the weights that it had. */
+Test(checkpoint, an_import_continues, .timeout = 60) {
+  static const char *const ways[] = {"", "--strategy zero --set zero.stage=3 --set optimizer.name=sgd"};
+  char *dir = command_temp_dir();
+  training_files(dir, tiny_model);
+  TRAIN(dir, "-n 2 --set run.steps=3 --set checkpoint.every=3 --set data.valid=valid.bin");
+  cJSON *json = training_json(dir, "out/run.json");
+  const double loss = training_get(json, "result.valid_loss")->valuedouble;
+  cJSON_Delete(json);
+  expect(phalanx(dir, "checkpoint export out hf"), 0, NULL);
+  expect(phalanx(dir, "checkpoint import hf -o new"), 0, NULL);
+  for (int i = 0; i < 2; i++) {
+    TRAIN(dir, "-n 2 %s --set run.out=on%d --set run.seed=7 --set optimizer.lr=0 --set run.steps=1 --resume new "
+               "--set data.valid=valid.bin --set checkpoint.every=1", ways[i], i);
+    char name[32];
+    snprintf(name, sizeof name, "on%d/run.json", i);
+    json = training_json(dir, name);
+    cr_assert_eq(training_get(json, "result.valid_loss")->valuedouble, loss, "%s", ways[i]);
+    cJSON_Delete(json);
+  }
+  expect(phalanx(dir, "checkpoint diff out on1 --weights"), 0, "equal");
+  expect(phalanx(dir, "checkpoint verify on1"), 0, "whole");
+  command_remove_dir(dir);
+}
+
 /* ---- any to any ---- */
 Test(checkpoint, matrix, .timeout = 400) {
   static const char *const strategies[] = {"ddp",
