@@ -279,6 +279,29 @@ static void change_byte(const char *dir, const char *name, long at) {
   fclose(f);
 }
 
+/* Every name below dir, and the content of every file. */
+static char *tree_of(const char *dir) {
+  command_result r = command_run(
+      dir, 60, (const char *const[]){"/bin/sh", "-c", "find . | sort; find . -type f -exec cksum {} + | sort", NULL});
+  cr_assert_eq(r.status, 0, "%s", r.out);
+  return r.out;
+}
+
+/* Exit status 4: in place, beside, and over an earlier run, everything is as it was. */
+static void check_untouched(const char *dir) {
+  static const char *const outs[] = {"out", "new/run", "other"};
+  for (int ranks = 1; ranks <= 2; ranks++)
+    for (int i = ranks == 1 ? 2 : 0; i < 3; i++) {
+      char *before = tree_of(dir);
+      expect(phalanx(dir, "train run.ini -n %d --set optimizer.lr=1e-3 --set run.out=%s "
+                          "--resume out/checkpoints/step-00000020", ranks, outs[i]), 4, "rank-00001.safetensors");
+      char *after = tree_of(dir);
+      cr_assert_str_eq(before, after, "%d ranks, run.out = %s", ranks, outs[i]);
+      free(before);
+      free(after);
+    }
+}
+
 Test(checkpoint, damage_falls_back, .timeout = 120) {
   char *dir = command_temp_dir(), whole[40], again[40];
   training_files(dir, tiny_model);
@@ -290,7 +313,8 @@ Test(checkpoint, damage_falls_back, .timeout = 120) {
   char gone[512];
   snprintf(gone, sizeof gone, "%s/out/checkpoints/step-00000010/rank-00000.safetensors", dir);
   cr_assert_eq(remove(gone), 0);
-  expect(phalanx(dir, "train run.ini -n 2 --resume out/checkpoints/step-00000020"), 4, "rank-00001.safetensors");
+  TRAIN(dir, "-n 2 --set run.steps=1 --set run.out=other");
+  check_untouched(dir);
   outcome r = phalanx(dir, "train run.ini -n 2 --strategy fsdp --set checkpoint.every=5 --resume");
   cr_assert_eq(r.status, 0, "%s", r.out);
   cr_assert(strstr(r.out, "step-00000020/rank-00001.safetensors") && strstr(r.out, "step-00000015/manifest.json") &&
