@@ -308,6 +308,7 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
     status = r->asked && r->resume.continues ? phx__run_dir_resume(r->config, err)
                                              : phx__run_dir_create(r->config, err);
+  if (!status && r->job->local_size != r->job->size) status = phx__run_dir_shared(r->config, r->job, err);
   return status;
 }
 
@@ -386,6 +387,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__free(r.step_seconds);
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
+  if (r.job) phx__job_leave(r.job);
   if (!status) return PHX__EXIT_OK;
   return r.failed_exit;
 }
