@@ -2,8 +2,8 @@
  *
  * What it is for: phx.job/1 for communicators, and the few meetings of all ranks before anything is allocated.
  * What it does not do: start ranks (launcher.c), collectives on data (the communicator plugins).
- * On one machine all ranks map one segment.  On several, each process has one of its own, and the ranks meet in the store
- * (tcp_store.c); of other ranks' pages it then holds only what the store's thread writes there: who failed, and why.
+ * On one machine all ranks map one segment.  On several, each process has one of its own, and the ranks meet in the
+ * store (tcp_store.c); of other ranks' pages it then holds only what the store's thread writes: who failed, and why.
  * Invariant: one job per process, until the process ends.  On one machine a liveness page is written by its rank only;
  * the first failure's message stays, later ones are dropped.
  * Threads: [main]; fail() is [any], and safe in a signal handler. */
@@ -80,8 +80,8 @@ static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **b
   void *found[PHX_RANKS_MAX];
   if (job->store)
     return phx__fail(err, PHX_UNSUPPORTED,
-                     "shared memory '%s': the ranks are on several machines; choose a [comm] plugin that joins machines, "
-                     "such as nccl", name);
+                     "shared memory '%s': the ranks are on several machines; choose a [comm] plugin that joins "
+                     "machines, such as nccl", name);
   phx_status status = phx__segment_share(&job->member, name, bytes, found, err);
   if (status == PHX_OK) memcpy(bases, found, (size_t)job->shown.size * sizeof *found);
   return status;
@@ -152,7 +152,16 @@ static phx_status meet_in_store(struct job *job, const phx__identity *me, double
                                   .timeout_s = timeout_s,
                                   .failed = job_failed,
                                   .ctx = job};
-  return phx__store_open(&place, &job->store, err);
+  phx_status status = phx__store_open(&place, &job->store, err);
+  int32_t pid = (int32_t)getpid(), pids[PHX_RANKS_MAX];
+  if (status == PHX_OK) status = phx__store_exchange(job->store, "processes", &pid, sizeof pid, pids, err);
+  /* of what they do, their pages say nothing here: start_ns stays 0 */
+  for (int32_t r = 0; r < me->size && status == PHX_OK; r++) {
+    int32_t not_come = 0;
+    __atomic_store_n(&job->pages[r]->pid, pids[r], __ATOMIC_RELEASE);
+    __atomic_compare_exchange_n(&job->pages[r]->state, &not_come, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  }
+  return status;
 }
 
 phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) {
@@ -196,6 +205,7 @@ phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) 
   return PHX_OK;
 done:
   if (job) {
+    phx__store_close(job->store);
     phx__segment_unmap(job->member.segment);
     if (fd >= 0 && me.by != PHX__BY_PHALANX) phx__sys.close(fd);
   }

@@ -42,7 +42,8 @@ static phx_status read_local(phx__identity *me, const char *rank, const char *si
 static bool first_host(const char *list, char *out, size_t bytes) {
   size_t n = strcspn(list, "[,");
   int used = snprintf(out, bytes, "%.*s", (int)n, list);
-  if (list[n] == '[') used = snprintf(out, bytes, "%.*s%.*s", (int)n, list, (int)strcspn(list + n + 1, "-,]"), list + n + 1);
+  const char *in = list + n + 1; /* behind the bracket */
+  if (list[n] == '[') used = snprintf(out, bytes, "%.*s%.*s", (int)n, list, (int)strcspn(in, "-,]"), in);
   return used > 0 && (size_t)used < bytes;
 }
 
@@ -157,8 +158,9 @@ static phx_status read_srun_local(phx__identity *me, phx_error *err) {
   PHX__TRY(read_number("SLURM_NODEID", 0, hosts - 1, &node, err));
   me->local_size = list ? tasks_of_node(list, node) : 0;
   if (me->local_size < 1 || me->local_size > me->size)
-    status = phx__fail(err, PHX_INVALID, "the environment has SLURM_STEP_TASKS_PER_NODE=%s, which does not say how many "
-                       "of %d ranks node %d has", list ? list : "(nothing)", me->size, node);
+    status = phx__fail(err, PHX_INVALID,
+                       "the environment has SLURM_STEP_TASKS_PER_NODE=%s, which does not say how many of %d ranks "
+                       "node %d has", list ? list : "(nothing)", me->size, node);
 done:
   return status;
 }

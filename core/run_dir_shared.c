@@ -1,8 +1,8 @@
 /* core/run_dir_shared.c - do the ranks of several machines see the same run directory?
  *
- * Checkpoints and weights are written by all ranks into one directory.  Where each machine has one of its own, the files
- * would be incomplete without anybody noticing: rank 0 makes a file with a random name, and the others must find it.
- * A network file system may show it a little later.  [main] */
+ * Checkpoints and weights are written by all ranks into one directory.  Where each machine has one of its own, the
+ * files would be incomplete without anybody noticing: rank 0 makes a file with a random name, and the others must find
+ * it.  A network file system may show it a little later.  [main] */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -52,7 +52,7 @@ phx_status phx__run_dir_shared(const phx__config *config, const phx_job *job, ph
   for (int32_t r = 0; r < job->size && !status; r++)
     if (!all[r])
       status = phx__fail(err, PHX_INVALID,
-                         "rank %d does not see what rank 0 writes in run.out = %s: ranks on several machines need a run "
-                         "directory on a file system that all of them share", r, config->s.run.out);
+                         "rank %d does not see what rank 0 writes in run.out = %s: ranks on several machines need a "
+                         "run directory on a file system that all of them share", r, config->s.run.out);
   return status;
 }

@@ -1,7 +1,7 @@
 /* core/tcp_store.c - see tcp_store.h: a rank's side of the store.
  *
  * [main] finds rank 0, says who it is and waits until all are there; then a thread reads whatever the store sends, so
- * that a failure elsewhere is known at once.  Rank 0 has a connection like everybody's, to the server in its own process.
+ * that a failure elsewhere is known at once.  Rank 0 has a connection like everybody's, to the server in its process.
  * Invariant: one exchange is under way at a time; its result is written by the thread to where [main] waits for it.
  * Waiting: every wait has a deadline, later than the server's, which knows who is absent; this one is for a server that
  * does not answer.  Time in which this process was suspended does not count.

@@ -1,7 +1,7 @@
 /* core/tcp_store.h - where the ranks of a job on several machines meet: a small store at rank 0, over TCP.
  *
- * Every rank has one connection to it, which stays open: whoever dies is noticed by it.  A barrier is an exchange of one
- * byte.  What travels is neither secret nor signed: the network is trusted, as with MPI, NCCL and torchrun. */
+ * Every rank has one connection to it, which stays open: whoever dies is noticed by it.  A barrier is an exchange of
+ * one byte.  What travels is neither secret nor signed: the network is trusted, as with MPI, NCCL and torchrun. */
 #ifndef PHX__TCP_STORE_H
 #define PHX__TCP_STORE_H
 #include <phalanx/job.h>
@@ -29,6 +29,6 @@ phx_status phx__store_exchange(phx__store *store, const char *name, const void *
 void phx__store_fail(phx__store *store, const char *message);
 /* "rank 3 (node7, 10.0.0.7, pid 123)"; [any] */
 void phx__store_who(const phx__store *store, int32_t rank, char *text, size_t bytes);
-/* [main] leaves.  Rank 0 stays until the others have left too, or know of the failure; within the timeout.  NULL: fine. */
+/* [main] leaves; NULL is fine.  Rank 0 stays until the others have left too, or know of the failure, or the timeout. */
 void phx__store_close(phx__store *store);
 #endif

@@ -92,7 +92,8 @@ static void fail_absent(phx__store_server *s, bool at_start) {
     snprintf(more, sizeof more, "; that address is this machine's own: others cannot reach it");
   if (at_start)
     fail(s, who, "%s %s never came to %s within %g s, %d of %d are here: do they run, and with this MASTER_ADDR and "
-         "MASTER_PORT?%s", n == 1 ? "rank" : "ranks", list, s->address, s->place.timeout_s, s->come, s->place.size, more);
+         "MASTER_PORT?%s", n == 1 ? "rank" : "ranks", list, s->address, s->place.timeout_s, s->come, s->place.size,
+         more);
   else
     fail(s, who, "%s %s did not come to '%s' within %g s", n == 1 ? "rank" : "ranks", list, s->name,
          s->place.timeout_s);

@@ -1,4 +1,5 @@
-/* Runs on two machines: network namespaces of this one, joined by a pair of virtual interfaces, 10.77.0.1 and 10.77.0.2.
+/* Runs on two machines: network namespaces of this one, joined by a pair of virtual interfaces, 10.77.0.1 and
+ * 10.77.0.2.
  *
  * The ranks are started as torchrun would, the device is the emulated cuda, the communicator plugins/nccl on its double
  * (whose bytes move in a file; what travels between the machines is what the store carries).  The namespaces belong to
@@ -19,12 +20,13 @@
 #include "root.h"
 #include "training.h"
 
-enum { MACHINES = 2, EACH = 2, RANKS = MACHINES * EACH, ADDED = 16 };
+enum { MACHINES = 2, RANKS_MAX = 4 };
 
 typedef struct world {
   char *dir;
   pid_t holders[MACHINES]; /* whose network namespaces are the machines */
-  pid_t ranks[RANKS];
+  pid_t pids[RANKS_MAX];
+  int each, ranks; /* on a machine, and together */
   int runs;
   char why[200]; /* it cannot be done here */
 } world;
@@ -62,9 +64,11 @@ static void ip(world *w, int machine, const char *what) {
   if (system(command) != 0) snprintf(w->why, sizeof w->why, "cannot be done here: ip %.100s", what);
 }
 
-static void open_world(world *w) {
+static void open_world(world *w, int each) {
   char command[300];
   memset(w, 0, sizeof *w);
+  w->each = each;
+  w->ranks = each * MACHINES;
   if (geteuid() != 0) cr_skip_test("two network namespaces need root");
   for (int m = 0; m < MACHINES; m++) w->holders[m] = hold_namespace(w);
   snprintf(command, sizeof command, "link add phx0 type veth peer name phx0 netns %d", (int)w->holders[1]);
@@ -88,22 +92,22 @@ static void open_world(world *w) {
 }
 
 static void close_world(world *w) {
-  for (int r = 0; r < RANKS; r++)
-    if (w->ranks[r] > 0) kill(w->ranks[r], SIGKILL), waitpid(w->ranks[r], NULL, 0);
+  for (int r = 0; r < w->ranks; r++)
+    if (w->pids[r] > 0) kill(w->pids[r], SIGKILL), waitpid(w->pids[r], NULL, 0);
   for (int m = 0; m < MACHINES; m++) kill(w->holders[m], SIGKILL), waitpid(w->holders[m], NULL, 0);
   command_remove_dir(w->dir);
 }
 
 /* ---- ranks ---- */
-/* argv of a run of 4 ranks on the emulated device; the double's memory is this run's own. */
+/* argv of a run on the emulated device; the double's memory is this run's own. */
 static const char **command(world *w, const char *const *more) {
   static const char *argv[64];
   static char plugins[300];
   int n = 0;
   snprintf(plugins, sizeof plugins, "plugins.path=%s/plugins", w->dir);
-  const char *const always[] = {"phalanx", "train", "run.ini", "-n", "4", "--set", "device.plugin=cuda", "--set",
-                                "comm.plugin=nccl_double", "--set", "cuda.share=yes", "--set", "run.deterministic=yes",
-                                "--set", plugins, "--set", "model.layers=1"};
+  const char *const always[] = {"phalanx", "train", "run.ini", "-n", w->ranks == 2 ? "2" : "4", "--set",
+                                "device.plugin=cuda", "--set", "comm.plugin=nccl_double", "--set", "cuda.share=yes",
+                                "--set", "run.deterministic=yes", "--set", plugins, "--set", "model.layers=1"};
   for (size_t i = 0; i < sizeof always / sizeof *always; i++) argv[n++] = always[i];
   for (; *more; more++) {
     cr_assert_lt(n, 62);
@@ -128,16 +132,16 @@ static void set_number(const char *name, long value) {
 static void be_rank(const world *w, int rank, const char *dir, const char **argv) {
   char path[300];
   prctl(PR_SET_PDEATHSIG, SIGKILL);
-  snprintf(path, sizeof path, "/proc/%d/ns/net", (int)w->holders[rank / EACH]);
+  snprintf(path, sizeof path, "/proc/%d/ns/net", (int)w->holders[rank / w->each]);
   const int ns = open(path, O_RDONLY | O_CLOEXEC);
   if (ns < 0 || setns(ns, CLONE_NEWNET) != 0) _exit(120);
   snprintf(path, sizeof path, "%s/log-%d", w->dir, rank);
   const int log = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
   if (log < 0 || dup2(log, 1) < 0 || dup2(log, 2) < 0 || chdir(dir) != 0) _exit(121);
   set_number("RANK", rank);
-  set_number("WORLD_SIZE", RANKS);
-  set_number("LOCAL_RANK", rank % EACH);
-  set_number("LOCAL_WORLD_SIZE", EACH);
+  set_number("WORLD_SIZE", w->ranks);
+  set_number("LOCAL_RANK", rank % w->each);
+  set_number("LOCAL_WORLD_SIZE", w->each);
   setenv("MASTER_ADDR", "10.77.0.1", 1);
   set_number("MASTER_PORT", 29500);
   execv(test_path("bin/phalanx"), (char *const *)(unsigned long)argv);
@@ -146,9 +150,9 @@ static void be_rank(const world *w, int rank, const char *dir, const char **argv
 static void start(world *w, int first, int last, const char *dir, const char *const *more) {
   const char **argv = command(w, more);
   for (int r = first; r <= last; r++) {
-    w->ranks[r] = fork();
-    cr_assert_geq(w->ranks[r], 0);
-    if (w->ranks[r] == 0) be_rank(w, r, dir, argv);
+    w->pids[r] = fork();
+    cr_assert_geq(w->pids[r], 0);
+    if (w->pids[r] == 0) be_rank(w, r, dir, argv);
   }
 }
 static char *log_of(const world *w, int rank) {
@@ -162,14 +166,14 @@ static void finish(world *w, int first, int last, double limit_s, int *status) {
   for (int r = first; r <= last; r++) {
     int raw = 0;
     status[r] = -1;
-    while (waitpid(w->ranks[r], &raw, WNOHANG) != w->ranks[r] && seconds() < until) sleep_ms(5);
+    while (waitpid(w->pids[r], &raw, WNOHANG) != w->pids[r] && seconds() < until) sleep_ms(5);
     if (!WIFEXITED(raw) && !WIFSIGNALED(raw)) continue;
     status[r] = WIFEXITED(raw) ? WEXITSTATUS(raw) : 128 + WTERMSIG(raw);
-    w->ranks[r] = 0;
+    w->pids[r] = 0;
   }
 }
 static void must_end(world *w, int first, int last, int wanted, const char *text) {
-  int status[RANKS];
+  int status[RANKS_MAX];
   finish(w, first, last, 120, status);
   for (int r = first; r <= last; r++) {
     char *log = log_of(w, r);
@@ -178,7 +182,7 @@ static void must_end(world *w, int first, int last, int wanted, const char *text
     free(log);
   }
 }
-#define ON_TWO(w, ...) (new_double(w), start(w, 0, RANKS - 1, (w)->dir, (const char *const[]){__VA_ARGS__, NULL}))
+#define ON_TWO(w, ...) (new_double(w), start(w, 0, (w)->ranks - 1, (w)->dir, (const char *const[]){__VA_ARGS__, NULL}))
 #define SET(pair) "--set", pair
 
 /* Every step's loss and norm with 17 digits, and the final hash. */
@@ -226,46 +230,51 @@ static void on_one(world *w, const char *const *more) {
 #define ON_ONE(w, ...) on_one(w, (const char *const[]){__VA_ARGS__, NULL})
 
 /* ---- the tests ---- */
-Test(machines, two_have_the_bits_of_one, .timeout = 400) {
-  static const char *const strategies[] = {"ddp", "fsdp", "zero"};
+static void bits_of_one(int each, const char *const *strategies) {
   world w;
-  open_world(&w);
-  for (int i = 0; i < 3; i++) {
+  open_world(&w, each);
+  for (; *strategies; strategies++) {
     char one[40], two[40];
-    snprintf(one, sizeof one, "run.out=one-%s", strategies[i]);
-    snprintf(two, sizeof two, "run.out=two-%s", strategies[i]);
-    ON_ONE(&w, SET("run.steps=2"), "--strategy", strategies[i], SET(one));
-    ON_TWO(&w, SET("run.steps=2"), "--strategy", strategies[i], SET(two), SET("run.drift_every=1"));
-    must_end(&w, 0, RANKS - 1, 0, NULL);
+    snprintf(one, sizeof one, "run.out=one-%s", *strategies);
+    snprintf(two, sizeof two, "run.out=two-%s", *strategies);
+    ON_ONE(&w, SET("run.steps=2"), "--strategy", *strategies, SET(one));
+    ON_TWO(&w, SET("run.steps=2"), "--strategy", *strategies, SET(two), SET("run.drift_every=1"));
+    must_end(&w, 0, w.ranks - 1, 0, NULL);
     same_run(&w, one + 8, two + 8);
   }
   close_world(&w);
 }
+Test(machines, two_have_the_bits_of_one, .timeout = 400) {
+  bits_of_one(1, (const char *const[]){"ddp", "zero", NULL});
+}
+Test(machines, with_two_ranks_each, .timeout = 400) { bits_of_one(2, (const char *const[]){"fsdp", NULL}); }
 
 Test(machines, checkpoints_go_from_two_to_one_and_back, .timeout = 400) {
   world w;
-  open_world(&w);
+  open_world(&w, 1);
   ON_ONE(&w, SET("run.steps=3"), "--strategy", "fsdp", SET("run.out=whole"));
   ON_TWO(&w, SET("run.steps=3"), "--strategy", "fsdp", SET("run.out=two"), SET("checkpoint.every=1"));
-  must_end(&w, 0, RANKS - 1, 0, NULL);
+  must_end(&w, 0, w.ranks - 1, 0, NULL);
   same_run(&w, "whole", "two");
   ON_ONE(&w, SET("run.steps=3"), "--strategy", "zero", SET("run.out=back"), SET("checkpoint.every=1"), "--resume",
          "two/checkpoints/step-00000001");
   same_run(&w, "back", "back");
-  ON_TWO(&w, SET("run.steps=3"), "--strategy", "ddp", SET("run.out=again"), "--resume", "back/checkpoints/step-00000002");
-  must_end(&w, 0, RANKS - 1, 0, NULL);
+  ON_TWO(&w, SET("run.steps=3"), "--strategy", "ddp", SET("run.out=again"), "--resume",
+         "back/checkpoints/step-00000002");
+  must_end(&w, 0, w.ranks - 1, 0, NULL);
   cJSON *a = training_json(w.dir, "whole/run.json"), *b = training_json(w.dir, "again/run.json");
-  cr_expect_str_eq(training_get(a, "result.state_hash")->valuestring, training_get(b, "result.state_hash")->valuestring);
+  cr_expect_str_eq(training_get(a, "result.state_hash")->valuestring,
+                   training_get(b, "result.state_hash")->valuestring);
   cJSON_Delete(a);
   cJSON_Delete(b);
   close_world(&w);
 }
 
-Test(machines, a_killed_rank_ends_the_others_by_name, .timeout = 300) {
+Test(machines, a_killed_rank_ends_the_other_by_name, .timeout = 300) {
   world w;
-  int status[RANKS];
+  int status[RANKS_MAX];
   char *log = NULL;
-  open_world(&w);
+  open_world(&w, 1);
   ON_TWO(&w, SET("run.steps=100000"), SET("run.timeout=100"));
   for (int i = 0; i < 600; i++) {
     log = log_of(&w, 0);
@@ -277,28 +286,26 @@ Test(machines, a_killed_rank_ends_the_others_by_name, .timeout = 300) {
   cr_assert_not_null(log, "no step was made");
   free(log);
   const double begin = seconds();
-  kill(w.ranks[3], SIGKILL);
-  finish(&w, 0, RANKS - 1, 60, status);
+  kill(w.pids[1], SIGKILL);
+  finish(&w, 0, 1, 60, status);
   cr_expect_lt(seconds() - begin, 20, "%g s", seconds() - begin); /* not the timeout's 100 */
-  cr_expect_eq(status[3], 128 + SIGKILL);
-  for (int r = 0; r < 3; r++) {
-    log = log_of(&w, r);
-    cr_expect_eq(status[r], 3, "rank %d ended with %d:\n%s", r, status[r], log);
-    cr_expect(strstr(log, "rank 3 (") && strstr(log, "10.77.0.2, pid") && strstr(log, "is gone"), "%s", log);
-    free(log);
-  }
+  cr_expect_eq(status[1], 128 + SIGKILL);
+  log = log_of(&w, 0);
+  cr_expect_eq(status[0], 3, "rank 0 ended with %d:\n%s", status[0], log);
+  cr_expect(strstr(log, "rank 1 (") && strstr(log, "10.77.0.2, pid") && strstr(log, "is gone"), "%s", log);
+  free(log);
   close_world(&w);
 }
 
 Test(machines, what_cannot_be_is_refused, .timeout = 300) {
   world w;
-  open_world(&w);
+  open_world(&w, 2);
   ON_TWO(&w, SET("comm.plugin=shm"), SET("run.out=shm"));
-  must_end(&w, 0, RANKS - 1, 2, "shm joins ranks of one machine; 2 of 4 are on this one");
+  must_end(&w, 0, w.ranks - 1, 2, "shm joins ranks of one machine; 2 of 4 are on this one");
   new_double(&w); /* half of the ranks have another seed */
   start(&w, 0, 1, w.dir, (const char *const[]){SET("run.steps=2"), NULL});
   start(&w, 2, 3, w.dir, (const char *const[]){SET("run.steps=2"), SET("run.seed=8"), NULL});
-  must_end(&w, 0, RANKS - 1, 2, "the ranks disagree about the configuration");
+  must_end(&w, 0, w.ranks - 1, 2, "the ranks disagree about the configuration");
   new_double(&w); /* or another directory of the same name */
   char other[300], copy[1400];
   snprintf(other, sizeof other, "%s/other", w.dir);
@@ -306,7 +313,7 @@ Test(machines, what_cannot_be_is_refused, .timeout = 300) {
   cr_assert_eq(system(copy), 0);
   start(&w, 0, 1, w.dir, (const char *const[]){SET("run.timeout=4"), SET("run.out=apart"), NULL});
   start(&w, 2, 3, other, (const char *const[]){SET("run.timeout=4"), SET("run.out=apart"), NULL});
-  must_end(&w, 0, RANKS - 1, 2, "rank 2 does not see what rank 0 writes in run.out = apart");
+  must_end(&w, 0, w.ranks - 1, 2, "rank 2 does not see what rank 0 writes in run.out = apart");
   new_double(&w); /* a machine that does not come */
   start(&w, 0, 1, w.dir, (const char *const[]){SET("run.timeout=1"), NULL});
   must_end(&w, 0, 1, 2, "ranks 2, 3 never came to 10.77.0.1:29500 within 1 s, 2 of 4 are here");

@@ -38,6 +38,7 @@ static int on_machines(int rank, int size) {
   const phx_job *job = job_ranks_open(20);
   NEED(job->rank == rank && job->size == size && job->local_rank == rank % 2 && job->local_size == 2);
   NEED(job->mine == job->ranks[rank] && job->mine->pid == getpid());
+  for (int r = 0; r < size; r++) NEED(job->ranks[r]->pid > 1 && job->ranks[r]->state == 1);
   NEED(phx__job_agree(job, 7, "the weather", &err) == PHX_OK);
   NEED(phx__job_max(job, -5 - rank, &largest, &err) == PHX_OK && largest == -5);
   NEED(job->exchange(job->ctx, "places", &mine, sizeof mine, all, &err) == PHX_OK);

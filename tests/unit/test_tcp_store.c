@@ -94,7 +94,8 @@ static void begin(rank *r, const char *address, const char *port, int number, in
 static void go(rank *r) { cr_assert_eq(pthread_create(&r->thread, NULL, run_rank, r), 0); }
 static void end(rank *r) { cr_assert_eq(pthread_join(r->thread, NULL), 0); }
 
-#define MUST_SAY(r, text) cr_expect(strstr((r)->err.message, text), "rank %d says: %s", (r)->place.rank, (r)->err.message)
+#define MUST_SAY(r, text) \
+  cr_expect(strstr((r)->err.message, text), "rank %d says: %s", (r)->place.rank, (r)->err.message)
 
 /* ---- what goes well ---- */
 static phx_status meet(rank *r) {
@@ -194,13 +195,13 @@ static void put(unsigned char *to, uint64_t value, int n) {
   for (int i = 0; i < n; i++) to[i] = (unsigned char)(value >> 8 * i);
 }
 /* As tcp_store_wire.h has it, written once more. */
-static void head(unsigned char out[32], int kind, int number_of_rank, uint64_t session, uint64_t number, uint32_t bytes) {
+static void head(unsigned char out[32], int kind, int who, uint64_t session, uint64_t number, uint32_t bytes) {
   memcpy(out, "PHXS", 4);
   put(out + 4, 1, 2);
   put(out + 6, (uint64_t)kind, 2);
   put(out + 8, session, 8);
   put(out + 16, number, 8);
-  put(out + 24, (uint32_t)number_of_rank, 4);
+  put(out + 24, (uint32_t)who, 4);
   put(out + 28, bytes, 4);
 }
 static int knock(const char *port) {
