@@ -26,8 +26,12 @@
 #ifdef FIBER_ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
+// The thread sanitizer is not told of fibers (its clocks take most of an hour for them): they are one thread to it.  Its
+// stack of calls holds those of all fibers at once, so what switches or does not return must not be on it.
 #ifdef FIBER_TSAN
-#include <sanitizer/tsan_interface.h>
+#define NO_TSAN __attribute__((no_sanitize_thread))
+#else
+#define NO_TSAN
 #endif
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -74,7 +78,7 @@ void prepare(context &c, char *stack, void (*entry)()) {
   for (int i = 0; i < 6; i++) *--sp = nullptr;
   c.sp = sp;
 }
-void swap(context &from, context &to) { emulation_switch(&from.sp, to.sp); }
+NO_TSAN void swap(context &from, context &to) { emulation_switch(&from.sp, to.sp); }
 #else
 struct context { ucontext_t u; };
 void prepare(context &c, char *stack, void (*entry)()) {
@@ -84,7 +88,7 @@ void prepare(context &c, char *stack, void (*entry)()) {
   c.u.uc_link = nullptr;
   makecontext(&c.u, entry, 0);
 }
-void swap(context &from, context &to) { swapcontext(&from.u, &to.u); }
+NO_TSAN void swap(context &from, context &to) { swapcontext(&from.u, &to.u); }
 #endif
 
 struct fiber {
@@ -95,7 +99,7 @@ struct fiber {
   unsigned mask = 0, from = 0;  // of the exchange it waits in
   uint64_t value = 0;           // given, then received
   uint3 thread{};
-  void *fake_stack = nullptr;  // sanitizers'
+  void *fake_stack = nullptr;  // the address sanitizer's
 };
 
 struct machine {
@@ -105,7 +109,6 @@ struct machine {
   void *scheduler_fake = nullptr;
   const void *scheduler_bottom = nullptr;
   size_t scheduler_size = 0;
-  void *scheduler_tsan = nullptr;
   unsigned running = 0, alive = 0, at_barrier = 0;
   int count = 0, counted = 0;  // predicates of the barrier that fills, and of the last
   const std::function<void()> *body = nullptr;
@@ -141,13 +144,10 @@ char *take_stack() {
 }
 
 // ---- switching ----
-void leave_fiber(bool ended) {
+NO_TSAN void leave_fiber(bool ended) {
   fiber &f = m.fibers[m.running];
 #ifdef FIBER_ASAN
   __sanitizer_start_switch_fiber(ended ? nullptr : &f.fake_stack, m.scheduler_bottom, m.scheduler_size);
-#endif
-#ifdef FIBER_TSAN
-  __tsan_switch_to_fiber(m.scheduler_tsan, 0);
 #endif
   (void)ended;
   swap(f.registers, m.scheduler);
@@ -156,7 +156,7 @@ void leave_fiber(bool ended) {
 #endif
 }
 
-void fiber_main() {
+NO_TSAN void fiber_main() {
 #ifdef FIBER_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_bottom, &m.scheduler_size);
 #endif
@@ -173,17 +173,10 @@ void run_fiber(unsigned index) {
   if (f.now == kFresh) {
     f.stack = take_stack();
     prepare(f.registers, f.stack, fiber_main);
-#ifdef FIBER_TSAN
-    f.fake_stack = __tsan_create_fiber(0);
-#endif
   }
   f.now = kReady;
 #ifdef FIBER_ASAN
   __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack, kStack);
-#endif
-#ifdef FIBER_TSAN
-  m.scheduler_tsan = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(f.fake_stack, 0);
 #endif
   swap(m.scheduler, f.registers);
 #ifdef FIBER_ASAN
@@ -251,9 +244,6 @@ uint64_t wait(wait_kind kind, unsigned mask, uint64_t value, unsigned from) {
 
 void thread_ended(unsigned index) {
   fiber &f = m.fibers[index];
-#ifdef FIBER_TSAN
-  __tsan_destroy_fiber(f.fake_stack);
-#endif
   m.stacks.push_back(f.stack);
   f.stack = nullptr;
   m.alive--;

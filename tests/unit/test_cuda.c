@@ -1,5 +1,5 @@
 /* The cuda device on the processor: the plugin's own sources against the double of the CUDA runtime (inline, and with
- * streams as threads) and of cuBLASLt.  What only a GPU can show is in test_cuda_gpu.c.
+ * streams as threads) and of cuBLASLt.  What only a GPU can show is in tests/gpu.
  * TSan: run.
  * Links: cuda_double */
 #include <criterion/criterion.h>
@@ -92,15 +92,17 @@ static void suite(int threads, int32_t dtype, int refuse, int deterministic, int
   rig_close(&r);
 }
 
+#ifndef PHX__PLAIN_CRITERION_H /* under TSan: only what has threads */
 Test(cuda, operations_fp32, .timeout = 300) { suite(0, PHX_F32, 0, 0, 1); }
 Test(cuda, operations_bf16, .timeout = 300) { suite(0, PHX_BF16, 0, 0, 0); }
 Test(cuda, operations_fp32_without_epilogues, .timeout = 300) { suite(0, PHX_F32, ~0, 1, 0); }
 Test(cuda, operations_bf16_without_epilogues, .timeout = 300) { suite(0, PHX_BF16, ~0, 1, 0); }
-Test(cuda, operations_on_stream_threads, .timeout = 300) { suite(1, PHX_BF16, 0, 0, 0); }
 Test(cuda, operations_with_threads_run_downwards, .timeout = 300) {
   setenv("PHX_CUDA_DOUBLE_ORDER", "down", 1);
   suite(0, PHX_F32, 0, 0, 0);
 }
+#endif
+Test(cuda, operations_on_stream_threads, .timeout = 300) { suite(1, PHX_BF16, 0, 0, 0); }
 
 /* AdamW's bits are the cpu device's, under any slicing and at any element of an array. */
 enum { ELEMENTS = 3001 };
