@@ -185,6 +185,18 @@ static void must_end(world *w, int first, int last, int wanted, const char *text
 #define ON_TWO(w, ...) (new_double(w), start(w, 0, (w)->ranks - 1, (w)->dir, (const char *const[]){__VA_ARGS__, NULL}))
 #define SET(pair) "--set", pair
 
+/* The next line of metrics.jsonl that is a step's; NULL: there is none. */
+static cJSON *next_step(char **line) {
+  while (**line) {
+    cJSON *json = cJSON_Parse(*line);
+    *line += strcspn(*line, "\n");
+    *line += **line == '\n';
+    if (training_get(json, "loss") && training_get(json, "grad_norm")) return json;
+    cJSON_Delete(json);
+  }
+  return NULL;
+}
+
 /* Every step's loss and norm with 17 digits, and the final hash. */
 static void same_run(const world *w, const char *a, const char *b) {
   char path[2][100];
@@ -206,16 +218,13 @@ static void same_run(const world *w, const char *a, const char *b) {
     cr_assert_not_null(line[i], "%s", path[i]);
   }
   int steps = 0;
-  for (; *line[0] && *line[1]; steps++) {
-    for (int i = 0; i < 2; i++) json[i] = cJSON_Parse(line[i]);
+  for (; (json[0] = next_step(&line[0])) != NULL; steps++) {
+    json[1] = next_step(&line[1]);
+    cr_assert_not_null(json[1], "%s has %d steps only", b, steps);
     for (size_t v = 0; v < 2; v++)
       cr_expect_eq(training_get(json[0], values[v])->valuedouble, training_get(json[1], values[v])->valuedouble,
                    "%s of step %d, %s and %s", values[v], steps + 1, a, b);
-    for (int i = 0; i < 2; i++) {
-      cJSON_Delete(json[i]);
-      line[i] += strcspn(line[i], "\n");
-      line[i] += *line[i] == '\n';
-    }
+    for (int i = 0; i < 2; i++) cJSON_Delete(json[i]);
   }
   cr_expect_geq(steps, 2);
   for (int i = 0; i < 2; i++) free(text[i]);
@@ -258,7 +267,6 @@ Test(machines, checkpoints_go_from_two_to_one_and_back, .timeout = 400) {
   same_run(&w, "whole", "two");
   ON_ONE(&w, SET("run.steps=3"), "--strategy", "zero", SET("run.out=back"), SET("checkpoint.every=1"), "--resume",
          "two/checkpoints/step-00000001");
-  same_run(&w, "back", "back");
   ON_TWO(&w, SET("run.steps=3"), "--strategy", "ddp", SET("run.out=again"), "--resume",
          "back/checkpoints/step-00000002");
   must_end(&w, 0, w.ranks - 1, 0, NULL);
