@@ -122,6 +122,13 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
                        config->strategy.plugin->descriptor->id, size);
     goto done;
   }
+  if (local_size < size && (config->comm.plugin->descriptor->needs & PHX_NEED_ONE_MACHINE)) {
+    status = phx__fail(err, PHX_UNSUPPORTED,
+                       "%s joins ranks of one machine; %d of %d are on this one: choose another [comm] plugin, such as "
+                       "nccl, or start all ranks on one machine", config->comm.plugin->descriptor->id, local_size,
+                       size);
+    goto done;
+  }
   PHX__TRY(prepare_model(p, err));
   prepare_topology(p, rank, size, local_rank, local_size);
   PHX__TRY(prepare_stages(p, err));
