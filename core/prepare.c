@@ -103,6 +103,29 @@ static void plan_activations(phx__prepared *p) {
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(PHX__NORM_BLOCKS * (int64_t)sizeof(double));
 }
 
+int64_t phx__copy_pool(int64_t copy, int64_t all, int64_t *chunk) {
+  enum { CHUNK = 1 << 20, GRAIN = PHX_BLOCK * 8 /* one block of the widest type */ };
+  *chunk = CHUNK;
+  if (copy < 0 || copy >= all) return all;
+  if (copy >= GRAIN && copy < CHUNK) *chunk = copy / GRAIN * GRAIN;
+  return copy / *chunk * *chunk;
+}
+
+bool phx__saves_overlap(const phx__settings *s, int64_t first) {
+  const int64_t every = s->checkpoint.every;
+  return s->checkpoint.background && every > 0 && (first / every + 1) * every < s->run.steps;
+}
+
+static void plan_copies(phx__prepared *p) {
+  const phx__config *c = p->config;
+  const bool can = (c->strategy.plugin->descriptor->provides & PHX_CAP_LIVE_STATE) &&
+                   (c->device.plugin->descriptor->provides & PHX_CAP_HOST_MEMORY);
+  int64_t chunk = 0;
+  if (!can || !phx__saves_overlap(&c->s, 0)) return;
+  p->copy_bytes = phx_align_bytes(phx__copy_pool(c->s.checkpoint.copy, p->estimate.state_bytes, &chunk));
+  p->planned[PHX_MEM_BUFFER] += p->copy_bytes;
+}
+
 phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
                         int64_t micro, int64_t sequence, phx__prepared **out, phx_error *err) {
   phx_status status = PHX_OK;
@@ -138,6 +161,7 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
   p->planned[PHX_MEM_BUFFER] += p->comm->buffer_bytes(config->comm.config, size);
   plan_activations(p);
+  plan_copies(p);
   *out = p;
 done:
   if (status) phx__prepared_free(p);
