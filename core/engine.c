@@ -139,6 +139,14 @@ static phx_status pass_on(phx__engine *e, const phx_stage_call *call, phx_error 
   return d->copy(d->ctx, call->output, call->input, bytes, NULL, err);
 }
 
+/* What a device or a strategy cannot know of its failure: where in the model it was. */
+static phx_status failed_in(const phx__engine *e, uint32_t stage, int32_t pass, phx_status status, phx_error *err) {
+  const phx_model *m = e->rt->prepared->model;
+  if (status == PHX_OK) return PHX_OK;
+  return phx__fail_in(err, status, "; in stage %u (%s), %s", stage, phx_model_stage(m, stage)->name,
+                      pass == PHX_PASS_BACKWARD ? "backward" : "forward");
+}
+
 static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs, phx_error *err) {
   const phx_device *d = e->rt->device;
   const phx_model_table *model = e->rt->prepared->model_table;
@@ -162,12 +170,12 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
   phx_status status =
       PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
                        p->strategy->acquire(e->rt->strategy, stage, pass, micro_batch, NULL, &view, err));
-  if (status) return status;
+  if (status) return failed_in(e, stage, pass, status, err);
   const int runs = pass == PHX_PASS_EVALUATE || stage_runs(e, stage, micro_batch);
   phx_stage_call call = override ? *override : stage_call(e, stage, pass, micro_batch, 0, view);
   call.view = view;
   status = run_stage(e, &call, runs, err);
-  if (status) return status;
+  if (status) return failed_in(e, stage, pass, status, err);
   uint32_t flags = 0;
   if (pass == PHX_PASS_BACKWARD) {
     const phx_stage *s = phx_model_stage(p->model, stage);
@@ -175,8 +183,9 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
       if (phx_model_use(p->model, s->first_use + i)->flags & PHX_USE_LAST) flags |= PHX_RELEASE_LAST_USE;
     if (!runs) flags |= PHX_RELEASE_NO_GRADIENT;
   }
-  return PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
-                          p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err));
+  status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
+                            p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err));
+  return failed_in(e, stage, pass, status, err);
 }
 
 /* ---- the executor: what a strategy that runs the step itself may call ---- */
@@ -192,9 +201,10 @@ static void *executor_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t 
 
 /* A stage within run_step: the strategy's call goes on after it. */
 static phx_status run_inside(phx__engine *e, const phx_stage_call *call, int32_t micro_batch, phx_error *err) {
-  phx_status status = run_stage(e, call, stage_runs(e, call->stage, micro_batch), err);
-  if (!status) phx__enter(e->rt->job, PHX_KIND_STRATEGY, PHX_IN_RUN_STEP, -1);
-  return status;
+  const phx_status status = run_stage(e, call, stage_runs(e, call->stage, micro_batch), err);
+  if (status) return failed_in(e, call->stage, call->pass, status, err);
+  phx__enter(e->rt->job, PHX_KIND_STRATEGY, PHX_IN_RUN_STEP, -1);
+  return PHX_OK;
 }
 
 static phx_status executor_forward(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,

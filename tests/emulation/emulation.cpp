@@ -348,7 +348,7 @@ void *static_shared(const void *key, size_t bytes) {
 
 cudaError_t launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    std::function<void()> body) {
-  const cudaError_t entered = cuda_double_enter("cudaLaunchKernel");
+  const cudaError_t entered = cuda_double_enter_launch(name);
   if (entered != cudaSuccess) return entered;
   const uint64_t threads = (uint64_t)block.x * block.y * block.z;
   if (threads == 0 || threads > kThreadsMax || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu ||
