@@ -100,7 +100,9 @@ static void plan_activations(phx__prepared *p) {
                                    p->shape.sequence);
   p->planned[PHX_MEM_BUFFER] += 2 * p->token_bytes; /* on the device, and on their way to it */
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->topology.accumulate * (int64_t)sizeof(double));
-  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(PHX__NORM_BLOCKS * (int64_t)sizeof(double));
+  const int64_t blocks = p->model->total_blocks[PHX_FLAT_TRAINABLE];
+  p->norm_blocks = blocks < 1 ? 1 : blocks < PHX__NORM_BLOCKS ? blocks : PHX__NORM_BLOCKS;
+  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->norm_blocks * (int64_t)sizeof(double));
 }
 
 phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
