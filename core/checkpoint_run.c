@@ -88,7 +88,7 @@ static void tell(phx__checkpoints *c, const phx__save_report *r, bool background
            "\"seconds\":%.6g,\"mb_per_s\":%.6g}",
            r->step, background ? "true" : "false", r->bytes, 1e3 * r->stall, 1e3 * r->begin, 1e3 * r->copies,
            1e3 * r->waits, 1e3 * r->commit, r->seconds, rate);
-  phx__progress_add(c->progress, member);
+  phx__progress_save(c->progress, member);
 }
 
 static void tell_failure(phx__checkpoints *c, int64_t step, const char *why) {

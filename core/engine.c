@@ -239,13 +239,19 @@ static phx_status to_device(phx__engine *e, int64_t bytes, phx_error *err) {
   return d->copy(d->ctx, e->tokens, e->host_tokens, bytes, NULL, err);
 }
 
+int64_t phx__engine_samples(const phx__engine *e, int64_t steps) {
+  const phx__prepared *p = e->rt->prepared;
+  return steps * p->shape.micro * p->topology.accumulate * p->layout.data_size + e->samples_ahead;
+}
+
 static phx_status load_batch(phx__engine *e, phx__data *data, phx_error *err) {
   const phx__prepared *p = e->rt->prepared;
+  const int64_t first = phx__engine_samples(e, e->step - 1);
   for (int32_t micro = 0; micro < p->topology.accumulate; micro++) {
     int32_t *at = e->host_tokens + 2 * micro * micro_tokens(e);
     phx_status status =
-        phx__data_batch(data, e->step - 1 + e->batch_ahead, micro, p->topology.accumulate, p->layout.data_rank,
-                        p->layout.data_size, p->shape.micro, at, at + micro_tokens(e), err);
+        phx__data_batch(data, first, micro, p->topology.accumulate, p->layout.data_rank, p->layout.data_size,
+                        p->shape.micro, at, at + micro_tokens(e), err);
     if (status) return status;
   }
   memset(e->losses, 0, sizeof *e->losses * (size_t)p->topology.accumulate);
