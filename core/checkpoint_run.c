@@ -35,10 +35,10 @@ static void say(const phx__checkpoints *c, int32_t level, const char *format, ..
   va_end(args);
 }
 
-/* Is there a step whose save can go on beside another step? */
-static bool can_overlap(const phx__settings *s, int64_t first) {
-  const int64_t every = s->checkpoint.every;
-  return s->checkpoint.background && every > 0 && (first / every + 1) * every < s->run.steps;
+/* This process takes no memory for copies: none of its saves goes on beside a step. */
+static void plan_no_copies(phx__prepared *p) {
+  p->planned[PHX_MEM_BUFFER] -= p->copy_bytes;
+  p->copy_bytes = 0;
 }
 
 phx_status phx__checkpoints_open(phx__checkpoints *c, phx__runtime *rt, phx__progress *progress, int64_t first,
@@ -49,8 +49,12 @@ phx_status phx__checkpoints_open(phx__checkpoints *c, phx__runtime *rt, phx__pro
                           .progress = progress,
                           .saved = saved,
                           .retention = {.keep = s->checkpoint.keep, .keep_every = s->checkpoint.keep_every}};
-  if (!can_overlap(s, first)) return PHX_OK;
+  if (!phx__saves_overlap(s, first)) {
+    plan_no_copies(rt->prepared);
+    return PHX_OK;
+  }
   if (!phx__saver_possible(rt, &why)) {
+    plan_no_copies(rt->prepared);
     say(c, PHX_LOG_INFO, "training waits for every save (checkpoint.background): %s", why);
     return PHX_OK;
   }

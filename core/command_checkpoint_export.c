@@ -108,7 +108,8 @@ static phx_status write_weights(exported *e, phx_error *err) {
   PHX__TRY(phx__writing(phx__safetensors_create(part, tensors, m->n_params, metadata, false, &w, err)));
   for (uint32_t i = 0; i < m->n_params; i++) PHX__TRY(write_param(e, w, i, err));
   PHX__TRY(phx__writing(phx__safetensors_finish(w, NULL, err)));
-  if (phx__sys.rename(part, path)) status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", part, path);
+  if (phx__sys.rename(part, path))
+    status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", part, path);
 done:
   phx__safetensors_writer_close(w);
   if (status) phx__sys.unlink(part);

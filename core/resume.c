@@ -41,8 +41,8 @@ phx_status phx__resume_check(const phx__resume *resume, const phx__config *confi
   return PHX_OK;
 }
 
-/* Rank 0: what lies behind the step is of another future; what is half there, of a dead attempt.  `latest` first, so that
- * it always names one that is there. */
+/* Rank 0: what lies behind the step is of another future; what is half there, of a dead attempt.  `latest` first, so
+ * that it always names one that is there. */
 static phx_status tidy(const phx__resume *resume, const phx__config *config, int64_t step, phx_error *err) {
   char text[120];
   int64_t removed = 0;

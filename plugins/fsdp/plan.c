@@ -139,6 +139,10 @@ phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_mo
   phx_status status = fsdp_plan_create(config, t, m, &p, err);
   if (status != PHX_OK) return status;
   phx_kit_regions_estimate(p.regions, FSDP_REGIONS, out);
+  for (uint32_t u = 0; u < m->n_units; u++)
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
+      phx_kit_estimate_state(out, t, flat,
+                             phx_kit_shard_of(phx_model_unit(m, u)->blocks[flat], t->rank, t->world_size).blocks);
   for (uint32_t i = 0; i < p.train.n_actions; i++) {
     const phx_kit_action *a = &p.train.actions[i];
     const phx_unit *unit = phx_model_unit(m, a->unit);

@@ -52,6 +52,7 @@ static phx_status zero_estimate(const void *config, const phx_topology *t, const
   phx_status status = zero_plan_create(config, t, m, &p, err);
   if (status != PHX_OK) return status;
   phx_kit_regions_estimate(p.regions, ZERO_REGIONS, out);
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++) phx_kit_estimate_state(out, t, flat, p.shard[flat].blocks);
   zero_gather_traffic(&p, out);
   zero_reduce_traffic(&p, out);
   zero_make_whole_traffic(&p, PHX_FLAT_TRAINABLE, out);

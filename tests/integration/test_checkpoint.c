@@ -9,6 +9,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include <phalanx/host.h>
+
 #include "training.h"
 
 static const char tiny_model[] =
@@ -237,6 +239,34 @@ Test(checkpoint, matrix, .timeout = 400) {
       cr_assert_eq(system(rm), 0);
     }
   for (int s = 0; s < STRATEGIES * STRATEGIES; s++) cr_assert(seen[s / STRATEGIES][s % STRATEGIES]);
+  command_remove_dir(dir);
+}
+
+/* `check` names the copies of saves in the background, so they were planned before the run; which keeps to it, byte for
+ * byte. */
+Test(checkpoint, copies_are_planned_before_the_run, .timeout = 60) {
+  static const char *const ways[] = {"ddp", "fsdp --set precision.compute=bf16", "zero --set zero.stage=2",
+                                     "zero --set checkpoint.copy=40KiB"};
+  char *dir = command_temp_dir();
+  training_files(dir, tiny_model);
+  for (int i = 0; i < 4; i++) {
+    char flags[300], *words[64];
+    int n = 0;
+    snprintf(flags, sizeof flags, "run.ini -n 2 --strategy %s --set checkpoint.every=2 --set run.steps=5", ways[i]);
+    outcome r = phalanx(dir, "check %s", flags);
+    cr_assert_eq(r.status, 0, "%s", r.out);
+    char *row = strstr(r.out, "\n;  0 ");
+    cr_assert(row, "%s", r.out);
+    row[strcspn(row + 1, "\n") + 1] = 0;
+    for (char *word = strtok(row, " \n"); word && n < 64; word = strtok(NULL, " \n")) words[n++] = word;
+    cr_assert_geq(n, 2 + 2 * (PHX_MEM_KINDS + 3));
+    cr_assert_str_neq(words[n - 4], "0", "%s: no memory for copies in the plan", ways[i]);
+    free(r.out);
+    TRAIN(dir, "%s", flags + strlen("run.ini "));
+    cJSON *json = training_json(dir, "out/run.json");
+    training_check_plan(training_get(json, "result"), ways[i]);
+    cJSON_Delete(json);
+  }
   command_remove_dir(dir);
 }
 
