@@ -50,16 +50,19 @@ phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, p
   char ranks[32], name[64], place[512];
   phx__prepared *prepared = NULL;
   phx_status status = PHX_OK;
+  if (!strategy) strategy = "ddp";
   snprintf(ranks, sizeof ranks, "run.ranks=%d", rig->size);
-  snprintf(name, sizeof name, "run.strategy=%s", strategy ? strategy : "ddp");
+  snprintf(name, sizeof name, "run.strategy=%.*s", (int)strcspn(strategy, "."), strategy);
   snprintf(place, sizeof place, "run.out=%s", out ? out : "out");
   const phx__override overrides[] = {{"plugins.path=" PHX_TEST_PLUGINS, "--set"},
                                      {ranks, "-n"},
                                      {name, "--strategy"},
                                      {place, "--set"},
                                      {"run.steps=1000000", "--set"},
-                                     {"optimizer.schedule=constant", "--set"}};
-  PHX__TRY(phx__config_load("run.ini", overrides, sizeof overrides / sizeof *overrides, stderr, &rig->config));
+                                     {"optimizer.schedule=constant", "--set"},
+                                     {strategy, "--set"}};
+  const size_t n = sizeof overrides / sizeof *overrides - !strchr(strategy, '=');
+  PHX__TRY(phx__config_load("run.ini", overrides, n, stderr, &rig->config));
   const phx__settings *s = &rig->config->s;
   if (!rig->job) PHX__TRY(phx__job_open(s->run.timeout, &rig->job, err));
   PHX__TRY(phx__prepare(rig->config, rig->rank, rig->size, rig->rank, rig->size, 0, 0, &prepared, err));

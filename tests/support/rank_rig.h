@@ -29,7 +29,7 @@ typedef struct rank_rig {
 typedef struct rank_rig_run {
   int32_t size;
   const char *dir;      /* the children's working directory, with run.ini; errors.R takes rank R's stderr */
-  const char *strategy; /* NULL: ddp */
+  const char *strategy; /* NULL: ddp; or with an option: zero.stage=1 */
   const char *out;      /* run.out; NULL: out */
   bool background;      /* saves go through core/saver.c */
   double limit_s;
