@@ -76,11 +76,13 @@ phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, p
   rig->step = 0;
 done:
   phx__prepared_free(prepared);
+  rig->lost = status && rig->engine && rig->size > 1; /* calls may be under way, for which nobody comes */
   if (status) rank_rig_close(rig);
   return status;
 }
 
 void rank_rig_close(rank_rig *rig) {
+  if (rig->lost) return;
   phx__saver_close(rig->saver);
   phx__engine_destroy(rig->engine);
   phx__runtime_close(rig->rt);
@@ -157,7 +159,7 @@ static void *live(void *arg) {
   life *l = arg;
   rank_rig *rig = &l->rig;
   phx_error err = PHX_ERROR_INIT;
-  phx_status status = rank_rig_open(rig, l->run->strategy, l->run->out, &err);
+  phx_status status = l->run->unopened ? PHX_OK : rank_rig_open(rig, l->run->strategy, l->run->out, &err);
   if (!status && l->run->background) /* copies: two blocks of the widest type, so that some are waited for */
     status = phx__saver_open(rig->rt, rig->config->s.run.out, &rig->retention, 2 * PHX_BLOCK * 8, &rig->saver, &err);
   if (status)

@@ -3,10 +3,10 @@
  * next save, no file stays open, no memory is leaked, nobody hangs, and a failed fsync is never repeated.
  *
  * Save and load map no file: the state is written and read with pwrite and pread (the calls of mmap are counted, and
- * there are none).  The creation of a rank is made to run out of memory in the same way, and damaged checkpoints are
- * loaded by several ranks: the one before is taken, and said to be.  test_checkpoint_faults.c and test_alloc_faults.c
- * do the like to whole runs of one rank, test_manifest.c and test_checkpoint_tools.c flip every bit of manifests and
- * headers. */
+ * there are none).  Damaged checkpoints are loaded by several ranks: the one before is taken, and said to be.
+ * test_creation_faults.c makes the creation of ranks run out of memory; test_checkpoint_faults.c and
+ * test_alloc_faults.c do the like to whole runs of one rank, test_manifest.c and test_checkpoint_tools.c flip every bit
+ * of manifests and headers. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <errno.h>
@@ -21,8 +21,6 @@
 #include "rank_rig.h"
 #include "status.h"
 #include "training.h"
-
-enum { EVERY_ONE = 120 }; /* of the allocations: later ones are many of the same kind */
 
 typedef struct fault_case {
   fault_kind kind;
@@ -112,10 +110,6 @@ static void save_once(rank_rig *rig, int32_t target, const fault_case *f, long t
             rank_rig_open_files());
 }
 
-static long next_turn(const fault_case *f, long turn) {
-  return f->kind == FAULT_MEMORY && turn >= EVERY_ONE ? turn + turn / 8 : turn + 1;
-}
-
 static void fail_saves(rank_rig *rig, void *arg) {
   seen s = {0};
   newest now = {0};
@@ -132,7 +126,7 @@ static void fail_saves(rank_rig *rig, void *arg) {
       bool fired = true;
       long turn = 1;
       const long failed = s.failed;
-      for (; fired; turn = next_turn(&saving[k], turn)) {
+      for (; fired; turn++) {
         save_once(rig, target, &saving[k], turn, &now, &s, &fired);
         if (rig->report[0]) return;
       }
@@ -211,7 +205,7 @@ static void fail_loads(rank_rig *rig, void *arg) {
   for (int32_t target = 0; target < rig->size; target++)
     for (size_t k = 0; k < sizeof loading / sizeof *loading; k++) {
       bool fired = true;
-      for (long turn = 1; fired; turn = next_turn(&loading[k], turn)) {
+      for (long turn = 1; fired; turn++) {
         load_once(rig, target, &loading[k], turn, both, &s, &fired);
         if (rig->report[0]) return;
       }
@@ -222,31 +216,6 @@ static void fail_loads(rank_rig *rig, void *arg) {
     fprintf(stdout, "%d ranks: %ld failures, %ld checkpoints passed over, %ld loads failed by them\n", rig->size,
             s.fired, s.passed_over, s.failed);
   fflush(stdout);
-}
-
-/* ---- creation ---- */
-static void fail_creation(rank_rig *rig, void *arg) {
-  const int files = rank_rig_open_files();
-  long turn = 1, fired = 0;
-  (void)arg;
-  fault_install();
-  for (bool more = true; more; turn++) {
-    phx_error err = PHX_ERROR_INIT;
-    const long said = log_bytes();
-    rank_rig_close(rig);
-    fault_begin(FAULT_MEMORY, 0, turn);
-    const phx_status status = rank_rig_open(rig, NULL, NULL, &err);
-    fault_end();
-    more = fault.fired;
-    fired += more;
-    RIG_CHECK(rig, !status == !more, "allocation %ld: status %d: %s", turn, status, err.message);
-    fflush(stderr);
-    if (status) /* of the configuration, it is said; of the rest, returned */
-      RIG_CHECK(rig, strstr(err.message, "memory") || said_since(said, "memory"), "allocation %ld: no clear error: %s",
-                turn, err.message);
-  }
-  RIG_CHECK(rig, fired > 100, "only %ld allocations were seen", fired);
-  RIG_CHECK(rig, rank_rig_open_files() <= files, "%d files were open, and now %d", files, rank_rig_open_files());
 }
 
 /* ---- damage ---- */
@@ -367,9 +336,6 @@ Test(rank_faults, saves_of_two, .timeout = 240) {
 }
 Test(rank_faults, saves_of_three, .timeout = 240) {
   run(3, "zero", false, fail_saves);
-}
-Test(rank_faults, creation, .timeout = 240) {
-  run(1, NULL, false, fail_creation);
 }
 Test(rank_faults, damage_seen_by_three, .timeout = 240) {
   run(3, "fsdp", false, load_damaged);
