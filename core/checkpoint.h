@@ -99,7 +99,7 @@ typedef struct phx__resumed {
  * its own slices, through PHX__STREAM_MEMORY (4 MiB).  The same result on all ranks.  PHX_INVALID: it does not fit
  * (nothing was changed); PHX_IO: damaged, named by file (the state is then undefined: load another). */
 phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err);
-/* Pure: does the checkpoint fit this configuration (model, optimizer, seed, batch)?  PHX_INVALID says what differs. 
+/* Pure: does the checkpoint fit this configuration (model, optimizer, seed)?  PHX_INVALID says what differs. 
  * For the launcher, before any rank exists; phx__checkpoint_load asks the same. */
 phx_status phx__checkpoint_fits(const char *path, const phx__config *config, const phx__prepared *prepared,
                                 phx__position *at, phx_error *err);

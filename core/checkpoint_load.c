@@ -20,40 +20,39 @@
 #include "sys.h"
 
 /* ---- does it fit? ---- */
+static bool same_optimizer(const phx__manifest *m, const phx_optim *now) {
+  bool same = strcmp(m->optimizer, now->name) == 0 && m->n_states == now->n_states;
+  for (uint32_t i = 0; same && i < now->n_states; i++)
+    same = strcmp(m->states[i].name, now->states[i].name) == 0 && m->states[i].dtype == now->states[i].dtype;
+  return same;
+}
+
+/* Nothing was trained yet, as in what `checkpoint import` makes: its states are zero, and any optimizer's begin so. */
+static bool untrained(const phx__manifest *m) { return m->step == 0 && m->samples == 0; }
+
 static phx_status fits_optimizer(const char *path, const phx__manifest *m, const phx__settings *s, phx_error *err) {
   phx_optim now;
   phx__optim_states(s, &now);
-  bool same = strcmp(m->optimizer, now.name) == 0 && m->n_states == now.n_states;
-  for (uint32_t i = 0; same && i < now.n_states; i++)
-    same = strcmp(m->states[i].name, now.states[i].name) == 0 && m->states[i].dtype == now.states[i].dtype;
-  if (same) return PHX_OK;
+  if (same_optimizer(m, &now) || untrained(m)) return PHX_OK;
   return phx__fail(err, PHX_INVALID,
                    "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit", path,
                    m->optimizer, now.name);
 }
 
-static phx_status fits_data(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,
-                            phx_error *err) {
-  const int64_t micro = p->shape.micro, accumulate = p->topology.accumulate, ranks = p->layout.data_size;
-  const int64_t batch = micro * accumulate * ranks;
-  if (m->data_seed != (uint64_t)c->s.run.seed || m->generator_seed != m->data_seed)
-    return phx__fail(err, PHX_INVALID,
-                     "%s was saved with run.seed = %" PRIu64 ", and this run has %" PRId64
-                     ": the samples would come in another order",
-                     path, m->data_seed, c->s.run.seed);
-  if (m->samples % batch == 0) return PHX_OK;
+/* Any batch goes on from any sample; only their order must be the one before, once any was read. */
+static phx_status fits_data(const char *path, const phx__manifest *m, const phx__config *c, phx_error *err) {
+  if (m->samples == 0 || (m->data_seed == (uint64_t)c->s.run.seed && m->generator_seed == m->data_seed)) return PHX_OK;
   return phx__fail(err, PHX_INVALID,
-                   "%s has consumed %" PRId64 " sequences, and a step of this run takes micro x accumulate x ranks = "
-                   "%" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64 ": %" PRId64 " / %" PRId64
-                   " is not whole; choose a batch that divides it",
-                   path, m->samples, micro, accumulate, ranks, batch, m->samples, batch);
+                   "%s was saved with run.seed = %" PRIu64 ", and this run has %" PRId64
+                   ": the samples would come in another order",
+                   path, m->data_seed, c->s.run.seed);
 }
 
 static phx_status fits(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,
                        phx_error *err) {
   phx_status status = phx__manifest_match(path, m, p->model, err);
   if (!status) status = fits_optimizer(path, m, &c->s, err);
-  if (!status) status = fits_data(path, m, c, p, err);
+  if (!status) status = fits_data(path, m, c, err);
   if (!status && m->step > c->s.run.steps)
     status = phx__fail(err, PHX_INVALID, "%s is of step %" PRId64 ", and this run ends at run.steps = %" PRId64, path,
                        m->step, c->s.run.steps);
@@ -76,12 +75,23 @@ typedef struct load_walk {
   phx__checkpoint_reader *reader;
   phx__state_hash hash;
   bool private_fits;
+  bool from_zero;   /* untrained, of another optimizer: its states are not read, and the run's are zero */
+  float *zeros;     /* (PART blocks) with from_zero */
   int64_t privates; /* restored */
 } load_walk;
 
+enum { PART = PHX__CHUNK_BYTES / (PHX_BLOCK * 4) };
+
+/* The checkpoint's hash counts its states: what belongs to these weights counts as zero, which it must have been. */
+static void hash_zero_states(load_walk *walk, phx_slice part) {
+  if (part.kind == PHX_STATE_OPTIM || part.flat != PHX_FLAT_TRAINABLE) return;
+  part.kind = PHX_STATE_OPTIM;
+  for (part.state_index = 0; part.state_index < walk->reader->manifest->n_states; part.state_index++)
+    phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &part, walk->zeros);
+}
+
 /* A MiB at a time, hashed while it is in the cache and the next ones come from the disk. */
 static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *data, phx_error *err) {
-  enum { PART = PHX__CHUNK_BYTES / (PHX_BLOCK * 4) };
   const uint32_t index = slice->kind == PHX_STATE_OPTIM ? slice->state_index : 0;
   if (slice->dtype != PHX_F32)
     return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is loaded", slice->unit,
@@ -91,11 +101,16 @@ static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *dat
     float *at = (float *)data + done * PHX_BLOCK;
     part.first_block += done;
     part.blocks = slice->blocks - done < PART ? slice->blocks - done : PART;
+    if (walk->from_zero && slice->kind == PHX_STATE_OPTIM) {
+      memset(at, 0, (size_t)part.blocks * PHX_BLOCK * sizeof *at);
+      continue;
+    }
     walk->reader->ahead = slice->blocks - done - part.blocks;
     phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
                                                       part.first_block, part.blocks, at, err);
     if (status) return status;
     phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &part, at);
+    if (walk->from_zero) hash_zero_states(walk, part);
   }
   return PHX_OK;
 }
@@ -247,6 +262,9 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   phx_status status = phx__checkpoint_reader_open(path, &walk.reader, &why);
   const phx__manifest *m = status ? NULL : walk.reader->manifest;
   if (!status) status = fits(path, m, rt->config, rt->prepared, &why);
+  walk.from_zero = !status && !same_optimizer(m, &rt->optim.table);
+  if (walk.from_zero) walk.zeros = phx__calloc(PART, PHX_BLOCK * sizeof *walk.zeros);
+  if (walk.from_zero && !walk.zeros) status = phx__fail(&why, PHX_NOMEM, "no memory to load %s", path);
   PHX__TRY(phx__agree(rt, status, &why, NULL, err));
   const phx__manifest_plugin *saved_by = phx__manifest_plugin_of(m, "strategy");
   walk.private_fits = saved_by && strcmp(saved_by->id, rt->config->strategy.plugin->descriptor->id) == 0 &&
@@ -266,6 +284,7 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   out->at = (phx__position){.step = m->step, .samples = m->samples};
   snprintf(out->path, sizeof out->path, "%s", path);
 done:
+  phx__free(walk.zeros);
   phx__checkpoint_reader_close(walk.reader);
   return status;
 }

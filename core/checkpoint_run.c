@@ -35,10 +35,10 @@ static void say(const phx__checkpoints *c, int32_t level, const char *format, ..
   va_end(args);
 }
 
-/* Is there a step whose save can go on beside another step? */
-static bool can_overlap(const phx__settings *s, int64_t first) {
-  const int64_t every = s->checkpoint.every;
-  return s->checkpoint.background && every > 0 && (first / every + 1) * every < s->run.steps;
+/* This process takes no memory for copies: none of its saves goes on beside a step. */
+static void plan_no_copies(phx__prepared *p) {
+  p->planned[PHX_MEM_BUFFER] -= p->copy_bytes;
+  p->copy_bytes = 0;
 }
 
 phx_status phx__checkpoints_open(phx__checkpoints *c, phx__runtime *rt, phx__progress *progress, int64_t first,
@@ -49,8 +49,12 @@ phx_status phx__checkpoints_open(phx__checkpoints *c, phx__runtime *rt, phx__pro
                           .progress = progress,
                           .saved = saved,
                           .retention = {.keep = s->checkpoint.keep, .keep_every = s->checkpoint.keep_every}};
-  if (!can_overlap(s, first)) return PHX_OK;
+  if (!phx__saves_overlap(s, first)) {
+    plan_no_copies(rt->prepared);
+    return PHX_OK;
+  }
   if (!phx__saver_possible(rt, &why)) {
+    plan_no_copies(rt->prepared);
     say(c, PHX_LOG_INFO, "training waits for every save (checkpoint.background): %s", why);
     return PHX_OK;
   }
@@ -88,7 +92,7 @@ static void tell(phx__checkpoints *c, const phx__save_report *r, bool background
            "\"seconds\":%.6g,\"mb_per_s\":%.6g}",
            r->step, background ? "true" : "false", r->bytes, 1e3 * r->stall, 1e3 * r->begin, 1e3 * r->copies,
            1e3 * r->waits, 1e3 * r->commit, r->seconds, rate);
-  phx__progress_add(c->progress, member);
+  phx__progress_save(c->progress, member);
 }
 
 static void tell_failure(phx__checkpoints *c, int64_t step, const char *why) {

@@ -45,7 +45,8 @@ static void print_usage(FILE *out) {
   for (int i = 0; i < COMMANDS; i++)
     fprintf(out, "  phalanx %s %s\n      %s\n", commands[i].name, commands[i].arguments, commands[i].summary);
   fprintf(out, "  phalanx --version | --help\n\n"
-               "Exit status: 0 done, 2 refused, 3 a rank failed, 4 a checkpoint or a file of weights is damaged.\n");
+               "Exit status: 0 done, 2 refused, 3 a rank failed or a file could not be written, 4 a checkpoint or a "
+               "file of weights is damaged.\n");
 }
 
 int phx__cli_unknown(const char *what, const char *word, const char *const *known) {

@@ -1,7 +1,27 @@
-/* core/command_check.c - `phalanx check FILE.ini`: the effective configuration with sources, or all its errors. */
+/* core/command_check.c - `phalanx check FILE.ini`: the effective configuration with sources, or all its errors; and the
+ * plan of memory and traffic, in comments. */
+#include <stdlib.h>
+
 #include "cli.h"
 #include "commands.h"
+#include "plan.h"
 #include "status.h"
+
+/* A refusal stands alone: what cannot be planned prints no configuration. */
+static phx_status print_all(const phx__config *config) {
+  phx_error err = PHX_ERROR_INIT;
+  char *plan = NULL;
+  size_t bytes = 0;
+  FILE *text = open_memstream(&plan, &bytes);
+  phx_status status = text ? phx__plan_print(config, text, &err)
+                           : phx__fail(&err, PHX_NOMEM, "no memory for the plan");
+  if (text && (fclose(text) || !plan) && !status) status = phx__fail(&err, PHX_NOMEM, "no memory for the plan");
+  if (status) fprintf(stderr, "phalanx: %s\n", err.message);
+  if (!status) phx__config_print(config, stdout, true);
+  if (!status) fputs(plan, stdout);
+  free(plan);
+  return status;
+}
 
 int phx__command_check(int argc, char **argv) {
   phx__arguments arguments;
@@ -9,7 +29,7 @@ int phx__command_check(int argc, char **argv) {
   if (!phx__arguments_parse(argc, argv, 0, &arguments)) return PHX__EXIT_REFUSED;
   phx_status status = phx__config_load(arguments.file, arguments.overrides, arguments.n_overrides, stderr, &config);
   if (status == PHX_OK) {
-    phx__config_print(config, stdout, true);
+    status = print_all(config);
     phx__config_free(config);
   }
   phx__arguments_free(&arguments);

@@ -19,9 +19,11 @@
 #include "status.h"
 #include "sys.h"
 
+phx_status phx__writing(phx_status status) { return status == PHX_IO ? PHX_STATE : status; }
+
 int phx__checkpoint_refuse(phx_status status, const phx_error *err) {
   fprintf(stderr, "phalanx: %s\n", err->message);
-  return status == PHX_IO ? PHX__EXIT_DAMAGED : PHX__EXIT_REFUSED;
+  return status == PHX_IO ? PHX__EXIT_DAMAGED : status == PHX_STATE ? PHX__EXIT_RANK : PHX__EXIT_REFUSED;
 }
 
 int phx__checkpoint_usage(const char *usage) {

@@ -4,7 +4,6 @@
  * loader takes both), linear weights (in, out) as Conv1D keeps them, no lm_head, since it is wte.weight.  Our own
  * names are the same, and linear weights are (out, in). */
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,12 +11,14 @@
 
 #include "command_checkpoint.h"
 #include "json.h"
+#include "output.h"
 #include "status.h"
 #include "sys.h"
 
 typedef struct exported {
   phx__checkpoint_reader *reader;
   const char *dir; /* the target */
+  bool made;       /* it was not there before */
   int64_t layers, heads, width, context, vocab;
   float *blocks, *part;
 } exported;
@@ -79,7 +80,7 @@ static phx_status write_param(exported *e, phx__safetensors_writer *w, uint32_t 
   for (int64_t at = 0; at < p->numel && !status; at += PHX__TOOL_PART) {
     const int64_t n = p->numel - at < PHX__TOOL_PART ? p->numel - at : PHX__TOOL_PART;
     status = read(ctx, at, n, e->part, err);
-    if (!status) status = phx__safetensors_write(w, i, at * 4, n * 4, e->part, err);
+    if (!status) status = phx__writing(phx__safetensors_write(w, i, at * 4, n * 4, e->part, err));
   }
   if (turned) phx__transposer_close(&turn);
   return status;
@@ -104,20 +105,20 @@ static phx_status write_weights(exported *e, phx_error *err) {
     tensors[i] = (phx__tensor){.name = p->name, .dtype = PHX_F32, .ndim = p->ndim};
     for (uint32_t d = 0; d < p->ndim; d++) tensors[i].shape[d] = p->shape[turned ? 1 - d : d];
   }
-  PHX__TRY(phx__safetensors_create(part, tensors, m->n_params, metadata, false, &w, err));
+  PHX__TRY(phx__writing(phx__safetensors_create(part, tensors, m->n_params, metadata, false, &w, err)));
   for (uint32_t i = 0; i < m->n_params; i++) PHX__TRY(write_param(e, w, i, err));
-  PHX__TRY(phx__safetensors_finish(w, NULL, err));
-  if (phx__sys.rename(part, path)) status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
+  PHX__TRY(phx__writing(phx__safetensors_finish(w, NULL, err)));
+  if (phx__sys.rename(part, path))
+    status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", part, path);
 done:
   phx__safetensors_writer_close(w);
-  if (status && w) phx__sys.unlink(part);
+  if (status) phx__sys.unlink(part);
   phx__free(tensors);
   return status;
 }
 
 static phx_status write_config(const exported *e, phx_error *err) {
   char path[PHX__TOOL_PATH];
-  phx_status status = PHX_OK;
   phx__text t = {0};
   const int64_t end = e->vocab == 50257 ? 50256 : e->vocab == 257 ? 256 : -1; /* GPT-2's end of text, and our bytes' */
   phx__text_add(&t, "{\n  \"architectures\": [\"GPT2LMHeadModel\"],\n  \"model_type\": \"gpt2\",\n"
@@ -132,12 +133,24 @@ static phx_status write_config(const exported *e, phx_error *err) {
   phx__text_add(&t, "\n}\n");
   if (t.failed) return phx__fail(err, PHX_NOMEM, "no memory for config.json");
   snprintf(path, sizeof path, "%s/config.json", e->dir);
-  const int fd = phx__sys.open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  if (fd < 0) status = phx__fail_errno(err, PHX_IO, errno, "cannot create %s", path);
-  if (!status) status = phx__file_write(fd, path, t.data, (int64_t)t.bytes, 0, err);
-  if (!status && phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", path);
-  if (fd >= 0) phx__sys.close(fd);
+  const phx_status status = phx__text_write(path, t.data, err);
   phx__free(t.data);
+  return phx__writing(status);
+}
+
+/* Both files or none. */
+static phx_status write_both(exported *e, phx_error *err) {
+  char path[PHX__TOOL_PATH];
+  e->made = !phx__sys.mkdir(e->dir, 0755);
+  if (!e->made && errno != EEXIST)
+    return phx__fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", e->dir);
+  phx_status status = write_weights(e, err);
+  if (!status) {
+    status = write_config(e, err);
+    snprintf(path, sizeof path, "%s/model.safetensors", e->dir);
+    if (status) phx__sys.unlink(path);
+  }
+  if (status && e->made) phx__sys.rmdir(e->dir);
   return status;
 }
 
@@ -156,10 +169,7 @@ int phx__checkpoint_export(int argc, char **argv) {
   e.blocks = phx__calloc(PHX__TOOL_PART + 2 * PHX_BLOCK, sizeof *e.blocks);
   e.part = phx__calloc(PHX__TOOL_PART, sizeof *e.part);
   if (!status && (!e.blocks || !e.part)) status = phx__fail(&err, PHX_NOMEM, "no memory to export %s", dir);
-  if (!status && phx__sys.mkdir(e.dir, 0755) && errno != EEXIST)
-    status = phx__fail_errno(&err, PHX_INVALID, errno, "cannot create the directory %s", e.dir);
-  if (!status) status = write_weights(&e, &err);
-  if (!status) status = write_config(&e, &err);
+  if (!status) status = write_both(&e, &err);
   if (!status) printf("%s: %" PRIu32 " tensors of step %" PRId64 "\n", path, e.reader->manifest->n_params,
                       e.reader->manifest->step);
   phx__free(e.blocks);

@@ -7,7 +7,6 @@
  * The checkpoint is written beside its place and renamed when it is whole.  The model's layout is the plugin's own,
  * asked through a configuration. */
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "checkpoint_dir.h"
 #include "command_checkpoint.h"
 #include "json.h"
 #include "layout.h"
@@ -290,7 +290,8 @@ static phx_status write_slice(import *in, phx__safetensors_writer *w, uint32_t i
     const phx_slice part = {.struct_size = sizeof part, .kind = s->kind, .state_index = s->index, .unit = s->unit,
                             .flat = s->flat, .first_block = b, .blocks = n, .dtype = PHX_F32};
     phx_status status = fill_part(in, s, b, n, err);
-    if (!status) status = phx__safetensors_write(w, i, b * PHX_BLOCK * 4, n * PHX_BLOCK * 4, in->data, err);
+    if (!status)
+      status = phx__writing(phx__safetensors_write(w, i, b * PHX_BLOCK * 4, n * PHX_BLOCK * 4, in->data, err));
     if (status) return status;
     phx__state_hash_slice(&in->hash, in->prepared->model, &part, in->data);
   }
@@ -315,17 +316,17 @@ static phx_status write_shard(import *in, phx_error *err) {
     phx__manifest_tensor_name(in->manifest, s->kind, s->index, s->unit, s->flat, 0, names[i]);
     tensors[i] = (phx__tensor){.name = names[i], .dtype = PHX_F32, .ndim = 1, .shape = {s->blocks * PHX_BLOCK}};
   }
-  PHX__TRY(phx__safetensors_create(path, tensors, n, NULL, true, &w, err));
+  PHX__TRY(phx__writing(phx__safetensors_create(path, tensors, n, NULL, true, &w, err)));
   for (uint32_t i = 0; i < n; i++) PHX__TRY(write_slice(in, w, i, err));
   sums = phx__calloc((size_t)phx__chunks_count(w->file.bytes), sizeof *sums);
   if (!sums) {
     status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
     goto done;
   }
-  PHX__TRY(phx__safetensors_finish(w, sums, err));
+  PHX__TRY(phx__writing(phx__safetensors_finish(w, sums, err)));
   PHX__TRY(phx__manifest_add_file(in->manifest, SHARD, w->file.bytes, sums, err));
   phx__state_hash_text(in->hash, in->manifest->state_hash);
-  PHX__TRY(phx__manifest_write(in->part, in->manifest, err));
+  PHX__TRY(phx__writing(phx__manifest_write(in->part, in->manifest, err)));
 done:
   phx__safetensors_writer_close(w);
   phx__free(sums);
@@ -334,52 +335,38 @@ done:
   return status;
 }
 
-static phx_status flush_directory(const char *path, phx_error *err) {
-  const int fd = phx__sys.open(path, O_RDONLY | O_DIRECTORY, 0);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s", path);
-  phx_status status = phx__sys.fsync(fd) ? phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", path) : PHX_OK;
-  phx__sys.close(fd);
-  return status;
-}
-
-static phx_status point_latest(const import *in, phx_error *err) {
-  static const char name[] = "step-00000000\n";
-  char path[PHX__TOOL_PATH + 32], part[PHX__TOOL_PATH + 64];
-  if (!in->run[0]) return PHX_OK;
-  snprintf(path, sizeof path, "%s/latest", in->parent);
-  snprintf(part, sizeof part, "%s.part", path);
-  const int fd = phx__sys.open(part, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", part);
-  phx_status status = phx__file_write(fd, part, name, sizeof name - 1, 0, err);
-  if (!status && phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", part);
-  phx__sys.close(fd);
-  if (!status && phx__sys.rename(part, path))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
-  return status ? status : flush_directory(in->parent, err);
-}
-
-static phx_status make_directory(const char *path, bool may_exist, phx_error *err) {
-  if (!phx__sys.mkdir(path, 0755) || (may_exist && errno == EEXIST)) return PHX_OK;
+static phx_status make_directory(const char *path, bool *made, phx_error *err) {
+  *made = !phx__sys.mkdir(path, 0755);
+  if (*made || errno == EEXIST) return PHX_OK;
   return phx__fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", path);
 }
 
+/* Whole, or nothing is left: neither of the files nor of the directories. */
 static phx_status commit(import *in, phx_error *err) {
   char path[PHX__TOOL_PATH + 32];
-  phx_status status = in->run[0] ? make_directory(in->run, true, err) : PHX_OK;
-  if (!status && in->run[0]) status = make_directory(in->parent, true, err);
-  if (!status) status = make_directory(in->part, false, err);
-  if (status) return status;
-  status = write_shard(in, err);
-  if (!status) status = flush_directory(in->part, err);
-  if (!status && phx__sys.rename(in->part, in->target))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", in->part, in->target);
-  if (!status) status = flush_directory(in->parent, err);
-  if (!status) return point_latest(in, err);
+  bool run = false, parent = false, part = false, there = false;
+  phx_status status = PHX_OK;
+  if (in->run[0]) PHX__TRY(make_directory(in->run, &run, err));
+  if (in->run[0]) PHX__TRY(make_directory(in->parent, &parent, err));
+  PHX__TRY(make_directory(in->part, &part, err));
+  PHX__TRY(write_shard(in, err));
+  PHX__TRY(phx__writing(phx__dir_flush(in->part, err)));
+  if (phx__sys.rename(in->part, in->target)) {
+    status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", in->part, in->target);
+    goto done;
+  }
+  there = true;
+  PHX__TRY(phx__writing(phx__dir_flush(in->parent, err)));
+  if (in->run[0]) PHX__TRY(phx__writing(phx__checkpoint_point(in->run, 0, err)));
+done:
+  if (!status || there) return status;
   snprintf(path, sizeof path, "%s/" SHARD, in->part);
-  phx__sys.unlink(path);
+  if (part) phx__sys.unlink(path);
   snprintf(path, sizeof path, "%s/" PHX__MANIFEST_NAME, in->part);
-  phx__sys.unlink(path);
-  rmdir(in->part);
+  if (part) phx__sys.unlink(path);
+  if (part) phx__sys.rmdir(in->part);
+  if (parent) phx__sys.rmdir(in->parent);
+  if (run) phx__sys.rmdir(in->run);
   return status;
 }
 

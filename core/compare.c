@@ -173,10 +173,11 @@ static char *read_text(const char *path) {
 static int keep_losses(variant *v, char *text) {
   for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
     const char *begin = strstr(line, "\"loss\":"), *end = strstr(line, ",\"lr\":");
+    if (!begin) continue; /* of a save */
     char **more = phx__sys.realloc(v->losses, (v->n_losses + 1) * sizeof *more);
     if (!more) return 0;
     v->losses = more;
-    if (!begin || !end || end < begin) return 0;
+    if (!end || end < begin) return 0;
     char *kept = phx__calloc(1, (size_t)(end - begin) + 1);
     if (!kept) return 0;
     memcpy(kept, begin, (size_t)(end - begin));

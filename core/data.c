@@ -287,17 +287,16 @@ phx_status phx__data_check_batch(const phx__data *data, int64_t micro, int32_t a
   return PHX_OK;
 }
 
-phx_status phx__data_batch(const phx__data *data, int64_t step, int32_t micro_index, int32_t accumulate,
+phx_status phx__data_batch(const phx__data *data, int64_t first, int32_t micro_index, int32_t accumulate,
                            int32_t data_rank, int32_t data_size, int64_t micro, int32_t *tokens, int32_t *targets,
                            phx_error *err) {
   phx_status status = phx__data_check_batch(data, micro, accumulate, data_size, err);
   if (status != PHX_OK) return status;
   const int64_t global = micro * accumulate * data_size;
-  int64_t first = 0;
-  if (step < 0 || micro_index < 0 || micro_index >= accumulate || data_rank < 0 || data_rank >= data_size ||
-      __builtin_mul_overflow(step, global, &first) || first > INT64_MAX - global)
-    return phx__fail(err, PHX_INTERNAL, "no batch for step %" PRId64 ", micro-batch %" PRId32 " of %" PRId32
-                     ", data rank %" PRId32 " of %" PRId32, step, micro_index, accumulate, data_rank, data_size);
+  if (first < 0 || first > INT64_MAX - global || micro_index < 0 || micro_index >= accumulate || data_rank < 0 ||
+      data_rank >= data_size)
+    return phx__fail(err, PHX_INTERNAL, "no batch from sample %" PRId64 ", micro-batch %" PRId32 " of %" PRId32
+                     ", data rank %" PRId32 " of %" PRId32, first, micro_index, accumulate, data_rank, data_size);
   first += ((int64_t)micro_index * data_size + data_rank) * micro;
   for (int64_t i = 0; i < micro && status == PHX_OK; i++) {
     const int64_t sample = first + i;

@@ -25,10 +25,10 @@ int64_t phx__data_windows(const phx__data *data); /* samples of an epoch */
 /* Refuses, with the arithmetic, data that has fewer samples than one step takes. */
 phx_status phx__data_check_batch(const phx__data *data, int64_t micro, int32_t accumulate, int32_t data_size,
                                  phx_error *err);
-/* Micro-batch `micro_index` of this data rank in `step` (from 0): tokens and targets (micro, sequence).
- * A step takes samples [step * G, (step + 1) * G) of the shuffled, endlessly repeated epochs, G = micro * accumulate *
- * data_size; so the samples of a step depend on G only, not on how ranks and micro-batches divide it. */
-phx_status phx__data_batch(const phx__data *data, int64_t step, int32_t micro_index, int32_t accumulate,
+/* Micro-batch `micro_index` of this data rank in a step that begins with sample `first` (from 0): tokens and targets
+ * (micro, sequence).  The step takes samples [first, first + G) of the shuffled, endlessly repeated epochs, G = micro *
+ * accumulate * data_size; so its samples depend on first and G only, not on how ranks and micro-batches divide it. */
+phx_status phx__data_batch(const phx__data *data, int64_t first, int32_t micro_index, int32_t accumulate,
                            int32_t data_rank, int32_t data_size, int64_t micro, int32_t *tokens, int32_t *targets,
                            phx_error *err);
 /* Windows [index * batch, ...) in file order; *rows of them (the last batch may be short).  Past the end: PHX_INVALID.

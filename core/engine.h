@@ -27,13 +27,16 @@ typedef struct phx__engine {
   phx__exact_sum norm;
   int64_t step;                  /* in progress, from 1 */
   bool not_finite;               /* the step was stopped before its update, on all ranks (run.on_nonfinite = stop) */
-  int64_t batch_ahead;           /* step k takes batch k - 1 + this: not 0 after a resume with another batch size */
+  int64_t samples_ahead;         /* step k begins with sample (k - 1) * global batch + this: not 0 after a resume with
+                                  * another batch size */
   void (*at_stage)(void *arg);   /* called at every stage boundary, or NULL */
   void *at_stage_arg;
 } phx__engine;
 
 phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *err);
 void phx__engine_destroy(phx__engine *e);
+/* Sequences consumed by all ranks together when `steps` steps are done. */
+int64_t phx__engine_samples(const phx__engine *e, int64_t steps);
 /* One optimizer step on the batch of `step` (from 1). */
 phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out, phx_error *err);
 /* Mean loss over `batches` micro-batches per data rank of held-out data. */

@@ -100,7 +100,32 @@ static void plan_activations(phx__prepared *p) {
                                    p->shape.sequence);
   p->planned[PHX_MEM_BUFFER] += 2 * p->token_bytes; /* on the device, and on their way to it */
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->topology.accumulate * (int64_t)sizeof(double));
-  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(PHX__NORM_BLOCKS * (int64_t)sizeof(double));
+  const int64_t blocks = p->model->total_blocks[PHX_FLAT_TRAINABLE];
+  p->norm_blocks = blocks < 1 ? 1 : blocks < PHX__NORM_BLOCKS ? blocks : PHX__NORM_BLOCKS;
+  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->norm_blocks * (int64_t)sizeof(double));
+}
+
+int64_t phx__copy_pool(int64_t copy, int64_t all, int64_t *chunk) {
+  enum { CHUNK = 1 << 20, GRAIN = PHX_BLOCK * 8 /* one block of the widest type */ };
+  *chunk = CHUNK;
+  if (copy < 0 || copy >= all) return all;
+  if (copy >= GRAIN && copy < CHUNK) *chunk = copy / GRAIN * GRAIN;
+  return copy / *chunk * *chunk;
+}
+
+bool phx__saves_overlap(const phx__settings *s, int64_t first) {
+  const int64_t every = s->checkpoint.every;
+  return s->checkpoint.background && every > 0 && (first / every + 1) * every < s->run.steps;
+}
+
+static void plan_copies(phx__prepared *p) {
+  const phx__config *c = p->config;
+  const bool can = (c->strategy.plugin->descriptor->provides & PHX_CAP_LIVE_STATE) &&
+                   (c->device.plugin->descriptor->provides & PHX_CAP_HOST_MEMORY);
+  int64_t chunk = 0;
+  if (!can || !phx__saves_overlap(&c->s, 0)) return;
+  p->copy_bytes = phx_align_bytes(phx__copy_pool(c->s.checkpoint.copy, p->estimate.state_bytes, &chunk));
+  p->planned[PHX_MEM_BUFFER] += p->copy_bytes;
 }
 
 phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
@@ -122,6 +147,13 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
                        config->strategy.plugin->descriptor->id, size);
     goto done;
   }
+  if (local_size < size && (config->comm.plugin->descriptor->needs & PHX_NEED_ONE_MACHINE)) {
+    status = phx__fail(err, PHX_UNSUPPORTED,
+                       "%s joins ranks of one machine; %d of %d are on this one: choose another [comm] plugin, such as "
+                       "nccl, or start all ranks on one machine", config->comm.plugin->descriptor->id, local_size,
+                       size);
+    goto done;
+  }
   PHX__TRY(prepare_model(p, err));
   prepare_topology(p, rank, size, local_rank, local_size);
   PHX__TRY(prepare_stages(p, err));
@@ -131,6 +163,7 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
   p->planned[PHX_MEM_BUFFER] += p->comm->buffer_bytes(config->comm.config, size);
   plan_activations(p);
+  plan_copies(p);
   *out = p;
 done:
   if (status) phx__prepared_free(p);

@@ -32,6 +32,22 @@ void phx__progress_add(phx__progress *p, const char *members) {
   if (more < sizeof p->extra - used) memcpy(p->extra + used, members, more + 1);
 }
 
+/* What waits for a step that does not come. */
+static void write_rest(phx__progress *p) {
+  if (!p->metrics || !p->extra[0]) return;
+  fprintf(p->metrics, "{\"step\":%" PRId64 "%s}\n", p->last, p->extra);
+  p->extra[0] = 0;
+  p->holds_save = false;
+  if (fflush(p->metrics) || ferror(p->metrics))
+    phx__log(0, "core", PHX_LOG_WARN, "metrics.jsonl: what the last saves cost was not written");
+}
+
+void phx__progress_save(phx__progress *p, const char *members) {
+  if (p->holds_save) write_rest(p);
+  phx__progress_add(p, members);
+  p->holds_save = true;
+}
+
 static void keep_metric(void *arg, const char *plugin, const char *name, double value) {
   char number[32] = "null", member[400]; /* JSON has no NaN and no infinity */
   if (isfinite(value)) snprintf(number, sizeof number, "%.17g", value);
@@ -61,7 +77,7 @@ static phx_status cut_metrics(const char *path, int64_t last, phx_error *err) {
 
 phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err) {
   char path[4200];
-  *p = (phx__progress){.rt = rt, .first = first, .started = phx__now()};
+  *p = (phx__progress){.rt = rt, .first = first, .last = first, .started = phx__now()};
   p->tokens_per_step = rt->prepared->shape.micro * rt->prepared->shape.sequence * rt->prepared->topology.accumulate *
                        rt->prepared->layout.data_size;
   if (rt->job->rank != 0) return PHX_OK;
@@ -123,6 +139,8 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
   if (hash) fprintf(f, ",\"state_hash\":\"%s\"", hash);
   fprintf(f, "%s}\n", p->extra);
   p->extra[0] = 0;
+  p->holds_save = false;
+  p->last = step;
   if (fflush(f) || ferror(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
   if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss) ||
       r->skipped) {
@@ -138,6 +156,7 @@ void phx__progress_close(phx__progress *p) {
     fflush(stdout);
   }
   p->open_line = false;
+  write_rest(p);
   if (p->metrics) fclose(p->metrics);
   p->metrics = NULL;
 }

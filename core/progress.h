@@ -9,9 +9,10 @@ typedef struct phx__progress {
   FILE *metrics;       /* metrics.jsonl, or NULL on other ranks */
   bool terminal;
   bool open_line;      /* the bar stands on a line that is not ended */
-  int64_t tokens_per_step, first; /* first: the step that this run began after */
+  int64_t tokens_per_step, first, last; /* the step that this run began after; of the last line */
   double started;      /* seconds, monotonic */
   char extra[1536];    /* plugins' metrics of this step, as JSON members */
+  bool holds_save;     /* extra has a save in it */
 } phx__progress;
 
 double phx__now(void); /* seconds, CLOCK_MONOTONIC */
@@ -23,6 +24,10 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
                               int64_t bytes_sent, double valid_loss, const char *hash, phx_error *err);
 /* Members for the next line, with a comma before each; left out when there is no room. */
 void phx__progress_add(phx__progress *p, const char *members);
-void phx__progress_close(phx__progress *p); /* ends the bar's line, so that what follows stands on its own */
+/* What became of a save, as members for the next line; where another waits for that line, or no step comes any more,
+ * it has a line of its own, with the last step done. */
+void phx__progress_save(phx__progress *p, const char *members);
+/* Writes what waits; ends the bar's line, so that what follows stands on its own. */
+void phx__progress_close(phx__progress *p);
 void phx__bytes_text(int64_t bytes, char text[24]); /* "123.4 MiB" */
 #endif

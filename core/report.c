@@ -17,7 +17,7 @@
 #include "status.h"
 #include "sys.h"
 
-enum { RUN_DIR_MAX = 4000 }; /* PATH_MAX, with room for the names below it */
+enum { RUN_DIR_MAX = 4000, /* PATH_MAX, with room for the names below it */ CONFIG_MAX = 16 << 20 };
 
 int64_t phx__pss_bytes(void) {
   FILE *f = fopen("/proc/self/smaps_rollup", "re");
@@ -85,18 +85,25 @@ static bool holds_a_run(const char *dir) {
   return false;
 }
 
-static phx_status move_aside(const char *dir, phx_error *err) {
-  char name[RUN_DIR_MAX + 32];
+/* Where an earlier run in dir goes: "" when there is none. */
+static phx_status aside_name(const char *dir, char name[RUN_DIR_MAX + 32], phx_error *err) {
   struct stat st;
+  name[0] = 0;
   if (!holds_a_run(dir)) return PHX_OK;
   for (int n = 1; n < 100000; n++) {
-    snprintf(name, sizeof name, "%s.%d", dir, n);
-    if (!lstat(name, &st)) continue;
-    if (phx__sys.rename(dir, name)) return phx__fail_errno(err, PHX_IO, errno, "cannot move %s to %s", dir, name);
-    fprintf(stderr, "%s holds an earlier run: it is now %s\n", dir, name);
-    return PHX_OK;
+    snprintf(name, RUN_DIR_MAX + 32, "%s.%d", dir, n);
+    if (lstat(name, &st)) return PHX_OK;
   }
   return phx__fail(err, PHX_IO, "%s has too many earlier runs beside it: remove some, or change run.out", dir);
+}
+
+static phx_status move_aside(const char *dir, phx_error *err) {
+  char name[RUN_DIR_MAX + 32];
+  const phx_status status = aside_name(dir, name, err);
+  if (status || !name[0]) return status;
+  if (phx__sys.rename(dir, name)) return phx__fail_errno(err, PHX_IO, errno, "cannot move %s to %s", dir, name);
+  fprintf(stderr, "%s holds an earlier run: it is now %s\n", dir, name);
+  return PHX_OK;
 }
 
 static phx_status write_config(const phx__config *config, const char *dir, phx_error *err) {
@@ -114,14 +121,19 @@ static phx_status write_config(const phx__config *config, const char *dir, phx_e
   return status;
 }
 
-phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
-  char dir[RUN_DIR_MAX];
-  int made = 0;
-  if (snprintf(dir, sizeof dir, "%s", config->s.run.out) >= (int)sizeof dir)
+static phx_status path_of(const phx__config *config, char dir[RUN_DIR_MAX], phx_error *err) {
+  if (snprintf(dir, RUN_DIR_MAX, "%s", config->s.run.out) >= RUN_DIR_MAX)
     return phx__fail(err, PHX_INVALID, "run.out has %zu characters: more than %d are too long for a path",
                      strlen(config->s.run.out), RUN_DIR_MAX - 1);
   for (size_t n = strlen(dir); n > 1 && dir[n - 1] == '/'; n--) dir[n - 1] = 0;
-  phx_status status = move_aside(dir, err);
+  return PHX_OK;
+}
+
+phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
+  char dir[RUN_DIR_MAX];
+  int made = 0;
+  phx_status status = path_of(config, dir, err);
+  if (!status) status = move_aside(dir, err);
   if (status) return status;
   status = make_dirs(dir, &made, err);
   if (!status) status = write_config(config, dir, err);
@@ -132,6 +144,86 @@ phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
 /* Beside and renamed: the run may be going on from this very file. */
 phx_status phx__run_dir_resume(const phx__config *config, phx_error *err) {
   return write_config(config, config->s.run.out, err);
+}
+
+/* ---- and back ---- */
+struct phx__run_dir {
+  char dir[RUN_DIR_MAX], aside[RUN_DIR_MAX + 32]; /* aside: where the earlier run goes, or "" */
+  int missing;      /* the last so many parts of the path are not there */
+  char *config;     /* config.ini's text, or NULL */
+  int64_t logs[PHX_RANKS_MAX]; /* lengths of rank-R.log, or -1 */
+};
+
+static void log_path(const phx__run_dir *d, int32_t rank, char path[RUN_DIR_MAX + 32]) {
+  snprintf(path, RUN_DIR_MAX + 32, "%s/rank-%d.log", d->dir, rank);
+}
+
+/* NULL: none that could be read. */
+static char *read_config(const char *dir) {
+  char path[RUN_DIR_MAX + 32], *text = NULL;
+  struct stat st;
+  snprintf(path, sizeof path, "%s/config.ini", dir);
+  const int fd = phx__sys.open(path, O_RDONLY, 0);
+  if (fd < 0) return NULL;
+  if (!phx__sys.fstat(fd, &st) && st.st_size < CONFIG_MAX) text = phx__calloc(1, (size_t)st.st_size + 1);
+  if (text && phx__sys.pread(fd, text, (size_t)st.st_size, 0) != st.st_size) {
+    phx__free(text);
+    text = NULL;
+  }
+  phx__sys.close(fd);
+  return text;
+}
+
+phx_status phx__run_dir_remember(const phx__config *config, phx__run_dir **out, phx_error *err) {
+  char path[RUN_DIR_MAX + 32];
+  struct stat st;
+  phx__run_dir *d = phx__calloc(1, sizeof *d);
+  if (!d) return phx__fail(err, PHX_NOMEM, "no memory to remember what run.out holds");
+  phx_status status = path_of(config, d->dir, err);
+  if (!status) status = aside_name(d->dir, d->aside, err);
+  if (status) {
+    phx__free(d);
+    return status;
+  }
+  snprintf(path, sizeof path, "%s", d->dir);
+  for (char *slash = path; slash && *path && stat(path, &st); d->missing++) {
+    slash = strrchr(path, '/');
+    if (slash) *slash = 0;
+  }
+  d->config = read_config(d->dir);
+  for (int32_t r = 0; r < PHX_RANKS_MAX; r++) {
+    log_path(d, r, path);
+    d->logs[r] = stat(path, &st) ? -1 : st.st_size;
+  }
+  *out = d;
+  return PHX_OK;
+}
+
+void phx__run_dir_undo(const phx__run_dir *d, bool continues) {
+  char path[RUN_DIR_MAX + 32];
+  struct stat st;
+  if (!d || (!continues && d->aside[0] && lstat(d->aside, &st))) return; /* the earlier run was not moved */
+  const bool fresh = !continues && (d->aside[0] || d->missing > 0);
+  for (int32_t r = 0; r < PHX_RANKS_MAX; r++) {
+    log_path(d, r, path);
+    if (fresh || d->logs[r] < 0) phx__sys.unlink(path);
+    else if (!stat(path, &st) && st.st_size > d->logs[r] && truncate(path, d->logs[r]))
+      fprintf(stderr, "phalanx: %s could not be cut to what it was: %s\n", path, strerror(errno));
+  }
+  snprintf(path, sizeof path, "%s/config.ini", d->dir);
+  if (fresh || !d->config) phx__sys.unlink(path);
+  else if (phx__text_write(path, d->config, NULL))
+    fprintf(stderr, "phalanx: %s could not be written back\n", path);
+  if (!fresh) return;
+  unmake_dirs(d->dir, d->aside[0] ? 1 : d->missing);
+  if (!d->aside[0]) return;
+  if (!phx__sys.rename(d->aside, d->dir)) fprintf(stderr, "%s is %s again\n", d->aside, d->dir);
+  else fprintf(stderr, "phalanx: cannot move %s back to %s: %s\n", d->aside, d->dir, strerror(errno));
+}
+
+void phx__run_dir_forget(phx__run_dir *d) {
+  if (d) phx__free(d->config);
+  phx__free(d);
 }
 
 /* ---- run.json ---- */

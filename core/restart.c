@@ -89,7 +89,7 @@ static int launch(const attempt *a, const phx__config *config, phx__outcome *out
   return phx__launch_run(&launch);
 }
 
-int phx__restart_run(const phx__config *config, char *const *argv) {
+int phx__restart_run(const phx__config *config, char *const *argv, bool *restarted) {
   phx_error err = PHX_ERROR_INIT;
   attempt a = {.ranks = (int32_t)config->s.run.ranks, .accumulate = config->s.batch.accumulate};
   phx__outcome outcome = {0}, first = {0};
@@ -115,5 +115,6 @@ int phx__restart_run(const phx__config *config, char *const *argv) {
     fprintf(stderr, "phalanx: %s %" PRId64 " restart%s; the first failure was: %s\n",
             result == PHX__EXIT_OK ? "done after" : "given up after", restarts, restarts == 1 ? "" : "s", first.cause);
   phx__free(a.argv);
+  *restarted = restarts > 0;
   return result;
 }

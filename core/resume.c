@@ -41,12 +41,14 @@ phx_status phx__resume_check(const phx__resume *resume, const phx__config *confi
   return PHX_OK;
 }
 
-/* Rank 0: what lies behind the step is of another future; what is half there, of a dead attempt. */
+/* Rank 0: what lies behind the step is of another future; what is half there, of a dead attempt.  `latest` first, so
+ * that it always names one that is there. */
 static phx_status tidy(const phx__resume *resume, const phx__config *config, int64_t step, phx_error *err) {
   char text[120];
   int64_t removed = 0;
   if (!resume->continues) return PHX_OK;
   phx_status status = phx__checkpoint_sweep(config->s.run.out, &removed, err);
+  if (!status) status = phx__checkpoint_point(config->s.run.out, step, err);
   if (!status) status = phx__checkpoint_set_aside(config->s.run.out, step, err);
   snprintf(text, sizeof text, "%" PRId64 " leftover%s of dead attempts removed", removed, removed == 1 ? "" : "s");
   if (!status && removed > 0) phx__log(0, "checkpoint", PHX_LOG_INFO, text);

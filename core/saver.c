@@ -30,7 +30,7 @@
 enum { LIVE = 0, BUSY, COPYING, COPIED, DONE }; /* a chunk */
 enum { NOTHING = 0, WRITE, PUBLISH, QUIT };     /* what the thread is asked for */
 enum { IDLE = 0, WRITING, PUBLISHING };         /* the save, the same on all ranks */
-enum { CHUNK_BYTES = 1 << 20, GRAIN = PHX_BLOCK * 8, /* one block of the widest type */ WAIT_MS = 100 };
+enum { WAIT_MS = 100 };
 
 typedef struct chunk {
   size_t slice;
@@ -265,14 +265,10 @@ static phx_status take_pool(phx__saver *v, int64_t copy, phx_error *err) {
   phx_status status =
       PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, rt->prepared->strategy->visit_state(rt->strategy, &visitor, err));
   if (status) return status;
-  v->chunk_bytes = CHUNK_BYTES;
   v->place_for_each = copy < 0 || copy >= s.all;
-  if (v->place_for_each) {
-    v->pool_bytes = s.all;
-  } else {
-    if (copy >= GRAIN && copy < CHUNK_BYTES) v->chunk_bytes = copy / GRAIN * GRAIN;
-    v->n_places = copy / v->chunk_bytes;
-    v->pool_bytes = v->n_places * v->chunk_bytes;
+  v->pool_bytes = phx__copy_pool(copy, s.all, &v->chunk_bytes);
+  if (!v->place_for_each) {
+    v->n_places = v->pool_bytes / v->chunk_bytes;
     v->free_places = phx__calloc((size_t)v->n_places, sizeof *v->free_places);
     if (!v->free_places) return phx__fail(err, PHX_NOMEM, "no memory for the list of a checkpoint's copies");
   }
@@ -283,7 +279,8 @@ static phx_status take_pool(phx__saver *v, int64_t copy, phx_error *err) {
   status = rt->core_host.table.alloc(rt->core_host.table.ctx, &what, &pool, err);
   if (status) return status;
   v->pool = pool;
-  rt->prepared->planned[PHX_MEM_BUFFER] += phx_align_bytes(v->pool_bytes);
+  if (rt->prepared->copy_bytes == 0) /* the strategy or the device did not say enough before */
+    rt->prepared->planned[PHX_MEM_BUFFER] += phx_align_bytes(v->pool_bytes);
   return PHX_OK;
 }
 

@@ -55,6 +55,7 @@ typedef struct run {
   int64_t step;         /* the last whole one */
   int stopped;          /* the signal that ended it before its last step, or 0 */
   int failed_exit;      /* the exit status if it fails */
+  phx__run_dir *before; /* rank 0 under another launcher, with asked */
 } run;
 
 /* ---- before anything is allocated ---- */
@@ -239,13 +240,8 @@ static phx_status finish(run *r, phx_error *err) {
 }
 
 /* ---- checkpoints ---- */
-static int64_t global_batch(const phx__prepared *p) {
-  return p->shape.micro * p->topology.accumulate * p->layout.data_size;
-}
-
 static phx_status save(run *r, bool last, phx_error *err) {
-  const phx__position at = {.step = r->step,
-                            .samples = (r->step + r->engine->batch_ahead) * global_batch(r->rt->prepared)};
+  const phx__position at = {.step = r->step, .samples = phx__engine_samples(r->engine, r->step)};
   return phx__checkpoints_save(&r->checkpoints, &at, last, err);
 }
 
@@ -288,6 +284,18 @@ static phx_status finish_last(run *r, phx_error *err) {
   return phx__fail(err, saved, "the last step's checkpoint was not saved: %.400s", why.message);
 }
 
+/* resume NULL: a new run; else *before is what undo takes back if the checkpoint turns out to be damaged. */
+static phx_status make_run_dir(const phx__config *config, const phx__resume *resume, phx__run_dir **before,
+                               phx_error *err) {
+  phx_status status = resume ? phx__run_dir_remember(config, before, err) : PHX_OK;
+  if (!status)
+    status = resume && resume->continues ? phx__run_dir_resume(config, err) : phx__run_dir_create(config, err);
+  if (!status) return PHX_OK;
+  phx__run_dir_forget(*before);
+  *before = NULL; /* nothing was made that could be undone */
+  return status;
+}
+
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
@@ -306,9 +314,20 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
-    status = r->asked && r->resume.continues ? phx__run_dir_resume(r->config, err)
-                                             : phx__run_dir_create(r->config, err);
+    status = make_run_dir(r->config, r->asked ? &r->resume : NULL, &r->before, err);
+  if (!status && r->job->local_size != r->job->size) status = phx__run_dir_shared(r->config, r->job, err);
   return status;
+}
+
+/* Another batch than before: no sequence is read twice, and none is left out. */
+static void say_position(const run *r) {
+  const int64_t batch = phx__engine_samples(r->engine, 1) - phx__engine_samples(r->engine, 0);
+  if (r->resumed.at.samples % batch == 0)
+    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
+                         r->resumed.at.samples / batch, batch);
+  else
+    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from sequence %" PRId64 ", %" PRId64 " a step",
+                         r->resumed.at.samples, batch);
 }
 
 /* The state: of a checkpoint, or the initial one. */
@@ -318,11 +337,9 @@ static phx_status begin_state(run *r, phx_error *err) {
   if (status == PHX_INVALID || status == PHX_UNSUPPORTED) r->failed_exit = PHX__EXIT_REFUSED;
   if (status == PHX_IO) r->failed_exit = PHX__EXIT_DAMAGED;
   if (status) return status;
-  r->engine->batch_ahead = r->resumed.at.samples / global_batch(r->rt->prepared) - r->resumed.at.step;
   r->step = r->resumed.at.step;
-  if (r->engine->batch_ahead)
-    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "goes on from batch %" PRId64 " of %" PRId64 " sequences",
-                         r->step + r->engine->batch_ahead, global_batch(r->rt->prepared));
+  r->engine->samples_ahead = r->resumed.at.samples - phx__engine_samples(r->engine, r->step);
+  if (r->engine->samples_ahead) say_position(r);
   if (r->step == r->config->s.run.steps)
     phx__checkpoints_say(r->job->rank, PHX_LOG_WARN,
                          "step %" PRId64 " is the last one (run.steps): nothing is left to train", r->step);
@@ -367,6 +384,8 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     status = run_steps(&r, &err);
   }
   const bool refused = status && r.failed_exit != PHX__EXIT_RANK;
+  if (refused) phx__run_dir_undo(r.before, r.resume.continues);
+  phx__run_dir_forget(r.before);
   phx__progress_close(&r.progress);
   if (status) {
     fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
@@ -386,6 +405,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__free(r.step_seconds);
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
+  if (r.job) phx__job_leave(r.job);
   if (!status) return PHX__EXIT_OK;
   return r.failed_exit;
 }
@@ -423,7 +443,8 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
     status = check_resume(config, resume, &found, &err);
     if (status == PHX_IO) refusal = PHX__EXIT_DAMAGED;
   }
-  if (!status) status = found.continues ? phx__run_dir_resume(config, &err) : phx__run_dir_create(config, &err);
+  phx__run_dir *before = NULL;
+  if (!status) status = make_run_dir(config, resume ? &found : NULL, &before, &err);
   if (status) {
     fprintf(stderr, "phalanx: %s\n", err.message);
     return refusal;
@@ -434,8 +455,12 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
   say_plugin("model", config->model.plugin);
   say_chosen("device", config->device_why);
   say_chosen("comm", config->comm_why);
-  if (config->s.run.ranks > 1 || config->s.run.max_restarts > 0) return phx__restart_run(config, argv);
-  /* it was accepted above: what goes wrong now is a failure, not a refusal */
-  const int exit_status = phx__train_rank(config, resume);
-  return exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
+  bool restarted = false;
+  const bool launch = config->s.run.ranks > 1 || config->s.run.max_restarts > 0;
+  const int exit_status = launch ? phx__restart_run(config, argv, &restarted) : phx__train_rank(config, resume);
+  if (!restarted && (exit_status == PHX__EXIT_REFUSED || exit_status == PHX__EXIT_DAMAGED))
+    phx__run_dir_undo(before, found.continues); /* no rank began */
+  phx__run_dir_forget(before);
+  /* it was accepted above: what goes wrong in this process is a failure, not a refusal */
+  return !launch && exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
 }

@@ -138,7 +138,7 @@ static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
                                   .vendor = "Phalanx",
                                   .license = "unspecified",
                                   .build = __VERSION__,
-                                  .provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16,
+                                  .provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_HOST_MEMORY,
                                   .option_stride = sizeof(phx_option),
                                   .table = &table};
 

@@ -125,6 +125,8 @@ static phx_status ddp_estimate(const void *config, const phx_topology *t, const 
   phx_status status = plan_create(config, t, m, &p, err);
   if (status != PHX_OK) return status;
   phx_kit_regions_estimate(p.regions, N_REGIONS, out);
+  for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
+    phx_kit_estimate_state(out, t, flat, phx_kit_shard_of(m->total_blocks[flat], t->rank, t->world_size).blocks);
   for (uint32_t b = 0; b < p.n_buckets; b++)
     phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, p.buckets[b].numel, t->reduce_dtype, 0,
                           phx_kit_adds_reduced(t) ? t->accumulate : 1);

@@ -98,6 +98,14 @@ void phx_kit_regions_estimate(const phx_kit_region *regions, uint32_t n, phx_est
   }
 }
 
+void phx_kit_estimate_state(phx_estimate *out, const phx_topology *t, uint32_t flat, int64_t blocks) {
+  int64_t element = 4; /* the weight in fp32, or its master */
+  if (!PHX_HAS(out, phx_estimate, state_bytes)) return;
+  for (uint32_t k = 0; flat == PHX_FLAT_TRAINABLE && k < t->n_optim_states; k++)
+    element += (int64_t)phx_dtype_bytes(t->optim_dtype[k]);
+  out->state_bytes += blocks * PHX_BLOCK * element;
+}
+
 phx_status phx_kit_regions_alloc(const phx_kit_services *s, phx_kit_region *regions, uint32_t n, phx_error *err) {
   for (uint32_t i = 0; i < n; i++) {
     phx_kit_region *r = &regions[i];

@@ -32,9 +32,10 @@ class Run:
         with open(os.path.join(out, "run.json"), encoding="utf-8") as f:
             self.result = json.load(f)["result"]
         with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
-            steps = [json.loads(line) for line in f]
+            lines = [json.loads(line) for line in f]
+        steps = [s for s in lines if "loss" in s]
         self.losses = [s["loss"] for s in steps]
-        self.saves = [s["checkpoint"] for s in steps if "checkpoint" in s]
+        self.saves = [s["checkpoint"] for s in steps if "checkpoint" in s]  # those that other steps stood beside
         self.hash = self.result["state_hash"]
         self.seconds = statistics.median(s["step_ms"] for s in steps[1:] or steps) / 1e3
 

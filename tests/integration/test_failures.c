@@ -100,7 +100,8 @@ Test(failures, a_crash_names_the_plugin_and_the_call, .timeout = 60) {
   free(log);
   command_free(&r);
   static const char *const others[][3] = {
-      {"fault.what=abort", "was killed by SIGABRT", "crashed: SIGABRT, an assertion, in strategy ddp: release, stage 0;"},
+      {"fault.what=abort", "was killed by SIGABRT",
+       "crashed: SIGABRT, an assertion, in strategy ddp: release, stage 0;"},
       {"fault.what=bus", "was killed by SIGBUS",
        "crashed: SIGBUS, a mapped file became shorter or memory ran out, in strategy ddp: release, stage 0;"}};
   for (int i = 0; i < 2; i++) {

@@ -181,14 +181,14 @@ Test(data, each_epoch_is_a_permutation_of_its_own) {
 
 /* First tokens of the samples of one step, as (ranks x accumulate) read them, sorted. */
 static int compare_ints(const void *a, const void *b) { return *(const int32_t *)a - *(const int32_t *)b; }
-static void step_samples(const phx__data *d, int64_t step, int32_t ranks, int32_t accumulate, int64_t micro,
+static void step_samples(const phx__data *d, int64_t first, int32_t ranks, int32_t accumulate, int64_t micro,
                          int32_t *out) {
   int32_t tokens[64], targets[64];
   int64_t n = 0;
   for (int32_t m = 0; m < accumulate; m++)
     for (int32_t r = 0; r < ranks; r++) {
       phx_error err = PHX_ERROR_INIT;
-      cr_assert_eq(phx__data_batch(d, step, m, accumulate, r, ranks, micro, tokens, targets, &err), PHX_OK, "%s",
+      cr_assert_eq(phx__data_batch(d, first, m, accumulate, r, ranks, micro, tokens, targets, &err), PHX_OK, "%s",
                    err.message);
       for (int64_t i = 0; i < micro; i++) {
         cr_assert_eq(targets[i * 3], tokens[i * 3 + 1]);
@@ -209,9 +209,9 @@ Test(data, a_step_is_the_same_samples_however_it_is_divided) {
   int seen[257] = {0};
   for (int64_t step = 0; step < 14; step++) {
     int32_t first[12], other[12];
-    step_samples(d, step, 1, 1, 12, first);
+    step_samples(d, 12 * step, 1, 1, 12, first);
     for (size_t w = 0; w < sizeof ways / sizeof ways[0]; w++) {
-      step_samples(d, step, ways[w].ranks, ways[w].accumulate, ways[w].micro, other);
+      step_samples(d, 12 * step, ways[w].ranks, ways[w].accumulate, ways[w].micro, other);
       cr_assert_arr_eq(first, other, sizeof first);
     }
     for (int i = 0; i < 12 && step * 12 + i < 83; i++) seen[first[i]] += step < 6;
@@ -222,6 +222,31 @@ Test(data, a_step_is_the_same_samples_however_it_is_divided) {
         if (v == 256) cr_assert_eq(total, 72);
       }
   }
+  phx__data_close(d);
+}
+
+/* Two ranks, three, two again: samples go on where they stood, though no batch before divides them. */
+Test(data, another_batch_size_reads_nothing_twice_and_leaves_nothing_out) {
+  phx__data *d = NULL;
+  const struct {
+    int64_t steps;
+    int32_t ranks;
+  } parts[] = {{3, 2}, {4, 3}, {5, 2}};
+  int32_t got[12], order[56];
+  int64_t first = 0;
+  cr_assert_eq(phx__data_open(raw_file("a.bin", 3 * 83 + 1, 0), 3, 257, 9, &d, NULL), PHX_OK);
+  for (int i = 0; i < 56; i++) step_samples(d, i, 1, 1, 1, &order[i]);
+  for (size_t p = 0; p < sizeof parts / sizeof parts[0]; p++)
+    for (int64_t s = 0; s < parts[p].steps; s++) {
+      const int32_t n = 2 * parts[p].ranks;
+      int32_t wanted[12];
+      step_samples(d, first, parts[p].ranks, 1, 2, got);
+      memcpy(wanted, order + first, (size_t)n * sizeof *wanted);
+      qsort(wanted, (size_t)n, sizeof *wanted, compare_ints);
+      cr_assert_arr_eq(got, wanted, (size_t)n * sizeof *got, "from sample %lld", (long long)first);
+      first += n;
+    }
+  cr_assert_eq(first, 12 + 24 + 20);
   phx__data_close(d);
 }
 

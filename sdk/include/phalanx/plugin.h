@@ -28,10 +28,13 @@ enum { PHX_KIND_STRATEGY = 1, PHX_KIND_DEVICE = 2, PHX_KIND_COMM = 3, PHX_KIND_M
  * ticket changes it (and a load).  On a device with PHX_DEVICE_HOST_MEMORY checkpoints are then saved in the
  * background. */
 #define PHX_CAP_LIVE_STATE (1ull << 6)
+/* Device: it has PHX_DEVICE_HOST_MEMORY wherever it runs, so that this is known before it is created. */
+#define PHX_CAP_HOST_MEMORY (1ull << 7)
 
 /* needs: the core refuses a plugin whose bit it does not know, or cannot meet, with the bit's number or name. */
 #define PHX_NEED_HOST_MEMORY (1ull << 0) /* device memory must be readable by the CPU */
 #define PHX_NEED_TWO_RANKS (1ull << 1)   /* makes no sense at world size 1 */
+#define PHX_NEED_ONE_MACHINE (1ull << 2) /* a communicator whose ranks share memory */
 
 typedef struct phx_plugin {
   size_t struct_size;

@@ -62,6 +62,9 @@ typedef struct phx_estimate {
   int64_t arena_bytes;            /* the part of the above that is allocated with a communicator */
   int64_t sent[PHX_OPS];          /* payload bytes of this rank in one training step, by collective, norm excluded */
   int64_t calls[PHX_OPS];         /* collective calls in one training step */
+  /* Of the slices that visit_state names on this rank, low-precision weights left out: what a checkpoint holds of it.
+   * With PHX_CAP_LIVE_STATE memory for copies is planned from it; 0: not said, and that is known when the run begins */
+  int64_t state_bytes;
 } phx_estimate;
 
 /* ---- state: who holds what, in canonical coordinates ---- */

@@ -77,6 +77,8 @@ void phx_kit_regions_estimate(const phx_kit_region *regions, uint32_t n, phx_est
 /* In the order of the table, all or nothing. */
 phx_status phx_kit_regions_alloc(const phx_kit_services *s, phx_kit_region *regions, uint32_t n, phx_error *err);
 void phx_kit_regions_release(const phx_kit_services *s, phx_kit_region *regions, uint32_t n);
+/* Adds what phx_kit_visit names of `blocks` blocks of a flat to state_bytes. */
+void phx_kit_estimate_state(phx_estimate *out, const phx_topology *t, uint32_t flat, int64_t blocks);
 /* Adds `times` calls of a collective to the traffic of a step (payload of this rank in the world). */
 void phx_kit_estimate_call(phx_estimate *out, const phx_topology *t, int32_t op, int64_t numel, int32_t dtype,
                            int32_t root, int64_t times);
