@@ -211,8 +211,8 @@ static void fail_loads(rank_rig *rig, void *arg) {
         if (rig->report[0]) return;
       }
     }
-  RIG_CHECK(rig, s.fired > 20 / *stride && s.passed_over > 5 / *stride && s.failed > 5 / *stride, "%ld failures, %ld passed over, %ld failed",
-            s.fired, s.passed_over, s.failed);
+  RIG_CHECK(rig, s.fired > 20 / *stride && s.passed_over > 5 / *stride && s.failed > 5 / *stride,
+            "%ld failures, %ld passed over, %ld failed", s.fired, s.passed_over, s.failed);
   if (rig->rank == 0)
     fprintf(stdout, "%d ranks: %ld failures, %ld checkpoints passed over, %ld loads failed by them\n", rig->size,
             s.fired, s.passed_over, s.failed);
