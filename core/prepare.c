@@ -100,7 +100,9 @@ static void plan_activations(phx__prepared *p) {
                                    p->shape.sequence);
   p->planned[PHX_MEM_BUFFER] += 2 * p->token_bytes; /* on the device, and on their way to it */
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->topology.accumulate * (int64_t)sizeof(double));
-  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(PHX__NORM_BLOCKS * (int64_t)sizeof(double));
+  const int64_t blocks = p->model->total_blocks[PHX_FLAT_TRAINABLE];
+  p->norm_blocks = blocks < 1 ? 1 : blocks < PHX__NORM_BLOCKS ? blocks : PHX__NORM_BLOCKS;
+  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->norm_blocks * (int64_t)sizeof(double));
 }
 
 int64_t phx__copy_pool(int64_t copy, int64_t all, int64_t *chunk) {
