@@ -9,6 +9,7 @@
 #include "config_core.h"
 #include "config_store.h"
 #include "descriptor.h"
+#include "job.h"
 #include "nearest.h"
 #include "status.h"
 #include "sys.h"
@@ -107,8 +108,9 @@ static const char *choose_comm(loading *l) {
   bool nccl = device && strcmp(device->id, "cuda") == 0;
   if (!nccl) snprintf(why, sizeof why, "device %s is not cuda", device ? device->id : "(none)");
   const int32_t count = nccl && PHX_HAS(table, phx_device_table, count) && table->count ? table->count() : INT32_MAX;
-  if (nccl && c->s.run.ranks > count) {
-    snprintf(why, sizeof why, "%lld ranks share %d devices", (long long)c->s.run.ranks, count);
+  const int32_t local = phx__job_local_size((int32_t)c->s.run.ranks);
+  if (nccl && local > count) {
+    snprintf(why, sizeof why, "%d ranks share %d devices", local, count);
     nccl = false;
   }
   if (nccl) nccl = can_run(l, PHX_KIND_COMM, "nccl", why, sizeof why);

@@ -61,7 +61,7 @@ static phx_status check_table(const phx_plugin *d, phx_error *err) {
 
 static phx_status check_needs(const phx_plugin *d, phx_error *err) {
   static const char *const offered[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, PHX_EXT_OPS, PHX_EXT_JOB};
-  uint64_t unknown = d->needs & ~(uint64_t)(PHX_NEED_HOST_MEMORY | PHX_NEED_TWO_RANKS);
+  uint64_t unknown = d->needs & ~(uint64_t)(PHX_NEED_HOST_MEMORY | PHX_NEED_TWO_RANKS | PHX_NEED_ONE_MACHINE);
   if (unknown)
     return phx__fail(err, PHX_UNSUPPORTED, "needs bit %d, which this phalanx does not know: use a newer phalanx",
                      __builtin_ctzll(unknown));

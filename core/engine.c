@@ -61,7 +61,7 @@ phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *er
   e->host_tokens = host_tokens;
   PHX__TRY(take_pinned(rt, p->topology.accumulate * (int64_t)sizeof *e->losses, &losses, err));
   e->losses = losses;
-  PHX__TRY(take_pinned(rt, PHX__NORM_BLOCKS * (int64_t)sizeof *e->norm_blocks, &norm_blocks, err));
+  PHX__TRY(take_pinned(rt, p->norm_blocks * (int64_t)sizeof *e->norm_blocks, &norm_blocks, err));
   e->norm_blocks = norm_blocks;
   for (int32_t slot = 0; slot < (int32_t)slots; slot++) PHX__TRY(take_slot(e, slot, err));
   PHX__TRY(take(rt, PHX_MEM_WORKSPACE, p->workspace_bytes, &e->workspace, err));
@@ -139,6 +139,14 @@ static phx_status pass_on(phx__engine *e, const phx_stage_call *call, phx_error 
   return d->copy(d->ctx, call->output, call->input, bytes, NULL, err);
 }
 
+/* What a device or a strategy cannot know of its failure: where in the model it was. */
+static phx_status failed_in(const phx__engine *e, uint32_t stage, int32_t pass, phx_status status, phx_error *err) {
+  const phx_model *m = e->rt->prepared->model;
+  if (status == PHX_OK) return PHX_OK;
+  return phx__fail_in(err, status, "; in stage %u (%s), %s", stage, phx_model_stage(m, stage)->name,
+                      pass == PHX_PASS_BACKWARD ? "backward" : "forward");
+}
+
 static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs, phx_error *err) {
   const phx_device *d = e->rt->device;
   const phx_model_table *model = e->rt->prepared->model_table;
@@ -162,12 +170,12 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
   phx_status status =
       PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
                        p->strategy->acquire(e->rt->strategy, stage, pass, micro_batch, NULL, &view, err));
-  if (status) return status;
+  if (status) return failed_in(e, stage, pass, status, err);
   const int runs = pass == PHX_PASS_EVALUATE || stage_runs(e, stage, micro_batch);
   phx_stage_call call = override ? *override : stage_call(e, stage, pass, micro_batch, 0, view);
   call.view = view;
   status = run_stage(e, &call, runs, err);
-  if (status) return status;
+  if (status) return failed_in(e, stage, pass, status, err);
   uint32_t flags = 0;
   if (pass == PHX_PASS_BACKWARD) {
     const phx_stage *s = phx_model_stage(p->model, stage);
@@ -175,8 +183,9 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
       if (phx_model_use(p->model, s->first_use + i)->flags & PHX_USE_LAST) flags |= PHX_RELEASE_LAST_USE;
     if (!runs) flags |= PHX_RELEASE_NO_GRADIENT;
   }
-  return PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
-                          p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err));
+  status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
+                            p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err));
+  return failed_in(e, stage, pass, status, err);
 }
 
 /* ---- the executor: what a strategy that runs the step itself may call ---- */
@@ -192,9 +201,10 @@ static void *executor_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t 
 
 /* A stage within run_step: the strategy's call goes on after it. */
 static phx_status run_inside(phx__engine *e, const phx_stage_call *call, int32_t micro_batch, phx_error *err) {
-  phx_status status = run_stage(e, call, stage_runs(e, call->stage, micro_batch), err);
-  if (!status) phx__enter(e->rt->job, PHX_KIND_STRATEGY, PHX_IN_RUN_STEP, -1);
-  return status;
+  const phx_status status = run_stage(e, call, stage_runs(e, call->stage, micro_batch), err);
+  if (status) return failed_in(e, call->stage, call->pass, status, err);
+  phx__enter(e->rt->job, PHX_KIND_STRATEGY, PHX_IN_RUN_STEP, -1);
+  return PHX_OK;
 }
 
 static phx_status executor_forward(void *ctx, uint32_t stage, int32_t micro_batch, int32_t slot, const phx_view *view,
@@ -262,19 +272,36 @@ static phx_status combine_loss(phx__engine *e, int32_t micro_batches, double *ou
   return PHX_OK;
 }
 
+/* Sums of squares, exactly.  Where bits may depend on the order anyway, sums of many go in instead: the device is idle
+ * meanwhile, and a model of 1558M has 1.5 million of them. */
+static void norm_take(phx__engine *e, const double *sums, int64_t n) {
+  enum { LANES = 8 };
+  double lane[LANES] = {0};
+  if (e->rt->config->s.run.deterministic) {
+    for (int64_t i = 0; i < n; i++) phx__exact_sum_add(&e->norm, sums[i]);
+    return;
+  }
+  int64_t at = 0;
+  for (; at + LANES <= n; at += LANES)
+    for (int k = 0; k < LANES; k++) lane[k] += sums[at + k];
+  for (; at < n; at++) lane[0] += sums[at];
+  for (int k = 0; k < LANES; k++) phx__exact_sum_add(&e->norm, lane[k]);
+}
+
 static phx_status norm_add(void *ctx, uint32_t unit, int64_t first_block, int64_t blocks, const float *gradient,
                            phx_stream *stream, phx_error *err) {
   phx__engine *e = ctx;
   const phx_device *d = e->rt->device;
+  const int64_t most = e->rt->prepared->norm_blocks;
   (void)unit;
   (void)first_block;
-  for (int64_t done = 0; done < blocks; done += PHX__NORM_BLOCKS) {
-    const int64_t n = blocks - done < PHX__NORM_BLOCKS ? blocks - done : PHX__NORM_BLOCKS;
+  for (int64_t done = 0; done < blocks; done += most) {
+    const int64_t n = blocks - done < most ? blocks - done : most;
     phx_status status =
         e->rt->ops->block_norms(e->rt->ops->ctx, e->norm_blocks, gradient + done * PHX_BLOCK, n, stream, err);
     if (!status) status = d->stream_synchronize(d->ctx, stream, err);
     if (status) return status;
-    for (int64_t i = 0; i < n; i++) phx__exact_sum_add(&e->norm, e->norm_blocks[i]);
+    norm_take(e, e->norm_blocks, n);
   }
   return PHX_OK;
 }

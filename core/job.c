@@ -2,27 +2,35 @@
  *
  * What it is for: phx.job/1 for communicators, and the few meetings of all ranks before anything is allocated.
  * What it does not do: start ranks (launcher.c), collectives on data (the communicator plugins).
- * Invariant: one job per process, until the process ends.  A liveness page is written by its rank only; the first
- * failure's message stays, later ones are dropped.
+ * On one machine all ranks map one segment.  On several, each process has one of its own, and the ranks meet in the
+ * store (tcp_store.c); of other ranks' pages it then holds only what the store's thread writes: who failed, and why.
+ * Invariant: one job per process, until the process ends.  On one machine a liveness page is written by its rank only;
+ * the first failure's message stays, later ones are dropped.
  * Threads: [main]; fail() is [any], and safe in a signal handler. */
 #include "job.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
+#include <stdio.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"
+#include "tcp_store.h"
 
 struct job {
   phx_job shown;
   phx__member member;
   phx_liveness *pages[PHX_RANKS_MAX];
-  uint32_t failing; /* a message has been taken */
+  phx__store *store; /* ranks on several machines; else NULL */
+  uint32_t failing;  /* FAILING: a message is being taken; TAKEN: it has been, or no more will be */
 };
+enum { FAILING = 1, TAKEN = 2 };
 static struct job *the_job;
 
 /* The communicator's thread shares the rank's cores with its compute, so nobody may spin for long: a waiter that may
@@ -36,21 +44,44 @@ static int32_t decide_spin(const phx__segment *segment, int32_t local_size) {
   return segment->pinned ? cpus >= 1 : cpus >= local_size;
 }
 
+static void note_failure(phx_liveness *page, const char *message) {
+  size_t length = strnlen(message, sizeof page->message - 1);
+  memcpy(page->message, message, length);
+  page->message[length] = 0;
+  __atomic_store_n(&page->state, 4, __ATOMIC_RELEASE);
+}
+
 static void job_fail(void *ctx, const char *message) {
   struct job *job = ctx;
-  phx_liveness *mine = job->shown.mine;
-  if (!__atomic_exchange_n(&job->failing, 1, __ATOMIC_ACQ_REL)) {
-    size_t length = strnlen(message, sizeof mine->message - 1);
-    memcpy(mine->message, message, length);
-    mine->message[length] = 0;
-    __atomic_store_n(&mine->state, 4, __ATOMIC_RELEASE);
+  uint32_t nobody = 0;
+  if (__atomic_compare_exchange_n(&job->failing, &nobody, FAILING, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    note_failure(job->shown.mine, message);
+    if (job->store) phx__store_fail(job->store, message);
+    __atomic_store_n(&job->failing, TAKEN, __ATOMIC_RELEASE);
   }
   phx__segment_fail(job->member.segment, 1 + (uint32_t)job->shown.rank);
+}
+
+/* The store's thread: some rank has failed, or this one in the others' eyes. */
+static void job_failed(void *ctx, int32_t who, const char *message) {
+  struct job *job = ctx;
+  uint32_t nobody = 0;
+  if (who != job->shown.rank) {
+    note_failure(job->pages[who], message);
+  } else if (__atomic_compare_exchange_n(&job->failing, &nobody, FAILING, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    note_failure(job->shown.mine, message);
+    __atomic_store_n(&job->failing, TAKEN, __ATOMIC_RELEASE);
+  }
+  phx__segment_fail(job->member.segment, 1 + (uint32_t)who);
 }
 
 static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **bases, phx_error *err) {
   struct job *job = ctx;
   void *found[PHX_RANKS_MAX];
+  if (job->store)
+    return phx__fail(err, PHX_UNSUPPORTED,
+                     "shared memory '%s': the ranks are on several machines; choose a [comm] plugin that joins "
+                     "machines, such as nccl", name);
   phx_status status = phx__segment_share(&job->member, name, bytes, found, err);
   if (status == PHX_OK) memcpy(bases, found, (size_t)job->shown.size * sizeof *found);
   return status;
@@ -58,7 +89,9 @@ static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **b
 
 static phx_status job_exchange(void *ctx, const char *name, const void *mine, int64_t bytes, void *all,
                                phx_error *err) {
-  return phx__segment_exchange(&((struct job *)ctx)->member, name, mine, bytes, all, err);
+  struct job *job = ctx;
+  if (job->store) return phx__store_exchange(job->store, name, mine, bytes, all, err);
+  return phx__segment_exchange(&job->member, name, mine, bytes, all, err);
 }
 
 bool phx__job_is_rank(void) {
@@ -105,6 +138,32 @@ static void fill_shown(struct job *job, const phx__identity *me, double timeout_
   job->member.may_spin = job->shown.may_spin;
 }
 
+int32_t phx__job_local_size(int32_t ranks) {
+  phx__identity me;
+  return phx__job_is_rank() && phx__identity_read(&me, NULL) == PHX_OK ? me.local_size : ranks;
+}
+
+static phx_status meet_in_store(struct job *job, const phx__identity *me, double timeout_s, phx_error *err) {
+  const phx__store_place place = {.address = me->address,
+                                  .port = me->port,
+                                  .job = XXH3_64bits(me->key, strlen(me->key)),
+                                  .rank = me->rank,
+                                  .size = me->size,
+                                  .timeout_s = timeout_s,
+                                  .failed = job_failed,
+                                  .ctx = job};
+  phx_status status = phx__store_open(&place, &job->store, err);
+  int32_t pid = (int32_t)getpid(), pids[PHX_RANKS_MAX];
+  if (status == PHX_OK) status = phx__store_exchange(job->store, "processes", &pid, sizeof pid, pids, err);
+  /* of what they do, their pages say nothing here: start_ns stays 0 */
+  for (int32_t r = 0; r < me->size && status == PHX_OK; r++) {
+    int32_t not_come = 0;
+    __atomic_store_n(&job->pages[r]->pid, pids[r], __ATOMIC_RELEASE);
+    __atomic_compare_exchange_n(&job->pages[r]->state, &not_come, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  }
+  return status;
+}
+
 phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) {
   phx__identity me;
   phx_status status;
@@ -126,8 +185,8 @@ phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) 
       fd = -1;
       goto done;
     }
-  } else if (me.by == PHX__ALONE) {
-    fd = phx__job_create_segment(1, err);
+  } else if (me.by == PHX__ALONE || me.several) {
+    fd = phx__job_create_segment(me.size, err);
     if (fd < 0) {
       status = PHX_NOMEM;
       goto done;
@@ -139,12 +198,14 @@ phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) 
   PHX__TRY(phx__segment_map(fd, me.size, &job->member.segment, err));
   fill_shown(job, &me, timeout_s);
   PHX__TRY(join(job, err));
+  if (me.several) PHX__TRY(meet_in_store(job, &me, timeout_s, err));
   if (me.by != PHX__ALONE) phx__crash_install(&job->shown);
   the_job = job;
   *out = &job->shown;
   return PHX_OK;
 done:
   if (job) {
+    phx__store_close(job->store);
     phx__segment_unmap(job->member.segment);
     if (fd >= 0 && me.by != PHX__BY_PHALANX) phx__sys.close(fd);
   }
@@ -154,6 +215,25 @@ done:
 
 static struct job *inner(const phx_job *job) {
   return job->ctx;
+}
+
+void phx__job_leave(const phx_job *shown) {
+  struct job *job = inner(shown);
+  uint32_t state = 0;
+  if (!job->store) return;
+  /* another thread may be telling the store of a failure */
+  while (!__atomic_compare_exchange_n(&job->failing, &state, TAKEN, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) &&
+         state != TAKEN) {
+    nanosleep(&(struct timespec){0, 1000000}, NULL);
+    state = 0;
+  }
+  phx__store_close(job->store);
+  job->store = NULL;
+}
+
+static phx_status exchange(struct job *job, const phx__post *mine, phx__post *all, phx_error *err) {
+  if (job->store) return phx__store_exchange(job->store, mine->name, mine, sizeof *mine, all, err);
+  return phx__exchange(&job->member, mine, all, err);
 }
 
 /* The value that most ranks have; of equally frequent ones, the lowest rank's. */
@@ -173,7 +253,7 @@ static int32_t most_common(const phx__post *all, int32_t size) {
 phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, phx_error *err) {
   phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_AGREE, .value = value};
   strncpy(mine.name, what, sizeof mine.name - 1);
-  phx_status status = phx__exchange(&inner(job)->member, &mine, all, err);
+  phx_status status = exchange(inner(job), &mine, all, err);
   if (status != PHX_OK) return status;
   int32_t usual = most_common(all, job->size);
   for (int32_t r = 0; r < job->size; r++)
@@ -188,7 +268,7 @@ phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, 
 
 phx_status phx__job_max(const phx_job *job, int64_t value, int64_t *out, phx_error *err) {
   phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_MAX, .value = (uint64_t)value, .name = "value"};
-  phx_status status = phx__exchange(&inner(job)->member, &mine, all, err);
+  phx_status status = exchange(inner(job), &mine, all, err);
   if (status != PHX_OK) return status;
   int64_t largest = INT64_MIN;
   for (int32_t r = 0; r < job->size; r++)

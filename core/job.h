@@ -1,7 +1,8 @@
 /* core/job.h - this process's place in the job, and the job's shared memory.
  *
- * phx__job_open: in a rank started by the launcher (PHALANX_RANK and friends, an inherited memfd), else a job of one
- * rank with memory of its own.  The launcher side is in launcher.h. */
+ * phx__job_open: in a rank started by the launcher (PHALANX_RANK and friends, an inherited memfd), in one of
+ * torchrun's, mpirun's or srun's, on one machine or several, else a job of one rank with memory of its own.  The
+ * launcher side is in launcher.h. */
 #ifndef PHX__JOB_H
 #define PHX__JOB_H
 #include <phalanx/job.h>
@@ -10,6 +11,10 @@
 /* [main] once per process; stays until the process ends. */
 phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err);
 bool phx__job_is_rank(void); /* started as a rank by a launcher? */
+int32_t phx__job_local_size(int32_t ranks); /* how many of a run's ranks are on this machine */
+/* [main] when all is over for this rank, well or not: ranks on several machines part, so that no one's end is taken for
+ * a failure, and each knows of the first one.  Nothing is exchanged after it. */
+void phx__job_leave(const phx_job *job);
 /* [main][collective] every rank arrives within the timeout, and all gave the same value, else an error that names a
  * rank that differs and says `what`.  Before any allocation: the hash of the configuration goes through it. */
 phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, phx_error *err);

@@ -2,7 +2,7 @@
  *
  * What it does not do: start or find anybody.  A variable that is half there or not a number is refused, never
  * guessed around: a rank with a wrong number would train on the wrong data.
- * Under another launcher all ranks must be on this machine: the shared-memory communicator is one machine's.
+ * Under another launcher the ranks may be on several machines; they then meet at MASTER_ADDR:MASTER_PORT.
  * Threads: [main]; reads the environment only. */
 #include <errno.h>
 #include <limits.h>
@@ -12,6 +12,7 @@
 
 #include "job_segment.h"
 #include "status.h"
+#include "tcp_store.h"
 
 /* A decimal number of lowest..highest and nothing else. */
 static phx_status read_number(const char *name, int32_t lowest, int32_t highest, int32_t *out, phx_error *err) {
@@ -37,13 +38,34 @@ static phx_status read_local(phx__identity *me, const char *rank, const char *si
   return status == PHX_OK ? read_number(rank, 0, me->local_size - 1, &me->local_rank, err) : status;
 }
 
-static phx_status check_one_host(const phx__identity *me, const char *launcher, phx_error *err) {
-  if (me->local_size == me->size) return PHX_OK;
-  return phx__fail(
-      err, PHX_UNSUPPORTED,
-      "%s placed %d of %d ranks on this machine: the shm communicator is one machine's; start all ranks on "
-      "one machine",
-      launcher, me->local_size, me->size);
+/* The first name of a Slurm list: "node[07-09,12],gpu1" is node07. */
+static bool first_host(const char *list, char *out, size_t bytes) {
+  size_t n = strcspn(list, "[,");
+  int used = snprintf(out, bytes, "%.*s", (int)n, list);
+  const char *in = list + n + 1; /* behind the bracket */
+  if (list[n] == '[') used = snprintf(out, bytes, "%.*s%.*s", (int)n, list, (int)strcspn(in, "-,]"), in);
+  return used > 0 && (size_t)used < bytes;
+}
+
+/* Where the ranks of several machines meet. */
+static phx_status read_meeting(phx__identity *me, phx_error *err) {
+  const char *address = getenv("MASTER_ADDR"), *agent = getenv("TORCHELASTIC_USE_AGENT_STORE");
+  const char *list = me->by == PHX__BY_SRUN ? getenv("SLURM_STEP_NODELIST") : NULL;
+  int32_t port = atoi(PHX__STORE_PORT);
+  me->several = true;
+  if (address && *address ? snprintf(me->address, sizeof me->address, "%s", address) >= (int)sizeof me->address
+                          : !list || !first_host(list, me->address, sizeof me->address))
+    return phx__fail(err, PHX_INVALID,
+                     "MASTER_ADDR is not set, and %d of %d ranks are on this machine: set it on every machine to the "
+                     "address of the one where rank 0 runs (mpirun: -x MASTER_ADDR=...)", me->local_size, me->size);
+  if (getenv("MASTER_PORT")) {
+    phx_status status = read_number("MASTER_PORT", 1, 65535, &port, err);
+    if (status != PHX_OK) return status;
+  }
+  /* torchrun's agent listens at MASTER_PORT itself then */
+  if (agent && strcmp(agent, "True") == 0) port += port < 65535 ? 1 : -1;
+  snprintf(me->port, sizeof me->port, "%d", port);
+  return PHX_OK;
 }
 
 /* Identities go into a socket's name: printable and short. */
@@ -65,7 +87,9 @@ static phx_status read_own(phx__identity *me, phx_error *err) {
   PHX__TRY(read_place(me, "PHALANX_RANK", "PHALANX_WORLD_SIZE", err));
   PHX__TRY(read_local(me, "PHALANX_LOCAL_RANK", "PHALANX_LOCAL_SIZE", err));
   PHX__TRY(read_number("PHALANX_JOB_FD", 0, INT_MAX, &me->fd, err));
-  PHX__TRY(check_one_host(me, "the launcher", err));
+  if (me->local_size != me->size)
+    status = phx__fail(err, PHX_INVALID, "the environment has PHALANX_LOCAL_SIZE=%d and PHALANX_WORLD_SIZE=%d: our own "
+                       "launcher starts all ranks on one machine", me->local_size, me->size);
 done:
   return status;
 }
@@ -79,16 +103,15 @@ static phx_status read_torchrun(phx__identity *me, phx_error *err) {
     PHX__TRY(read_number("LOCAL_RANK", 0, me->size - 1, &me->local_rank, err));
     me->local_size = me->size;
     if (me->local_rank != me->rank) {
-      status =
-          phx__fail(err, PHX_UNSUPPORTED,
-                    "RANK=%d and LOCAL_RANK=%d: the ranks are on several machines, and the shm communicator is one "
-                    "machine's",
-                    me->rank, me->local_rank);
+      status = phx__fail(err, PHX_INVALID,
+                         "RANK=%d and LOCAL_RANK=%d: the ranks are on several machines; set LOCAL_WORLD_SIZE to the "
+                         "number of ranks on this one", me->rank, me->local_rank);
       goto done;
     }
   }
-  PHX__TRY(check_one_host(me, "torchrun", err));
-  PHX__TRY(set_key(me, "torchrun", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", err));
+  if (me->local_size != me->size) PHX__TRY(read_meeting(me, err));
+  PHX__TRY(set_key(me, "torchrun", me->several && !getenv("MASTER_PORT") ? "MASTER_ADDR" : "MASTER_PORT", 
+                   "TORCHELASTIC_RESTART_COUNT", err));
 done:
   return status;
 }
@@ -97,10 +120,47 @@ static phx_status read_mpirun(phx__identity *me, phx_error *err) {
   phx_status status;
   PHX__TRY(read_place(me, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", err));
   PHX__TRY(read_local(me, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", err));
-  PHX__TRY(check_one_host(me, "mpirun", err));
+  if (me->local_size != me->size) PHX__TRY(read_meeting(me, err));
   /* Open MPI 4 names the job in the first, 5 in the second. */
   PHX__TRY(set_key(me, "mpirun", getenv("OMPI_MCA_ess_base_jobid") ? "OMPI_MCA_ess_base_jobid" : "PMIX_NAMESPACE", NULL,
                    err));
+done:
+  return status;
+}
+
+/* The number for `node` in a list of Slurm's: "2(x3),1" is 2, 2, 2, 1.  0: there is none. */
+static int32_t tasks_of_node(const char *list, int32_t node) {
+  while (*list >= '0' && *list <= '9') {
+    char *end = NULL;
+    const long tasks = strtol(list, &end, 10);
+    long times = 1;
+    if (end[0] == '(' && end[1] == 'x') {
+      times = strtol(end + 2, &end, 10);
+      if (*end++ != ')') return 0;
+    }
+    if (node < times) return tasks > 0 && tasks <= PHX_RANKS_MAX ? (int32_t)tasks : 0;
+    node -= (int32_t)times;
+    if (*end != ',') return 0;
+    list = end + 1;
+  }
+  return 0;
+}
+
+/* Under srun: how many ranks this machine has. */
+static phx_status read_srun_local(phx__identity *me, phx_error *err) {
+  const char *step = getenv("SLURM_STEP_NUM_NODES"), *list = getenv("SLURM_STEP_TASKS_PER_NODE");
+  int32_t hosts = 1, node = 0;
+  phx_status status = PHX_OK;
+  me->local_size = me->size;
+  if (step || getenv("SLURM_NNODES"))
+    PHX__TRY(read_number(step ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", 1, INT_MAX, &hosts, err));
+  if (hosts == 1) return PHX_OK;
+  PHX__TRY(read_number("SLURM_NODEID", 0, hosts - 1, &node, err));
+  me->local_size = list ? tasks_of_node(list, node) : 0;
+  if (me->local_size < 1 || me->local_size > me->size)
+    status = phx__fail(err, PHX_INVALID,
+                       "the environment has SLURM_STEP_TASKS_PER_NODE=%s, which does not say how many of %d ranks "
+                       "node %d has", list ? list : "(nothing)", me->size, node);
 done:
   return status;
 }
@@ -109,18 +169,9 @@ static phx_status read_srun(phx__identity *me, phx_error *err) {
   phx_status status;
   PHX__TRY(
       read_place(me, "SLURM_PROCID", getenv("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS", err));
-  int32_t hosts = 1;
-  if (getenv(getenv("SLURM_STEP_NUM_NODES") ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES"))
-    PHX__TRY(
-        read_number(getenv("SLURM_STEP_NUM_NODES") ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", 1, INT_MAX, &hosts, err));
-  if (hosts > 1) {
-    status = phx__fail(err, PHX_UNSUPPORTED,
-                       "srun placed %d ranks on %d machines: the shm communicator is one machine's; use --nodes=1",
-                       me->size, hosts);
-    goto done;
-  }
-  me->local_size = me->size;
+  PHX__TRY(read_srun_local(me, err));
   PHX__TRY(read_number("SLURM_LOCALID", 0, me->local_size - 1, &me->local_rank, err));
+  if (me->local_size != me->size) PHX__TRY(read_meeting(me, err));
   PHX__TRY(set_key(me, "srun", "SLURM_JOB_ID", "SLURM_STEP_ID", err));
 done:
   return status;

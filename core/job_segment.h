@@ -91,7 +91,9 @@ typedef struct phx__identity {
   int32_t by; /* PHX__BY_* */
   int32_t rank, size, local_rank, local_size;
   int fd;       /* PHX__BY_PHALANX: the inherited memfd, else -1 */
-  char key[96]; /* names the job on this machine, under another launcher */
+  char key[96]; /* names the job, under another launcher */
+  bool several; /* on several machines: they meet at rank 0's address */
+  char address[256], port[8];
 } phx__identity;
 int32_t phx__identity_kind(void); /* PHX__BY_*: whose variables are there at all */
 phx_status phx__identity_read(phx__identity *out, phx_error *err);

@@ -83,7 +83,9 @@ static phx_status optim_update(void *ctx, const phx_ticket *t, float scale, phx_
   phx__range range = {0};
   while (phx__layout_next(o->model, t->unit, PHX_FLAT_TRAINABLE, t->first, t->numel, &range)) {
     status = update_range(o, t, &range, scale, err);
-    if (status) return status;
+    if (status)
+      return phx__fail_in(err, status, "; in the update of unit %u (%s)", t->unit,
+                          phx_model_unit(o->model, t->unit)->name);
   }
   return PHX_OK;
 }

@@ -100,7 +100,9 @@ static void plan_activations(phx__prepared *p) {
                                    p->shape.sequence);
   p->planned[PHX_MEM_BUFFER] += 2 * p->token_bytes; /* on the device, and on their way to it */
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->topology.accumulate * (int64_t)sizeof(double));
-  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(PHX__NORM_BLOCKS * (int64_t)sizeof(double));
+  const int64_t blocks = p->model->total_blocks[PHX_FLAT_TRAINABLE];
+  p->norm_blocks = blocks < 1 ? 1 : blocks < PHX__NORM_BLOCKS ? blocks : PHX__NORM_BLOCKS;
+  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->norm_blocks * (int64_t)sizeof(double));
 }
 
 int64_t phx__copy_pool(int64_t copy, int64_t all, int64_t *chunk) {
@@ -143,6 +145,13 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   if (size < 2 && (config->strategy.plugin->descriptor->needs & PHX_NEED_TWO_RANKS)) {
     status = phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs at least two ranks; this run has %d",
                        config->strategy.plugin->descriptor->id, size);
+    goto done;
+  }
+  if (local_size < size && (config->comm.plugin->descriptor->needs & PHX_NEED_ONE_MACHINE)) {
+    status = phx__fail(err, PHX_UNSUPPORTED,
+                       "%s joins ranks of one machine; %d of %d are on this one: choose another [comm] plugin, such as "
+                       "nccl, or start all ranks on one machine", config->comm.plugin->descriptor->id, local_size,
+                       size);
     goto done;
   }
   PHX__TRY(prepare_model(p, err));

@@ -8,7 +8,8 @@
 
 #include "config.h"
 
-enum { PHX__NORM_BLOCKS = 4096 }; /* sums of squares that come from the device at once */
+/* Sums of squares that come from the device at once, at most: it is waited for each time. */
+enum { PHX__NORM_BLOCKS = 65536 };
 
 typedef struct phx__stage_plan {
   phx_stage_memory memory;
@@ -31,6 +32,7 @@ typedef struct phx__prepared {
   int64_t *boundary;             /* (n_stages) what topology.boundary_bytes points at */
   int64_t boundary_bytes;        /* of one gradient boundary: the largest output */
   int64_t workspace_bytes;       /* of the model */
+  int64_t norm_blocks;           /* sums of squares at once: PHX__NORM_BLOCKS, or the whole model's */
   int64_t token_bytes;           /* tokens and targets of all micro-batches of a step */
   int64_t copy_bytes;            /* for copies of saves in the background, in planned; 0: none, or not known yet */
   int64_t planned[PHX_MEM_KINDS];/* this rank, the device's scratch excluded (known when it is open) */

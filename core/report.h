@@ -36,6 +36,8 @@ int64_t phx__pss_bytes(void);
 /* Creates run.out (and parents); an earlier run there is moved aside to run.out.N; writes config.ini.  On failure no
  * new directory is left.  The launcher, or rank 0 under another launcher. */
 phx_status phx__run_dir_create(const phx__config *config, phx_error *err);
+/* [collective] every rank sees the directory that rank 0 has made; for ranks on several machines. */
+phx_status phx__run_dir_shared(const phx__config *config, const phx_job *job, phx_error *err);
 /* For a run that goes on there: only config.ini is written anew. */
 phx_status phx__run_dir_resume(const phx__config *config, phx_error *err);
 /* What run.out holds before one of the two above, so that a run that could not begin (its checkpoint is damaged) leaves

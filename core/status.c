@@ -33,6 +33,16 @@ phx_status phx__fail_errno(phx_error *err, phx_status code, int error_number, co
   return code;
 }
 
+phx_status phx__fail_in(phx_error *err, phx_status code, const char *format, ...) {
+  va_list args;
+  if (!err) return code;
+  const size_t used = strnlen(err->message, sizeof err->message - 1);
+  va_start(args, format);
+  vsnprintf(err->message + used, sizeof err->message - used, format, args);
+  va_end(args);
+  return code;
+}
+
 const char *phx__status_name(phx_status code) {
   static const char *const names[] = {"OK", "INVALID", "UNSUPPORTED", "NOMEM", "COMM", "DEVICE", "IO", "STATE",
                                       "INTERNAL"};

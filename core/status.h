@@ -10,6 +10,8 @@ phx_status phx__fail(phx_error *err, phx_status code, const char *format, ...) _
 /* The same, with errno's text appended and kept as cause. */
 phx_status phx__fail_errno(phx_error *err, phx_status code, int error_number, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
+/* Adds to the message that err (may be NULL) holds, as far as there is room, and returns code. */
+phx_status phx__fail_in(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* "INVALID", "COMM", ... */
 const char *phx__status_name(phx_status code);
 

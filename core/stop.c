@@ -1,4 +1,7 @@
-/* core/stop.c - see stop.h.  The handler stores one word; alone it also says, by write, that it heard a Ctrl-C. */
+/* core/stop.c - see stop.h.  The handler stores one word; alone it also says, by write, that it heard a Ctrl-C.
+ *
+ * It runs on a stack of its own: code that libraries generate for products keeps the stack pointer in a buffer of the
+ * heap, and a signal's frame would be written in front of it. */
 #include "stop.h"
 
 #include <stddef.h>
@@ -6,6 +9,7 @@
 
 static volatile sig_atomic_t asked;
 static const int heeded[] = {SIGTERM, SIGUSR1, SIGINT, SIGHUP};
+static char stack[64 << 10];
 enum { HEEDED = sizeof heeded / sizeof *heeded };
 
 static void leave_note(int number) {
@@ -31,8 +35,10 @@ static bool ignored(int number) {
 
 void phx__stop_install(bool launched) {
   sigset_t all;
+  stack_t now, own = {.ss_sp = stack, .ss_size = sizeof stack};
+  if (!sigaltstack(NULL, &now) && (now.ss_flags & SS_DISABLE)) sigaltstack(&own, NULL);
   for (int i = 0; i < HEEDED; i++) {
-    struct sigaction action = {.sa_handler = leave_note, .sa_flags = SA_RESTART};
+    struct sigaction action = {.sa_handler = leave_note, .sa_flags = SA_RESTART | SA_ONSTACK};
     if (!launched && heeded[i] == SIGINT) {
       action.sa_handler = leave_note_and_say;
       action.sa_flags |= (int)SA_RESETHAND;

@@ -315,6 +315,7 @@ static phx_status open_run(run *r, phx_error *err) {
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
     status = make_run_dir(r->config, r->asked ? &r->resume : NULL, &r->before, err);
+  if (!status && r->job->local_size != r->job->size) status = phx__run_dir_shared(r->config, r->job, err);
   return status;
 }
 
@@ -404,6 +405,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__free(r.step_seconds);
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
+  if (r.job) phx__job_leave(r.job);
   if (!status) return PHX__EXIT_OK;
   return r.failed_exit;
 }

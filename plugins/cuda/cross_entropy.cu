@@ -1,11 +1,14 @@
 /* plugins/cuda/cross_entropy.cu - softmax cross-entropy fused with its gradient, in place.
  *
  * A block per row.  The first walk keeps a running maximum and sum (online softmax, arXiv 1805.02867); the second
- * replaces the logits by the gradient, reading what the first left in the cache.  Targets outside 0..V-1 give NaN. */
+ * replaces the logits by the gradient, reading them from shared memory where a row fits: memory is read once and written
+ * once.  Targets outside 0..V-1 give NaN. */
 #include "kernel.h"
 
 namespace {
-constexpr int kThreads = 512;
+constexpr int kThreads = 512, kCachedThreads = 1024; /* with its row in shared memory a block has few neighbours */
+constexpr int64_t kStaticShared = 1 << 10, kUsualShared = 48 << 10; /* the kernel's own, rounded up; needs no asking */
+constexpr int64_t kShortRow = 16 << 10;              /* bytes: no need of so many threads */
 
 template <class T> __device__ __forceinline__ float exponential(float x);
 template <> __device__ __forceinline__ float exponential<float>(float x) { return expf(x); }
@@ -28,8 +31,10 @@ __device__ __forceinline__ running warp_join(running r) {
 }
 
 template <class T, int N>
-__global__ void kernel(T *logits, float *losses, const int32_t *targets, int64_t v, int64_t vp, int32_t gradient,
-                       float scale) {
+__global__ void __launch_bounds__(kCachedThreads)
+kernel(T *logits, float *losses, const int32_t *targets, int64_t v, int64_t vp, int32_t gradient, float scale,
+       int32_t cached) {
+  PHX_DYNAMIC_SHARED(T, cache);
   PHX_SHARED(float, tops, 32);
   PHX_SHARED(float, sums, 32);
   const int64_t row = blockIdx.x, first = (int64_t)threadIdx.x * N, step = (int64_t)blockDim.x * N;
@@ -41,6 +46,7 @@ __global__ void kernel(T *logits, float *losses, const int32_t *targets, int64_t
   running mine{-INFINITY, 0.0f};
   for (int64_t j = first; j < v; j += step) {
     const pack<T, N> p = load_pack<N>(x + j);
+    if (cached) store_pack<N>(cache + j, p); /* read by this thread only */
     float value[N], top = mine.top;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -64,7 +70,8 @@ __global__ void kernel(T *logits, float *losses, const int32_t *targets, int64_t
   if (!gradient) return;
   const float by = scale / all.sum;
   for (int64_t j = first; j < vp; j += step) {
-    pack<T, N> p = load_pack<N>(x + j);
+    pack<T, N> p{};
+    if (j < v) p = load_pack<N>(cached ? cache + j : x + j);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const float g = exponential<T>(as_float(p.v[i]) - all.top) * by - (j + i == target ? scale : 0.0f);
@@ -74,19 +81,33 @@ __global__ void kernel(T *logits, float *losses, const int32_t *targets, int64_t
   }
 }
 
+template <class T, int N>
+cudaError_t run(T *x, float *losses, const int32_t *targets, int64_t n, int64_t v, int64_t vp, int32_t gradient,
+                float scale, int64_t shared_limit, cudaStream_t s) {
+  const int64_t row = (v + N - 1) / N * N * (int64_t)sizeof(T);
+  const int32_t cached = gradient && row <= shared_limit - kStaticShared;
+  const size_t bytes = cached ? (size_t)row : 0;
+  if (bytes > kUsualShared) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel<T, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (error != cudaSuccess) return error;
+  }
+  return PHX_LAUNCH((kernel<T, N>), (unsigned)n, cached && row > kShortRow ? kCachedThreads : kThreads, bytes, s, x,
+                    losses, targets, v, vp, gradient, scale, cached);
+}
+
 template <class T>
-cudaError_t run(void *logits, float *losses, const int32_t *targets, int64_t n, int64_t v, int64_t vp, int32_t gradient,
-                float scale, cudaStream_t s) {
+cudaError_t aligned(void *logits, float *losses, const int32_t *targets, int64_t n, int64_t v, int64_t vp,
+                    int32_t gradient, float scale, int64_t shared_limit, cudaStream_t s) {
   T *x = static_cast<T *>(logits);
-  constexpr int N = pack_size<T>;
   if (rows_are_aligned(x, vp))
-    return PHX_LAUNCH((kernel<T, N>), (unsigned)n, kThreads, 0, s, x, losses, targets, v, vp, gradient, scale);
-  return PHX_LAUNCH((kernel<T, 1>), (unsigned)n, kThreads, 0, s, x, losses, targets, v, vp, gradient, scale);
+    return run<T, pack_size<T>>(x, losses, targets, n, v, vp, gradient, scale, shared_limit, s);
+  return run<T, 1>(x, losses, targets, n, v, vp, gradient, scale, shared_limit, s);
 }
 }  // namespace
 
 extern "C" cudaError_t phx__cuda_k_cross_entropy(int32_t dtype, void *logits, float *losses, const int32_t *targets,
                                                  int64_t n, int64_t v, int64_t vp, int32_t gradient, float scale,
-                                                 cudaStream_t s) {
-  PHX_BY_DTYPE(dtype, T, return run<T>(logits, losses, targets, n, v, vp, gradient, scale, s));
+                                                 int64_t shared_limit, cudaStream_t s) {
+  PHX_BY_DTYPE(dtype, T, return aligned<T>(logits, losses, targets, n, v, vp, gradient, scale, shared_limit, s));
 }

@@ -152,7 +152,8 @@ typedef struct phx__cuda_norm_backward {
 } phx__cuda_norm_backward;
 cudaError_t phx__cuda_k_layer_norm_backward(const phx__cuda_norm_backward *p, cudaStream_t s);
 cudaError_t phx__cuda_k_cross_entropy(int32_t dtype, void *logits, float *losses, const int32_t *targets, int64_t n,
-                                      int64_t v, int64_t vp, int32_t gradient, float scale, cudaStream_t s);
+                                      int64_t v, int64_t vp, int32_t gradient, float scale, int64_t shared_limit,
+                                      cudaStream_t s);
 
 /* ---- ops*.c ---- */
 /* An operation has the type of its member in phx_ops. */

@@ -1,7 +1,7 @@
 /* plugins/cuda/ops.c - the operations' table, and those that are a check of arguments and kernels.  [main] */
 #include "cuda.h"
 
-enum { NORM_SLICES = 256 };
+enum { NORM_BLOCKS = 8 }; /* of layer_norm_backward, on a multiprocessor */
 
 phx_status phx__cuda_begin(const phx__cuda *cuda, int32_t dtype, const char *what, phx_error *err) {
   if (dtype == PHX_F32 || dtype == PHX_BF16) return PHX_OK;
@@ -72,7 +72,8 @@ static phx_status layer_norm_backward(void *ctx, int32_t dtype, void *dx, const 
   if (status == PHX_OK && !dw != !db)
     status = phx__cuda_fail(cuda, err, PHX_INVALID, "%s: gradients of weight and bias come together", what);
   if (status != PHX_OK) return status;
-  const int64_t most = cuda->scratch_bytes / (8 * c), rows = n < NORM_SLICES ? n : NORM_SLICES;
+  const int64_t blocks = (int64_t)NORM_BLOCKS * cuda->multiprocessors;
+  const int64_t most = cuda->scratch_bytes / (8 * c), rows = n < blocks ? n : blocks;
   if (dw && most < 1)
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "%s: %lld channels are too many", what, (long long)c);
   const int64_t slices = dw && most < rows ? most : rows;
@@ -94,7 +95,8 @@ static phx_status add(void *ctx, int32_t dtype, void *out, const void *a, const 
 static phx_status cross_entropy(void *ctx, int32_t dtype, void *logits, float *losses, const int32_t *targets,
                                 int64_t n, int64_t v, int64_t vp, int32_t gradient, float scale, phx_stream *s,
                                 phx_error *err) {
-  phx_status status = phx__cuda_begin(ctx, dtype, "cross_entropy", err);
+  const phx__cuda *cuda = ctx;
+  phx_status status = phx__cuda_begin(cuda, dtype, "cross_entropy", err);
   if (status == PHX_OK) status = check_sizes(ctx, "cross_entropy", n, v, err);
   if (status == PHX_OK && vp < v)
     status = phx__cuda_fail(ctx, err, PHX_INVALID, "cross_entropy of %lld logits in rows of %lld", (long long)v,
@@ -102,7 +104,7 @@ static phx_status cross_entropy(void *ctx, int32_t dtype, void *logits, float *l
   if (status != PHX_OK) return status;
   return phx__cuda_check(ctx,
                          phx__cuda_k_cross_entropy(dtype, logits, losses, targets, n, v, vp, gradient, scale,
-                                                   phx__cuda_stream(ctx, s)),
+                                                   cuda->shared_limit, phx__cuda_stream(cuda, s)),
                          "cross_entropy", err);
 }
 

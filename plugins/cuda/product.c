@@ -4,9 +4,11 @@
  * c = op(a) op(b) is asked for as c' = op(b)' op(a)', b first: rows of c' are columns of c, and cuBLASLt's bias, a
  * vector along the rows of its result, is ours along columns.  BGRADB sums its second operand, our a, over k.
  * The heuristic is asked once for each key; the same key gives the same algorithm in every run on the same device and
- * version of the library.  Pointers enter by their alignment only (256 bytes where they have it).  With [run]
- * deterministic a split over k may reduce through the workspace only.
- * Epilogues that cuBLASLt has no algorithm for are remembered too: the caller then finishes with a kernel.
+ * version of the library.  Pointers enter by their alignment only (256 bytes where they have it): that of a parameter
+ * is its place in its unit, so it is the same in every run and under every strategy.  With [run] deterministic, and
+ * where the result is bf16, a split over k may reduce in fp32 through the workspace only: one rounding.
+ * Epilogues that cuBLASLt has no algorithm for are remembered too: the caller then finishes with a kernel.  So it does
+ * where the pointer of an epilogue is not on 16 bytes, which the library refuses or not, by its version.
  * The library is opened with the first device, not with the plugin: it is half a gigabyte, which `auto` would load on
  * every machine only to hear that there is no driver.  [main] */
 #include <cublasLt.h>
@@ -61,6 +63,8 @@ static phx_status open_library(phx__cuda *cuda, phx_error *err) {
   pthread_mutex_unlock(&lock);
   return status;
 }
+
+enum { EPILOGUE_ALIGN = 16 }; /* bytes, of bias and aux */
 
 typedef struct key { /* no padding: compared as bytes */
   int32_t in_dtype, out_dtype, a_t, b_t, accumulate, epilogue, has_bias, has_aux;
@@ -198,13 +202,15 @@ static cublasStatus_t ask(const phx__cuda *cuda, entry *e) {
                                                 sizeof workspace);
   for (int i = 0; i < 4 && status == CUBLAS_STATUS_SUCCESS; i++)
     status = lt.MatmulPreferenceSetAttribute(wish, sides[i], &alignment, sizeof alignment);
-  if (cuda->host->deterministic && status == CUBLAS_STATUS_SUCCESS)
+  if ((cuda->host->deterministic || e->key.out_dtype == PHX_BF16) && status == CUBLAS_STATUS_SUCCESS)
     status = lt.MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
                                                   sizeof schemes);
   if (status == CUBLAS_STATUS_SUCCESS) {
     status = lt.MatmulAlgoGetHeuristic(cuda->products->handle, e->desc, e->a, e->b, e->c, e->c, wish, 1, &result,
                                             &found);
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED) status = CUBLAS_STATUS_SUCCESS, found = 0;
+    const int fused = e->key.epilogue != PHX__EPILOGUE_NONE; /* some versions call what they cannot fuse invalid */
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || (fused && status == CUBLAS_STATUS_INVALID_VALUE))
+      status = CUBLAS_STATUS_SUCCESS, found = 0;
   }
   (void)lt.MatmulPreferenceDestroy(wish);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
@@ -252,6 +258,7 @@ phx_status phx__cuda_product_run(phx__cuda *cuda, const phx__cuda_product *p, cu
   void *scratch;
   entry *e = NULL;
   *done = 0;
+  if (p->epilogue != PHX__EPILOGUE_NONE && ((uintptr_t)p->bias | (uintptr_t)p->aux) % EPILOGUE_ALIGN) return PHX_OK;
   phx_status status = find_entry(cuda, p, what, &e, err);
   if (status != PHX_OK || !e->works) {
     if (status == PHX_OK && p->epilogue == PHX__EPILOGUE_NONE)

@@ -7,7 +7,7 @@ namespace {
 constexpr int kThreads = 256;
 
 /* A warp per canonical block: lane l sums elements 4 l + 128 k (+ 0..3) in order, then the lanes halve. */
-__global__ void block_norms_kernel(double *sums, const float *x, int64_t blocks) {
+template <int N> __global__ void block_norms_kernel(double *sums, const float *x, int64_t blocks) {
   const int64_t warp = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
   const int lane = (int)(threadIdx.x % 32);
   if (warp >= blocks) return;
@@ -15,7 +15,11 @@ __global__ void block_norms_kernel(double *sums, const float *x, int64_t blocks)
   double sum = 0;
   for (int i = 4 * lane; i < PHX_BLOCK; i += 128)
 #pragma unroll
-    for (int j = 0; j < 4; j++) sum = __dadd_rn(sum, __dmul_rn((double)p[i + j], (double)p[i + j]));
+    for (int j = 0; j < 4; j += N) {
+      const pack<float, N> value = load_pack<N>(p + i + j);
+#pragma unroll
+      for (int k = 0; k < N; k++) sum = __dadd_rn(sum, __dmul_rn((double)value.v[k], (double)value.v[k]));
+    }
   sum = warp_sum(sum);
   if (lane == 0) sums[warp] = sum;
 }
@@ -75,7 +79,8 @@ template <class T> __global__ void finish_kernel(phx__cuda_finish f, const float
 extern "C" cudaError_t phx__cuda_k_block_norms(double *sums, const float *x, int64_t blocks, cudaStream_t s) {
   if (blocks == 0) return cudaSuccess;
   const unsigned grid = blocks_for(blocks, kThreads / 32, INT32_MAX);
-  return PHX_LAUNCH(block_norms_kernel, grid, kThreads, 0, s, sums, x, blocks);
+  if (rows_are_aligned(x, PHX_BLOCK)) return PHX_LAUNCH(block_norms_kernel<4>, grid, kThreads, 0, s, sums, x, blocks);
+  return PHX_LAUNCH(block_norms_kernel<1>, grid, kThreads, 0, s, sums, x, blocks);
 }
 
 extern "C" cudaError_t phx__cuda_k_mean(double *out, const float *x, int64_t n, cudaStream_t s) {

@@ -14,7 +14,7 @@
  * for a gather through view->ready, and for a reduction only when its window is opened for another unit.
  *
  * sharding = none keeps everything whole on every rank, in the same structure: nothing is gathered, and a reduction is
- * an all_reduce.  With one rank all is whole anyway and is run so.
+ * an all_reduce.  With one rank all is whole anyway and is run so, unless gather_alone asks for the copies.
  *
  * With [precision] compute = bf16 the held weights are bf16, and so is what is gathered; fp32 masters of the same
  * blocks stand behind them.  [main] only.  Does not: offload, shard within groups (fsdp_plan.group is where it comes).
@@ -72,7 +72,7 @@ static void *held_weight(const phx_strategy *self, uint32_t unit, uint32_t flat)
 /* Of the block that `mastered` begins with; NULL in fp32. */
 static float *held_master(const phx_strategy *self, uint32_t unit, uint32_t flat) {
   const phx_kit_region *r = &self->plan.regions[FSDP_MASTER + flat];
-  bool part = self->plan.group == 1 && flat == PHX_FLAT_FROZEN;
+  bool part = !self->plan.sharded && flat == PHX_FLAT_FROZEN;
   return r->at ? (float *)r->at + self->plan.at[flat][unit] / (part ? self->topology->world_size : 1) : NULL;
 }
 
@@ -83,7 +83,7 @@ static float *kept_gradient(const phx_strategy *self, uint32_t unit) {
 }
 
 static float *held_gradient(const phx_strategy *self, uint32_t unit) {
-  int64_t before = !self->plan.windows && self->plan.group > 1 ? self->topology->rank : 0;
+  int64_t before = !self->plan.windows && self->plan.sharded ? self->topology->rank : 0;
   return kept_gradient(self, unit) + before * held(self, unit, PHX_FLAT_TRAINABLE).per * PHX_BLOCK;
 }
 
@@ -94,7 +94,7 @@ static void place_at_rest(phx_strategy *self) {
     phx_kit_place *place = &self->views.places[u];
     *place = (phx_kit_place){{NULL, NULL}, NULL};
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
-      if (self->plan.group == 1 && unit->blocks[flat] > 0) place->weight[flat] = held_weight(self, u, flat);
+      if (!self->plan.sharded && unit->blocks[flat] > 0) place->weight[flat] = held_weight(self, u, flat);
     if (!self->plan.windows && unit->blocks[PHX_FLAT_TRAINABLE] > 0) place->gradient = kept_gradient(self, u);
     self->gather_number[u] = self->reduce_number[u] = 0;
   }
@@ -103,7 +103,7 @@ static void place_at_rest(phx_strategy *self) {
 static void say_what_accumulation_costs(const phx_strategy *self) {
   const phx_topology *t = self->topology;
   char text[320];
-  if (t->rank != 0 || t->accumulate == 1 || self->plan.group == 1) return;
+  if (t->rank != 0 || t->accumulate == 1 || !self->plan.sharded) return;
   if (self->plan.adds)
     snprintf(text, sizeof text,
              "[batch] reduce = micro_batch: gradients stay sharded, and are sent %d times a step; reduce = step would "
@@ -125,7 +125,7 @@ static phx_status fsdp_create(const phx_host *host, const void *config, const ph
   size_t n = model->n_units + 1u;
   phx_status status;
   PHX_KIT_TRY(fsdp_plan_create(config, topology, model, &self->plan, err));
-  PHX_KIT_TRY(phx_kit_services_open(host, self->plan.group > 1 ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err));
+  PHX_KIT_TRY(phx_kit_services_open(host, self->plan.sharded ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err));
   PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
   self->views.weight_dtype = topology->compute_dtype;
   PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err));
@@ -247,7 +247,7 @@ static phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
   const phx_device *d = self->s.device;
   const phx_kit_region *gradients = &self->plan.regions[FSDP_GRADIENT];
   PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
-  if (self->plan.group > 1) return derive_shards(self, err);
+  if (self->plan.sharded) return derive_shards(self, err);
   for (uint32_t u = 0; u < self->model->n_units; u++) {
     self->s.comm->annotate(self->s.comm->ctx, (int32_t)u);
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
@@ -321,11 +321,11 @@ static phx_status reduce_through(phx_strategy *self, float *source, float *targe
   void *src = wire ? (void *)wire : source, *dst = target;
   phx_status status = PHX_OK;
   if (wire) {
-    dst = wire + (group > 1 ? c->rank * numel * (int64_t)phx_dtype_bytes(dtype) : 0);
+    dst = wire + (self->plan.sharded ? c->rank * numel * (int64_t)phx_dtype_bytes(dtype) : 0);
     PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, source, PHX_F32, numel * group, s, err));
   }
-  PHX_KIT_TRY(group > 1 ? c->reduce_scatter(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err)
-                        : c->all_reduce(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err));
+  PHX_KIT_TRY(self->plan.sharded ? c->reduce_scatter(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err)
+                                 : c->all_reduce(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err));
   if (wire) PHX_KIT_TRY(d->cast(d->ctx, target, PHX_F32, dst, dtype, numel, s, err));
 done:
   return status;
@@ -337,10 +337,10 @@ static phx_status reduce(phx_strategy *self, const phx_kit_action *a, phx_error 
   float *source = self->views.places[a->unit].gradient, *total = held_gradient(self, a->unit), *target = total;
   bool adds = self->plan.adds && self->micro_batch > 0;
   phx_kit_shard part = held(self, a->unit, PHX_FLAT_TRAINABLE);
-  int64_t numel = (self->plan.group > 1 ? part.per : part.blocks) * PHX_BLOCK;
+  int64_t numel = (self->plan.sharded ? part.per : part.blocks) * PHX_BLOCK;
   phx_status status;
   c->annotate(c->ctx, (int32_t)a->unit);
-  if (adds) target = self->plan.group > 1 ? self->plan.regions[FSDP_REDUCED].at : source;
+  if (adds) target = self->plan.sharded ? self->plan.regions[FSDP_REDUCED].at : source;
   PHX_KIT_TRY(reduce_through(self, source, target, numel, err));
   if (adds) PHX_KIT_TRY(d->add(d->ctx, total, target, numel, self->s.stream, err));
   PHX_KIT_TRY(d->event_record(d->ctx, self->reduced[a->unit], self->s.stream, err));
@@ -443,7 +443,7 @@ static phx_status last_gather(phx_strategy *self, uint32_t s, int32_t pass, phx_
   uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD;
   int64_t number = 0;
   *out = NULL;
-  for (uint32_t i = 0; self->plan.group > 1 && i < stage->n_uses; i++) {
+  for (uint32_t i = 0; self->plan.sharded && i < stage->n_uses; i++) {
     const phx_use *use = phx_model_use(self->model, stage->first_use + i);
     if (!(use->flags & reads)) continue;
     if (self->gather_number[use->unit] == 0 && self->plan.weight_numel[use->unit] > 0)

@@ -8,6 +8,7 @@ enum { FSDP_FULL = 0, FSDP_GRAD_OP = 1, FSDP_NONE = 2 };
 typedef struct fsdp_config {
   int32_t sharding, reshard_after_forward;
   int64_t prefetch, max_gathered;
+  int32_t gather_alone, reserved0;
 } fsdp_config;
 
 enum {
@@ -27,6 +28,7 @@ enum {
  * blocks) of each flat, in `per` blocks of memory: its shard, or everything where nothing is sharded. */
 typedef struct fsdp_plan {
   int32_t group;           /* ranks that share one copy: the world, or 1 */
+  bool sharded;            /* weights are gathered; else they are whole where they are (one rank, or none is cut) */
   bool windows;            /* gradients pass through the pool; else they are whole and stay */
   bool adds;               /* reduced gradients of micro-batches are added up */
   int64_t *at[PHX_FLATS];  /* (n_units) elements from the start of the region to the unit's held part */

@@ -4,7 +4,7 @@
 #include <string.h>
 
 phx_kit_shard fsdp_held(const fsdp_plan *p, const phx_topology *t, const phx_unit *unit, uint32_t flat) {
-  if (p->group > 1) return phx_kit_shard_of(unit->blocks[flat], t->rank, p->group);
+  if (p->sharded) return phx_kit_shard_of(unit->blocks[flat], t->rank, p->group);
   phx_kit_shard whole = phx_kit_shard_of(unit->blocks[flat], 0, 1);
   whole.per = phx_kit_whole_numel(whole.blocks, t->world_size) / PHX_BLOCK; /* parts are gathered in place */
   return whole;
@@ -27,6 +27,8 @@ static phx_status check_options(const fsdp_config *c, phx_error *err) {
   if (c->sharding == FSDP_NONE && !c->reshard_after_forward)
     return phx_kit_fail(err, PHX_INVALID,
                         "reshard_after_forward = no, but sharding = none shards nothing; leave it at yes");
+  if (c->sharding == FSDP_NONE && c->gather_alone)
+    return phx_kit_fail(err, PHX_INVALID, "gather_alone = yes, but sharding = none gathers nothing; leave it at no");
   return PHX_OK;
 }
 
@@ -69,7 +71,7 @@ static phx_status plan_windows(const fsdp_config *c, const phx_model *m, fsdp_pl
     policy.live_units = c->max_gathered;
   }
   policy.ahead_units = c->prefetch;
-  if (p->group == 1) policy.weight_numel = NULL; /* one rank, or nothing sharded: weights are whole where they are */
+  if (!p->sharded) policy.weight_numel = NULL; /* one rank, or nothing sharded: weights are whole where they are */
   phx_status status = phx_kit_program_create(m, &policy, &p->train, err);
   policy.evaluate = 1;
   policy.gradient_numel = NULL;
@@ -79,13 +81,13 @@ static phx_status plan_windows(const fsdp_config *c, const phx_model *m, fsdp_pl
 
 static void plan_regions(const phx_topology *t, fsdp_plan *p, const int64_t held[PHX_FLATS], int64_t largest_shard) {
   phx_kit_region *r = p->regions;
-  bool whole = p->group == 1 || !p->windows; /* gradients that are reduced where they are kept */
+  bool whole = !p->sharded || !p->windows; /* gradients that are reduced where they are kept */
   int64_t pool = p->train.pool_numel > p->evaluate.pool_numel ? p->train.pool_numel : p->evaluate.pool_numel;
   int64_t size = phx_kit_weight_bytes(t);
   r[FSDP_WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * size};
   r[FSDP_FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_FROZEN] * size};
   if (phx_kit_masters(t)) {
-    int64_t ice = held[PHX_FLAT_FROZEN] / (p->group == 1 ? t->world_size : 1);
+    int64_t ice = held[PHX_FLAT_FROZEN] / (!p->sharded ? t->world_size : 1);
     r[FSDP_MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * 4};
     r[FSDP_ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = ice * 4};
   }
@@ -93,7 +95,7 @@ static void plan_regions(const phx_topology *t, fsdp_plan *p, const int64_t held
       .kind = PHX_MEM_BUFFER, .shared = 1, .bytes = phx_kit_wire_bytes(t, largest_shard * p->group)};
   r[FSDP_GRADIENT] = (phx_kit_region){
       .kind = PHX_MEM_GRADIENT, .shared = whole, .bytes = held[PHX_FLAT_TRAINABLE] * 4 * (p->windows ? 1 : p->group)};
-  if (p->adds && p->group > 1) r[FSDP_REDUCED] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .bytes = largest_shard * 4};
+  if (p->adds && p->sharded) r[FSDP_REDUCED] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .bytes = largest_shard * 4};
   r[FSDP_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = pool * 4};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
     r[FSDP_STATES + k] = (phx_kit_region){
@@ -104,10 +106,11 @@ phx_status fsdp_plan_create(const fsdp_config *c, const phx_topology *t, const p
                             phx_error *err) {
   fsdp_plan p = {.group = c->sharding == FSDP_NONE ? 1 : t->world_size, .adds = phx_kit_adds_reduced(t)};
   int64_t held[PHX_FLATS] = {0, 0}, largest_shard = 0;
+  p.sharded = p.group > 1 || (c->gather_alone && c->sharding != FSDP_NONE);
   phx_kit_order order = {0};
   phx_status status;
   /* Whole gradients are kept where nothing is sharded, and where micro-batches add up before the one reduction. */
-  p.windows = p.adds || (p.group > 1 && t->accumulate == 1);
+  p.windows = p.adds || (p.sharded && t->accumulate == 1);
   for (int flat = 0; flat < PHX_FLATS; flat++) p.at[flat] = calloc(m->n_units + 1u, sizeof *p.at[flat]);
   p.weight_numel = calloc(m->n_units + 1u, sizeof *p.weight_numel);
   p.gradient_numel = calloc(m->n_units + 1u, sizeof *p.gradient_numel);
@@ -148,9 +151,9 @@ phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_mo
         phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, fsdp_held(&p, t, unit, flat).per * PHX_BLOCK,
                               t->compute_dtype, 0, t->accumulate);
     int64_t numel = fsdp_held(&p, t, unit, PHX_FLAT_TRAINABLE).per * PHX_BLOCK;
-    if (p.group == 1) numel = unit->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
+    if (!p.sharded) numel = unit->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
     if (a->what == PHX_KIT_REDUCE)
-      phx_kit_estimate_call(out, t, p.group > 1 ? PHX_OP_REDUCE_SCATTER : PHX_OP_ALL_REDUCE, numel,
+      phx_kit_estimate_call(out, t, p.sharded ? PHX_OP_REDUCE_SCATTER : PHX_OP_ALL_REDUCE, numel,
                             t->reduce_dtype, 0, p.adds ? t->accumulate : 1);
   }
   fsdp_plan_destroy(&p);

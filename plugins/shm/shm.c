@@ -261,6 +261,7 @@ static const phx_plugin plugin = {
     .license = "unspecified",
     .build = __VERSION__,
     .provides = PHX_CAP_DETERMINISTIC,
+    .needs = PHX_NEED_ONE_MACHINE,
     .extensions = extensions,
     .options = options,
     .n_options = sizeof options / sizeof *options,

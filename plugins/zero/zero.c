@@ -37,6 +37,9 @@ static const phx_option options[] = {
     ROW(stage3_max_live_parameters, "auto", 1, INT64_MAX, PHX_OPTF_AUTO,
         "Stage 3: at most this many gathered elements at once; what is needed last leaves first, and what fits stays "
         "from forward to backward; auto: a stage's own and its prefetch."),
+    PHX_BOOL(zero_config, gather_alone, "no",
+             "With one rank: gather and reduce all the same, to measure what it costs in copies and memory; no bit changes. "
+             "Without it one rank computes with its weights where they are."),
     ROW(sub_group_size, "1000000000", PHX_BLOCK, INT64_MAX, 0,
         "The update works through the share in groups of this many elements, rounded down to blocks of 1024."),
 };
@@ -79,7 +82,7 @@ static void tell_cost_of_accumulation(const phx_strategy *self) {
   const phx_topology *t = self->plan.topology;
   const phx_host *h = self->s.host;
   char line[320];
-  if (t->accumulate == 1 || self->plan.config->stage == 1 || t->world_size == 1) return;
+  if (t->accumulate == 1 || self->plan.config->stage == 1 || !self->plan.several) return;
   if (self->plan.whole)
     snprintf(line, sizeof line,
              "accumulate = %d with reduce = step keeps whole gradients on every rank: %.1f MiB; reduce = micro_batch "

@@ -13,7 +13,7 @@ typedef struct zero_config {
   int64_t stage3_param_persistence_threshold, stage3_prefetch_bucket_size, stage3_max_live_parameters;
   int64_t sub_group_size;
   int32_t overlap_comm;
-  int32_t reserved0;
+  int32_t gather_alone;
 } zero_config;
 
 typedef struct zero_piece {
@@ -59,7 +59,8 @@ typedef struct zero_plan {
   const phx_model *model;
   phx_kit_region regions[ZERO_REGIONS];
   phx_kit_shard shard[PHX_FLATS];
-  bool whole; /* gradients are kept whole (ZERO_GRADIENT) */
+  bool several; /* collectives are issued: several ranks, or gather_alone */
+  bool whole;   /* gradients are kept whole (ZERO_GRADIENT) */
   /* whole weights of stages 1 and 2 */
   uint32_t *forward;  /* (n_units) units in the order in which forward first reads them */
   uint32_t *turn;     /* (n_units) a unit's place in that order */

@@ -5,12 +5,13 @@
  * from its owner by broadcast, straight from the owner's share; a unit that lies in one share is never copied there. */
 #include "zero.h"
 
-/* Where the owner keeps the unit's flat, if all of it is this rank's; else NULL. */
+/* Where the owner keeps the unit's flat, if all of it is this rank's; else NULL, also where copies are asked for. */
 static char *owned(phx_strategy *self, uint32_t unit, uint32_t flat) {
   const zero_plan *p = &self->plan;
   const phx_kit_shard *mine = &p->shard[flat];
   const phx_unit *u = phx_model_unit(p->model, unit);
   int64_t first = u->first_block[flat] - mine->first;
+  if (p->topology->world_size == 1 && p->several) return NULL;
   if (u->blocks[flat] == 0 || first < 0 || first + u->blocks[flat] > mine->blocks) return NULL;
   return zero_weights(self, ZERO_WEIGHT + flat, first * PHX_BLOCK);
 }

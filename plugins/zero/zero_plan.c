@@ -332,14 +332,15 @@ phx_status zero_plan_create(const zero_config *config, const phx_topology *t, co
   PHX_KIT_TRY(phx_kit_check_precision(t, err));
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     p.shard[flat] = phx_kit_shard_of(m->total_blocks[flat], t->rank, t->world_size);
-  p.whole = config->stage == 1 || t->world_size == 1 || (t->accumulate > 1 && t->reduce == PHX_REDUCE_STEP);
+  p.several = t->world_size > 1 || config->gather_alone;
+  p.whole = config->stage == 1 || !p.several || (t->accumulate > 1 && t->reduce == PHX_REDUCE_STEP);
   PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
   PHX_KIT_TRY(phx_kit_buckets_create(m, &p.order, config->reduce_bucket_size, config->reduce_bucket_size, &p.buckets,
                                      &p.n_buckets, err));
   PHX_KIT_TRY(plan_alloc(&p, err));
   for (uint32_t i = 0; i < m->n_params; i++) p.persist[i] = -1;
-  if (config->stage < 3 && t->world_size > 1) PHX_KIT_TRY(plan_spread(&p, err));
-  if (config->stage == 3 && t->world_size > 1) {
+  if (config->stage < 3 && p.several) PHX_KIT_TRY(plan_spread(&p, err));
+  if (config->stage == 3 && p.several) {
     choose_persistent(&p);
     PHX_KIT_TRY(plan_gathers(&p, err));
     p.max_live = config->stage3_max_live_parameters;

@@ -65,7 +65,7 @@ static phx_status reduce_through(phx_strategy *self, const zero_piece *piece, fl
   void *wire = zero_region(self, ZERO_WIRE), *src = wire ? wire : from, *dst = wire ? wire : to;
   phx_status status = PHX_OK;
   if (wire) PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, from, PHX_F32, piece->numel, s, err));
-  if (c->size > 1)
+  if (self->plan.several)
     PHX_KIT_TRY(c->reduce(c->ctx, src, dst, piece->numel, dtype, PHX_SUM, piece->owner, s, err));
   else if (src != dst)
     PHX_KIT_TRY(d->copy(d->ctx, dst, src, piece->numel * 4, s, err));
@@ -139,7 +139,7 @@ phx_status zero_finish(phx_strategy *self, phx_error *err) {
 
 void zero_reduce_traffic(const zero_plan *p, phx_estimate *out) {
   const phx_topology *t = p->topology;
-  for (uint32_t i = 0; i < p->reduces.n && t->world_size > 1; i++)
+  for (uint32_t i = 0; i < p->reduces.n && p->several; i++)
     phx_kit_estimate_call(out, t, PHX_OP_REDUCE, p->reduces.of[i].numel, t->reduce_dtype, p->reduces.of[i].owner,
                           phx_kit_adds_reduced(t) ? t->accumulate : 1);
 }

@@ -72,7 +72,7 @@ phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err) {
   const phx_device *d = self->s.device;
   phx_status status = PHX_OK;
   bool sharded = p->config->stage == 3;
-  if (self->s.comm->size == 1 || p->model->total_blocks[flat] == 0 || (sharded && p->pack[flat] == 0)) return PHX_OK;
+  if (!p->several || p->model->total_blocks[flat] == 0 || (sharded && p->pack[flat] == 0)) return PHX_OK;
   self->s.comm->annotate(self->s.comm->ctx, -1);
   PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
   PHX_KIT_TRY(sharded ? refresh_pack(self, flat, err) : spread_flat(self, flat, err));
@@ -90,7 +90,7 @@ phx_event *zero_whole_ready(const phx_strategy *self, uint32_t stage, int32_t pa
   const zero_plan *p = &self->plan;
   const phx_stage *s = phx_model_stage(p->model, stage);
   uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD, last = 0;
-  if (self->s.comm->size == 1) return NULL;
+  if (!p->several) return NULL;
   if (p->config->stage == 3) return p->pack[PHX_FLAT_TRAINABLE] > 0 ? self->whole[0] : NULL;
   phx_event *ready = NULL;
   for (uint32_t i = 0; i < s->n_uses; i++) {
@@ -106,7 +106,7 @@ phx_event *zero_whole_ready(const phx_strategy *self, uint32_t stage, int32_t pa
 void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *out) {
   const phx_topology *t = p->topology;
   uint32_t n_units = p->model->n_units;
-  if (t->world_size == 1 || p->model->total_blocks[flat] == 0) return;
+  if (!p->several || p->model->total_blocks[flat] == 0) return;
   if (p->config->stage < 3) {
     if (zero_at_once(p, flat))
       phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, zero_share(p, flat), t->compute_dtype, 0, 1);

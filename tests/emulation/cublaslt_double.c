@@ -1,8 +1,9 @@
 /* cublaslt_double.c - products as cuBLASLt is asked for them, computed plainly: column-major, sums in fp32 over k.
  *
  * It refuses what the library's documentation refuses: operands that do not fit, leading dimensions of aux not divisible
- * by 8, an algorithm asked for another product, too small a workspace; and writes rubbish to the workspace, since the
- * library may.  PHX_CUDA_DOUBLE_REFUSE=BITS sets `refuse`.  Threads: one. */
+ * by 8, bias and aux that are not on 16 bytes, operands less aligned than was declared, an algorithm asked for another
+ * product, too small a workspace; and writes rubbish to the workspace, since the library may.
+ * PHX_CUDA_DOUBLE_REFUSE=BITS sets `refuse`.  Threads: one. */
 #include "cublaslt_double.h"
 #include <math.h>
 #include <stdlib.h>
@@ -141,10 +142,10 @@ static int fits(const struct emulated_matmul_desc *desc, const struct emulated_l
 
 static void identify(cublasLtMatmulAlgo_t *algo, const struct emulated_matmul_desc *desc,
                      const struct emulated_layout *a, const struct emulated_layout *b,
-                     const struct emulated_layout *d) {
+                     const struct emulated_layout *d, uint32_t alignment) {
   *algo = (cublasLtMatmulAlgo_t){{(uint64_t)d->rows, (uint64_t)d->columns, (uint64_t)a->rows, (uint64_t)b->rows,
                                   (uint64_t)(desc->epilogue * 100 + desc->op_a * 10 + desc->op_b), (uint64_t)a->type,
-                                  (uint64_t)d->type, 0}};
+                                  (uint64_t)d->type, alignment}};
 }
 
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
@@ -158,11 +159,14 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     return CUBLAS_STATUS_INVALID_VALUE;
   cublaslt_double.heuristics++;
   cublaslt_double.reduction_mask = preference->schemes;
-  const int uses_aux = (desc->epilogue & 128) != 0;
-  if ((cublaslt_double.refuse & (int)desc->epilogue & ~1) || (uses_aux && desc->aux_ld % 8))
-    return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (d->type == CUDA_R_16BF) cublaslt_double.bf16_masks |= preference->schemes;
+  if (cublaslt_double.refuse & (int)desc->epilogue & ~1) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if ((desc->epilogue & 128) && desc->aux_ld % 8) return CUBLAS_STATUS_INVALID_VALUE;
+  if (((uintptr_t)desc->bias | (uintptr_t)desc->aux) % 16) return CUBLAS_STATUS_INVALID_VALUE;
   memset(results, 0, sizeof *results);
-  identify(&results->algo, desc, a, b, d);
+  uint32_t declared = 1;
+  for (int i = 0; i < 4; i++) declared = preference->alignment[i] > declared ? preference->alignment[i] : declared;
+  identify(&results->algo, desc, a, b, d, declared);
   results->workspaceSize = preference->workspace < 1000 ? preference->workspace : 1000;
   *found = 1;
   return CUBLAS_STATUS_SUCCESS;
@@ -247,10 +251,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   cublasLtMatmulAlgo_t asked;
   LT_ENTER("cublasLtMatmul");
   const int e = (int)desc->epilogue;
-  identify(&asked, desc, a_layout, b_layout, d_layout);
+  const uint32_t declared = (uint32_t)algo->data[7];
+  if (declared == 0 || ((uintptr_t)a | (uintptr_t)b | (uintptr_t)d) % declared) return CUBLAS_STATUS_INVALID_VALUE;
+  identify(&asked, desc, a_layout, b_layout, d_layout, declared);
   if (!handle || !fits(desc, a_layout, b_layout, d_layout) || c != d || c_layout != d_layout ||
       memcmp(&asked, algo, sizeof asked) != 0 || !inside(a, a_layout) || !inside(b, b_layout) || !inside(d, d_layout) ||
-      ((e & (4 | 512)) && !desc->bias) || ((e & 128) && (!desc->aux || desc->aux_ld % 8 || (uintptr_t)desc->aux % 16)))
+      ((e & (4 | 512)) && (!desc->bias || (uintptr_t)desc->bias % 16)) ||
+      ((e & 128) && (!desc->aux || desc->aux_ld % 8 || (uintptr_t)desc->aux % 16)))
     return CUBLAS_STATUS_INVALID_VALUE;
   if (workspace_bytes && (!double__inside(workspace, workspace_bytes) || (uintptr_t)workspace % 256))
     return CUBLAS_STATUS_INVALID_VALUE;

@@ -51,7 +51,7 @@ static void read_setting(const char *text) {
   else if (sscanf(text, "memory=%lld", &value) == 1) config.memory = value << 20;
   else if (sscanf(text, "capability=%lld", &value) == 1) config.capability = (int)value;
   else if (sscanf(text, "driver=%lld", &value) == 1) config.driver = (cudaError_t)value;
-  else if (sscanf(text, "fail=%63[A-Za-z]:%lld:%lld", name, &value, &error) == 3)
+  else if (sscanf(text, "fail=%63[A-Za-z_]:%lld:%lld", name, &value, &error) == 3)
     add_fault(name, value, (cudaError_t)error, 0);
   else {
     fprintf(stderr, "cuda double: PHX_CUDA_DOUBLE has \"%s\"\n", text);
@@ -125,14 +125,18 @@ cudaError_t cuda_double_return(cudaError_t error) {
   return error;
 }
 
-cudaError_t cuda_double_enter(const char *name) {
+static int is_meant(const char *wanted, const char *name, const char *kernel) {
+  return !wanted[0] || strcmp(wanted, name) == 0 || (kernel && strstr(kernel, wanted));
+}
+
+static cudaError_t enter(const char *name, const char *kernel) {
   pthread_once(&once, read_environment);
   cudaError_t error = config.driver;
   pthread_mutex_lock(&lock);
   double__stats.calls++;
   if (error == cudaSuccess) error = sticky_error;
   for (int i = 0; i < FAULTS; i++) {
-    if (!faults[i].left || (faults[i].name[0] && strcmp(faults[i].name, name) != 0)) continue;
+    if (!faults[i].left || !is_meant(faults[i].name, name, kernel)) continue;
     if (--faults[i].left) continue;
     error = faults[i].error;
     if (faults[i].sticky) sticky_error = error;
@@ -140,6 +144,8 @@ cudaError_t cuda_double_enter(const char *name) {
   pthread_mutex_unlock(&lock);
   return cuda_double_return(error);
 }
+cudaError_t cuda_double_enter(const char *name) { return enter(name, NULL); }
+cudaError_t cuda_double_enter_launch(const char *kernel) { return enter("cudaLaunchKernel", kernel); }
 
 /* ---- devices ---- */
 static int visible_devices(void) {

@@ -35,13 +35,15 @@ cuda_double_config cuda_double_defaults(void);
 void cuda_double_configure(const cuda_double_config *config);
 cuda_double_stats cuda_double_read(void); /* checks the guarded bytes of everything that is allocated */
 
-/* The nth (1: the next) call of `name` returns `error`; name "" counts every call.  At most 16 at a time.
+/* The nth (1: the next) call of `name` returns `error`; name "" counts every call, a part of a kernel's
+ * name its launches.  At most 16 at a time.
  * sticky: every later call that can see it returns it too, as after a kernel's fault. */
 void cuda_double_fail(const char *name, int64_t nth, cudaError_t error, int sticky);
 
 /* ---- for doubles of libraries on top (cuBLASLt, NCCL) and for the launch of emulated kernels ---- */
 /* Counts a call by name; what an injection or a missing driver wants returned. */
 cudaError_t cuda_double_enter(const char *name);
+cudaError_t cuda_double_enter_launch(const char *kernel); /* "cudaLaunchKernel" */
 /* Keeps the error for cudaGetLastError and returns it. */
 cudaError_t cuda_double_return(cudaError_t error);
 /* run(arg) in stream order, then drop(arg) (may be NULL).  Takes arg over in any case.  Not counted as a call. */

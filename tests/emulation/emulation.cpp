@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <sys/mman.h>
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <vector>
 #include "cuda_double.h"
 #if defined(__has_feature)
@@ -41,7 +43,7 @@ namespace emulation {
 thread_local coordinates here;
 
 namespace {
-constexpr size_t kStack = 256 << 10, kSharedMax = 227 << 10, kStaticMax = 48 << 10, kFence = 256;
+constexpr size_t kStack = 256 << 10, kSharedMax = 227 << 10, kSharedUsual = 48 << 10, kStaticMax = 48 << 10, kFence = 256;
 constexpr unsigned kThreadsMax = 1024;
 enum state { kFresh, kReady, kWaiting, kEnded };
 enum wait_kind { kNothing, kBarrier, kExchange, kVote };
@@ -346,14 +348,36 @@ void *static_shared(const void *key, size_t bytes) {
   return p;
 }
 
-cudaError_t launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+// Dynamic shared memory that kernels asked for beyond what every kernel may have.
+std::mutex asked_lock;
+std::map<const void *, size_t> asked;
+
+cudaError_t allow_shared(const void *kernel, enum cudaFuncAttribute what, int bytes) {
+  const cudaError_t entered = cuda_double_enter("cudaFuncSetAttribute");
+  if (entered != cudaSuccess) return entered;
+  if (what != cudaFuncAttributeMaxDynamicSharedMemorySize || bytes < 0 || (size_t)bytes > kSharedMax)
+    return cuda_double_return(cudaErrorInvalidValue);
+  const std::lock_guard<std::mutex> guard(asked_lock);
+  asked[kernel] = (size_t)bytes;
+  return cudaSuccess;
+}
+
+static bool may_have(const void *kernel, size_t shared) {
+  if (shared <= kSharedUsual) return true;
+  const std::lock_guard<std::mutex> guard(asked_lock);
+  const auto found = asked.find(kernel);
+  return found != asked.end() && shared <= found->second;
+}
+
+cudaError_t launch(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    std::function<void()> body) {
-  const cudaError_t entered = cuda_double_enter("cudaLaunchKernel");
+  const cudaError_t entered = cuda_double_enter_launch(name);
   if (entered != cudaSuccess) return entered;
   const uint64_t threads = (uint64_t)block.x * block.y * block.z;
   if (threads == 0 || threads > kThreadsMax || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared > kSharedMax)
+      grid.y > 65535 || grid.z > 65535)
     return cuda_double_return(cudaErrorInvalidConfiguration);
+  if (!may_have(kernel, shared)) return cuda_double_return(cudaErrorInvalidValue);
   cuda_double_count_launch();
   return cuda_double_submit(stream, run_launch, drop_launch,
                             new launching{grid, block, shared, std::move(body), name});

@@ -53,6 +53,12 @@ cudaError_t selftest_stuck(int *x) { return emulation::launch_kernel("stuck", 1,
 cudaError_t selftest_overrun(char *x, int at) {
   return emulation::launch_kernel("overrun", 1, 1, 0, nullptr, overrun_kernel, x, at);
 }
+cudaError_t selftest_shared(char *x, size_t bytes) {
+  return emulation::launch_kernel("overrun", 1, 1, bytes, nullptr, overrun_kernel, x, 0);
+}
+cudaError_t selftest_ask(int bytes) {
+  return cudaFuncSetAttribute(overrun_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 unsigned short selftest_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 unsigned short selftest_fp16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 float selftest_from_fp16(unsigned short x) { return __half2float(__ushort_as_half(x)); }

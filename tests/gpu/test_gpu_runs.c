@@ -11,6 +11,10 @@ static const char *const strategies[] = {"ddp",          "fsdp",         "fsdp.s
 static const cuda_where gpu = {.comm = "comm.plugin=shm", .steps = 10, .strategies = strategies};
 static const cuda_where with_nccl = {.comm = "comm.plugin=nccl", .steps = 10, .strategies = strategies};
 
+/* every kernel's rows in whole vectors, heads that cuDNN takes */
+static const cuda_where wide = {.comm = "comm.plugin=shm", .steps = 10, .strategies = strategies,
+                                .model = {"model.width=64", "model.heads=2"}};
+
 static void need_gpu(void) {
   char *reason = cuda_runs_reason(&gpu), text[512];
   if (!reason) return;
@@ -24,6 +28,8 @@ Test(gpu_runs, fp32_on_one_rank) { cuda_runs_compare(&gpu, "1", "fp32", 1e-3); }
 Test(gpu_runs, fp32_on_three_ranks) { cuda_runs_compare(&gpu, "3", "fp32", 1e-3); }
 Test(gpu_runs, bf16_on_one_rank) { cuda_runs_compare(&gpu, "1", "bf16", 0.02); }
 Test(gpu_runs, bf16_on_two_ranks) { cuda_runs_compare(&gpu, "2", "bf16", 0.02); }
+Test(gpu_runs, fp32_of_width_64) { cuda_runs_compare(&wide, "1", "fp32", 1e-3); }
+Test(gpu_runs, bf16_of_width_64) { cuda_runs_compare(&wide, "2", "bf16", 0.02); }
 Test(gpu_runs, nccl_on_one_rank) { cuda_runs_compare(&with_nccl, "1", "bf16", 0.02); }
 Test(gpu_runs, checkpoints_there_and_back) { cuda_runs_checkpoints(&gpu); }
 Test(gpu_runs, profile) { cuda_runs_profile(&gpu); }

@@ -34,7 +34,7 @@ static words command(const cuda_where *where, const char *verb, const char *rank
   say(&w, "run.ini");
   say(&w, "-n");
   say(&w, ranks);
-  if (where->smaller) set(&w, where->smaller);
+  for (int i = 0; i < 4 && where->model[i]; i++) set(&w, where->model[i]);
   if (!cuda) return w;
   set(&w, "device.plugin=cuda");
   set(&w, where->comm);

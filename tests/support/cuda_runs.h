@@ -7,7 +7,7 @@ typedef struct cuda_where {
   const char *plugins;   /* plugins.path: where the cuda device is looked for first; NULL: beside the command */
   const char *comm;      /* "comm.plugin=..." */
   int steps;             /* few where the device is slow */
-  const char *smaller;   /* "section.key=value" for every run, where the model has to be smaller; NULL: none */
+  const char *model[4];  /* "section.key=value" for every run, where the model has to be another; NULL behind the last */
   const char *const *strategies; /* of `compare`, a NULL behind the last */
 } cuda_where;
 

@@ -89,6 +89,7 @@ static void suite(int threads, int32_t dtype, int refuse, int deterministic, int
   const ops_suite s = {r.table, r.self, ops_suite_seed(), 1, getenv("PHX_TEST_PRINT") != NULL};
   cr_expect_eq(ops_suite_run(&s, dtype), 0, "see above");
   cr_expect_eq(cublaslt_double.reduction_mask, deterministic ? 2 : 7);
+  cr_expect_eq(cublaslt_double.bf16_masks, dtype == PHX_BF16 ? 2 : 0, "partial sums are not rounded to bf16");
   rig_close(&r);
 }
 

@@ -88,6 +88,19 @@ Test(cuda_double, too_large_a_block_is_refused, .timeout = 60) {
   cr_expect_eq(cudaGetLastError(), cudaSuccess);
 }
 
+Test(cuda_double, more_than_48_kib_of_shared_memory_is_asked_for, .timeout = 60) {
+  void *p = NULL;
+  use(0, 1);
+  cr_assert_eq(cudaMalloc(&p, 100), cudaSuccess);
+  cr_expect_eq(selftest_shared(p, 48 << 10), cudaSuccess);
+  cr_expect_eq(selftest_shared(p, (48 << 10) + 1), cudaErrorInvalidValue);
+  cr_expect_eq(selftest_ask(100 << 10), cudaSuccess);
+  cr_expect_eq(selftest_shared(p, 100 << 10), cudaSuccess);
+  cr_expect_eq(selftest_shared(p, 101 << 10), cudaErrorInvalidValue);
+  cr_expect_eq(selftest_ask(228 << 10), cudaErrorInvalidValue, "more than a multiprocessor has");
+  cr_expect_eq(cudaFree(p), cudaSuccess);
+}
+
 /* The signal that ends a child which calls touch(p), or 0. */
 static int fatal_signal(void (*touch)(int *p)) {
   int *p, status = 0;

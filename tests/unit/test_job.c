@@ -13,71 +13,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #include "job.h"
+#include "job_ranks.h"
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"
 #include "sys_faults.h"
 
-/* In a rank: Criterion's assertions belong to the test's own process. */
-#define NEED(x)                                                                              \
-  do {                                                                                       \
-    if (!(x)) {                                                                              \
-      fprintf(stderr, "%s:%d: rank of pid %d: %s\n", __FILE__, __LINE__, (int)getpid(), #x); \
-      _exit(99);                                                                             \
-    }                                                                                        \
-  } while (0)
-
-static void set_number(const char *name, long value) {
-  char text[32];
-  snprintf(text, sizeof text, "%ld", value);
-  setenv(name, text, 1);
-}
-
-static void set_rank(int rank, int size, int fd) {
-  set_number("PHALANX_RANK", rank);
-  set_number("PHALANX_WORLD_SIZE", size);
-  set_number("PHALANX_LOCAL_RANK", rank);
-  set_number("PHALANX_LOCAL_SIZE", size);
-  set_number("PHALANX_JOB_FD", fd);
-}
-
-/* Runs body in `size` processes that share a segment; every one must return 0. */
-typedef int (*rank_body)(int rank, int size);
-static void run_ranks(int size, rank_body body) {
-  phx_error err = PHX_ERROR_INIT;
-  pid_t pids[PHX_RANKS_MAX], parent = getpid();
-  int fd = phx__job_create_segment(size, &err);
-  cr_assert_geq(fd, 0, "%s", err.message);
-  for (int r = 0; r < size; r++) {
-    pids[r] = fork();
-    cr_assert_geq(pids[r], 0);
-    if (pids[r] == 0) {
-      prctl(PR_SET_PDEATHSIG, SIGKILL);
-      if (getppid() != parent) _exit(98);
-      set_rank(r, size, fd);
-      _exit(body(r, size));
-    }
-  }
-  close(fd);
-  for (int r = 0; r < size; r++) {
-    int status = 0;
-    cr_assert_eq(waitpid(pids[r], &status, 0), pids[r]);
-    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "rank %d of %d ended with wait status %x", r, size,
-              status);
-  }
-}
-
-static const phx_job *open_job(double timeout) {
-  const phx_job *job = NULL;
-  phx_error err = PHX_ERROR_INIT;
-  phx_status status = phx__job_open(timeout, &job, &err);
-  if (status != PHX_OK) fprintf(stderr, "open: %s\n", err.message);
-  NEED(status == PHX_OK && job);
-  return job;
-}
-
 static int meet(int rank, int size) {
-  const phx_job *job = open_job(20);
+  const phx_job *job = job_ranks_open(20);
   phx_error err = PHX_ERROR_INIT;
   NEED(phx__job_is_rank());
   NEED(job->rank == rank && job->size == size && job->local_rank == rank && job->local_size == size);
@@ -94,7 +37,7 @@ static int meet(int rank, int size) {
 }
 Test(job, ranks_meet, .timeout = 60) {
   static const int sizes[] = {1, 2, 3, 4, 5, 7};
-  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) run_ranks(sizes[i], meet);
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) job_ranks_run(sizes[i], meet);
 }
 
 static int64_t resident(void) {
@@ -105,7 +48,7 @@ static int64_t resident(void) {
 
 static int share_parts(int rank, int size) {
   static const int64_t sizes[] = {1, 4096, 4097, 1 << 20, 123457};
-  const phx_job *job = open_job(20);
+  const phx_job *job = job_ranks_open(20);
   phx_error err = PHX_ERROR_INIT;
   unsigned char *bases[5][PHX_RANKS_MAX];
   for (int k = 0; k < 5; k++) {
@@ -127,13 +70,13 @@ static int share_parts(int rank, int size) {
   return 0;
 }
 Test(job, share_gives_everybody_every_part, .timeout = 60) {
-  for (int size = 1; size <= 7; size += size == 4 ? 3 : 1) run_ranks(size, share_parts);
+  for (int size = 1; size <= 7; size += size == 4 ? 3 : 1) job_ranks_run(size, share_parts);
 }
 
 static int exchange_bytes(int rank, int size) {
   static const int64_t sizes[] = {1, 47, 48, 49, 300, PHX_EXCHANGE_MAX};
   static unsigned char mine[PHX_EXCHANGE_MAX], all[7 * PHX_EXCHANGE_MAX + 1];
-  const phx_job *job = open_job(20);
+  const phx_job *job = job_ranks_open(20);
   phx_error err = PHX_ERROR_INIT;
   for (int k = 0; k < 6; k++) {
     for (int64_t i = 0; i < sizes[k]; i++) mine[i] = (unsigned char)(i * 7 + rank * 31 + k);
@@ -153,11 +96,11 @@ static int exchange_bytes(int rank, int size) {
   return 0;
 }
 Test(job, exchange_gives_everybody_every_ranks_bytes, .timeout = 60) {
-  for (int size = 1; size <= 7; size += size == 4 ? 3 : 1) run_ranks(size, exchange_bytes);
+  for (int size = 1; size <= 7; size += size == 4 ? 3 : 1) job_ranks_run(size, exchange_bytes);
 }
 
 static int disagree_bytes(int rank, int size) {
-  const phx_job *job = open_job(20);
+  const phx_job *job = job_ranks_open(20);
   phx_error err = PHX_ERROR_INIT;
   void *bases[PHX_RANKS_MAX] = {0};
   (void)size;
@@ -174,11 +117,11 @@ static int disagree_bytes(int rank, int size) {
   return 0;
 }
 Test(job, share_names_the_rank_that_differs, .timeout = 60) {
-  run_ranks(3, disagree_bytes);
+  job_ranks_run(3, disagree_bytes);
 }
 
 static int disagree_value(int rank, int size) {
-  const phx_job *job = open_job(20);
+  const phx_job *job = job_ranks_open(20);
   phx_error err = PHX_ERROR_INIT;
   (void)size;
   NEED(phx__job_agree(job, rank == 0 ? 5 : 6, "configuration", &err) == PHX_INVALID);
@@ -191,11 +134,11 @@ static int disagree_value(int rank, int size) {
   return 0;
 }
 Test(job, agree_names_the_rank_that_differs, .timeout = 60) {
-  run_ranks(4, disagree_value);
+  job_ranks_run(4, disagree_value);
 }
 
 static int absent(int rank, int size) {
-  const phx_job *job = open_job(0.5);
+  const phx_job *job = job_ranks_open(0.5);
   phx_error err = PHX_ERROR_INIT;
   (void)size;
   if (rank == 1) {
@@ -210,24 +153,24 @@ static int absent(int rank, int size) {
   return 0;
 }
 Test(job, an_absent_rank_is_named_in_time, .timeout = 60) {
-  run_ranks(3, absent);
+  job_ranks_run(3, absent);
 }
 
 static int never_came(int rank, int size) {
   (void)size;
   if (rank == 2) return 0;
-  const phx_job *job = open_job(0.5);
+  const phx_job *job = job_ranks_open(0.5);
   phx_error err = PHX_ERROR_INIT;
   NEED(phx__job_agree(job, 1, "configuration", &err) == PHX_COMM);
   NEED(strstr(err.message, "rank 2 (never came) did not come"));
   return 0;
 }
 Test(job, a_rank_that_never_came_is_named, .timeout = 60) {
-  run_ranks(3, never_came);
+  job_ranks_run(3, never_came);
 }
 
 static int dead(int rank, int size) {
-  const phx_job *job = open_job(30);
+  const phx_job *job = job_ranks_open(30);
   phx_error err = PHX_ERROR_INIT;
   (void)size;
   NEED(phx__job_agree(job, 1, "start", &err) == PHX_OK);
@@ -239,13 +182,13 @@ static int dead(int rank, int size) {
   return 0;
 }
 Test(job, a_dead_rank_is_found_before_the_timeout, .timeout = 60) {
-  run_ranks(3, dead);
+  job_ranks_run(3, dead);
 }
 
 /* Stopped for longer than its timeout, a waiting rank goes on waiting: Ctrl-Z, then fg. */
 static int suspended(int rank, int size) {
   phx_error err = PHX_ERROR_INIT;
-  const phx_job *job = open_job(rank == 0 ? 1.5 : 20);
+  const phx_job *job = job_ranks_open(rank == 0 ? 1.5 : 20);
   pid_t me = getpid();
   (void)size;
   if (rank == 1) {
@@ -268,11 +211,11 @@ static int suspended(int rank, int size) {
   return 0;
 }
 Test(job, time_in_suspension_does_not_count, .timeout = 60) {
-  run_ranks(2, suspended);
+  job_ranks_run(2, suspended);
 }
 
 static int fails(int rank, int size) {
-  const phx_job *job = open_job(30);
+  const phx_job *job = job_ranks_open(30);
   phx_error err = PHX_ERROR_INIT;
   char longer[2000];
   memset(longer, 'x', sizeof longer - 1);
@@ -295,7 +238,7 @@ static int fails(int rank, int size) {
   return 0;
 }
 Test(job, a_failure_wakes_the_waiters, .timeout = 60) {
-  run_ranks(3, fails);
+  job_ranks_run(3, fails);
 }
 
 static void *fail_from_thread(void *job) {
@@ -303,7 +246,7 @@ static void *fail_from_thread(void *job) {
   return NULL;
 }
 static int threads_fail(int rank, int size) {
-  const phx_job *job = open_job(30);
+  const phx_job *job = job_ranks_open(30);
   phx_error err = PHX_ERROR_INIT;
   pthread_t threads[4];
   (void)size;
@@ -321,19 +264,19 @@ static int threads_fail(int rank, int size) {
   return 0;
 }
 Test(job, any_thread_may_fail, .timeout = 60) {
-  run_ranks(2, threads_fail);
+  job_ranks_run(2, threads_fail);
 }
 
 static int twice(int rank, int size) {
   const phx_job *job = NULL;
   phx_error err = PHX_ERROR_INIT;
-  open_job(10);
+  job_ranks_open(10);
   NEED(phx__job_open(10, &job, &err) == PHX_STATE && job == NULL);
   (void)rank, (void)size;
   return 0;
 }
 Test(job, a_process_has_one_job, .timeout = 60) {
-  run_ranks(1, twice);
+  job_ranks_run(1, twice);
 }
 
 static int same_number(int rank, int size) {
@@ -349,7 +292,7 @@ static int same_number(int rank, int size) {
   return 0;
 }
 Test(job, two_processes_cannot_be_one_rank, .timeout = 60) {
-  run_ranks(2, same_number);
+  job_ranks_run(2, same_number);
 }
 
 Test(job, alone, .timeout = 20) {
@@ -375,7 +318,7 @@ Test(job, alone, .timeout = 20) {
 static phx_status open_with(const char *name, const char *value, phx_error *err) {
   const phx_job *job = NULL;
   int fd = phx__job_create_segment(2, err);
-  set_rank(0, 2, fd);
+  job_ranks_be(0, 2, fd);
   if (value)
     setenv(name, value, 1);
   else
@@ -422,62 +365,54 @@ Test(job, a_wrong_file_is_refused, .timeout = 20) {
 
 /* ---- other launchers ---- */
 
-static void forget_phalanx(void) {
-  unsetenv("PHALANX_RANK");
-  unsetenv("PHALANX_WORLD_SIZE");
-  unsetenv("PHALANX_LOCAL_RANK");
-  unsetenv("PHALANX_LOCAL_SIZE");
-  unsetenv("PHALANX_JOB_FD");
-}
-
 static int by_torchrun(int rank, int size) {
-  forget_phalanx();
-  set_number("RANK", rank);
-  set_number("WORLD_SIZE", size);
-  set_number("LOCAL_RANK", rank);
-  set_number("MASTER_PORT", (long)getppid()); /* any number that no other job has */
+  job_ranks_forget();
+  job_ranks_set("RANK", rank);
+  job_ranks_set("WORLD_SIZE", size);
+  job_ranks_set("LOCAL_RANK", rank);
+  job_ranks_set("MASTER_PORT", (long)getppid()); /* any number that no other job has */
   if (rank == 0) usleep(150000);              /* the others must wait for it */
   return share_parts(rank, size);
 }
 Test(job, torchrun_ranks_meet, .timeout = 60) {
-  run_ranks(1, by_torchrun);
-  run_ranks(3, by_torchrun);
+  job_ranks_run(1, by_torchrun);
+  job_ranks_run(3, by_torchrun);
 }
 
 static int by_mpirun(int rank, int size) {
-  forget_phalanx();
-  set_number("OMPI_COMM_WORLD_RANK", rank);
-  set_number("OMPI_COMM_WORLD_SIZE", size);
-  set_number("OMPI_COMM_WORLD_LOCAL_RANK", rank);
-  set_number("OMPI_COMM_WORLD_LOCAL_SIZE", size);
-  set_number("OMPI_MCA_ess_base_jobid", (long)getppid());
+  job_ranks_forget();
+  job_ranks_set("OMPI_COMM_WORLD_RANK", rank);
+  job_ranks_set("OMPI_COMM_WORLD_SIZE", size);
+  job_ranks_set("OMPI_COMM_WORLD_LOCAL_RANK", rank);
+  job_ranks_set("OMPI_COMM_WORLD_LOCAL_SIZE", size);
+  job_ranks_set("OMPI_MCA_ess_base_jobid", (long)getppid());
   return share_parts(rank, size);
 }
 Test(job, mpirun_ranks_meet, .timeout = 60) {
-  run_ranks(4, by_mpirun);
+  job_ranks_run(4, by_mpirun);
 }
 
 static int by_srun(int rank, int size) {
-  forget_phalanx();
-  set_number("SLURM_PROCID", rank);
-  set_number("SLURM_LOCALID", rank);
-  set_number("SLURM_NTASKS", size);
-  set_number("SLURM_JOB_ID", (long)getppid());
-  set_number("SLURM_STEP_ID", 0);
+  job_ranks_forget();
+  job_ranks_set("SLURM_PROCID", rank);
+  job_ranks_set("SLURM_LOCALID", rank);
+  job_ranks_set("SLURM_NTASKS", size);
+  job_ranks_set("SLURM_JOB_ID", (long)getppid());
+  job_ranks_set("SLURM_STEP_ID", 0);
   return share_parts(rank, size);
 }
 Test(job, srun_ranks_meet, .timeout = 60) {
-  run_ranks(2, by_srun);
+  job_ranks_run(2, by_srun);
 }
 
 static int one_short(int rank, int size) {
   phx_error err = PHX_ERROR_INIT;
   const phx_job *job = NULL;
-  forget_phalanx();
-  set_number("RANK", rank);
-  set_number("WORLD_SIZE", size);
-  set_number("LOCAL_RANK", rank);
-  set_number("MASTER_PORT", (long)getppid());
+  job_ranks_forget();
+  job_ranks_set("RANK", rank);
+  job_ranks_set("WORLD_SIZE", size);
+  job_ranks_set("LOCAL_RANK", rank);
+  job_ranks_set("MASTER_PORT", (long)getppid());
   if (rank == 1) return 0;
   phx_status status = phx__job_open(0.6, &job, &err);
   if (rank == 0)
@@ -487,52 +422,23 @@ static int one_short(int rank, int size) {
   return 0;
 }
 Test(job, a_missing_rank_of_torchrun_is_named, .timeout = 60) {
-  run_ranks(3, one_short);
+  job_ranks_run(3, one_short);
 }
 
 static int no_leader(int rank, int size) {
   phx_error err = PHX_ERROR_INIT;
   const phx_job *job = NULL;
   if (rank == 0) return 0;
-  forget_phalanx();
-  set_number("RANK", rank);
-  set_number("WORLD_SIZE", size);
-  set_number("LOCAL_RANK", rank);
-  set_number("MASTER_PORT", (long)getppid());
+  job_ranks_forget();
+  job_ranks_set("RANK", rank);
+  job_ranks_set("WORLD_SIZE", size);
+  job_ranks_set("LOCAL_RANK", rank);
+  job_ranks_set("MASTER_PORT", (long)getppid());
   NEED(phx__job_open(0.4, &job, &err) == PHX_COMM && strstr(err.message, "rank 0 of job torchrun-"));
   return 0;
 }
 Test(job, a_missing_rank_0_of_torchrun_is_named, .timeout = 60) {
-  run_ranks(2, no_leader);
-}
-
-Test(job, several_hosts_are_refused, .timeout = 20) {
-  const phx_job *job = NULL;
-  phx_error err = PHX_ERROR_INIT;
-  setenv("RANK", "1", 1);
-  setenv("WORLD_SIZE", "4", 1);
-  setenv("LOCAL_RANK", "1", 1);
-  setenv("LOCAL_WORLD_SIZE", "2", 1);
-  setenv("MASTER_PORT", "29500", 1);
-  cr_assert(phx__job_is_rank());
-  cr_expect_eq(phx__job_open(1, &job, &err), PHX_UNSUPPORTED);
-  cr_expect(strstr(err.message, "torchrun placed 2 of 4 ranks on this machine"), "%s", err.message);
-  unsetenv("LOCAL_WORLD_SIZE");
-  setenv("LOCAL_RANK", "0", 1);
-  cr_expect_eq(phx__job_open(1, &job, &err), PHX_UNSUPPORTED);
-  unsetenv("WORLD_SIZE");
-  cr_expect_eq(phx__job_open(1, &job, &err), PHX_INVALID);
-  cr_expect(strstr(err.message, "WORLD_SIZE"), "%s", err.message);
-  unsetenv("RANK");
-  unsetenv("MASTER_PORT");
-  setenv("SLURM_PROCID", "0", 1); /* a batch script of Slurm is no rank */
-  setenv("SLURM_NTASKS", "4", 1);
-  cr_expect_not(phx__job_is_rank());
-  setenv("SLURM_STEP_ID", "0", 1);
-  setenv("SLURM_LOCALID", "0", 1);
-  setenv("SLURM_NNODES", "2", 1);
-  cr_expect_eq(phx__job_open(1, &job, &err), PHX_UNSUPPORTED);
-  cr_expect(strstr(err.message, "srun placed 4 ranks on 2 machines"), "%s", err.message);
+  job_ranks_run(2, no_leader);
 }
 
 /* ---- failing system calls ---- */
@@ -574,7 +480,7 @@ Test(job, failing_calls_are_clear_errors, .timeout = 20) {
 
 static int share_fails(int rank, int size) {
   const phx__sys_table real = phx__sys;
-  const phx_job *job = open_job(20);
+  const phx_job *job = job_ranks_open(20);
   phx_error err = PHX_ERROR_INIT;
   void *bases[PHX_RANKS_MAX] = {0};
   (void)size;
@@ -591,5 +497,5 @@ static int share_fails(int rank, int size) {
   return 0;
 }
 Test(job, share_fails_on_all_when_it_fails_on_one, .timeout = 60) {
-  run_ranks(3, share_fails);
+  job_ranks_run(3, share_fails);
 }

@@ -13,6 +13,9 @@ Test(status, message_and_code) {
   cr_assert_eq(err.cause, ENOSPC);
   cr_assert_str_eq(err.message, "write a.bin: No space left on device");
   cr_assert_eq(phx__fail(NULL, PHX_NOMEM, "nobody listens"), PHX_NOMEM);
+  cr_assert_eq(phx__fail_in(&err, PHX_IO, "; in stage %d", 3), PHX_IO);
+  cr_assert_str_eq(err.message, "write a.bin: No space left on device; in stage 3");
+  cr_assert_eq(phx__fail_in(NULL, PHX_NOMEM, "nobody listens"), PHX_NOMEM);
 }
 
 Test(status, long_message_is_cut) {
@@ -21,5 +24,7 @@ Test(status, long_message_is_cut) {
   text[sizeof text - 1] = 0;
   phx_error err = PHX_ERROR_INIT;
   phx__fail_errno(&err, PHX_IO, EIO, "%s", text);
+  cr_assert_eq(strlen(err.message), sizeof err.message - 1);
+  phx__fail_in(&err, PHX_IO, "no room");
   cr_assert_eq(strlen(err.message), sizeof err.message - 1);
 }

@@ -34,6 +34,7 @@ enum { PHX_KIND_STRATEGY = 1, PHX_KIND_DEVICE = 2, PHX_KIND_COMM = 3, PHX_KIND_M
 /* needs: the core refuses a plugin whose bit it does not know, or cannot meet, with the bit's number or name. */
 #define PHX_NEED_HOST_MEMORY (1ull << 0) /* device memory must be readable by the CPU */
 #define PHX_NEED_TWO_RANKS (1ull << 1)   /* makes no sense at world size 1 */
+#define PHX_NEED_ONE_MACHINE (1ull << 2) /* a communicator whose ranks share memory */
 
 typedef struct phx_plugin {
   size_t struct_size;

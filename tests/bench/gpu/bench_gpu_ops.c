@@ -110,17 +110,29 @@ typedef struct arrays {
   void *x, *y, *z, *w, *v, *out;
   float *f, *g, *m, *s;
   int32_t *tokens;
-  int64_t n, c, k;
+  int64_t n, c, k, ld;
 } arrays;
 
+/* out(n, c; ld) = x(n, k) w(c, k)' */
 static void run_product(void *arg) {
   const arrays *a = arg;
-  must(b.ops->linear(b.ops->ctx, PHX_BF16, a->out, 0, NULL, a->x, a->w, NULL, a->n, a->k, a->c, 0, NULL, &b.err));
+  must(b.ops->linear(b.ops->ctx, PHX_BF16, a->out, a->ld, NULL, a->x, a->w, NULL, a->n, a->k, a->c, 0, NULL, &b.err));
 }
-static void product(const char *name, int64_t n, int64_t k, int64_t c) {
-  arrays a = {.n = n, .k = k, .c = c};
-  a.x = values(n * k, PHX_BF16, 1), a.w = values(c * k, PHX_BF16, 1), a.out = values(n * c, PHX_BF16, 1);
-  measure(name, run_product, &a, 2.0 * (double)n * (double)k * (double)c, "TFLOP/s");
+static void run_product_input(void *arg) {
+  const arrays *a = arg;
+  must(b.ops->linear_backward_input(b.ops->ctx, PHX_BF16, a->x, a->out, a->ld, a->w, NULL, a->n, a->k, a->c,
+                                    PHX_GRAD_WRITE, NULL, &b.err));
+}
+static void run_product_weight(void *arg) {
+  const arrays *a = arg;
+  must(b.ops->linear_backward_weight(b.ops->ctx, PHX_BF16, a->f, NULL, a->out, a->ld, a->x, a->n, a->k, a->c,
+                                     PHX_GRAD_WRITE, PHX_GRAD_NONE, NULL, &b.err));
+}
+static void product(const char *name, body *run, int64_t n, int64_t k, int64_t c, int64_t ld) {
+  arrays a = {.n = n, .k = k, .c = c, .ld = ld};
+  a.x = values(n * k, PHX_BF16, 1), a.w = values(c * k, PHX_BF16, 1), a.out = values(n * (ld ? ld : c), PHX_BF16, 1);
+  a.f = values(c * k, PHX_F32, 1);
+  measure(name, run, &a, 2.0 * (double)n * (double)k * (double)c, "TFLOP/s");
 }
 
 static void run_copy(void *arg) {
@@ -217,9 +229,11 @@ int main(int argc, char **argv) {
   b.ops = b.table->ops(b.self);
   const int64_t d = b.divide, rows = 32 * 1024 / d; /* of GPT-2 124M at micro = 32, sequence = 1024 */
   printf("device: %s\n", b.device->name);
-  product("product", 8192 / d, 8192 / d, 8192 / d);
-  product("product_mlp", rows, 768, 3072);
-  product("product_head", rows, 768, 50257);
+  product("product", run_product, 8192 / d, 8192 / d, 8192 / d, 0);
+  product("product_mlp", run_product, rows, 768, 3072, 0);
+  product("product_head", run_product, rows, 768, 50257, 50304);
+  product("product_head_input", run_product_input, rows, 768, 50257, 50304);
+  product("product_head_weight", run_product_weight, rows, 768, 50257, 50304);
   copy((INT64_C(1) << 30) / d);
   adamw((INT64_C(1) << 28) / d);
   layer_norm(0, rows, 768);

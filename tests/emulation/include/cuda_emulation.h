@@ -57,14 +57,15 @@ unsigned lane();
 void *dynamic_shared();
 /* Shared memory that a kernel declares itself: one place per declaration, the same for all threads of the block. */
 void *static_shared(const void *key, size_t bytes);
-cudaError_t launch(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+cudaError_t launch(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    std::function<void()> body);
+cudaError_t allow_shared(const void *kernel, enum cudaFuncAttribute what, int bytes);
 /* Arguments are copied now, as a launch copies them. */
 template <class... P, class... A>
 cudaError_t launch_kernel(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                           void (*kernel)(P...), A... arguments) {
   std::tuple<P...> values(static_cast<P>(arguments)...);
-  return launch(name, grid, block, shared, stream, [kernel, values] { std::apply(kernel, values); });
+  return launch(name, reinterpret_cast<const void *>(kernel), grid, block, shared, stream, [kernel, values] { std::apply(kernel, values); });
 }
 }  // namespace emulation
 #define threadIdx (emulation::here.thread)
@@ -141,7 +142,8 @@ template <class T> static inline T __ldcs(const T *p) { return *p; }
 template <class T> static inline void __stcs(T *p, T v) { *p = v; }
 
 /* The real runtime's template: any kernel is known here. */
-template <class F> static inline cudaError_t cudaFuncSetAttribute(F, enum cudaFuncAttribute, int) {
-  return cudaSuccess;
+template <class... P>
+static inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), enum cudaFuncAttribute what, int value) {
+  return emulation::allow_shared(reinterpret_cast<const void *>(kernel), what, value);
 }
 #endif

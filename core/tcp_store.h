@@ -1,0 +1,34 @@
+/* core/tcp_store.h - where the ranks of a job on several machines meet: a small store at rank 0, over TCP.
+ *
+ * Every rank has one connection to it, which stays open: whoever dies is noticed by it.  A barrier is an exchange of
+ * one byte.  What travels is neither secret nor signed: the network is trusted, as with MPI, NCCL and torchrun. */
+#ifndef PHX__TCP_STORE_H
+#define PHX__TCP_STORE_H
+#include <phalanx/job.h>
+
+#define PHX__STORE_PORT "29500" /* without MASTER_PORT; torchrun's */
+#define PHX__STORE_NAME 48      /* bytes of an exchange's name, the zero included; longer ones are cut */
+
+typedef struct phx__store phx__store;
+typedef struct phx__store_place {
+  const char *address, *port; /* of rank 0: MASTER_ADDR, MASTER_PORT */
+  uint64_t job;               /* equal for the ranks of this job, and for no other job's */
+  int32_t rank, size;
+  double timeout_s; /* until all have come, and per exchange; 0: for ever */
+  /* [any] once, when the job has failed: of rank `who` (-1: not one rank's doing).  Not called after close. */
+  void (*failed)(void *ctx, int32_t who, const char *message);
+  void *ctx;
+} phx__store_place;
+
+/* [main][collective] returns when all ranks have come; else who did not, and to which address. */
+phx_status phx__store_open(const phx__store_place *place, phx__store **out, phx_error *err);
+/* [main][collective] every rank brings `bytes` (1 to PHX_EXCHANGE_MAX) and gets everybody's, in the order of ranks. */
+phx_status phx__store_exchange(phx__store *store, const char *name, const void *mine, int64_t bytes, void *all,
+                               phx_error *err);
+/* [any], and safe in a signal handler: every rank learns that this one failed, and why. */
+void phx__store_fail(phx__store *store, const char *message);
+/* "rank 3 (node7, 10.0.0.7, pid 123)"; [any] */
+void phx__store_who(const phx__store *store, int32_t rank, char *text, size_t bytes);
+/* [main] leaves; NULL is fine.  Rank 0 stays until the others have left too, or know of the failure, or the timeout. */
+void phx__store_close(phx__store *store);
+#endif

@@ -1,0 +1,89 @@
+/* core/tcp_store_wire.c - frames of the store on a socket: encoded, read piece by piece, and checked.
+ *
+ * Whatever comes in is judged by its head before a byte of payload is kept: a stranger costs 32 bytes of reading.
+ * Threads: [any]; a phx__wire has one reader. */
+#include "tcp_store_wire.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+
+enum { MAGIC = 0x53584850 /* "PHXS" */, VERSION = 1 };
+
+static void put(uint8_t *to, uint64_t value, int n) {
+  for (int i = 0; i < n; i++) to[i] = (uint8_t)(value >> 8 * i);
+}
+static uint64_t get(const uint8_t *from, int n) {
+  uint64_t value = 0;
+  for (int i = 0; i < n; i++) value |= (uint64_t)from[i] << 8 * i;
+  return value;
+}
+void phx__put_u32(uint8_t *to, uint32_t value) { put(to, value, 4); }
+uint32_t phx__get_u32(const uint8_t *from) { return (uint32_t)get(from, 4); }
+
+void phx__frame_head(const phx__frame *f, uint8_t head[PHX__WIRE_HEAD]) {
+  put(head, MAGIC, 4);
+  put(head + 4, VERSION, 2);
+  put(head + 6, (uint64_t)f->kind, 2);
+  put(head + 8, f->session, 8);
+  put(head + 16, f->number, 8);
+  put(head + 24, (uint32_t)f->rank, 4);
+  put(head + 28, f->bytes, 4);
+}
+
+static bool parse(phx__wire *w) {
+  if (get(w->head, 4) != MAGIC || get(w->head + 4, 2) != VERSION) return false;
+  w->frame = (phx__frame){.kind = (int32_t)get(w->head + 6, 2),
+                          .rank = (int32_t)get(w->head + 24, 4),
+                          .session = get(w->head + 8, 8),
+                          .number = get(w->head + 16, 8),
+                          .bytes = (uint32_t)get(w->head + 28, 4)};
+  return w->frame.kind >= PHX__WIRE_HELLO && w->frame.kind <= PHX__WIRE_LEAVE && w->frame.bytes <= w->limit;
+}
+
+int phx__wire_read(phx__wire *w) {
+  if (w->have >= PHX__WIRE_HEAD && w->have == PHX__WIRE_HEAD + w->frame.bytes) w->have = 0; /* the last one is taken */
+  for (;;) {
+    const bool in_head = w->have < PHX__WIRE_HEAD;
+    uint8_t *to = in_head ? w->head + w->have : w->body + (w->have - PHX__WIRE_HEAD);
+    const size_t want = (in_head ? PHX__WIRE_HEAD : PHX__WIRE_HEAD + w->frame.bytes) - w->have;
+    const ssize_t n = recv(w->fd, to, want, 0);
+    if (n == 0) errno = 0;
+    if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN)) return PHX__WIRE_CLOSED;
+    if (n < 0 && errno == EAGAIN) return PHX__WIRE_MORE;
+    if (n < 0) continue;
+    w->have += (size_t)n;
+    if (w->have == PHX__WIRE_HEAD && in_head && !parse(w)) return PHX__WIRE_GARBAGE;
+    if (w->have >= PHX__WIRE_HEAD && w->have == PHX__WIRE_HEAD + w->frame.bytes) return PHX__WIRE_WHOLE;
+  }
+}
+
+void phx__wire_options(int fd) {
+  const int yes = 1, idle = 5, interval = 5, probes = 3, unanswered_ms = 20000;
+  /* A kernel that refuses one of these finds a lost machine later, by the deadlines. */
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+  (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &yes, sizeof yes);
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unanswered_ms, sizeof unanswered_ms);
+}
+
+bool phx__wire_send(int fd, const uint8_t *bytes, size_t n, int ms) {
+  while (n > 0) {
+    const ssize_t sent = send(fd, bytes, n, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent < 0 && errno != EAGAIN) return false;
+    if (sent < 0) {
+      struct pollfd ready = {.fd = fd, .events = POLLOUT};
+      if (poll(&ready, 1, ms) != 1) return false;
+      continue;
+    }
+    bytes += sent;
+    n -= (size_t)sent;
+  }
+  return true;
+}
