@@ -50,16 +50,19 @@ phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, p
   char ranks[32], name[64], place[512];
   phx__prepared *prepared = NULL;
   phx_status status = PHX_OK;
+  if (!strategy) strategy = "ddp";
   snprintf(ranks, sizeof ranks, "run.ranks=%d", rig->size);
-  snprintf(name, sizeof name, "run.strategy=%s", strategy ? strategy : "ddp");
+  snprintf(name, sizeof name, "run.strategy=%.*s", (int)strcspn(strategy, "."), strategy);
   snprintf(place, sizeof place, "run.out=%s", out ? out : "out");
   const phx__override overrides[] = {{"plugins.path=" PHX_TEST_PLUGINS, "--set"},
                                      {ranks, "-n"},
                                      {name, "--strategy"},
                                      {place, "--set"},
                                      {"run.steps=1000000", "--set"},
-                                     {"optimizer.schedule=constant", "--set"}};
-  PHX__TRY(phx__config_load("run.ini", overrides, sizeof overrides / sizeof *overrides, stderr, &rig->config));
+                                     {"optimizer.schedule=constant", "--set"},
+                                     {strategy, "--set"}};
+  const size_t n = sizeof overrides / sizeof *overrides - !strchr(strategy, '=');
+  PHX__TRY(phx__config_load("run.ini", overrides, n, stderr, &rig->config));
   const phx__settings *s = &rig->config->s;
   if (!rig->job) PHX__TRY(phx__job_open(s->run.timeout, &rig->job, err));
   PHX__TRY(phx__prepare(rig->config, rig->rank, rig->size, rig->rank, rig->size, 0, 0, &prepared, err));
@@ -73,11 +76,13 @@ phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, p
   rig->step = 0;
 done:
   phx__prepared_free(prepared);
+  rig->lost = status && rig->engine && rig->size > 1; /* calls may be under way, for which nobody comes */
   if (status) rank_rig_close(rig);
   return status;
 }
 
 void rank_rig_close(rank_rig *rig) {
+  if (rig->lost) return;
   phx__saver_close(rig->saver);
   phx__engine_destroy(rig->engine);
   phx__runtime_close(rig->rt);
@@ -154,7 +159,7 @@ static void *live(void *arg) {
   life *l = arg;
   rank_rig *rig = &l->rig;
   phx_error err = PHX_ERROR_INIT;
-  phx_status status = rank_rig_open(rig, l->run->strategy, l->run->out, &err);
+  phx_status status = l->run->unopened ? PHX_OK : rank_rig_open(rig, l->run->strategy, l->run->out, &err);
   if (!status && l->run->background) /* copies: two blocks of the widest type, so that some are waited for */
     status = phx__saver_open(rig->rt, rig->config->s.run.out, &rig->retention, 2 * PHX_BLOCK * 8, &rig->saver, &err);
   if (status)

@@ -23,14 +23,16 @@ typedef struct rank_rig {
   int64_t step;
   phx__retention retention;
   phx__saver *saver; /* with `background` */
+  bool lost;         /* opening failed between ranks: the process ends as it is, as in train.c */
   char *report;      /* shared with the test; empty while all is well */
 } rank_rig;
 
 typedef struct rank_rig_run {
   int32_t size;
   const char *dir;      /* the children's working directory, with run.ini; errors.R takes rank R's stderr */
-  const char *strategy; /* NULL: ddp */
+  const char *strategy; /* NULL: ddp; or with an option: zero.stage=1 */
   const char *out;      /* run.out; NULL: out */
+  bool unopened;        /* the body opens its rig, and its job */
   bool background;      /* saves go through core/saver.c */
   double limit_s;
   void (*body)(rank_rig *rig, void *arg);

@@ -1,7 +1,7 @@
 /* Every state in which a power cut may leave a run's directory holds the checkpoint before or the new one, whole: never
  * an error, never another state.
  *
- * Two ranks train and save six times with keep = 1, at once or in the background, into a directory with a dead
+ * Two ranks train and save ten times with keep = 1, at once or in the background, into a directory with a dead
  * attempt's leftovers; their system calls are recorded (sys_record.h), the states are rebuilt (power_cut.h says under
  * which assumptions) and loaded by the core.  The load must give: before step k's directory was renamed, k - 1 (or,
  * before the first, that there is none); once the commit has returned on any rank, k; in between, one of the two; with
@@ -26,7 +26,7 @@
 #include "sys.h"
 #include "training.h"
 
-enum { SAVES = 6, RANKS = 2 };
+enum { SAVES = 10, RANKS = 2 };
 #define OUT "disk/out"
 
 typedef struct shared { /* by the ranks and the test */
@@ -39,10 +39,10 @@ static shared *all;
 
 /* ---- recording ---- */
 static void leave_a_dead_attempt(void) {
-  const char *path = OUT "/checkpoints/.step-00000009.0123456789abcdef.part";
+  const char *path = OUT "/checkpoints/.step-00000099.0123456789abcdef.part";
   phx__sys.mkdir(OUT "/checkpoints", 0755);
   phx__sys.mkdir(path, 0755);
-  const int fd = phx__sys.open(OUT "/checkpoints/.step-00000009.0123456789abcdef.part/rank-00000.safetensors",
+  const int fd = phx__sys.open(OUT "/checkpoints/.step-00000099.0123456789abcdef.part/rank-00000.safetensors",
                                O_WRONLY | O_CREAT, 0644);
   phx__sys.write(fd, "half", 4);
   phx__sys.close(fd);
@@ -204,9 +204,8 @@ Test(power_cut, every_state_of_saves_in_the_background) {
   power_cut cut = {.most_violations = 100};
   search(&cut, true, "in the background");
   cr_assert_eq(cut.violations, 0, "%ld violations; the first: %s", cut.violations, cut.message);
-  /* how many of the places are equal states depends on how the calls of ranks and threads fell */
   cr_assert_geq(cut.occurrences, 10000);
-  cr_assert_geq(cut.states, 500);
+  cr_assert_geq(cut.states, 1000); /* how many are equal depends on how the calls of ranks and threads fell */
 }
 
 /* What the replay is worth: without flushes it finds what goes wrong. */

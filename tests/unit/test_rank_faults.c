@@ -3,10 +3,10 @@
  * next save, no file stays open, no memory is leaked, nobody hangs, and a failed fsync is never repeated.
  *
  * Save and load map no file: the state is written and read with pwrite and pread (the calls of mmap are counted, and
- * there are none).  The creation of a rank is made to run out of memory in the same way, and damaged checkpoints are
- * loaded by several ranks: the one before is taken, and said to be.  test_checkpoint_faults.c and test_alloc_faults.c
- * do the like to whole runs of one rank, test_manifest.c and test_checkpoint_tools.c flip every bit of manifests and
- * headers. */
+ * there are none).  Damaged checkpoints are loaded by several ranks: the one before is taken, and said to be.
+ * test_creation_faults.c makes the creation of ranks run out of memory; test_checkpoint_faults.c and
+ * test_alloc_faults.c do the like to whole runs of one rank, test_manifest.c and test_checkpoint_tools.c flip every bit
+ * of manifests and headers. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <errno.h>
@@ -18,11 +18,10 @@
 #include <unistd.h>
 
 #include "fault_turn.h"
+#include "manifest.h"
 #include "rank_rig.h"
 #include "status.h"
 #include "training.h"
-
-enum { EVERY_ONE = 120 }; /* of the allocations: later ones are many of the same kind */
 
 typedef struct fault_case {
   fault_kind kind;
@@ -112,16 +111,12 @@ static void save_once(rank_rig *rig, int32_t target, const fault_case *f, long t
             rank_rig_open_files());
 }
 
-static long next_turn(const fault_case *f, long turn) {
-  return f->kind == FAULT_MEMORY && turn >= EVERY_ONE ? turn + turn / 8 : turn + 1;
-}
-
 static void fail_saves(rank_rig *rig, void *arg) {
+  const long *stride = arg;
   seen s = {0};
   newest now = {0};
   phx_status status;
   phx_error err = PHX_ERROR_INIT;
-  (void)arg;
   fault_install();
   if (rig->rank == 0) RIG_CHECK(rig, !system("mkdir out"), "no directory");
   rank_rig_most(rig, 0);
@@ -132,7 +127,7 @@ static void fail_saves(rank_rig *rig, void *arg) {
       bool fired = true;
       long turn = 1;
       const long failed = s.failed;
-      for (; fired; turn = next_turn(&saving[k], turn)) {
+      for (; fired; turn += *stride) {
         save_once(rig, target, &saving[k], turn, &now, &s, &fired);
         if (rig->report[0]) return;
       }
@@ -196,11 +191,11 @@ static void load_once(rank_rig *rig, int32_t target, const fault_case *f, long t
 }
 
 static void fail_loads(rank_rig *rig, void *arg) {
+  const long *stride = arg;
   seen s = {0};
   newest both[2] = {{0}};
   phx_status status = PHX_OK;
   phx_error err = PHX_ERROR_INIT;
-  (void)arg;
   fault_install();
   if (rig->rank == 0) RIG_CHECK(rig, !system("mkdir out"), "no directory");
   rank_rig_most(rig, 0);
@@ -211,42 +206,17 @@ static void fail_loads(rank_rig *rig, void *arg) {
   for (int32_t target = 0; target < rig->size; target++)
     for (size_t k = 0; k < sizeof loading / sizeof *loading; k++) {
       bool fired = true;
-      for (long turn = 1; fired; turn = next_turn(&loading[k], turn)) {
+      for (long turn = 1; fired; turn += *stride) {
         load_once(rig, target, &loading[k], turn, both, &s, &fired);
         if (rig->report[0]) return;
       }
     }
-  RIG_CHECK(rig, s.fired > 20 && s.passed_over > 5 && s.failed > 5, "%ld failures, %ld passed over, %ld failed",
-            s.fired, s.passed_over, s.failed);
+  RIG_CHECK(rig, s.fired > 20 / *stride && s.passed_over > 5 / *stride && s.failed > 5 / *stride,
+            "%ld failures, %ld passed over, %ld failed", s.fired, s.passed_over, s.failed);
   if (rig->rank == 0)
     fprintf(stdout, "%d ranks: %ld failures, %ld checkpoints passed over, %ld loads failed by them\n", rig->size,
             s.fired, s.passed_over, s.failed);
   fflush(stdout);
-}
-
-/* ---- creation ---- */
-static void fail_creation(rank_rig *rig, void *arg) {
-  const int files = rank_rig_open_files();
-  long turn = 1, fired = 0;
-  (void)arg;
-  fault_install();
-  for (bool more = true; more; turn++) {
-    phx_error err = PHX_ERROR_INIT;
-    const long said = log_bytes();
-    rank_rig_close(rig);
-    fault_begin(FAULT_MEMORY, 0, turn);
-    const phx_status status = rank_rig_open(rig, NULL, NULL, &err);
-    fault_end();
-    more = fault.fired;
-    fired += more;
-    RIG_CHECK(rig, !status == !more, "allocation %ld: status %d: %s", turn, status, err.message);
-    fflush(stderr);
-    if (status) /* of the configuration, it is said; of the rest, returned */
-      RIG_CHECK(rig, strstr(err.message, "memory") || said_since(said, "memory"), "allocation %ld: no clear error: %s",
-                turn, err.message);
-  }
-  RIG_CHECK(rig, fired > 100, "only %ld allocations were seen", fired);
-  RIG_CHECK(rig, rank_rig_open_files() <= files, "%d files were open, and now %d", files, rank_rig_open_files());
 }
 
 /* ---- damage ---- */
@@ -255,7 +225,9 @@ typedef struct damage { /* of the newest checkpoint: rank 0 does it, all load */
   newest both[2];
   char dir[2][80];
   long done;
+  bool large;
 } damage;
+enum { LARGE = 3 * PHX__CHUNK_BYTES }; /* a file: damaged in a few chosen places */
 
 static void expect_fallback(damage *d, const char *file, const char *what) {
   rank_rig *rig = d->rig;
@@ -269,31 +241,43 @@ static void expect_fallback(damage *d, const char *file, const char *what) {
   d->done++;
 }
 
-/* Flips bits, cuts and lengthens one file. */
-static void damage_file(damage *d, const char *name, int bits) {
+static void flip(damage *d, FILE *f, const char *name, const char *bytes, size_t bit) {
+  char what[200];
+  const char flipped = (char)(bytes[bit / 8] ^ 1 << bit % 8);
+  if (d->rig->rank == 0) RIG_CHECK(d->rig, pwrite(fileno(f), &flipped, 1, (off_t)(bit / 8)) == 1, "%s", name);
+  snprintf(what, sizeof what, "bit %zu of %s", bit, name);
+  expect_fallback(d, name, what);
+  if (d->rig->rank == 0) RIG_CHECK(d->rig, pwrite(fileno(f), &bytes[bit / 8], 1, (off_t)(bit / 8)) == 1, "%s", name);
+}
+
+static void flip_bits(damage *d, FILE *f, const char *name, const char *bytes, size_t n) {
+  uint64_t x = 99;
+  for (int i = 0; n < LARGE && i < 200 && !d->rig->report[0]; i++) {
+    x = x * 6364136223846793005u + 1442695040888963407u;
+    flip(d, f, name, bytes, (size_t)(x >> 16) % (8 * (i % 4 ? n : n < 2000 ? n : 2000))); /* some in the header */
+  }
+  const size_t at[] = {n / 2, (n - 1) / PHX__CHUNK_BYTES * PHX__CHUNK_BYTES, n - 1};
+  for (int i = 0; n >= LARGE && i < 3 && !d->rig->report[0]; i++) flip(d, f, name, bytes, 8 * at[i] + 5);
+}
+
+/* Flips bits and cuts one file. */
+static void damage_file(damage *d, const char *name) {
   char path[160], what[200], *bytes = NULL;
   size_t n = 0;
-  uint64_t x = 99;
   snprintf(path, sizeof path, "%s/%s", d->dir[1], name);
   FILE *f = fopen(path, "r+b");
   if (f && !fseek(f, 0, SEEK_END)) n = (size_t)ftell(f);
   if (f) rewind(f);
   bytes = malloc(n + 1);
   RIG_CHECK(d->rig, f && n && bytes && fread(bytes, 1, n, f) == n, "%s", path);
-  for (int i = 0; i < bits && !d->rig->report[0]; i++) {
-    x = x * 6364136223846793005u + 1442695040888963407u;
-    const size_t bit = (size_t)(x >> 16) % (8 * (i % 4 ? n : n < 2000 ? n : 2000)); /* a part of them in the header */
-    const char flipped = (char)(bytes[bit / 8] ^ 1 << bit % 8);
-    if (d->rig->rank == 0) RIG_CHECK(d->rig, pwrite(fileno(f), &flipped, 1, (off_t)(bit / 8)) == 1, "%s", path);
-    snprintf(what, sizeof what, "bit %zu of %s", bit, name);
-    expect_fallback(d, name, what);
-    if (d->rig->rank == 0) RIG_CHECK(d->rig, pwrite(fileno(f), &bytes[bit / 8], 1, (off_t)(bit / 8)) == 1, "%s", path);
-  }
-  for (size_t cut = (n - 1) / 512 * 512; !d->rig->report[0]; cut -= 512) {
+  if (strstr(name, "rank-")) RIG_CHECK(d->rig, !d->large || n >= LARGE, "%s has only %zu bytes", path, n);
+  flip_bits(d, f, name, bytes, n);
+  const size_t step = n < LARGE ? 512 : n / 2 / 512 * 512;
+  for (size_t cut = (n - 1) / 512 * 512; !d->rig->report[0] && !(d->large && n < LARGE); cut -= step) {
     if (d->rig->rank == 0) RIG_CHECK(d->rig, !ftruncate(fileno(f), (off_t)cut), "%s", path);
     snprintf(what, sizeof what, "%s cut at %zu", name, cut);
     expect_fallback(d, name, what);
-    if (cut < 512) break;
+    if (cut < step) break;
   }
   if (d->rig->rank == 0 && !d->rig->report[0])
     RIG_CHECK(d->rig, pwrite(fileno(f), bytes, n, 0) == (ssize_t)n && !ftruncate(fileno(f), (off_t)n), "%s", path);
@@ -325,10 +309,9 @@ static void exchange_files(damage *d) {
 }
 
 static void load_damaged(rank_rig *rig, void *arg) {
-  damage d = {.rig = rig};
+  damage d = {.rig = rig, .large = *(const long *)arg > 1};
   phx_status status = PHX_OK;
   phx_error err = PHX_ERROR_INIT;
-  (void)arg;
   if (rig->rank == 0) RIG_CHECK(rig, !system("mkdir out"), "no directory");
   rank_rig_most(rig, 0);
   for (int k = 0; k < 2; k++) {
@@ -338,8 +321,8 @@ static void load_damaged(rank_rig *rig, void *arg) {
   }
   expect_newest(rig, &d.both[1], "undamaged");
   static const char *const files[] = {"manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"};
-  for (int i = 0; i < 3 && !rig->report[0]; i++) {
-    damage_file(&d, files[i], 200);
+  for (int i = d.large; i < 3 && !rig->report[0]; i++) {
+    damage_file(&d, files[i]);
     if (rig->report[0]) return;
     rank_rig_most(rig, 0); /* it is put back */
     expect_newest(rig, &d.both[1], "repaired");
@@ -354,32 +337,36 @@ static void load_damaged(rank_rig *rig, void *arg) {
 }
 
 /* ---- the tests ---- */
-static void run(int32_t size, const char *strategy, bool background, void (*body)(rank_rig *rig, void *arg)) {
-  char *dir = rank_rig_dir();
-  rank_rig_run run = {
-      .size = size, .dir = dir, .strategy = strategy, .background = background, .limit_s = 200, .body = body};
-  training_files(dir, rank_rig_model);
+static void run_in(char *dir, const char *model, long stride, rank_rig_run run) {
+  run.dir = dir;
+  run.limit_s = 200;
+  run.arg = &stride;
+  training_files(dir, model);
   cr_assert(rank_rig_ranks(&run), "%s", run.message);
   command_remove_dir(dir);
 }
-Test(rank_faults, saves_of_two, .timeout = 240) {
-  run(2, "fsdp", false, fail_saves);
+#define EACH(...) run_in(rank_rig_dir(), rank_rig_model, 1, (rank_rig_run){__VA_ARGS__})
+TestSuite(rank_faults, .timeout = 240);
+
+Test(rank_faults, saves_of_two) { EACH(.size = 2, .strategy = "fsdp", .body = fail_saves); }
+Test(rank_faults, saves_of_two_replicas) { EACH(.size = 2, .strategy = "ddp", .body = fail_saves); }
+Test(rank_faults, saves_of_three) { EACH(.size = 3, .strategy = "zero", .body = fail_saves); }
+Test(rank_faults, damage_seen_by_three) { EACH(.size = 3, .strategy = "fsdp", .body = load_damaged); }
+Test(rank_faults, loads_of_two) { EACH(.size = 2, .strategy = "fsdp", .body = fail_loads); }
+Test(rank_faults, loads_of_three) { EACH(.size = 3, .strategy = "ddp", .body = fail_loads); }
+Test(rank_faults, background_saves_of_two) {
+  EACH(.size = 2, .strategy = "zero", .background = true, .body = fail_saves);
 }
-Test(rank_faults, saves_of_three, .timeout = 240) {
-  run(3, "zero", false, fail_saves);
+Test(rank_faults, background_saves_of_two_of_fsdp) {
+  EACH(.size = 2, .strategy = "fsdp", .background = true, .body = fail_saves);
 }
-Test(rank_faults, creation, .timeout = 240) {
-  run(1, NULL, false, fail_creation);
-}
-Test(rank_faults, damage_seen_by_three, .timeout = 240) {
-  run(3, "fsdp", false, load_damaged);
-}
-Test(rank_faults, loads_of_two, .timeout = 240) {
-  run(2, "fsdp", false, fail_loads);
-}
-Test(rank_faults, loads_of_three, .timeout = 240) {
-  run(3, "ddp", false, fail_loads);
-}
-Test(rank_faults, background_saves_of_two, .timeout = 240) {
-  run(2, "zero", true, fail_saves);
-}
+
+/* Files of several chunks, on a disk: the stream's threads and direct I/O take part, and reading to the place. */
+static const char large_model[] =
+    "[batch]\nmicro = 1\nsequence = 8\n"
+    "[model]\nplugin = gpt\nlayers = 1\nheads = 4\nwidth = 384\ncontext = 8\nvocab = 257\n";
+#define SOME(stride, ...) run_in(command_temp_dir(), large_model, stride, (rank_rig_run){__VA_ARGS__})
+
+Test(rank_faults, large_saves) { SOME(23, .size = 2, .strategy = "fsdp", .body = fail_saves); }
+Test(rank_faults, large_loads) { SOME(23, .size = 2, .strategy = "fsdp", .body = fail_loads); }
+Test(rank_faults, large_damage) { SOME(2, .size = 2, .strategy = "fsdp", .body = load_damaged); }

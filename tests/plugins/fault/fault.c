@@ -6,6 +6,7 @@
  *   nan    the first element that it sends is NaN
  *   flip   the first element that it receives is changed afterwards
  *   crash  a bad memory access              kill   SIGKILL                       exit   it leaves with status 9
+ *   abort  an assertion                     bus    a mapped file that is cut     hang   it never comes, and lives
  * With once = FILE nothing happens when the file is there, and it is made when something does: the next attempt of a
  * job runs through.  One world per process. */
 #define phx_plugin_v1 shm_entry
@@ -13,9 +14,11 @@
 #undef phx_plugin_v1
 #include <fcntl.h>
 #include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
-enum { NONE, SKIP, COUNT, OP, NOT_A_NUMBER, FLIP, CRASH, KILL, EXIT };
+enum { NONE, SKIP, COUNT, OP, NOT_A_NUMBER, FLIP, CRASH, KILL, EXIT, ABORT, BUS, HANG };
 enum { ON_ANY, ON_REDUCTION, ON_GATHER };
 typedef struct fault_config {
   shm_config shm; /* first: shm reads its part */
@@ -50,6 +53,13 @@ __attribute__((noinline)) static void crash_here(void) {
   *nowhere = 1;
 }
 
+__attribute__((noinline)) static void cut_a_mapped_file(void) {
+  const int fd = memfd_create("cut", MFD_CLOEXEC);
+  volatile char *at = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (fd < 0 || at == MAP_FAILED) _exit(9);
+  *at = 1; /* behind the file's end, which is at 0 */
+}
+
 static phx_status flip(void *at, phx_error *err) {
   uint32_t word;
   (void)err;
@@ -68,6 +78,10 @@ static int before(const void *src, phx_stream *s, phx_status *status, phx_error 
     case CRASH: crash_here(); return 0;
     case KILL: raise(SIGKILL); return 0;
     case EXIT: _exit(9);
+    case ABORT: abort();
+    case BUS: cut_a_mapped_file(); return 0;
+    case HANG:
+      for (;;) pause();
     default: return 0;
   }
 }
@@ -132,7 +146,8 @@ static phx_status fault_create(const phx_host *host, const void *config, int64_t
 
 PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
 const phx_plugin *phx_plugin_v1(void) {
-  static const char *const what[] = {"none", "skip", "count", "op", "nan", "flip", "crash", "kill", "exit", NULL};
+  static const char *const what[] = {"none", "skip", "count", "op", "nan", "flip", "crash", "kill", "exit",
+                                     "abort", "bus", "hang", NULL};
   static const char *const on[] = {"any", "reduction", "gather", NULL};
   static const phx_option own[] = {
       PHX_INT(fault_config, rank, "1", 0, PHX_RANKS_MAX, NULL, 0, "Who has it."),
