@@ -1,7 +1,8 @@
 /* phalanx/job.h - ranks that find each other: shared memory, deadlines, the flight record.  Provisional (providers).
  *
  * "phx.job/1" is what a communicator is built from.  The launcher made one memory object for the job; every rank maps
- * it, and nothing of it has a name in the file system. */
+ * it, and nothing of it has a name in the file system.  Ranks on several machines (local_size < size) have no such
+ * memory: they exchange over TCP, `failed` is this process's word for all of them, and share() is refused. */
 #ifndef PHALANX_JOB_H
 #define PHALANX_JOB_H
 #include <phalanx/base.h>
@@ -65,7 +66,8 @@ typedef struct phx_job {
   int32_t rank, size, local_rank, local_size;
   double timeout_s;            /* a rank may be missing from a collective this long; 0: for ever */
   phx_liveness *mine;
-  phx_liveness *const *ranks;  /* (size) everybody's, read-only */
+  phx_liveness *const *ranks;  /* (size) everybody's, read-only; on several machines the others' tell only pid, state
+                                * and message, and have start_ns 0 */
   const uint32_t *failed;      /* nonzero once any rank failed or the launcher ends the job; futex word (shared) */
   int32_t may_spin;            /* 1: this rank has a core to itself for waiting; 0: go to sleep at once */
   int32_t reserved0;
