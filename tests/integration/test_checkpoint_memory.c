@@ -1,10 +1,14 @@
-/* The extra memory of a save and of a load: buffers of a fixed size and tables, whatever the model's size. */
+/* The extra memory of a save, a load, an export and an import: buffers of a fixed size and tables, whatever the model's
+ * size. */
 #include <criterion/criterion.h>
 #include <malloc.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "rank_rig.h"
 #include "stream.h"
@@ -119,6 +123,44 @@ static void across(const char *from, int from_ranks, const char *to, int to_rank
   }
   cr_assert_gt(bytes, STATE_BYTES);
   run_ranks(dir, to_ranks, to, load_body);
+  command_remove_dir(dir);
+}
+
+/* ---- the tools ---- */
+/* Peak memory of a command, in bytes. */
+static long long command_peak(const char *dir, const char *const *argv) {
+  struct rusage used;
+  int status = 0;
+  const pid_t pid = fork();
+  if (pid == 0) {
+    if (chdir(dir) || !freopen("said", "we", stdout) || dup2(STDOUT_FILENO, STDERR_FILENO) < 0) _exit(126);
+    execv(PHX_TEST_COMMAND, (char *const *)(uintptr_t)argv);
+    _exit(127);
+  }
+  cr_assert_eq(wait4(pid, &status, 0, &used), pid);
+  char *said = command_read_file(dir, "said");
+  cr_assert_eq(status, 0, "%s %s: wait status %x: %s", argv[1], argv[2], (unsigned)status, said);
+  free(said);
+  return 1024LL * used.ru_maxrss;
+}
+#define PEAK(dir, ...) command_peak(dir, (const char *const[]){"phalanx", "checkpoint", __VA_ARGS__, NULL})
+
+/* Buffers to read and to write, the largest matrix (2.4 MB) twice, and the plugins' code; the weights are 21 MB. */
+enum { TOOLS = 16 << 20 };
+Test(checkpoint_memory, of_export_and_import, .timeout = 240) {
+  char *dir = command_temp_dir(), path[512];
+  training_files(dir, large);
+  snprintf(path, sizeof path, "%s/out", dir);
+  cr_assert_eq(mkdir(path, 0755), 0);
+  run_ranks(dir, 2, "fsdp", save_body);
+  const long long none = PEAK(dir, "ls", "out");
+  const long long exported = PEAK(dir, "export", "out", "published") - none;
+  const long long imported = PEAK(dir, "import", "published", "-o", "again") - none;
+  struct stat st;
+  snprintf(path, sizeof path, "%s/published/model.safetensors", dir);
+  cr_assert(!stat(path, &st) && st.st_size > TOOLS + (4 << 20), "the weights are too small to show anything");
+  cr_expect_leq(exported, TOOLS, "export: %lld bytes more than ls", exported);
+  cr_expect_leq(imported, TOOLS, "import: %lld bytes more than ls", imported);
   command_remove_dir(dir);
 }
 

@@ -106,6 +106,7 @@ static void save_once(rank_rig *rig, int32_t target, const fault_case *f, long t
   s->fired++;
   step_and_save(rig, 1, NULL, 0, now, &status, &err);
   RIG_CHECK(rig, status == PHX_OK, "the save after %s: %s", when, err.message);
+  RIG_CHECK(rig, fault.retried == 0 || fault.kind != FAULT_WRITING, "%s: a failed fsync was repeated later", when);
   if (rig->rank == 0) RIG_CHECK(rig, count(".part") == 0 && count("step-") == 1, "%s: something is left", when);
   RIG_CHECK(rig, rank_rig_open_files() == files, "%s: %d files were open, and now %d", when, files,
             rank_rig_open_files());
