@@ -219,6 +219,19 @@ static double median_seconds(run *r) {
   return count % 2 ? t[count / 2] : 0.5 * (t[count / 2 - 1] + t[count / 2]);
 }
 
+/* Our account of the device's memory beside its driver's, which counts what libraries and the context hold, too. */
+static void say_device_memory(const run *r) {
+  const phx__run_result *all = &r->result;
+  for (int32_t i = 0; i < all->n_ranks; i++) {
+    const phx__rank_report *one = &all->ranks[i];
+    char text[160];
+    if (one->driver_bytes < 0) continue; /* the device does not say */
+    snprintf(text, sizeof text, "device memory of rank %d: %.1f MiB at most by our account, %.1f MiB by the driver's", i,
+             (double)one->peak_in[PHX_SPACE_DEVICE] / (1 << 20), (double)one->driver_bytes / (1 << 20));
+    phx__log(r->job->rank, "core", PHX_LOG_INFO, text);
+  }
+}
+
 static phx_status finish(run *r, phx_error *err) {
   char path[4200];
   phx__state_hash sum;
@@ -236,6 +249,7 @@ static phx_status finish(run *r, phx_error *err) {
   r->result.saves = r->checkpoints.totals;
   r->result.step_ms = 1e3 * median;
   r->result.tokens_per_s = median > 0 ? (double)r->progress.tokens_per_step / median : 0;
+  say_device_memory(r);
   return phx__run_json_write(r->rt, &r->result, NULL, err);
 }
 
@@ -376,7 +390,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   phx_error err = PHX_ERROR_INIT;
   run r = {.config = config, .asked = resume, .failed_exit = PHX__EXIT_REFUSED};
   r.result.loss = r.result.valid_loss = NAN;
-  if (config->s.checkpoint.every > 0) phx__stop_install();
+  if (config->s.checkpoint.every > 0) phx__stop_install(getenv("PHALANX_RANK") != NULL);
   phx_status status = resume ? phx__resume_locate(config, resume, &r.resume, &err) : PHX_OK;
   if (!status) status = open_run(&r, &err);
   if (!status) {

@@ -1,7 +1,8 @@
 /* plugins/cuda/plugin.c - the cuda device's descriptor: can it run here, which GPU a rank takes, errors.
  *
- * A rank takes the GPU of its local rank among those that CUDA_VISIBLE_DEVICES leaves visible; more ranks than GPUs are
- * refused unless [cuda] share says so.  Nothing is taken from the device's memory before the first alloc but what the
+ * A rank takes the GPU of its local rank among those that CUDA_VISIBLE_DEVICES leaves visible, or, where a launcher shows
+ * each rank its own, the one that it sees: ranks tell each other which they took.  Two on one are refused unless [cuda]
+ * share says so.  Nothing is taken from the device's memory before the first alloc but what the
  * driver's context and the products' library hold.  [main] */
 #include <stdarg.h>
 #include <stdio.h>
@@ -92,21 +93,53 @@ static int32_t device_count(void) {
 }
 
 /* ---- create ---- */
+typedef struct taken { /* what a rank tells of its GPU */
+  char host[40], bus[24];
+} taken;
+
+/* The first other rank that took the GPU of this one, or -1.  Without a job (a sample, a test) nobody can be asked. */
+static phx_status who_else(const phx__cuda *cuda, int32_t *out, phx_error *err) {
+  const phx_host *host = cuda->host;
+  const phx_job *job = host->extension ? host->extension(host->ctx, PHX_EXT_JOB) : NULL;
+  taken mine = {.host = "", .bus = ""};
+  *out = -1;
+  if (!job || job->size < 2 || !PHX_HAS(job, phx_job, exchange) || !job->exchange) {
+    int count = 0; /* as many as there are: local ranks follow one another */
+    const phx_status status = count_devices(cuda, &count, err);
+    if (status == PHX_OK && host->local_size > count) *out = host->local_rank % count;
+    return status;
+  }
+  FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re"); /* one per running kernel: containers share GPUs, too */
+  if (!f || !fgets(mine.host, sizeof mine.host, f)) mine.host[0] = 0;
+  if (f) fclose(f);
+  phx_status status = phx__cuda_check(cuda, cudaDeviceGetPCIBusId(mine.bus, (int)sizeof mine.bus, cuda->device_index),
+                                      "cudaDeviceGetPCIBusId", err);
+  taken *all = calloc((size_t)job->size, sizeof *all);
+  if (status == PHX_OK && !all) status = phx__cuda_fail(cuda, err, PHX_NOMEM, "no memory for %d ranks", job->size);
+  if (status == PHX_OK) status = job->exchange(job->ctx, "cuda", &mine, (int64_t)sizeof mine, all, err);
+  for (int32_t r = 0; status == PHX_OK && r < job->size && *out < 0; r++)
+    if (r != job->rank && memcmp(&all[r], &mine, sizeof mine) == 0) *out = r;
+  free(all);
+  return status;
+}
+
 static phx_status choose_device(phx__cuda *cuda, phx_error *err) {
   const phx_host *host = cuda->host;
   int count = 0;
+  int32_t other = -1;
   phx_status status = count_devices(cuda, &count, err);
   if (status != PHX_OK) return status;
-  if (host->local_rank >= count && !cuda->config.share)
-    return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
-                          "there are %d ranks on this machine and %d GPUs, none for local rank %d: start fewer ranks, "
-                          "or set [cuda] share = yes",
-                          host->local_size, count, host->local_rank);
   cuda->device_index = host->local_rank % count;
-  cuda->sharing = host->local_size > count;
   status = check_capability(cuda, cuda->device_index, err);
-  if (status == PHX_OK) status = phx__cuda_check(cuda, cudaSetDevice(cuda->device_index), "cudaSetDevice", err);
-  return status;
+  if (status == PHX_OK) status = who_else(cuda, &other, err);
+  if (status != PHX_OK) return status;
+  cuda->sharing = other >= 0;
+  if (cuda->sharing && !cuda->config.share)
+    return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
+                          "there are %d ranks on this machine and %d GPUs to be seen, and rank %d took the one of local "
+                          "rank %d: start fewer ranks, let each see a GPU of its own, or set [cuda] share = yes",
+                          host->local_size, count, other, host->local_rank);
+  return phx__cuda_check(cuda, cudaSetDevice(cuda->device_index), "cudaSetDevice", err);
 }
 
 static phx_status describe(phx__cuda *cuda, phx_error *err) {
@@ -132,7 +165,11 @@ static void announce(const phx__cuda *cuda) {
     phx__cuda_log(cuda, PHX_LOG_WARN, "fp32 products round their inputs to TF32 (10 bits): [cuda] tf32 = yes");
   if (cuda->sharing) phx__cuda_log(cuda, PHX_LOG_WARN, "several ranks share this GPU: [cuda] share = yes");
   if (cuda->host->deterministic)
-    phx__cuda_log(cuda, PHX_LOG_INFO, "[run] deterministic: products without an in-place split over k");
+    phx__cuda_log(cuda, PHX_LOG_INFO,
+                  cuda->cudnn ? "[run] deterministic: products without an in-place split over k; attention's backward in "
+                                "bf16 by our own kernel where cuDNN's would keep a matrix of tokens by tokens, which is "
+                                "what it costs (tests/bench/gpu prints how much)"
+                              : "[run] deterministic: products without an in-place split over k");
 }
 
 static void device_destroy(phx_device_self *self) {

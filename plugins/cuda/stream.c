@@ -13,7 +13,7 @@
 #include <string.h>
 #include "cuda.h"
 
-enum { RING = 256, UPSTREAM = 8, WAIT_GEQ = 0 };
+enum { RING = 256, WAIT_GEQ = 0 };
 
 struct phx_event {
   cudaEvent_t native;
@@ -29,8 +29,8 @@ struct phx_stream {
   phx__cuda *cuda;
   cudaStream_t native;
   phx_stream *next;
-  phx_stream *upstream[UPSTREAM]; /* streams whose events this one waited for */
-  int32_t n_upstream;
+  phx_stream **upstream; /* streams whose events this one waited for */
+  int32_t n_upstream, upstream_room;
   int32_t running; /* the thread exists */
   pthread_t thread;
   pthread_mutex_t lock;
@@ -157,6 +157,7 @@ static void stream_unmake(phx_stream *s) {
   (void)cudaStreamDestroy(s->native);
   pthread_cond_destroy(&s->change);
   pthread_mutex_destroy(&s->lock);
+  free(s->upstream);
   free(s);
 }
 
@@ -257,7 +258,13 @@ static phx_status stream_wait(void *ctx, phx_stream *stream, phx_event *e, phx_e
   if (status != PHX_OK || !e->stream || e->stream == s || !exists(cuda, e->stream)) return status;
   for (int32_t i = 0; i < s->n_upstream; i++)
     if (s->upstream[i] == e->stream) return PHX_OK;
-  if (s->n_upstream < UPSTREAM) s->upstream[s->n_upstream++] = e->stream;
+  if (s->n_upstream == s->upstream_room) { /* once for each pair of streams */
+    phx_stream **more = realloc(s->upstream, (size_t)(s->upstream_room + 8) * sizeof *more);
+    if (!more) return phx__cuda_fail(cuda, err, PHX_NOMEM, "stream_wait: no memory to remember a stream");
+    s->upstream = more;
+    s->upstream_room += 8;
+  }
+  s->upstream[s->n_upstream++] = e->stream;
   return PHX_OK;
 }
 

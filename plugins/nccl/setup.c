@@ -213,6 +213,7 @@ static phx_status take_memory(ncx_world *w, int64_t arena_bytes, phx_error *err)
   NCX_CUDA(err, cudaMalloc(&w->staging, staging));
   NCX_CUDA(err, cudaMallocHost(&w->pinned, staging));
   NCX_CUDA(err, cudaMemset(w->staging, 0, staging)); /* the barrier's word is added up, whatever it holds */
+  NCX_CUDA(err, cudaDeviceSynchronize()); /* nobody else's stream waits for a memset's */
   return PHX_OK;
 }
 

@@ -305,7 +305,13 @@ static int is_anything_pending(const ncx_world *w) {
 static void *watch(void *arg) {
   ncx_world *w = arg;
   int64_t last = phx_kit_now_ns();
-  (void)cudaSetDevice(w->cuda_device);
+  const cudaError_t set = cudaSetDevice(w->cuda_device);
+  if (set != cudaSuccess) {
+    char message[160];
+    snprintf(message, sizeof message, "rank %d: the watchdog cannot use GPU %d: %s", w->job->rank, w->cuda_device,
+             cudaGetErrorString(set));
+    (void)ncx_end_job(w, NULL, message);
+  }
   pthread_mutex_lock(&w->lock);
   while (!w->stop) {
     if (!is_anything_pending(w)) {

@@ -148,19 +148,23 @@ cudaError_t cuda_double_enter(const char *name) { return enter(name, NULL); }
 cudaError_t cuda_double_enter_launch(const char *kernel) { return enter("cudaLaunchKernel", kernel); }
 
 /* ---- devices ---- */
-static int visible_devices(void) {
+/* How many, and (index not NULL) which one of all the device is that is seen as `device`. */
+static int visible(int device, int *index) {
   const char *list = getenv("CUDA_VISIBLE_DEVICES");
   int count = 0;
+  if (index) *index = device;
   if (!list) return config.devices;
   while (*list) {
     char *end;
-    const long index = strtol(list, &end, 10);
-    if (end == list || index < 0 || index >= config.devices) break; /* the driver stops at the first it does not know */
+    const long at = strtol(list, &end, 10);
+    if (end == list || at < 0 || at >= config.devices) break; /* the driver stops at the first it does not know */
+    if (index && count == device) *index = (int)at;
     count++;
     list = end + (*end == ',');
   }
   return count;
 }
+static int visible_devices(void) { return visible(0, NULL); }
 
 cudaError_t cudaGetDeviceCount(int *count) {
   ENTER("cudaGetDeviceCount");
@@ -222,8 +226,9 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *prop, int device) {
 
 cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
   ENTER("cudaDeviceGetPCIBusId");
-  if (device < 0 || device >= visible_devices() || length < 13) return cuda_double_return(cudaErrorInvalidValue);
-  snprintf(id, (size_t)length, "0000:%02x:00.0", device + 1);
+  int index;
+  if (device < 0 || device >= visible(device, &index) || length < 13) return cuda_double_return(cudaErrorInvalidValue);
+  snprintf(id, (size_t)length, "0000:%02x:00.0", index + 1);
   return cudaSuccess;
 }
 

@@ -10,6 +10,7 @@ typedef struct comm_suite_setup {
   const void *config;
   int64_t communicators;   /* that the configuration allows */
   int32_t any_order;       /* sums of floats are compared within the bound of any order */
+  int32_t far_arena;       /* the CPU cannot touch the arena: its buffers are copied there and back by the device */
   void (*enter)(fake_rank *rank), (*leave)(fake_rank *rank); /* around create and destroy, or NULL */
 } comm_suite_setup;
 extern comm_suite_setup comm_suite;
@@ -18,7 +19,7 @@ typedef struct rig {
   fake_rank *rank;
   phx_comm *comm;
   phx_error err;
-  char *arena;
+  char *arena, *far; /* far: the arena itself, where `arena` is a copy of it for the CPU; NULL: they are one */
   int64_t used;
   char *heap[4];
   int n_heap;

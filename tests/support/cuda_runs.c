@@ -163,6 +163,7 @@ void cuda_runs_profile(const cuda_where *where) {
     snprintf(line, sizeof line, "profile: %s: ", kinds[i]);
     cr_assert(strstr(r.out, line), "no %s\n%s", line, r.out);
   }
+  cr_expect(strstr(r.out, "device memory of rank 0: "), "%s", r.out);
   command_free(&r);
   command_remove_dir(dir);
 }

@@ -13,6 +13,7 @@
 #include "cuda_double.h"
 #include "device_ops.h"
 #include "fake_host.h"
+#include "fake_job.h"
 #include "ops_suite.h"
 
 #define MIB ((int64_t)1 << 20)
@@ -171,6 +172,36 @@ Test(cuda, local_rank_takes_its_gpu, .timeout = 60) {
   cr_assert_eq(rig_open(&r, 1, 2), PHX_OK, "%s", r.err.message);
   cr_expect(strncmp(r.device->name, "cuda:1 ", 7) == 0, "%s", r.device->name);
   rig_close(&r);
+}
+
+/* A launcher that shows each rank one GPU: they are told apart by where they are, not by how many are seen. */
+static void take_one(fake_rank *rank) {
+  const char *const *list = rank->arg;
+  const config c = {.attention = OWN_ATTENTION, .workspace = 1 * MIB};
+  const phx_device_table *table = cuda_plugin()->table;
+  phx_device_self *self = NULL;
+  phx_error err = {.struct_size = sizeof err};
+  setenv("CUDA_VISIBLE_DEVICES", list[rank->job.rank], 1);
+  const phx_status status = table->create(&rank->host, &c, 1, &self, &err);
+  if (strcmp(list[0], list[1]) == 0) {
+    FAKE_CHECK(rank, status == PHX_UNSUPPORTED, "status %d", status);
+    FAKE_CHECK(rank, strstr(err.message, "share = yes"), "%s", err.message);
+    return;
+  }
+  FAKE_CHECK(rank, status == PHX_OK, "%s", err.message);
+  FAKE_CHECK(rank, strncmp(table->device(self)->name, "cuda:0 ", 7) == 0, "%s", table->device(self)->name);
+  FAKE_CHECK(rank, table->driver_bytes(self) >= 0, "nobody shares it");
+  table->destroy(self);
+}
+Test(cuda, a_gpu_per_rank_may_be_all_that_each_sees, .timeout = 60) {
+  static const char *const lists[][2] = {{"1", "0"}, {"1", "1"}};
+  for (int i = 0; i < 2; i++) {
+    static fake_result result;
+    fake_setup s = {.n = 2, .timeout_s = 20, .limit_s = 30, .share_bytes = 1 * MIB, .arg = (void *)lists[i]};
+    use(0, 2, 1);
+    cr_assert(fake_job_run(&s, take_one, &result));
+    cr_expect_eq(fake_job_report(&result, 2)[0], 0, "%s", fake_job_report(&result, 2));
+  }
 }
 
 static void check_probe(cuda_double_config c, const char *reason) {

@@ -4,7 +4,8 @@
   tests/bench/gpu/run.py [--root BUILD] [--out DIR] [--sizes 124M:32,1558M:8] [--steps 30] [--rounds 3] [--no-torch]
 
 Rounds interleave the programs; a ratio is formed within a round, and the median of the rounds is printed.  A run's
-time is the median of its step times, the first third left out.
+time is the median of its step times, the first third left out.  Each run is a line as it ends, and one that fails a row
+of its own, not met; the rows stand below.  "Copies forced": one rank that gathers and reduces as several do.
 
 MFU is flops_per_token x tokens/s over a rate, flops_per_token = 6 (12 L C^2 + V C) + 12 L C T (a product's multiply
 and add counted as two, forward and twice that backward, all of attention's T x T): once over 989 TFLOP/s, the dense bf16
@@ -30,9 +31,16 @@ SHEET = 989e12
 SHAPES = {"124M": (12, 768), "355M": (24, 1024), "774M": (36, 1280), "1558M": (48, 1600)}
 VOCABULARY, SEQUENCE = 50257, 1024
 STRATEGIES = {"bare": "bare", "ddp": "ddp", "fsdp full": "fsdp", "fsdp grad_op": "fsdp sharding=grad_op",
-              "zero 1": "zero stage=1", "zero 2": "zero stage=2", "zero 3": "zero stage=3"}
+              "zero 1": "zero stage=1", "zero 2": "zero stage=2", "zero 3": "zero stage=3",
+              "fsdp full, copies forced": "fsdp gather_alone=yes",
+              "zero 3, copies forced": "zero stage=3 gather_alone=yes",
+              "ddp, deterministic": "ddp run.deterministic=yes"}
 LEAST_MFU = {"124M": 0.45, "1558M": 0.55}
 missed = False
+
+
+class Failed(Exception):
+    """A run that gave no result: its last words."""
 
 
 def flops_per_token(size):
@@ -65,11 +73,9 @@ class Bench:
                     f"[plugins]\npath = {self.args.root}/lib/phalanx-test\n")
         name, *options = STRATEGIES[strategy].split()
         command = [f"{self.args.root}/bin/phalanx", "train", ini, "-n", "1", "--strategy", name]
-        for s in [f"{name}.{o}" for o in options] + list(sets):
+        for s in [o if "." in o.split("=")[0] else f"{name}.{o}" for o in options] + list(sets):
             command += ["--set", s]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        if done.returncode != 0:
-            sys.exit(f"status {done.returncode} of {' '.join(command)}\n{done.stdout}{done.stderr}")
+        done = finished(command)
         with open(os.path.join(out, "run.json"), encoding="utf-8") as f:
             run = json.load(f)
         with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
@@ -78,15 +84,26 @@ class Bench:
         run["said"] = done.stdout + done.stderr
         run["seconds"] = statistics.median(s["step_ms"] for s in steps[len(steps) // 3:]) / 1e3
         run["steps"] = steps
+        run["held"] = sum(sum(k["measured"]) for k in run["result"]["bytes"].values())
+        run["device"] = sum(run["memory"]["peak"]["device"])
+        run["driver"] = sum(run["memory"].get("driver", [0]))
         return run
 
     def torch(self, variant, size, micro):
         command = [sys.executable, os.path.join(HERE, "torch_gpt2.py"), variant, size, "--micro", str(micro),
                    "--sequence", str(SEQUENCE), "--steps", str(self.args.steps)]
+        return json.loads(finished(command).stdout.strip().splitlines()[-1])
+
+
+def finished(command):
+    try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        if done.returncode != 0:
-            return None, (done.stderr.strip().splitlines() or ["no message"])[-1][:100]
-        return json.loads(done.stdout.strip().splitlines()[-1]), None
+    except subprocess.TimeoutExpired as late:
+        raise Failed(f"not done after {late.timeout:.0f} s") from late
+    if done.returncode != 0:
+        words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise Failed(f"status {done.returncode}: {words[-1][:200]}")
+    return done
 
 
 def rates(args):
@@ -109,6 +126,29 @@ def kinds_of_kernels(run):
     return {name: float(ms) / len(run["steps"]) for name, ms in found}
 
 
+def one_run(results, name, title, number, run):
+    """One more of results[name], or a row with the reason and none of it any more."""
+    try:
+        result = run(name)
+    except Failed as why:
+        say(title, f"failed: {why}", "runs", False)
+        del results[name]
+        return
+    results[name].append(result)
+    print(f"{title}, round {number + 1}: {result['seconds'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
+
+
+def gib(run, name):
+    return f"{run[name] / 2 ** 30:.1f}"
+
+
+def over(those, these):
+    """Median of the ratios of rounds, or None where either did not run."""
+    if not those or not these:
+        return None
+    return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(those, these))
+
+
 def one_size(bench, size, micro, rate):
     args, tokens = bench.args, micro * SEQUENCE
     variants = [] if args.no_torch else ["plain", "ddp", "fsdp"]
@@ -119,35 +159,37 @@ def one_size(bench, size, micro, rate):
     ours, theirs = {s: [] for s in STRATEGIES}, {v: [] for v in variants}
     for i in range(args.rounds):
         for strategy in list(ours)[i % len(ours):] + list(ours)[:i % len(ours)]:
-            ours[strategy].append(bench.phalanx(size, micro, strategy))
+            one_run(ours, strategy, f"{size} {strategy}", i, lambda s: bench.phalanx(size, micro, s))
         for variant in list(theirs):
-            result, why = bench.torch(variant, size, micro)
-            if result is None:
-                say(f"{size} PyTorch {variant}", f"failed: {why}")
-                del theirs[variant]
-            else:
-                theirs[variant].append(result)
+            one_run(theirs, variant, f"{size} PyTorch {variant}", i, lambda v: bench.torch(v, size, micro))
     for strategy, runs in ours.items():
         seconds = statistics.median(r["seconds"] for r in runs)
         per_s = tokens / seconds
         flops = flops_per_token(size) * per_s
         least = LEAST_MFU.get(size) if strategy == "ddp" else None
-        peak = sum(sum(k["measured"]) for k in runs[0]["result"]["bytes"].values())
-        say(f"{size} {strategy}: ms, tokens/s, GiB held", f"{seconds * 1e3:.1f}, {per_s:.0f}, {peak / 2 ** 30:.1f}")
+        say(f"{size} {strategy}: ms, tokens/s, GiB held; peak on the device, its driver's count",
+            f"{seconds * 1e3:.1f}, {per_s:.0f}, {gib(runs[0], 'held')}; {gib(runs[0], 'device')}, "
+            f"{gib(runs[0], 'driver')}")
         say(f"{size} {strategy}: MFU of 989, of the product measured",
             f"{flops / SHEET:.3f}, {flops / rate['product']:.3f}",
             f"at least {least}" if least else "", least is None or flops / SHEET >= least)
-        if strategy != "bare":
-            ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, ours["bare"]))
+        ratio = over(runs, ours.get("ddp" if "deterministic" in strategy else "bare"))
+        if strategy == "ddp, deterministic" and ratio:
+            say(f"{size} ddp, deterministic over ddp, step time", f"{ratio:.3f}")
+        elif strategy != "bare" and ratio:
             say(f"{size} {strategy} over bare, step time", f"{ratio:.3f}", "at most 1.02", ratio <= 1.02)
     for variant, results in theirs.items():
-        ratio = statistics.median(t["seconds"] / o["seconds"] for t, o in zip(results, ours["ddp"]))
-        asked = "at least 1.10" if variant == "plain" else ""
+        ratio = over(results, ours.get("ddp"))
+        asked = "at least 1.10" if variant == "plain" and ratio else ""
         say(f"{size} PyTorch {results[0]['version']} {variant}: ms, GiB; its step over ddp's",
-            f"{statistics.median(t['seconds'] for t in results) * 1e3:.1f}, {results[0]['peak'] / 2 ** 30:.1f}; "
-            f"{ratio:.3f}",
+            f"{statistics.median(t['seconds'] for t in results) * 1e3:.1f}, {gib(results[0], 'peak')}; "
+            + (f"{ratio:.3f}" if ratio else "ddp did not run"),
             asked, not asked or ratio >= 1.10)
-    profile = kinds_of_kernels(bench.phalanx(size, micro, "ddp", ["cuda.profile=yes"]))
+    try:
+        profile = kinds_of_kernels(bench.phalanx(size, micro, "ddp", ["cuda.profile=yes"]))
+    except Failed as why:
+        say(f"{size} profile", f"failed: {why}", "runs", False)
+        return
     total = sum(profile.values())
     for name, ms in sorted(profile.items(), key=lambda x: -x[1]):
         say(f"{size} ms of a step in {name}", f"{ms:.2f} ({100 * ms / total:.0f} %)")

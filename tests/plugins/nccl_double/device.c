@@ -87,6 +87,11 @@ static phx_status add(void *ctx, float *acc, const float *x, int64_t numel, phx_
   return do_math(ctx, acc, x, numel, 0, 0, s);
 }
 
+static phx_status copy(void *ctx, void *dst, const void *src, int64_t bytes, phx_stream *s, phx_error *err) {
+  (void)err;
+  return told(cudaMemcpyAsync(dst, src, (size_t)bytes, cudaMemcpyDefault, native(ctx, s)));
+}
+
 const phx_device *double_device_open(int rank) {
   double_device *d = calloc(1, sizeof *d);
   if (!d) return NULL;
@@ -98,7 +103,7 @@ const phx_device *double_device_open(int rank) {
                           .stream_synchronize = stream_synchronize, .event_create = event_create,
                           .event_destroy = event_destroy, .event_record = event_record,
                           .event_synchronize = event_synchronize, .native_stream = native_stream, .cast = cast,
-                          .add = add};
+                          .add = add, .copy = copy};
   return &d->table;
 }
 void double_device_close(const phx_device *device) {
