@@ -34,6 +34,7 @@
 #define REPORT_NS (300 * MS)     /* from the failure: the others may report */
 #define TERM_NS (300 * MS)       /* from SIGTERM to SIGKILL */
 #define PATIENCE_NS (1000 * MS)  /* a second SIGTERM after this: not a wish to save any more */
+#define TWICE_NS (200 * MS)      /* a second SIGINT after this is a second Ctrl-C */
 #define GIVE_UP_NS (10000 * MS)
 
 struct rank {
@@ -118,11 +119,14 @@ static void signal_all(struct launch *l, int number) {
     if (l->ranks[r].running) kill(l->ranks[r].pid, number); /* not reaped yet: the pid is still its own */
 }
 
-/* Whoever asks a process group asks the ranks, too, and a second time after us: for them it is one wish. */
+/* Whoever asks a process group asks the ranks, too, and a second time after us: for them it is one wish.  SIGUSR1 and
+ * SIGHUP (a terminal that is gone, where nobody waits any more) stay wishes however often they come. */
 static bool pass_on(struct launch *l, int number) {
-  const uint64_t now = phx__now_ns();
-  if (!l->asked->saves || (number != SIGTERM && number != SIGUSR1)) return false;
-  if (number == SIGTERM && l->saving_ns && now - l->saving_ns > PATIENCE_NS) return false;
+  const uint64_t now = phx__now_ns(), since = l->saving_ns ? now - l->saving_ns : 0;
+  if (!l->asked->saves) return false;
+  if ((number == SIGTERM && since > PATIENCE_NS) || (number == SIGINT && since > TWICE_NS)) return false;
+  if (number == SIGHUP) signal(SIGPIPE, SIG_IGN);
+  if (number == SIGINT && !l->saving_ns) fputs(PHX__STOP_HEARD, stderr);
   if (!l->saving_ns) l->saving_ns = now;
   signal_all(l, number);
   return true;

@@ -56,8 +56,8 @@ phx_status phx__plan_print(const phx__config *config, FILE *out, phx_error *err)
   phx_status status = row_of(config, 0, &before, err);
   if (status) return status;
   fprintf(out,
-          "\n; The plan: memory of each rank, and what it sends in a step.  Copies (of saves in the background) are part\n"
-          "; of buffers; the device's own scratch is known when it is open, and comes to workspace then.\n;  %-9s",
+          "\n; The plan: memory of each rank, and what it sends in a step.  Copies (of saves in the background) are\n"
+          "; part of buffers; the device's own scratch is known when it is open, and comes to workspace then.\n;  %-9s",
           "rank");
   for (int k = 0; k < PHX_MEM_KINDS; k++) fprintf(out, " %11s", phx__memory_name(k));
   fprintf(out, " %11s %11s %11s\n", "total", "(copies)", "sent/step");

@@ -390,7 +390,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   phx_error err = PHX_ERROR_INIT;
   run r = {.config = config, .asked = resume, .failed_exit = PHX__EXIT_REFUSED};
   r.result.loss = r.result.valid_loss = NAN;
-  if (config->s.checkpoint.every > 0) phx__stop_install();
+  if (config->s.checkpoint.every > 0) phx__stop_install(getenv("PHALANX_RANK") != NULL);
   phx_status status = resume ? phx__resume_locate(config, resume, &r.resume, &err) : PHX_OK;
   if (!status) status = open_run(&r, &err);
   if (!status) {

@@ -3,15 +3,21 @@
  */
 #include <criterion/criterion.h>
 #include <dirent.h>
+#include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <phalanx/host.h>
 
 #include "rank_rig.h"
+#include "root.h"
 #include "status.h"
 #include "training.h"
 
@@ -91,7 +97,8 @@ static char *losses_of(const char *dir, const char *out) {
       kept += end - at;
       *kept++ = '\n';
     } else {
-      cr_assert(!strncmp(strchr(at, ','), ",\"checkpoint\":", 14), "%s: neither step nor save: %.*s", name, (int)line, at);
+      cr_assert(!strncmp(strchr(at, ','), ",\"checkpoint\":", 14), "%s: neither step nor save: %.*s", name, (int)line,
+                at);
     }
     at += line + (at[line] == '\n');
   }
@@ -121,8 +128,9 @@ static int count_entries(const char *dir, const char *out, const char *part) {
 /* ---- exact ---- */
 Test(checkpoint, resumed_is_uninterrupted, .timeout = 240) {
   static const char *const strategies[] = {"ddp", "fsdp", "zero --set zero.stage=3"};
-  char *dir = command_temp_dir(), whole[40], again[40];
-  training_files(dir, training_odd_model);
+  char *dir = command_temp_dir(), whole[40], again[40], model[512];
+  snprintf(model, sizeof model, "%slayer_drop = 0.2\n", training_odd_model); /* the model draws numbers, too */
+  training_files(dir, model);
   for (int s = 0; s < 3; s++) {
     TRAIN(dir, "-n 2 --strategy %s --set run.out=whole%d --set checkpoint.every=10", strategies[s], s);
     hash_of(dir, "whole0", whole);
@@ -176,7 +184,8 @@ Test(checkpoint, ranks_come_and_go, .timeout = 60) {
   expect(phalanx(dir, "train run.ini -n 3 --strategy fsdp --set run.steps=14 --set checkpoint.every=4 --resume"), 0,
          "goes on from sequence 20, 3 a step");
   cr_assert_eq(saved_samples(dir, "out", 14), 2 * 10 + 3 * 4);
-  expect(phalanx(dir, "train run.ini -n 2 --strategy zero --set run.steps=17 --set checkpoint.every=4 --set checkpoint.keep=0 --resume"), 0,
+  expect(phalanx(dir, "train run.ini -n 2 --strategy zero --set run.steps=17 --set checkpoint.every=4 "
+                      "--set checkpoint.keep=0 --resume"), 0,
          "goes on from batch 16 of 2 sequences");
   cr_assert_eq(saved_samples(dir, "out", 17), 2 * 10 + 3 * 4 + 2 * 3);
   /* back to an earlier one, nothing saved since: `latest` names it */
@@ -404,12 +413,14 @@ static void check_signal(const char *signal_name, int ranks) {
   char *dir = command_temp_dir(), line[1024], whole[40], again[40];
   training_files(dir, tiny_model);
   snprintf(line, sizeof line,
-           "exec timeout --preserve-status -s %s 3 %s train run.ini -n %d --set run.steps=1000000 --set "
-           "optimizer.schedule=constant --set checkpoint.every=1000000",
+           "exec timeout --preserve-status -s %s 2 %s train run.ini -n %d --set run.steps=1000000 --set "
+           "optimizer.schedule=constant --set checkpoint.every=1000000 --set run.log_every=1000",
            signal_name, PHX_TEST_COMMAND, ranks);
   command_result r = command_run(dir, 60, (const char *const[]){"/bin/sh", "-c", line, NULL});
   cr_assert_eq(r.status, 0, "SIG%s: status %d:\n%s", signal_name, r.status,
                r.out + (strlen(r.out) > 3000 ? strlen(r.out) - 3000 : 0));
+  const char *heard = strstr(r.out, "press Ctrl-C again to end at once");
+  cr_assert_eq(heard != NULL, !strcmp(signal_name, "INT"));
   command_free(&r);
   cJSON *json = training_json(dir, "out/run.json");
   const cJSON *step = training_get(json, "stopped.step"), *by = training_get(json, "stopped.by");
@@ -428,3 +439,65 @@ static void check_signal(const char *signal_name, int ranks) {
 }
 Test(checkpoint, sigterm_saves_and_stops, .timeout = 120) { check_signal("TERM", 2); }
 Test(checkpoint, sigusr1_saves_and_stops, .timeout = 120) { check_signal("USR1", 2); }
+Test(checkpoint, ctrl_c_saves_and_stops, .timeout = 120) { check_signal("INT", 1); }
+
+/* A run in its first step; what it says goes to DIR/said. */
+static pid_t begin_run(const char *dir, const char *ranks, const char *accumulate) {
+  const pid_t pid = fork();
+  if (pid == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    signal(SIGINT, SIG_DFL);
+    if (chdir(dir)) _exit(126);
+    const int out = open("said", O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    dup2(out, 1);
+    dup2(out, 2);
+    execl(test_path("bin/phalanx"), "phalanx", "train", "run.ini", "-n", ranks, "--set", "checkpoint.every=9", "--set",
+          accumulate, NULL);
+    _exit(127);
+  }
+  for (int i = 0; i < 2000 && !exists(dir, "out/run.json"); i++) usleep(5000);
+  return pid;
+}
+
+/* Sends a signal so many times; the exit status, 128 + a signal, or -1: it went on for more than 2 s. */
+static int press(pid_t pid, int number, int times, useconds_t pause) {
+  int status = -1;
+  for (int i = 0; i < times; i++) {
+    kill(pid, number);
+    usleep(pause);
+  }
+  for (int i = 0; i < 400 && waitpid(pid, &status, WNOHANG) != pid; i++) usleep(5000);
+  if (status == -1) kill(pid, SIGKILL);
+  return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : status == -1 ? -1 : WEXITSTATUS(status);
+}
+
+/* Code that oneDNN generates for products keeps the stack pointer in the heap: a handler on that stack wrote there. */
+Test(checkpoint, a_signal_within_a_product, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, tiny_model);
+  const int status = press(begin_run(dir, "1", "batch.accumulate=2000"), SIGUSR1, 400, 200);
+  char *said = command_read_file(dir, "said");
+  cr_assert_eq(status, 0, "status %d: %s", status, said);
+  free(said);
+  command_remove_dir(dir);
+}
+
+/* While a step takes long nothing is saved: who cannot wait presses it again. */
+Test(checkpoint, a_second_ctrl_c_ends_at_once, .timeout = 60) {
+  static const char slow_model[] = "[batch]\nmicro = 4\nsequence = 128\n"
+                                   "[model]\nplugin = gpt\nlayers = 4\nheads = 4\nwidth = 256\ncontext = 128\n"
+                                   "vocab = 257\n";
+  char *dir = command_temp_dir(), out[512];
+  training_files(dir, slow_model);
+  for (int ranks = 1; ranks <= 2; ranks++) {
+    const int status = press(begin_run(dir, ranks == 1 ? "1" : "2", "batch.accumulate=39"), SIGINT, 2, 300000);
+    char *said = command_read_file(dir, "said");
+    cr_expect_eq(status, ranks == 1 ? 128 + SIGINT : 3, "%d ranks: status %d: %s", ranks, status, said);
+    cr_expect(strstr(said, "press Ctrl-C again to end at once"), "%s", said);
+    cr_expect_null(strstr(said, "step "), "no step was to end: %s", said);
+    free(said);
+    snprintf(out, sizeof out, "rm -rf %s/out", dir);
+    cr_assert_eq(system(out), 0);
+  }
+  command_remove_dir(dir);
+}

@@ -213,8 +213,6 @@ Test(checkpoint_tools, import_of_other_spellings) {
   phx__safetensors_close(st);
 }
 
-static const char hostile_name[] = "rank-00000.safetensors";
-
 /* 0: harmless (reads as before); 1: found.  Never anything else. */
 static int outcome(const char *what) {
   phx_error err = PHX_ERROR_INIT;
@@ -231,10 +229,40 @@ static int outcome(const char *what) {
   cr_assert(status == PHX_OK || status == PHX_IO, "%s: status %d: %s", what, status, err.message);
   if (status)
     cr_assert(strstr(err.message, "rank-0000") || strstr(err.message, "manifest.json"), "%s: %s", what, err.message);
-  if (!phx__safetensors_open(at("c/rank-00000.safetensors"), &st, &err))
-    phx__safetensors_close(st); /* must not crash */
+  if (!phx__safetensors_open(at("c/rank-00000.safetensors"), &st, &err)) phx__safetensors_close(st);
+  if (!phx__safetensors_open(at("c/rank-00001.safetensors"), &st, &err)) phx__safetensors_close(st); /* no crash */
   free(data);
   return status != PHX_OK;
+}
+
+/* Every bit of the length and of what the header says, some of its padding, then `more` of anything. */
+static void flip_bits(int fd, const unsigned char *whole, size_t bytes, size_t more, const char *name) {
+  uint64_t x = 12345, length;
+  memcpy(&length, whole, sizeof length);
+  const size_t header = 8 + (size_t)length, text = 8 + strcspn((const char *)whole + 8, " ");
+  cr_assert(text <= header && header < bytes);
+  for (size_t bit = 0; bit < header * 8 + more; bit += bit < text * 8 || bit >= header * 8 ? 1 : 101) {
+    size_t b = bit;
+    if (bit >= header * 8) {
+      x = x * 6364136223846793005u + 1442695040888963407u;
+      b = (size_t)(x >> 20) % (bytes * 8);
+    }
+    const unsigned char flipped = (unsigned char)(whole[b / 8] ^ 1 << b % 8);
+    cr_assert_eq(pwrite(fd, &flipped, 1, (off_t)(b / 8)), 1);
+    cr_assert_eq(outcome("a bit"), 1, "bit %zu of %s was not found", b, name);
+    cr_assert_eq(pwrite(fd, &whole[b / 8], 1, (off_t)(b / 8)), 1);
+  }
+  cr_assert_eq(outcome("repaired"), 0);
+}
+
+static unsigned char *open_whole(const char *path, int *fd, off_t *bytes) {
+  struct stat st;
+  *fd = open(path, O_RDWR);
+  cr_assert(*fd >= 0 && !fstat(*fd, &st), "%s", path);
+  unsigned char *whole = malloc((size_t)st.st_size);
+  cr_assert_eq(pread(*fd, whole, (size_t)st.st_size, 0), st.st_size);
+  *bytes = st.st_size;
+  return whole;
 }
 
 Test(checkpoint_tools, hostile_shards) {
@@ -250,35 +278,23 @@ Test(checkpoint_tools, hostile_shards) {
   snprintf(path, sizeof path, "%s", at("c/rank-00000.safetensors"));
   snprintf(other, sizeof other, "%s", at("c/rank-00001.safetensors"));
   snprintf(kept, sizeof kept, "%s", at("kept"));
-  struct stat st;
-  cr_assert_eq(stat(path, &st), 0);
-  const int fd = open(path, O_RDWR);
-  unsigned char *whole = malloc((size_t)st.st_size);
-  cr_assert_eq(pread(fd, whole, (size_t)st.st_size, 0), st.st_size);
-  uint64_t x = 12345;
-  /* every bit of the length and of what the header says, then 10,000 of the rest */
-  const size_t header = 8 + strcspn((char *)whole + 8, " ");
-  for (size_t bit = 0; bit < header * 8 + 10000; bit++) {
-    size_t b = bit;
-    if (bit >= header * 8) {
-      x = x * 6364136223846793005u + 1442695040888963407u;
-      b = (size_t)(x >> 20) % ((size_t)st.st_size * 8);
-    }
-    const unsigned char flipped = (unsigned char)(whole[b / 8] ^ 1 << b % 8);
-    cr_assert_eq(pwrite(fd, &flipped, 1, (off_t)(b / 8)), 1);
-    cr_assert_eq(outcome("a bit"), 1, "bit %zu of %s was not found", b, hostile_name);
-    cr_assert_eq(pwrite(fd, &whole[b / 8], 1, (off_t)(b / 8)), 1);
-  }
-  cr_assert_eq(outcome("repaired"), 0);
-  for (off_t length = st.st_size - 1; length > 0; length -= length % 512 ? length % 512 : 512) {
+  off_t bytes;
+  int fd;
+  unsigned char *whole = open_whole(other, &fd, &bytes);
+  flip_bits(fd, whole, (size_t)bytes, 0, other);
+  free(whole);
+  close(fd);
+  whole = open_whole(path, &fd, &bytes);
+  flip_bits(fd, whole, (size_t)bytes, 10000, path);
+  for (off_t length = bytes - 1; length > 0; length -= length % 512 ? length % 512 : 512) {
     cr_assert_eq(ftruncate(fd, length), 0);
     cr_assert_eq(outcome("cut"), 1, "cut at %lld", (long long)length);
   }
-  cr_assert_eq(pwrite(fd, whole, (size_t)st.st_size, 0), st.st_size);
+  cr_assert_eq(pwrite(fd, whole, (size_t)bytes, 0), bytes);
   cr_assert_eq(outcome("restored"), 0);
-  cr_assert_eq(pwrite(fd, "more", 4, st.st_size), 4);
+  cr_assert_eq(pwrite(fd, "more", 4, bytes), 4);
   cr_assert_eq(outcome("longer"), 1);
-  cr_assert_eq(ftruncate(fd, st.st_size), 0);
+  cr_assert_eq(ftruncate(fd, bytes), 0);
   close(fd);
   rename(path, kept);
   cr_assert_eq(outcome("deleted"), 1);
@@ -306,12 +322,22 @@ static const char python_test[] =
     "    assert len(names) == 28 and f.metadata() == {'format': 'pt'}, (len(names), f.metadata())\n"
     "    assert f.get_tensor('h.1.mlp.c_fc.weight').shape == (12, 48)\n"
     "tensors = sn.load_file(sys.argv[1])\n"
-    "sn.save_file(tensors, sys.argv[2], metadata={'format': 'pt'})\n";
+    "sn.save_file(tensors, sys.argv[2], metadata={'format': 'pt'})\n"
+    "shards, elements = sys.argv[3:], 0\n"
+    "assert len(shards) == 2\n"
+    "for shard in shards:\n"
+    "    with safe_open(shard, 'np') as f:\n"
+    "        assert len(list(f.keys())) > 0, shard\n"
+    "        for name in f.keys():\n"
+    "            assert f.get_tensor(name).dtype == np.float32, name\n"
+    "            elements += f.get_tensor(name).size\n"
+    "whole = sum(t.size for t in tensors.values())\n"
+    "assert elements >= 3 * whole, (elements, whole)\n"; /* weights and two states, and padding of blocks */
 
-static int python(const char *code, const char *a, const char *b) {
+static int python(const char *code, const char *a, const char *b, const char *c, const char *d) {
   const pid_t pid = fork();
   if (!pid) {
-    execlp("python3", "python3", "-c", code, a, b, (char *)NULL);
+    execlp("python3", "python3", "-c", code, a, b, c, d, (char *)NULL);
     _exit(127);
   }
   int status = -1;
@@ -321,13 +347,15 @@ static int python(const char *code, const char *a, const char *b) {
 
 Test(checkpoint_tools, python_reads_ours_and_we_read_its) {
   if (python("import importlib.util as u, sys; sys.exit(not (u.find_spec('safetensors') and u.find_spec('numpy')))", "",
-             ""))
+             "", "", ""))
     cr_skip("python3 has no package safetensors with numpy\n");
   checkpoint_fixture f = checkpoint_fixture_small();
   checkpoint_fixture_run(&f, at("run"));
   expect(0, ARGV("export", "run", "hf"), SAYS("28 tensors"));
   mkdir(at("py"), 0755);
-  cr_assert_eq(python(python_test, at("hf/model.safetensors"), at("py/model.safetensors")), 0);
+  cr_assert_eq(python(python_test, at("hf/model.safetensors"), at("py/model.safetensors"),
+                      at("run/checkpoints/step-00000003/rank-00000.safetensors"),
+                      at("run/checkpoints/step-00000003/rank-00001.safetensors")), 0);
   check_export(&f, at("py/model.safetensors"));
   rename(at("hf/config.json"), at("py/config.json"));
   expect(0, ARGV("import", "py", "-o", "new"), SAYS("28 parameters"));

@@ -2,6 +2,9 @@
 #include "fault_turn.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
@@ -9,7 +12,14 @@
 
 fault_turn fault;
 static phx__sys_table real;
-static struct stat unflushed; /* the file whose fsync failed */
+
+enum { UNFLUSHED = 512 };
+static struct { /* files whose fsync failed: for good, and directories until fault_end */
+  dev_t dev;
+  ino_t ino;
+  bool dir;
+} unflushed[UNFLUSHED];
+static int n_unflushed;
 
 static bool fails(fault_kind kind, const char *call) {
   if (!__atomic_load_n(&fault.on, __ATOMIC_ACQUIRE) || kind != fault.kind) return false;
@@ -54,12 +64,27 @@ static int my_fstat(int fd, struct stat *out) {
   return reading("fstat") ? -1 : real.fstat(fd, out);
 }
 
+/* A mapping keeps the number of a file that is removed from becoming another's. */
+static void remember(int fd, const struct stat *st) {
+  char path[32];
+  if (n_unflushed == UNFLUSHED) abort();
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd); /* fd itself may be for writing only */
+  const int again = real.open(path, O_RDONLY | O_CLOEXEC, 0);
+  if (again < 0 || (!S_ISDIR(st->st_mode) && real.mmap(NULL, 1, PROT_READ, MAP_SHARED, again, 0) == MAP_FAILED)) abort();
+  real.close(again);
+  unflushed[n_unflushed].dev = st->st_dev;
+  unflushed[n_unflushed].ino = st->st_ino;
+  unflushed[n_unflushed++].dir = S_ISDIR(st->st_mode);
+}
+
 static int my_fsync(int fd) {
   struct stat st;
   const bool known = !real.fstat(fd, &st);
-  if (known && unflushed.st_ino && st.st_ino == unflushed.st_ino && st.st_dev == unflushed.st_dev) fault.retried++;
+  for (int i = 0; known && i < n_unflushed; i++)
+    fault.retried += unflushed[i].ino == st.st_ino && unflushed[i].dev == st.st_dev;
   if (!writing("fsync")) return real.fsync(fd);
-  if (known) unflushed = st;
+  if (known) remember(fd, &st);
+  errno = fault.error;
   return -1;
 }
 
@@ -100,11 +125,14 @@ void fault_install(void) {
 }
 
 void fault_begin(fault_kind kind, int error, long turn) {
-  unflushed = (struct stat){0};
   fault = (fault_turn){.kind = kind, .error = error, .turn = turn, .call = "none"};
   __atomic_store_n(&fault.on, true, __ATOMIC_RELEASE);
 }
 
 void fault_end(void) {
   __atomic_store_n(&fault.on, false, __ATOMIC_RELEASE);
+  int kept = 0;
+  for (int i = 0; i < n_unflushed; i++)
+    if (!unflushed[i].dir) unflushed[kept++] = unflushed[i];
+  n_unflushed = kept;
 }

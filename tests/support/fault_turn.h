@@ -22,7 +22,8 @@ typedef struct fault_turn {
   bool fired;
   const char *call; /* the one that failed */
   long maps;        /* calls of mmap */
-  long retried;     /* calls of fsync for a file for which one had failed */
+  long retried;     /* calls of fsync for a file for which one had failed, from begin on; that of a directory: until
+                       end */
   bool on;
 } fault_turn;
 extern fault_turn fault;
