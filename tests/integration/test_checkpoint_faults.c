@@ -79,10 +79,10 @@ static int in_child(const char *dir, const char *resume, long *made) {
     }
     status = run(resume);
     fflush(stderr);
+    if (write(ends[1], &calls, sizeof calls) != (ssize_t)sizeof calls) _exit(101);
 #ifdef __SANITIZE_ADDRESS__
     if (__lsan_do_recoverable_leak_check()) _exit(102);
 #endif
-    if (write(ends[1], &calls, sizeof calls) != (ssize_t)sizeof calls) _exit(101);
     _exit(status);
   }
   cr_assert_gt(pid, 0);

@@ -19,9 +19,19 @@
 static const char large[] =
     "[batch]\nmicro = 1\nsequence = 8\n[model]\nplugin = gpt\nlayers = 3\nheads = 4\nwidth = 384\ncontext = 8\n"
     "vocab = 257\n";
+/* Tensors of 6.3 MB on each of two ranks, more than is read ahead. */
+static const char wide[] =
+    "[batch]\nmicro = 1\nsequence = 8\n[model]\nplugin = gpt\nlayers = 1\nheads = 4\nwidth = 512\ncontext = 8\n"
+    "vocab = 257\n";
+enum { EDGES = 2 << 20 }; /* the file's header and end, the manifest, and what of the first chunk is another's */
 enum { STATE_BYTES = 60 << 20, TABLES = 1 << 20, STACKS_AND_HEAP = 3 << 20 };
 
-static atomic_llong held, peak;
+static atomic_llong held, peak, bytes_read, in_place;
+static ssize_t (*real_pread)(int fd, void *buffer, size_t bytes, off_t at);
+static struct { /* the stream's */
+  const char *at;
+  size_t bytes;
+} buffers;
 
 static void count(void *p, int sign) {
   const long long now = atomic_fetch_add(&held, sign * (long long)malloc_usable_size(p)) +
@@ -32,6 +42,7 @@ static void count(void *p, int sign) {
 static void *my_calloc(size_t n, size_t bytes) {
   void *p = calloc(n, bytes);
   if (p) count(p, 1);
+  if (p && n * bytes > PHX__STREAM_CHUNK) buffers.at = p, buffers.bytes = n * bytes;
   return p;
 }
 static void *my_realloc(void *p, size_t bytes) {
@@ -43,6 +54,14 @@ static void *my_realloc(void *p, size_t bytes) {
 static void my_free(void *p) {
   if (p) count(p, -1);
   free(p);
+}
+
+static ssize_t my_pread(int fd, void *buffer, size_t bytes, off_t at) {
+  const ssize_t n = real_pread(fd, buffer, bytes, at);
+  if (n > 0) atomic_fetch_add(&bytes_read, n);
+  if (n > 0 && ((const char *)buffer < buffers.at || (const char *)buffer >= buffers.at + buffers.bytes))
+    atomic_fetch_add(&in_place, n);
+  return n;
 }
 
 static long long status_bytes(const char *what) {
@@ -63,6 +82,9 @@ static void check(rank_rig *rig, const char *what, phx_status (*call)(rank_rig *
   RIG_CHECK(rig, f && fputs("5", f) >= 0 && !fclose(f), "clear_refs");
   const long long before = status_bytes("VmRSS:");
   phx__sys.calloc = my_calloc, phx__sys.realloc = my_realloc, phx__sys.free = my_free;
+  real_pread = saved.pread, phx__sys.pread = my_pread;
+  atomic_store(&bytes_read, 0);
+  atomic_store(&in_place, 0);
   atomic_store(&held, 0);
   atomic_store(&peak, 0);
   const phx_status status = call(rig, &err);
@@ -101,6 +123,28 @@ static void load_body(rank_rig *rig, void *arg) {
   rank_rig_close(rig);
 }
 
+static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
+  (void)err;
+  *(long long *)ctx += slice->blocks * PHX_BLOCK * (long long)phx_dtype_bytes(slice->dtype);
+  return PHX_OK;
+}
+
+/* As it was saved: its own file, and hardly anything more; what is not read ahead of its tensor goes to its place. */
+static void load_equal(rank_rig *rig, void *arg) {
+  long long mine = 0;
+  phx_error err = {.struct_size = sizeof err};
+  const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &mine, .slice = add_slice};
+  (void)arg;
+  RIG_CHECK(rig, rank_rig_open(rig, "fsdp", "out2", &err) == PHX_OK, "%s", err.message);
+  RIG_CHECK(rig, !rig->rt->prepared->strategy->visit_state(rig->rt->strategy, &visitor, &err), "%s", err.message);
+  check(rig, "load", load);
+  RIG_CHECK(rig, bytes_read >= mine && bytes_read <= mine + EDGES, "%lld bytes are this rank's, %lld read",
+            mine, (long long)bytes_read);
+  RIG_CHECK(rig, in_place > mine / 8, "of %lld bytes only %lld were read to their place", mine,
+            (long long)in_place);
+  rank_rig_close(rig);
+}
+
 static void run_ranks(const char *dir, int size, const char *strategy, void (*body)(rank_rig *, void *)) {
   rank_rig_run run = {.size = size, .dir = dir, .strategy = strategy, .limit_s = 100, .body = body,
                       .arg = (void *)(uintptr_t)strategy};
@@ -123,6 +167,16 @@ static void across(const char *from, int from_ranks, const char *to, int to_rank
   }
   cr_assert_gt(bytes, STATE_BYTES);
   run_ranks(dir, to_ranks, to, load_body);
+  command_remove_dir(dir);
+}
+
+Test(checkpoint_memory, of_fsdp_as_it_was_saved, .timeout = 240) {
+  char *dir = command_temp_dir(), path[512];
+  training_files(dir, wide);
+  snprintf(path, sizeof path, "%s/out", dir);
+  cr_assert_eq(mkdir(path, 0755), 0);
+  run_ranks(dir, 2, "fsdp", save_body);
+  run_ranks(dir, 2, "fsdp", load_equal);
   command_remove_dir(dir);
 }
 

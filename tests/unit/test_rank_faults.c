@@ -362,12 +362,13 @@ Test(rank_faults, background_saves_of_two_of_fsdp) {
   EACH(.size = 2, .strategy = "fsdp", .background = true, .body = fail_saves);
 }
 
-/* Files of several chunks, on a disk: the stream's threads and direct I/O take part, and reading to the place. */
+/* Files of several chunks, on a disk: the stream's threads and direct I/O take part, and reading to the place (that
+ * tensors of this size are read so is tested in test_checkpoint_memory.c). */
 static const char large_model[] =
     "[batch]\nmicro = 1\nsequence = 8\n"
-    "[model]\nplugin = gpt\nlayers = 1\nheads = 4\nwidth = 384\ncontext = 8\nvocab = 257\n";
+    "[model]\nplugin = gpt\nlayers = 1\nheads = 4\nwidth = 512\ncontext = 8\nvocab = 257\n";
 #define SOME(stride, ...) run_in(command_temp_dir(), large_model, stride, (rank_rig_run){__VA_ARGS__})
 
-Test(rank_faults, large_saves) { SOME(23, .size = 2, .strategy = "fsdp", .body = fail_saves); }
-Test(rank_faults, large_loads) { SOME(23, .size = 2, .strategy = "fsdp", .body = fail_loads); }
+Test(rank_faults, large_saves) { SOME(37, .size = 2, .strategy = "fsdp", .body = fail_saves); }
+Test(rank_faults, large_loads) { SOME(37, .size = 2, .strategy = "fsdp", .body = fail_loads); }
 Test(rank_faults, large_damage) { SOME(2, .size = 2, .strategy = "fsdp", .body = load_damaged); }
