@@ -96,13 +96,15 @@ static void suite(int threads, int32_t dtype, int refuse, int deterministic, int
 
 #ifndef PHX__PLAIN_CRITERION_H /* under TSan: only what has threads */
 Test(cuda, operations_fp32, .timeout = 300) { suite(0, PHX_F32, 0, 0, 1); }
+Test(cuda, operations_bf16_without_epilogues, .timeout = 300) { suite(0, PHX_BF16, ~0, 1, 0); }
+#ifndef __SANITIZE_ADDRESS__ /* ten times as long there, and the memory that they touch is that of the others */
 Test(cuda, operations_bf16, .timeout = 300) { suite(0, PHX_BF16, 0, 0, 0); }
 Test(cuda, operations_fp32_without_epilogues, .timeout = 300) { suite(0, PHX_F32, ~0, 1, 0); }
-Test(cuda, operations_bf16_without_epilogues, .timeout = 300) { suite(0, PHX_BF16, ~0, 1, 0); }
 Test(cuda, operations_with_threads_run_downwards, .timeout = 300) {
   setenv("PHX_CUDA_DOUBLE_ORDER", "down", 1);
   suite(0, PHX_F32, 0, 0, 0);
 }
+#endif
 #endif
 Test(cuda, operations_on_stream_threads, .timeout = 300) { suite(1, PHX_BF16, 0, 0, 0); }
 

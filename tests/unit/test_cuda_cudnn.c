@@ -165,7 +165,9 @@ static void suite(int32_t deterministic) {
   rig_close(&r);
 }
 Test(cudnn, the_graphs_compute_attention, .timeout = 300) { suite(0); }
+#ifndef __SANITIZE_ADDRESS__ /* minutes there, of the same code */
 Test(cudnn, the_deterministic_graphs_compute_attention, .timeout = 300) { suite(1); }
+#endif
 
 Test(cudnn, what_it_does_not_take_is_computed_by_own_kernels, .timeout = 60) {
   rig r;
