@@ -12,6 +12,10 @@
 #include "status.h"
 #include "sys.h"
 
+/* So many ranges without a gap, and more is read ahead than was asked for.  Ranges of another layout are rarely so many
+ * in a row, and what is read in vain is whole chunks. */
+enum { IN_ORDER = 3 };
+
 phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, phx__stream *stream,
                              phx__checked_file *out, phx_error *err) {
   char path[4200];
@@ -50,7 +54,7 @@ static phx_status load_chunk(phx__checked_file *f, const char *what, int64_t chu
   phx__stream_data data;
   const int64_t at = chunk * PHX__CHUNK_BYTES, left = f->entry->bytes - at;
   const int64_t bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
-  const int64_t last = f->in_order ? INT64_MAX : (until - 1) / PHX__CHUNK_BYTES;
+  const int64_t last = f->in_order >= IN_ORDER ? INT64_MAX : (until - 1) / PHX__CHUNK_BYTES;
   phx_status status = phx__stream_chunk(f->stream, &f->at, chunk, last, &data, err);
   if (status) return status;
   *out = data.bytes;
@@ -65,8 +69,8 @@ phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, 
   if (at < 0 || bytes < 0 || at > f->entry->bytes || bytes > f->entry->bytes - at)
     return phx__fail(err, PHX_INTERNAL, "%s has no bytes %" PRId64 " to %" PRId64, f->at.path, at, at + bytes);
   const bool goes_on = at == f->next;
-  if (!goes_on) f->in_order = false;
-  else if (at == f->until) f->in_order = true;
+  if (!goes_on) f->in_order = 0;
+  else if (at == f->until && f->in_order < IN_ORDER) f->in_order++;
   f->next = at + bytes;
   f->until = f->next + ahead;
   if (!goes_on || f->at.into.to + (at - f->at.into.at) != out) phx__stream_leave(f->stream, &f->at);

@@ -155,7 +155,7 @@ typedef struct phx__checked_file {
   phx__stream *stream;             /* [borrow] */
   const phx__manifest_file *entry; /* [borrow:self] of the manifest */
   int64_t next, until;             /* byte after the last read, and after what it was part of */
-  bool in_order;                   /* reads follow one another: the stream may go on behind them */
+  int in_order;                    /* ranges without a gap between them so far: the stream may go on behind the next */
   bool in_place;                   /* what is `ahead` belongs behind `out`: it may be read there already */
 } phx__checked_file;
 /* Also refuses a file of another size.  *out stays where it is; stream: one for reading, of any files. */

@@ -46,9 +46,11 @@ Test(shm, battery_1, .timeout = 120) { battery_at(1); }
 Test(shm, battery_2, .timeout = 120) { battery_at(2); }
 Test(shm, battery_3, .timeout = 120) { battery_at(3); }
 Test(shm, battery_4, .timeout = 120) { battery_at(4); }
+#ifndef PHX__PLAIN_CRITERION_H /* under TSan: what is in one process is the same */
 Test(shm, battery_5, .timeout = 120) { battery_at(5); }
 Test(shm, battery_7, .timeout = 120) { battery_at(7); }
 Test(shm, battery_16, .timeout = 120) { battery_at(16); }
+#endif
 
 /* Negative control: the battery can see the order of a sum. */
 Test(shm, left_to_right_differs_at_4_ranks) {
