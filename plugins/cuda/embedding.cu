@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kChunk) chunk_kernel(int32_t *code, const int3
 
 /* count(v) ends as the number of each token; rank(n), the chunks' codes before: how many of the same token come before.
  * One block, since a chunk goes on from the counts of the one before it. */
-__global__ void __launch_bounds__(kChunk) rank_kernel(int32_t *count, int32_t *rank, const int32_t *tokens, int64_t n, int64_t v) {
+__global__ void __launch_bounds__(kChunk)
+    rank_kernel(int32_t *count, int32_t *rank, const int32_t *tokens, int64_t n, int64_t v) {
   const int64_t me = threadIdx.x;
   for (int64_t i = me; i < v; i += blockDim.x) count[i] = 0;
   __syncthreads();

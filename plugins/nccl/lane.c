@@ -5,7 +5,8 @@
  * record stays for NCX_PENDING calls, which is as far as ranks can be apart in collectives; of send and recv,
  * NCX_PAIRS per peer.
  *
- * Does nothing when the ranks are on several machines: there disagreement is found by the deadline.  [main]; ncx_say_absent also the watchdog. */
+ * Does nothing when the ranks are on several machines: there disagreement is found by the deadline.
+ * [main]; ncx_say_absent also the watchdog. */
 #include "comm_nccl.h"
 
 /* A record is read whole or not at all: its number is taken away first and looked at twice. */
