@@ -32,11 +32,11 @@
 static struct {
   void *library; /* stays open: another device of this process finds it here */
   FUNCTIONS(FIELD)
-} lt;
+} blaslt;
 #undef FIELD
 
 static int32_t find(const char *name, void *to) {
-  void *symbol = dlsym(lt.library, name);
+  void *symbol = dlsym(blaslt.library, name);
   memcpy(to, &symbol, sizeof symbol);
   return symbol != NULL;
 }
@@ -45,17 +45,18 @@ static phx_status open_library(phx__cuda *cuda, phx_error *err) {
   static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* a process may make devices in several threads */
   phx_status status = PHX_OK;
   pthread_mutex_lock(&lock);
-  if (!lt.library) {
-    lt.library = dlopen(PHX__CUBLASLT, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    if (!lt.library) {
+  if (!blaslt.library) {
+    blaslt.library = dlopen(PHX__CUBLASLT, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    if (!blaslt.library) {
       const char *why = dlerror();
-      status = phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
-                              "cuBLASLt was not found (%s): install it with CUDA, or name its folder in LD_LIBRARY_PATH",
-                              why ? why : PHX__CUBLASLT);
+      status =
+          phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
+                         "cuBLASLt was not found (%s): install it with CUDA, or name its folder in LD_LIBRARY_PATH",
+                         why ? why : PHX__CUBLASLT);
     }
-#define FIND(name) &find("cublasLt" #name, &lt.name)
+#define FIND(name) &find("cublasLt" #name, &blaslt.name)
     else if (!(1 FUNCTIONS(FIND))) {
-      lt.library = NULL;
+      blaslt.library = NULL;
       status = phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, PHX__CUBLASLT " lacks functions that this plugin needs");
     }
 #undef FIND
@@ -88,26 +89,26 @@ struct phx__cuda_products {
 static phx_status check(const phx__cuda *cuda, cublasStatus_t status, const char *what, phx_error *err) {
   if (status == CUBLAS_STATUS_SUCCESS) return PHX_OK;
   const phx_status code = status == CUBLAS_STATUS_ALLOC_FAILED ? PHX_NOMEM : PHX_DEVICE;
-  phx__cuda_fail(cuda, err, code, "%s: cuBLASLt: %s (%d)", what, lt.GetStatusName(status), (int)status);
+  phx__cuda_fail(cuda, err, code, "%s: cuBLASLt: %s (%d)", what, blaslt.GetStatusName(status), (int)status);
   if (err) err->cause = (int32_t)status;
   return code;
 }
 
-int64_t phx__cuda_products_version(void) { return (int64_t)lt.GetVersion(); }
+int64_t phx__cuda_products_version(void) { return (int64_t)blaslt.GetVersion(); }
 
 phx_status phx__cuda_products_begin(phx__cuda *cuda, phx_error *err) {
   const phx_status status = open_library(cuda, err);
   if (status != PHX_OK) return status;
   cuda->products = calloc(1, sizeof *cuda->products);
   if (!cuda->products) return phx__cuda_fail(cuda, err, PHX_NOMEM, "no memory for the products");
-  return check(cuda, lt.Create(&cuda->products->handle), "cublasLtCreate", err);
+  return check(cuda, blaslt.Create(&cuda->products->handle), "cublasLtCreate", err);
 }
 
 static void entry_free(entry *e) {
-  if (e->desc) (void)lt.MatmulDescDestroy(e->desc);
-  if (e->a) (void)lt.MatrixLayoutDestroy(e->a);
-  if (e->b) (void)lt.MatrixLayoutDestroy(e->b);
-  if (e->c) (void)lt.MatrixLayoutDestroy(e->c);
+  if (e->desc) (void)blaslt.MatmulDescDestroy(e->desc);
+  if (e->a) (void)blaslt.MatrixLayoutDestroy(e->a);
+  if (e->b) (void)blaslt.MatrixLayoutDestroy(e->b);
+  if (e->c) (void)blaslt.MatrixLayoutDestroy(e->c);
   free(e);
 }
 
@@ -116,7 +117,7 @@ void phx__cuda_products_end(phx__cuda *cuda) {
   if (!p) return;
   for (int32_t i = 0; i < p->n; i++) entry_free(p->entries[i]);
   free(p->entries);
-  if (p->handle) (void)lt.Destroy(p->handle);
+  if (p->handle) (void)blaslt.Destroy(p->handle);
   free(p);
   cuda->products = NULL;
 }
@@ -157,9 +158,9 @@ static cudaDataType_t type_of(int32_t dtype) { return dtype == PHX_BF16 ? CUDA_R
 static cublasStatus_t set_pointers(const entry *e, const phx__cuda_product *p) {
   cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
   if (p->bias)
-    status = lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
+    status = blaslt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
   if (p->aux && status == CUBLAS_STATUS_SUCCESS)
-    status = lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux, sizeof p->aux);
+    status = blaslt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux, sizeof p->aux);
   return status;
 }
 
@@ -171,17 +172,17 @@ static cublasStatus_t describe(const phx__cuda *cuda, entry *e) {
   const cublasLtEpilogue_t epilogue = epilogue_of(k);
   const cudaDataType_t in = type_of(k->in_dtype), out = type_of(k->out_dtype);
   const uint64_t n = (uint64_t)k->n, m = (uint64_t)k->m, depth = (uint64_t)k->k;
-  cublasStatus_t status = lt.MatmulDescCreate(&e->desc, compute, CUDA_R_32F);
+  cublasStatus_t status = blaslt.MatmulDescCreate(&e->desc, compute, CUDA_R_32F);
 #define NEXT(call) \
   if (status == CUBLAS_STATUS_SUCCESS) status = call
-  NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
-  NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
-  NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+  NEXT(blaslt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a));
+  NEXT(blaslt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b));
+  NEXT(blaslt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
   if (k->has_aux)
-    NEXT(lt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &k->n, sizeof k->n));
-  NEXT(lt.MatrixLayoutCreate(&e->a, in, k->b_t ? depth : n, k->b_t ? n : depth, k->ldb));
-  NEXT(lt.MatrixLayoutCreate(&e->b, in, k->a_t ? m : depth, k->a_t ? depth : m, k->lda));
-  NEXT(lt.MatrixLayoutCreate(&e->c, out, n, m, k->ldc));
+    NEXT(blaslt.MatmulDescSetAttribute(e->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &k->n, sizeof k->n));
+  NEXT(blaslt.MatrixLayoutCreate(&e->a, in, k->b_t ? depth : n, k->b_t ? n : depth, k->ldb));
+  NEXT(blaslt.MatrixLayoutCreate(&e->b, in, k->a_t ? m : depth, k->a_t ? depth : m, k->lda));
+  NEXT(blaslt.MatrixLayoutCreate(&e->c, out, n, m, k->ldc));
 #undef NEXT
   return status;
 }
@@ -196,23 +197,23 @@ static cublasStatus_t ask(const phx__cuda *cuda, entry *e) {
   const cublasLtMatmulPreferenceAttributes_t sides[] = {
       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-  cublasStatus_t status = lt.MatmulPreferenceCreate(&wish);
+  cublasStatus_t status = blaslt.MatmulPreferenceCreate(&wish);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  status = lt.MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                                                sizeof workspace);
+  status =
+      blaslt.MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
   for (int i = 0; i < 4 && status == CUBLAS_STATUS_SUCCESS; i++)
-    status = lt.MatmulPreferenceSetAttribute(wish, sides[i], &alignment, sizeof alignment);
+    status = blaslt.MatmulPreferenceSetAttribute(wish, sides[i], &alignment, sizeof alignment);
   if ((cuda->host->deterministic || e->key.out_dtype == PHX_BF16) && status == CUBLAS_STATUS_SUCCESS)
-    status = lt.MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
-                                                  sizeof schemes);
+    status =
+        blaslt.MatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes);
   if (status == CUBLAS_STATUS_SUCCESS) {
-    status = lt.MatmulAlgoGetHeuristic(cuda->products->handle, e->desc, e->a, e->b, e->c, e->c, wish, 1, &result,
-                                            &found);
+    status = blaslt.MatmulAlgoGetHeuristic(cuda->products->handle, e->desc, e->a, e->b, e->c, e->c, wish, 1, &result,
+                                           &found);
     const int fused = e->key.epilogue != PHX__EPILOGUE_NONE; /* some versions call what they cannot fuse invalid */
     if (status == CUBLAS_STATUS_NOT_SUPPORTED || (fused && status == CUBLAS_STATUS_INVALID_VALUE))
       status = CUBLAS_STATUS_SUCCESS, found = 0;
   }
-  (void)lt.MatmulPreferenceDestroy(wish);
+  (void)blaslt.MatmulPreferenceDestroy(wish);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
   e->known = 1;
   e->works = found > 0 && result.state == CUBLAS_STATUS_SUCCESS;
@@ -225,7 +226,7 @@ static phx_status find_entry(phx__cuda *cuda, const phx__cuda_product *p, const 
                              phx_error *err) {
   struct phx__cuda_products *all = cuda->products;
   const key k = key_of(p);
-  for (int32_t i = 0; i < all->n; i++) /* a model has some tens of shapes; comparing keys is cheaper than hashing them */
+  for (int32_t i = 0; i < all->n; i++) /* a model has some tens of shapes: comparing is cheaper than hashing */
     if (memcmp(&all->entries[i]->key, &k, sizeof k) == 0) {
       *out = all->entries[i];
       return PHX_OK;
@@ -271,8 +272,8 @@ phx_status phx__cuda_product_run(phx__cuda *cuda, const phx__cuda_product *p, cu
   if (status != PHX_OK) return status;
   void *workspace = (char *)scratch + cuda->scratch_bytes;
   status = check(cuda,
-                 lt.Matmul(cuda->products->handle, e->desc, &one, p->b, e->a, p->a, e->b, &beta, p->c, e->c, p->c,
-                                e->c, &e->algo, workspace, (size_t)cuda->config.workspace, s),
+                 blaslt.Matmul(cuda->products->handle, e->desc, &one, p->b, e->a, p->a, e->b, &beta, p->c, e->c, p->c,
+                               e->c, &e->algo, workspace, (size_t)cuda->config.workspace, s),
                  what, err);
   if (status == PHX_OK) *done = 1;
   return status;
