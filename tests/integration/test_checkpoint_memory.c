@@ -107,21 +107,15 @@ static phx_status load(rank_rig *rig, phx_error *err) {
   return phx__checkpoint_resume(rig->rt, "out", &at, err);
 }
 
-static void save_body(rank_rig *rig, void *arg) {
-  const char *strategy = arg;
+static void check_in(rank_rig *rig, const char *strategy, const char *out, const char *what,
+                     phx_status (*call)(rank_rig *, phx_error *)) {
   phx_error err = {.struct_size = sizeof err};
-  RIG_CHECK(rig, rank_rig_open(rig, strategy, "out", &err) == PHX_OK, "%s", err.message);
-  check(rig, "save", save);
+  RIG_CHECK(rig, rank_rig_open(rig, strategy, out, &err) == PHX_OK, "%s", err.message);
+  check(rig, what, call);
   rank_rig_close(rig);
 }
-
-static void load_body(rank_rig *rig, void *arg) {
-  const char *strategy = arg;
-  phx_error err = {.struct_size = sizeof err};
-  RIG_CHECK(rig, rank_rig_open(rig, strategy, "out2", &err) == PHX_OK, "%s", err.message);
-  check(rig, "load", load);
-  rank_rig_close(rig);
-}
+static void save_body(rank_rig *rig, void *arg) { check_in(rig, arg, "out", "save", save); }
+static void load_body(rank_rig *rig, void *arg) { check_in(rig, arg, "out2", "load", load); }
 
 static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   (void)err;
@@ -151,14 +145,20 @@ static void run_ranks(const char *dir, int size, const char *strategy, void (*bo
   cr_assert(rank_rig_ranks(&run), "%s, %d ranks: %s", strategy, size, run.message);
 }
 
-static void across(const char *from, int from_ranks, const char *to, int to_ranks) {
-  char *dir = command_temp_dir(), path[512]; /* on a disk: direct I/O, where there is any */
-  struct stat st;
-  long long bytes = 0;
-  training_files(dir, large);
+/* A folder (on a disk: direct I/O, where there is any) with a checkpoint of the model in out. */
+static char *saved(const char *model, int ranks, const char *strategy) {
+  char *dir = command_temp_dir(), path[512];
+  training_files(dir, model);
   snprintf(path, sizeof path, "%s/out", dir);
   cr_assert_eq(mkdir(path, 0755), 0);
-  run_ranks(dir, from_ranks, from, save_body);
+  run_ranks(dir, ranks, strategy, save_body);
+  return dir;
+}
+
+static void across(const char *from, int from_ranks, const char *to, int to_ranks) {
+  char *dir = saved(large, from_ranks, from), path[512];
+  struct stat st;
+  long long bytes = 0;
   for (int r = 0; r < from_ranks; r++) {
     snprintf(path, sizeof path, "%s/out/checkpoints/step-00000000/rank-%05d.safetensors", dir, r);
     cr_assert_eq(stat(path, &st), 0);
@@ -171,11 +171,7 @@ static void across(const char *from, int from_ranks, const char *to, int to_rank
 }
 
 Test(checkpoint_memory, of_fsdp_as_it_was_saved, .timeout = 240) {
-  char *dir = command_temp_dir(), path[512];
-  training_files(dir, wide);
-  snprintf(path, sizeof path, "%s/out", dir);
-  cr_assert_eq(mkdir(path, 0755), 0);
-  run_ranks(dir, 2, "fsdp", save_body);
+  char *dir = saved(wide, 2, "fsdp");
   run_ranks(dir, 2, "fsdp", load_equal);
   command_remove_dir(dir);
 }
@@ -202,11 +198,7 @@ static long long command_peak(const char *dir, const char *const *argv) {
 /* Buffers to read and to write, the largest matrix (2.4 MB) twice, and the plugins' code; the weights are 21 MB. */
 enum { TOOLS = 16 << 20 };
 Test(checkpoint_memory, of_export_and_import, .timeout = 240) {
-  char *dir = command_temp_dir(), path[512];
-  training_files(dir, large);
-  snprintf(path, sizeof path, "%s/out", dir);
-  cr_assert_eq(mkdir(path, 0755), 0);
-  run_ranks(dir, 2, "fsdp", save_body);
+  char *dir = saved(large, 2, "fsdp"), path[512];
   const long long none = PEAK(dir, "ls", "out");
   const long long exported = PEAK(dir, "export", "out", "published") - none;
   const long long imported = PEAK(dir, "import", "published", "-o", "again") - none;
