@@ -226,8 +226,8 @@ static void say_device_memory(const run *r) {
     const phx__rank_report *one = &all->ranks[i];
     char text[160];
     if (one->driver_bytes < 0) continue; /* the device does not say */
-    snprintf(text, sizeof text, "device memory of rank %d: %.1f MiB at most by our account, %.1f MiB by the driver's", i,
-             (double)one->peak_in[PHX_SPACE_DEVICE] / (1 << 20), (double)one->driver_bytes / (1 << 20));
+    snprintf(text, sizeof text, "device memory of rank %d: %.1f MiB at most by our account, %.1f MiB by the driver's",
+             i, (double)one->peak_in[PHX_SPACE_DEVICE] / (1 << 20), (double)one->driver_bytes / (1 << 20));
     phx__log(r->job->rank, "core", PHX_LOG_INFO, text);
   }
 }

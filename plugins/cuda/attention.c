@@ -19,8 +19,8 @@ static phx_status check(const phx__cuda *cuda, const phx__cuda_attention_call *c
   if (status != PHX_OK) return status;
   if (call->b < 1 || call->t < 1 || call->heads < 1 || call->c < 1 || call->c % call->heads ||
       call->b * call->heads > INT32_MAX || call->t > 65535 * (int64_t)32)
-    return phx__cuda_fail(cuda, err, PHX_INVALID, "%s: %lld sequences of %lld tokens, %lld channels in %lld heads", what,
-                          (long long)call->b, (long long)call->t, (long long)call->c, (long long)call->heads);
+    return phx__cuda_fail(cuda, err, PHX_INVALID, "%s: %lld sequences of %lld tokens, %lld channels in %lld heads",
+                          what, (long long)call->b, (long long)call->t, (long long)call->c, (long long)call->heads);
   return PHX_OK;
 }
 

@@ -1,8 +1,8 @@
 /* plugins/cuda/cross_entropy.cu - softmax cross-entropy fused with its gradient, in place.
  *
  * A block per row.  The first walk keeps a running maximum and sum (online softmax, arXiv 1805.02867); the second
- * replaces the logits by the gradient, reading them from shared memory where a row fits: memory is read once and written
- * once.  Targets outside 0..V-1 give NaN. */
+ * replaces the logits by the gradient, reading them from shared memory where a row fits: memory is read once and
+ * written once.  Targets outside 0..V-1 give NaN. */
 #include "kernel.h"
 
 namespace {

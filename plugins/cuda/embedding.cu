@@ -1,9 +1,9 @@
 /* plugins/cuda/embedding.cu - token and position embeddings, and their gradients without atomics.
  *
  * The gradient of a token's row is the sum of its positions' rows in order of (b, t).  Positions are put into one list
- * per token by a stable counting sort: rank of each position among those of its token (within chunks, a block each, then
- * one block goes from chunk to chunk), first place of each token (a scan), the lists; then a block per token adds its
- * rows, each row of the gradient being written once. */
+ * per token by a stable counting sort: rank of each position among those of its token (within chunks, a block each,
+ * then one block goes from chunk to chunk), first place of each token (a scan), the lists; then a block per token adds
+ * its rows, each row of the gradient being written once. */
 #include "kernel.h"
 
 namespace {

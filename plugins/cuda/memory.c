@@ -20,7 +20,8 @@ static phx_status alloc_device(phx__cuda *cuda, int64_t bytes, void **out, phx_e
     if (err) err->cause = (int32_t)error;
     return status;
   }
-  phx_status status = phx__cuda_check(cuda, cudaMemsetAsync(p, 0, (size_t)bytes, cuda->compute), "cudaMemsetAsync", err);
+  phx_status status =
+      phx__cuda_check(cuda, cudaMemsetAsync(p, 0, (size_t)bytes, cuda->compute), "cudaMemsetAsync", err);
   if (status == PHX_OK)
     status = phx__cuda_check(cuda, cudaStreamSynchronize(cuda->compute), "clearing fresh memory", err);
   if (status == PHX_OK)

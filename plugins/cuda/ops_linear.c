@@ -129,7 +129,8 @@ static phx_status bias_gradient(phx__cuda *cuda, int32_t dtype, float *db, int32
   const int64_t most = cuda->scratch_bytes / 4 / oc;
   const int64_t slices = n < 128 ? n : 128;
   void *parts;
-  if (most < 1) return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "%s: %lld channels are too many", what, (long long)oc);
+  if (most < 1)
+    return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "%s: %lld channels are too many", what, (long long)oc);
   const int64_t taken = slices < most ? slices : most;
   const phx_status status = phx__cuda_scratch(cuda, s, 4 * oc * taken, what, &parts, err);
   if (status != PHX_OK) return status;

@@ -1,9 +1,9 @@
 /* plugins/cuda/plugin.c - the cuda device's descriptor: can it run here, which GPU a rank takes, errors.
  *
- * A rank takes the GPU of its local rank among those that CUDA_VISIBLE_DEVICES leaves visible, or, where a launcher shows
- * each rank its own, the one that it sees: ranks tell each other which they took.  Two on one are refused unless [cuda]
- * share says so.  Nothing is taken from the device's memory before the first alloc but what the
- * driver's context and the products' library hold.  [main] */
+ * A rank takes the GPU of its local rank among those that CUDA_VISIBLE_DEVICES leaves visible, or, where a launcher
+ * shows each rank its own, the one that it sees: ranks tell each other which they took.  Two on one are refused unless
+ * [cuda] share says so.  Nothing is taken from the device's memory before the first alloc but what the driver's context
+ * and the products' library hold.  [main] */
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -61,8 +61,8 @@ static phx_status count_devices(const phx__cuda *cuda, int *count, phx_error *er
   }
   const char *visible = getenv("CUDA_VISIBLE_DEVICES");
   if (error == cudaSuccess || error == cudaErrorNoDevice)
-    return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "no GPU to be seen%s%s%s", visible ? " (CUDA_VISIBLE_DEVICES=" : "",
-                          visible ? visible : "", visible ? ")" : "");
+    return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "no GPU to be seen%s%s%s",
+                          visible ? " (CUDA_VISIBLE_DEVICES=" : "", visible ? visible : "", visible ? ")" : "");
   phx__cuda_check(cuda, error, "counting the GPUs", err);
   if (err) err->code = PHX_UNSUPPORTED;
   return PHX_UNSUPPORTED;
@@ -136,8 +136,8 @@ static phx_status choose_device(phx__cuda *cuda, phx_error *err) {
   cuda->sharing = other >= 0;
   if (cuda->sharing && !cuda->config.share)
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
-                          "there are %d ranks on this machine and %d GPUs to be seen, and rank %d took the one of local "
-                          "rank %d: start fewer ranks, let each see a GPU of its own, or set [cuda] share = yes",
+                          "there are %d ranks on this machine and %d GPUs to be seen, and rank %d took the one of "
+                          "local rank %d: start fewer ranks, let each see a GPU of its own, or set [cuda] share = yes",
                           host->local_size, count, other, host->local_rank);
   return phx__cuda_check(cuda, cudaSetDevice(cuda->device_index), "cudaSetDevice", err);
 }
@@ -166,9 +166,9 @@ static void announce(const phx__cuda *cuda) {
   if (cuda->sharing) phx__cuda_log(cuda, PHX_LOG_WARN, "several ranks share this GPU: [cuda] share = yes");
   if (cuda->host->deterministic)
     phx__cuda_log(cuda, PHX_LOG_INFO,
-                  cuda->cudnn ? "[run] deterministic: products without an in-place split over k; attention's backward in "
-                                "bf16 by our own kernel where cuDNN's would keep a matrix of tokens by tokens, which is "
-                                "what it costs (tests/bench/gpu prints how much)"
+                  cuda->cudnn ? "[run] deterministic: products without an in-place split over k; attention's backward "
+                                "in bf16 by our own kernel where cuDNN's would keep a matrix of tokens by tokens, "
+                                "which is what it costs (tests/bench/gpu prints how much)"
                               : "[run] deterministic: products without an in-place split over k");
 }
 
@@ -252,21 +252,22 @@ static const phx_option options[] = {
               "What a product or cuDNN's attention may use as scratch; auto: 32 MiB, with cuDNN 256 MiB."),
 };
 
-static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
-                                  .kind = PHX_KIND_DEVICE,
-                                  .table_major = PHX_ABI_MAJOR,
-                                  .table_minor = PHX_ABI_MINOR,
-                                  .id = "cuda",
-                                  .version = "0.1.0",
-                                  .summary = "NVIDIA GPUs from compute capability 8.0: own kernels, products by cuBLASLt",
-                                  .vendor = "Phalanx",
-                                  .license = "unspecified",
-                                  .build = __VERSION__,
-                                  .provides = PHX_CAP_BF16,
-                                  .options = options,
-                                  .n_options = sizeof options / sizeof options[0],
-                                  .option_stride = sizeof(phx_option),
-                                  .config_size = sizeof(phx__cuda_config),
-                                  .table = &table};
+static const phx_plugin plugin = {
+    .struct_size = sizeof(phx_plugin),
+    .kind = PHX_KIND_DEVICE,
+    .table_major = PHX_ABI_MAJOR,
+    .table_minor = PHX_ABI_MINOR,
+    .id = "cuda",
+    .version = "0.1.0",
+    .summary = "NVIDIA GPUs from compute capability 8.0: own kernels, products by cuBLASLt",
+    .vendor = "Phalanx",
+    .license = "unspecified",
+    .build = __VERSION__,
+    .provides = PHX_CAP_BF16,
+    .options = options,
+    .n_options = sizeof options / sizeof options[0],
+    .option_stride = sizeof(phx_option),
+    .config_size = sizeof(phx__cuda_config),
+    .table = &table};
 
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }

@@ -1,8 +1,8 @@
 /* plugins/cuda/profile.c - [cuda] profile = yes: milliseconds by kind of operation, said when the device closes.
  *
  * Each operation stands between two events of its stream, so what is counted is the time of its kernels and of the gaps
- * between them.  Events come from a pool made at create; when it is used up, [main] waits for them and reads them. [main]
- */
+ * between them.  Events come from a pool made at create; when it is used up, [main] waits for them and reads them.
+ * [main] */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,8 +1,8 @@
 /* plugins/cuda/stream.c - streams, events, copies, and host functions in stream order.
  *
  * A host function (a collective of a communicator that works on the host, for one) may block for long and wait for
- * peers, so it does not run in the driver's callback thread, which may be one for all streams: each stream that needs it
- * has a thread.  The stream tells the thread that it is there (a callback that only wakes it), and then waits for a
+ * peers, so it does not run in the driver's callback thread, which may be one for all streams: each stream that needs
+ * it has a thread.  The stream tells the thread that it is there (a callback that only wakes it), and then waits for a
  * number in pinned memory that the thread writes when the function returned (cuStreamWaitValue32).
  * Errors: a function's first failure is kept; later functions of the stream are skipped; the failure is returned by the
  * next synchronize of that stream, of an event recorded there, or of a stream that waits for such an event.

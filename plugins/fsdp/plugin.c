@@ -14,8 +14,8 @@ static const phx_option options[] = {
     PHX_INT(fsdp_config, max_gathered, "0", 0, 1 << 20, "units", 0,
             "The most units gathered at once, what prefetch gathers included; 0: as many as the other options need."),
     PHX_BOOL(fsdp_config, gather_alone, "no",
-             "With one rank: gather and reduce all the same, to measure what it costs in copies and memory; no bit changes. "
-             "Without it one rank computes with its weights where they are."),
+             "With one rank: gather and reduce all the same, to measure what it costs in copies and memory; no bit "
+             "changes. Without it one rank computes with its weights where they are."),
 };
 
 static const char *const extensions[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, NULL};

@@ -38,8 +38,8 @@ static const phx_option options[] = {
         "Stage 3: at most this many gathered elements at once; what is needed last leaves first, and what fits stays "
         "from forward to backward; auto: a stage's own and its prefetch."),
     PHX_BOOL(zero_config, gather_alone, "no",
-             "With one rank: gather and reduce all the same, to measure what it costs in copies and memory; no bit changes. "
-             "Without it one rank computes with its weights where they are."),
+             "With one rank: gather and reduce all the same, to measure what it costs in copies and memory; no bit "
+             "changes. Without it one rank computes with its weights where they are."),
     ROW(sub_group_size, "1000000000", PHX_BLOCK, INT64_MAX, 0,
         "The update works through the share in groups of this many elements, rounded down to blocks of 1024."),
 };

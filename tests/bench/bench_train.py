@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Benchmarks of whole training runs: train, overlap, overhead, saves.  Started by tests/bench/run.
 
-Every figure is a ratio of neighbours: in each round the runs that are compared follow one another (every second round in
-reverse), a ratio is formed within the round, and the median and the spread over the rounds are printed.  A run's time is
-the median of its step times without the first; runs are pinned, one rank per core and one thread per rank.  What is
-compared must compute the same: losses of A and B are compared, and a line whose losses differ is void.
+Every figure is a ratio of neighbours: in each round the runs that are compared follow one another (every second round
+in reverse), a ratio is formed within the round, and the median and the spread over the rounds are printed.  A run's
+time is the median of its step times without the first; runs are pinned, one rank per core and one thread per rank.
+What is compared must compute the same: losses of A and B are compared, and a line whose losses differ is void.
 """
 import argparse
 import array
@@ -241,7 +241,8 @@ def overlap(bench):
             for wired in rotated([False, True], i):
                 # communication takes half of compute, as far as that is known by now
                 bandwidth = known[name][0].on_the_wire() / (0.5 * statistics.median(r.seconds for r in known[name]))
-                run = bench.train(ini, buckets[name], ranks=2, sets=[f"wire.bandwidth={bandwidth:.0f}"] if wired else [])
+                sets = [f"wire.bandwidth={bandwidth:.0f}"] if wired else []
+                run = bench.train(ini, buckets[name], ranks=2, sets=sets)
                 if wired:
                     wire[name].append(run)
                     speed[name].append(bandwidth)
@@ -254,8 +255,8 @@ def overlap(bench):
         line("overlap, communication half of compute: step over compute", name, "the same without the wire",
              [a.seconds / b.seconds for a, b in zip(wire[name], compute[name])], most=None if prefetch else 1.15,
              detail=f"{ms(wire[name]):.0f}, {ms(compute[name]):.0f} ms; communication "
-             f"{wire[name][0].on_the_wire() / 1e6:.1f} MB, {statistics.median(share):.2f} of compute: synchronous would be "
-             f"{1 + statistics.median(share):.2f}",
+             f"{wire[name][0].on_the_wire() / 1e6:.1f} MB, {statistics.median(share):.2f} of compute: "
+             f"synchronous would be {1 + statistics.median(share):.2f}",
              void=first(differ(a, b) for a, b in zip(wire[name], compute[name])))
     slow, fast = wire["fsdp full, prefetch = 0"], wire["fsdp full"]
     line("fsdp full on the wire: step time", "prefetch = 0", "prefetch = 1",
@@ -281,8 +282,8 @@ def overhead(bench):
     names = {"ddp": "ddp", "fsdp full": "fsdp", "zero 1": "zero stage=1", "zero 2": "zero stage=2",
              "zero 3": "zero stage=3"}
     layers = 12
-    shape = "[model]\nplugin = gpt\nlayers = %d\nheads = 4\nwidth = %d\ncontext = 128\nvocab = %d\n[batch]\nmicro = %d\n" \
-            "sequence = %d\n[run]\nlog_every = 1000\nsteps = %d\n"
+    shape = "[model]\nplugin = gpt\nlayers = %d\nheads = 4\nwidth = %d\ncontext = 128\nvocab = %d\n" \
+            "[batch]\nmicro = %d\nsequence = %d\n[run]\nlog_every = 1000\nsteps = %d\n"
     ini = bench.ini("overhead", 512, 128, shape % (layers, 192, 512, 4, 128, 8))
     # the same calls with next to no compute; as many buckets as there can be
     empty = bench.ini("calls", 8, 1, shape % (layers, 8, 8, 1, 1, 400))
@@ -300,15 +301,19 @@ def overhead(bench):
     bare = runs["bare"]
     held = lambda r: sum(sum(k["measured"]) for k in r.result["bytes"].values())
     for name in names:
-        line("overhead at world size 1: step time", name, "bare", [a.seconds / b.seconds for a, b in zip(runs[name], bare)],
-             most=1.02, detail=f"{ms(runs[name]):.2f}, {ms(bare):.2f} ms", interval=True,
+        line("overhead at world size 1: step time", name, "bare",
+             [a.seconds / b.seconds for a, b in zip(runs[name], bare)], most=1.02,
+             detail=f"{ms(runs[name]):.2f}, {ms(bare):.2f} ms", interval=True,
              void=first(differ(a, b) for a, b in zip(runs[name], bare)))
     print(f"Bound: (calls x ns per call + extra bytes / bandwidth) / step.  Calls of a step: acquire and release of "
-          f"{layers + 2} stages,\nforward and backward, and begin_micro_batch, finish_gradients, gradient_norm, update = "
-          f"{n_calls}.  ns per call: step of a model of\nwidth 8 and 1 token under the strategy, with a bucket per 4 KiB "
-          f"of gradient, less that under bare, over the calls.  Extra\nbytes: what a strategy copies must lie somewhere: "
-          f"all memory it holds beyond bare's, read and written once a step.\nBandwidth: memcpy, "
-          f"{bandwidth / 1e9:.1f} GB/s read and written.")
+          f"{layers + 2} stages,\n"
+          f"forward and backward, and begin_micro_batch, finish_gradients, gradient_norm, update = {n_calls}.  "
+          "ns per call: step of a model of\n"
+          "width 8 and 1 token under the strategy, with a bucket per 4 KiB of gradient, less that under bare, "
+          "over the calls.  Extra\n"
+          "bytes: what a strategy copies must lie somewhere: all memory it holds beyond bare's, "
+          "read and written once a step.\n"
+          f"Bandwidth: memcpy, {bandwidth / 1e9:.1f} GB/s read and written.")
     for name in names:
         ns = statistics.median((a.seconds - b.seconds) / n_calls * 1e9 for a, b in zip(calls[name], calls["bare"]))
         extra = max(0, held(runs[name][0]) - held(bare[0]))
@@ -316,8 +321,9 @@ def overhead(bench):
         bound = (n_calls * max(ns, 0.0) * 1e-9 + 2 * extra / bandwidth) / step
         global missed
         missed = missed or bound > 0.005
-        print(f"bound, {name}: ({n_calls} x {ns:.0f} ns + 2 x {extra} B / {bandwidth / 1e9:.1f} GB/s) / {step * 1e3:.2f} "
-              f"ms = {100 * bound:.3f} %, asked at most 0.5 %: {'met' if bound <= 0.005 else 'NOT MET'}", flush=True)
+        print(f"bound, {name}: ({n_calls} x {ns:.0f} ns + 2 x {extra} B / {bandwidth / 1e9:.1f} GB/s) / "
+              f"{step * 1e3:.2f} ms = {100 * bound:.3f} %, asked at most 0.5 %: "
+              f"{'met' if bound <= 0.005 else 'NOT MET'}", flush=True)
 
 
 # ---- checkpoints beside training ----
@@ -341,9 +347,11 @@ def saves(bench):
              detail=f"{statistics.median(a):.1f}, {statistics.median(b):.1f} ms",
              void=first(differ(x, y) for x, y in zip(runs["background"], runs["waited for"])))
         last = runs["background"][-1].saves
-        print(f"one of them: {last[-1]['bytes'] / 1e6:.0f} MB in {last[-1]['seconds']:.3f} s; begin, copies, waits, commit: " +
-              ", ".join(f"{last[-1][k]:.2f}" for k in ("begin_ms", "copies_ms", "waits_ms", "commit_ms")) + " ms; step " +
-              f"{ms(runs['background']):.0f} ms beside saves, {ms(runs['waited for']):.0f} ms between them", flush=True)
+        parts = ", ".join(f"{last[-1][k]:.2f}" for k in ("begin_ms", "copies_ms", "waits_ms", "commit_ms"))
+        print(f"one of them: {last[-1]['bytes'] / 1e6:.0f} MB in {last[-1]['seconds']:.3f} s; "
+              f"begin, copies, waits, commit: {parts} ms; "
+              f"step {ms(runs['background']):.0f} ms beside saves, {ms(runs['waited for']):.0f} ms between them",
+              flush=True)
 
 
 def main():
@@ -354,7 +362,8 @@ def main():
     args = parser.parse_args()
     build = os.path.abspath(args.build)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=build) as work:
-        {"train": train, "overlap": overlap, "overhead": overhead, "saves": saves}[args.what](Bench(build, work, args.quick))
+        what = {"train": train, "overlap": overlap, "overhead": overhead, "saves": saves}[args.what]
+        what(Bench(build, work, args.quick))
     sys.exit(1 if missed else 0)
 
 

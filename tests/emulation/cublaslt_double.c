@@ -1,8 +1,8 @@
 /* cublaslt_double.c - products as cuBLASLt is asked for them, computed plainly: column-major, sums in fp32 over k.
  *
- * It refuses what the library's documentation refuses: operands that do not fit, leading dimensions of aux not divisible
- * by 8, bias and aux that are not on 16 bytes, operands less aligned than was declared, an algorithm asked for another
- * product, too small a workspace; and writes rubbish to the workspace, since the library may.
+ * It refuses what the library's documentation refuses: operands that do not fit, leading dimensions of aux not
+ * divisible by 8, bias and aux that are not on 16 bytes, operands less aligned than was declared, an algorithm asked
+ * for another product, too small a workspace; and writes rubbish to the workspace, since the library may.
  * PHX_CUDA_DOUBLE_REFUSE=BITS sets `refuse`.  Threads: one. */
 #include "cublaslt_double.h"
 #include <math.h>
@@ -134,8 +134,9 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
 /* ---- the product ---- */
 static int fits(const struct emulated_matmul_desc *desc, const struct emulated_layout *a,
                 const struct emulated_layout *b, const struct emulated_layout *d) {
-  const int64_t m = desc->op_a == CUBLAS_OP_N ? a->rows : a->columns, k = desc->op_a == CUBLAS_OP_N ? a->columns : a->rows;
-  const int64_t n = desc->op_b == CUBLAS_OP_N ? b->columns : b->rows, kb = desc->op_b == CUBLAS_OP_N ? b->rows : b->columns;
+  const int a_plain = desc->op_a == CUBLAS_OP_N, b_plain = desc->op_b == CUBLAS_OP_N;
+  const int64_t m = a_plain ? a->rows : a->columns, k = a_plain ? a->columns : a->rows;
+  const int64_t n = b_plain ? b->columns : b->rows, kb = b_plain ? b->rows : b->columns;
   return m == d->rows && n == d->columns && k == kb && a->type == b->type &&
          (d->type == a->type || (a->type == CUDA_R_16BF && d->type == CUDA_R_32F));
 }

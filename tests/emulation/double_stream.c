@@ -226,7 +226,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **entry, u
   ENTER("cudaGetDriverEntryPointByVersion");
   (void)version, (void)flags;
   *entry = NULL;
-  *found = strcmp(symbol, "cuStreamWaitValue32") == 0 ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  *found =
+      strcmp(symbol, "cuStreamWaitValue32") == 0 ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   if (*found == cudaDriverEntryPointSuccess) memcpy(entry, &call, sizeof call);
   return cudaSuccess;
 }

@@ -28,8 +28,8 @@
 #ifdef FIBER_ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
-// The thread sanitizer is not told of fibers (its clocks take most of an hour for them): they are one thread to it.  Its
-// stack of calls holds those of all fibers at once, so what switches or does not return must not be on it.
+// The thread sanitizer is not told of fibers (its clocks take most of an hour for them): they are one thread to it.
+// Its stack of calls holds those of all fibers at once, so what switches or does not return must not be on it.
 #ifdef FIBER_TSAN
 #define NO_TSAN __attribute__((no_sanitize_thread))
 #else
@@ -43,7 +43,8 @@ namespace emulation {
 thread_local coordinates here;
 
 namespace {
-constexpr size_t kStack = 256 << 10, kSharedMax = 227 << 10, kSharedUsual = 48 << 10, kStaticMax = 48 << 10, kFence = 256;
+constexpr size_t kStack = 256 << 10, kFence = 256;
+constexpr size_t kSharedMax = 227 << 10, kSharedUsual = 48 << 10, kStaticMax = 48 << 10;
 constexpr unsigned kThreadsMax = 1024;
 enum state { kFresh, kReady, kWaiting, kEnded };
 enum wait_kind { kNothing, kBarrier, kExchange, kVote };

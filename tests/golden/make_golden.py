@@ -80,8 +80,9 @@ def main():
     out("/* tests/golden/golden_gpt.h - written by make_golden.py with PyTorch " + torch.__version__ +
         ", float64, one thread.\n * Do not edit: run the script again. */\n#ifndef PHX__GOLDEN_GPT_H\n"
         "#define PHX__GOLDEN_GPT_H\n\n")
-    out(f"enum {{ GOLDEN_LAYERS = {LAYERS}, GOLDEN_HEADS = {HEADS}, GOLDEN_WIDTH = {WIDTH}, GOLDEN_CONTEXT = {CONTEXT},\n"
-        f"       GOLDEN_VOCAB = {VOCAB}, GOLDEN_BATCH = {BATCH}, GOLDEN_LENGTH = {LENGTH}, GOLDEN_STEPS = {STEPS} }};\n")
+    out(f"enum {{ GOLDEN_LAYERS = {LAYERS}, GOLDEN_HEADS = {HEADS}, GOLDEN_WIDTH = {WIDTH}, "
+        f"GOLDEN_CONTEXT = {CONTEXT},\n       GOLDEN_VOCAB = {VOCAB}, GOLDEN_BATCH = {BATCH}, "
+        f"GOLDEN_LENGTH = {LENGTH}, GOLDEN_STEPS = {STEPS} }};\n")
     out(f"static const double golden_lr = {LR}, golden_beta1 = {BETAS[0]}, golden_beta2 = {BETAS[1]};\n"
         f"static const double golden_eps = {EPS}, golden_decay = {DECAY}; /* decay on tensors of two dimensions */\n\n")
     losses = []
@@ -102,7 +103,8 @@ def main():
                     f"{g[g.numel() // 2].item():.17g}, {g[-1].item():.17g}}},\n")
             out("};\n\n")
         optimizer.step()
-    out("/* Before each AdamW step, and after the last. */\nstatic const double golden_losses[GOLDEN_STEPS + 1] = {\n    " +
+    out("/* Before each AdamW step, and after the last. */\n"
+        "static const double golden_losses[GOLDEN_STEPS + 1] = {\n    " +
         ",\n    ".join(f"{x:.17g}" for x in losses) + "};\n#endif\n")
 
 

@@ -1,5 +1,5 @@
-/* Whole runs on a GPU: every strategy on one rank and on ranks that share the GPU through shared memory, in fp32 and bf16,
- * and checkpoints there and back.  The same on the emulation: integration/test_cuda_runs.c. */
+/* Whole runs on a GPU: every strategy on one rank and on ranks that share the GPU through shared memory, in fp32 and
+ * bf16, and checkpoints there and back.  The same on the emulation: integration/test_cuda_runs.c. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -157,7 +157,8 @@ Test(commands, check_round_trip) {
   command_result first = RUN(dir, 20, "check", "a.ini", "-n", "2", "--strategy", "fsdp", "--set", "fsdp.prefetch=2",
                              "--set", "model.size=tiny");
   cr_assert_eq(first.status, 0, "%s", first.out);
-  cr_expect(strstr(first.out, "\n; The plan: memory of each rank") && strstr(first.out, "\n;  0 to 1 "), "%s", first.out);
+  cr_expect(strstr(first.out, "\n; The plan: memory of each rank") && strstr(first.out, "\n;  0 to 1 "), "%s",
+            first.out);
   cr_expect(strstr(first.out, "; -n\n") && strstr(first.out, "; --strategy\n") && strstr(first.out, "; a.ini:2\n"));
   command_write_file(dir, "b.ini", first.out, strlen(first.out));
   command_result second = RUN(dir, 20, "check", "b.ini");

@@ -1,5 +1,5 @@
-/* Whole runs on the cuda device's own sources, emulated on the processor (tests/emulation): every strategy, two ranks that
- * share the device, and checkpoints there and back.  On a GPU: gpu/test_gpu_runs.c. */
+/* Whole runs on the cuda device's own sources, emulated on the processor (tests/emulation): every strategy, two ranks
+ * that share the device, and checkpoints there and back.  On a GPU: gpu/test_gpu_runs.c. */
 #include <criterion/criterion.h>
 
 #include <stdlib.h>

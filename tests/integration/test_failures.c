@@ -95,7 +95,8 @@ Test(failures, a_crash_names_the_plugin_and_the_call, .timeout = 60) {
   EXPECT(r.out, "[main] is in strategy ddp: release, stage 0");
   EXPECT(r.out, "crashed: SIGSEGV, a bad memory access, in strategy ddp: release, stage 0;");
   /* rank 0 waits for it in the collective, or has heard of it before */
-  cr_expect(strstr(r.out, "absent: rank 1; all_reduce") || strstr(r.out, "rank 1 failed: crashed: SIGSEGV"), "%s", r.out);
+  cr_expect(strstr(r.out, "absent: rank 1; all_reduce") || strstr(r.out, "rank 1 failed: crashed: SIGSEGV"), "%s",
+            r.out);
   EXPECT(log, "phx_comm_fault.so("); /* the backtrace */
   EXPECT(log, "phx_strategy_ddp.so(");
   free(log);

@@ -70,7 +70,8 @@ static void remember(int fd, const struct stat *st) {
   if (n_unflushed == UNFLUSHED) abort();
   snprintf(path, sizeof path, "/proc/self/fd/%d", fd); /* fd itself may be for writing only */
   const int again = real.open(path, O_RDONLY | O_CLOEXEC, 0);
-  if (again < 0 || (!S_ISDIR(st->st_mode) && real.mmap(NULL, 1, PROT_READ, MAP_SHARED, again, 0) == MAP_FAILED)) abort();
+  if (again < 0 || (!S_ISDIR(st->st_mode) && real.mmap(NULL, 1, PROT_READ, MAP_SHARED, again, 0) == MAP_FAILED))
+    abort();
   real.close(again);
   unflushed[n_unflushed].dev = st->st_dev;
   unflushed[n_unflushed].ino = st->st_ino;

@@ -19,7 +19,7 @@ typedef struct phx_memory {
   int32_t space;          /* PHX_SPACE_* */
   phx_stream *stream;     /* the stream that uses it first; NULL: the compute stream */
   struct phx_comm *comm;  /* peers of this communicator will reach it: it comes from the communicator's own memory
-                             (a shared arena, registered buffers) and collectives on it need no staging; NULL: private */
+                             (a shared arena, registered buffers), collectives on it need no staging; NULL: private */
 } phx_memory;
 
 typedef struct phx_host {

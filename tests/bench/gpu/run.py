@@ -7,8 +7,8 @@ Rounds interleave the programs; a ratio is formed within a round, and the median
 time is the median of its step times, the first third left out.  Each run is a line as it ends, and one that fails a row
 of its own, not met; the rows stand below.  "Copies forced": one rank that gathers and reduces as several do.
 
-MFU is flops_per_token x tokens/s over a rate, flops_per_token = 6 (12 L C^2 + V C) + 12 L C T (a product's multiply
-and add counted as two, forward and twice that backward, all of attention's T x T): once over 989 TFLOP/s, the dense bf16
+MFU is flops_per_token x tokens/s over a rate, flops_per_token = 6 (12 L C^2 + V C) + 12 L C T (a product's multiply and
+add counted as two, forward and twice that backward, all of attention's T x T): once over 989 TFLOP/s, the dense bf16
 rate of an H100 or H200 by its data sheet, once over the rate of a large bf16 product measured in this run.
 
 Exit status 1 when a limit was missed, 77 where there is no GPU.

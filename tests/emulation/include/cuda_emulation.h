@@ -65,7 +65,8 @@ template <class... P, class... A>
 cudaError_t launch_kernel(const char *name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                           void (*kernel)(P...), A... arguments) {
   std::tuple<P...> values(static_cast<P>(arguments)...);
-  return launch(name, reinterpret_cast<const void *>(kernel), grid, block, shared, stream, [kernel, values] { std::apply(kernel, values); });
+  return launch(name, reinterpret_cast<const void *>(kernel), grid, block, shared, stream,
+                [kernel, values] { std::apply(kernel, values); });
 }
 }  // namespace emulation
 #define threadIdx (emulation::here.thread)

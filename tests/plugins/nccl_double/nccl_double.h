@@ -1,9 +1,10 @@
 /* nccl_double.h - a double of NCCL, on the double of the CUDA runtime (tests/emulation), for tests of plugins/nccl.
  *
- * A rank is a process (or a thread) of this machine; bytes really move, through memory shared by what was forked
- * after double_setup(), or in the file that NCCL_DOUBLE_MEMORY names (made by the first; version 2.30.3).  Communicators are non-blocking, as the plugin asks for.  Reductions add from rank 0 upwards
- * and round bf16 at every addition: unlike the tree of phalanx/comm.h, as NCCL does.  A buffer that is not the
- * device's is refused with ncclInvalidArgument.  At most 8 ranks. */
+ * A rank is a process (or a thread) of this machine; bytes really move, through memory shared by what was forked after
+ * double_setup(), or in the file that NCCL_DOUBLE_MEMORY names (made by the first; version 2.30.3).  Communicators are
+ * non-blocking, as the plugin asks for.  Reductions add from rank 0 upwards and round bf16 at every addition: unlike
+ * the tree of phalanx/comm.h, as NCCL does.  A buffer that is not the device's is refused with ncclInvalidArgument.  At
+ * most 8 ranks. */
 #ifndef NCCL_DOUBLE_H
 #define NCCL_DOUBLE_H
 #include <phalanx/device.h>
