@@ -11,11 +11,11 @@
 #include "sys.h"
 #include "train.h"
 
-/* What the launcher has said already, its ranks say only when it made them fail. */
+/* What one process says for all, the others say only when it made them fail. */
 static phx_status load(const phx__arguments *a, phx__config **config) {
   char *text = NULL;
   size_t bytes = 0;
-  FILE *report = phx__job_is_rank() ? open_memstream(&text, &bytes) : NULL;
+  FILE *report = phx__job_speaks() ? NULL : open_memstream(&text, &bytes);
   phx_status status = phx__config_load(a->file, a->overrides, a->n_overrides, report ? report : stderr, config);
   if (report) fclose(report);
   if (status && text) fputs(text, stderr);

@@ -99,20 +99,27 @@ static const char *choose_device(loading *l) {
   return cuda ? "cuda" : "cpu";
 }
 
+/* Ranks of one machine that have to share devices, by their number: under a launcher that shows each rank its own, each
+ * counts one. */
+static bool crowded(const phx__config *c, char *why, size_t size) {
+  const phx_device_table *table = c->device.plugin->descriptor->table;
+  if (c->priv->oom) return false; /* perhaps without a config: nothing will be chosen */
+  const bool counts = PHX_HAS(table, phx_device_table, count) && table->count;
+  const bool may_share = !PHX_HAS(table, phx_device_table, shared) || !table->shared || table->shared(c->device.config);
+  const int32_t local = phx__job_local_size((int32_t)c->s.run.ranks), count = counts ? table->count() : INT32_MAX;
+  if (!may_share || local <= count) return false;
+  snprintf(why, size, "%d ranks may share %d devices", local, count);
+  return true;
+}
+
 /* [comm] plugin = auto, once the device is known. */
 static const char *choose_comm(loading *l) {
   phx__config *c = l->config;
   const phx_plugin *device = c->device.plugin ? c->device.plugin->descriptor : NULL;
-  const phx_device_table *table = device ? device->table : NULL;
   char why[224] = "";
   bool nccl = device && strcmp(device->id, "cuda") == 0;
   if (!nccl) snprintf(why, sizeof why, "device %s is not cuda", device ? device->id : "(none)");
-  const int32_t count = nccl && PHX_HAS(table, phx_device_table, count) && table->count ? table->count() : INT32_MAX;
-  const int32_t local = phx__job_local_size((int32_t)c->s.run.ranks);
-  if (nccl && local > count) {
-    snprintf(why, sizeof why, "%d ranks share %d devices", local, count);
-    nccl = false;
-  }
+  if (nccl) nccl = !crowded(c, why, sizeof why);
   if (nccl) nccl = can_run(l, PHX_KIND_COMM, "nccl", why, sizeof why);
   snprintf(c->comm_why, sizeof c->comm_why, "%s%s", nccl ? "nccl: every rank has a GPU of its own" : "shm: ", why);
   return nccl ? "nccl" : "shm";

@@ -4,7 +4,7 @@
  * wish that this version does not honour is refused here with the reason.  [main] only. */
 #include "config_store.h"
 
-#include <phalanx/strategy.h>
+#include <phalanx/provider.h>
 #include <string.h>
 
 typedef struct phx__config_private store;
@@ -41,6 +41,12 @@ static bool takes_bf16(const phx__selected *selected) {
   return !selected->plugin || (selected->plugin->descriptor->provides & PHX_CAP_BF16); /* missing: said elsewhere */
 }
 
+/* What the device says that bf16 costs here. */
+static const char *cost_of_bf16(const phx__config *c) {
+  const phx_device_table *table = c->device.plugin ? c->device.plugin->descriptor->table : NULL;
+  return table && PHX_HAS(table, phx_device_table, cost) && table->cost ? table->cost(PHX_BF16) : NULL;
+}
+
 static void check_precision(store *p, const phx__config *c) {
   static const char *const keys[] = {"compute", "reduce"};
   const int32_t wishes[] = {c->s.precision.compute, c->s.precision.reduce};
@@ -63,6 +69,8 @@ static void check_precision(store *p, const phx__config *c) {
     phx__config_error(p, at(p, "precision", "compute"),
                       "[precision] compute = bf16: model %s computes in fp32 only: use fp32",
                       c->model.plugin->descriptor->id);
+  const char *cost = wishes[0] == BF16 && takes_bf16(&c->device) ? cost_of_bf16(c) : NULL;
+  if (cost) phx__config_warn(p, at(p, "precision", "compute"), "[precision] compute = bf16: %s", cost);
   if (wishes[1] == BF16)
     phx__config_warn(p, at(p, "precision", "reduce"),
                      "[precision] reduce = bf16: each rank's gradients are rounded to bf16 before they are summed, and "

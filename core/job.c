@@ -98,6 +98,13 @@ bool phx__job_is_rank(void) {
   return phx__identity_kind() != PHX__ALONE;
 }
 
+/* Our own launcher spoke before its ranks came; under another one rank 0 does. */
+bool phx__job_speaks(void) {
+  phx__identity me;
+  const int32_t kind = phx__identity_kind();
+  return kind == PHX__ALONE || (kind != PHX__BY_PHALANX && phx__identity_read(&me, NULL) == PHX_OK && me.rank == 0);
+}
+
 /* Takes this rank's page; a second process with the same number is refused. */
 static phx_status join(struct job *job, phx_error *err) {
   phx_liveness *mine = job->shown.mine;

@@ -310,6 +310,28 @@ static phx_status make_run_dir(const phx__config *config, const phx__resume *res
   return status;
 }
 
+static void say_plugin(const char *kind, const phx__plugin *p) {
+  char line[4400];
+  snprintf(line, sizeof line, "%s %s %s, ABI %u.%u, %s, sha256 %s", kind, p->descriptor->id, p->descriptor->version,
+           p->descriptor->table_major, p->descriptor->table_minor, p->path, p->sha256);
+  phx__log(0, "core", PHX_LOG_INFO, line);
+}
+
+static void say_chosen(const char *kind, const char *why) {
+  char line[400];
+  snprintf(line, sizeof line, "[%s] plugin = auto takes %s", kind, why);
+  if (*why) phx__log(0, "core", PHX_LOG_INFO, line);
+}
+
+static void say_plugins(const phx__config *config) {
+  say_plugin("strategy", config->strategy.plugin);
+  say_plugin("device", config->device.plugin);
+  say_plugin("comm", config->comm.plugin);
+  say_plugin("model", config->model.plugin);
+  say_chosen("device", config->device_why);
+  say_chosen("comm", config->comm_why);
+}
+
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
@@ -327,8 +349,10 @@ static phx_status open_run(run *r, phx_error *err) {
                        r->config->s.run.max_restarts);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
-  if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK"))
+  if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK")) {
     status = make_run_dir(r->config, r->asked ? &r->resume : NULL, &r->before, err);
+    if (!status) say_plugins(r->config);
+  }
   if (!status && r->job->local_size != r->job->size) status = phx__run_dir_shared(r->config, r->job, err);
   return status;
 }
@@ -424,19 +448,6 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   return r.failed_exit;
 }
 
-static void say_plugin(const char *kind, const phx__plugin *p) {
-  char line[4400];
-  snprintf(line, sizeof line, "%s %s %s, ABI %u.%u, %s, sha256 %s", kind, p->descriptor->id, p->descriptor->version,
-           p->descriptor->table_major, p->descriptor->table_minor, p->path, p->sha256);
-  phx__log(0, "core", PHX_LOG_INFO, line);
-}
-
-static void say_chosen(const char *kind, const char *why) {
-  char line[400];
-  snprintf(line, sizeof line, "[%s] plugin = auto takes %s", kind, why);
-  if (*why) phx__log(0, "core", PHX_LOG_INFO, line);
-}
-
 /* What --resume names, before anything is touched. */
 static phx_status check_resume(const phx__config *config, const char *asked, phx__resume *out, phx_error *err) {
   phx__prepared *p = NULL;
@@ -463,12 +474,7 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
     fprintf(stderr, "phalanx: %s\n", err.message);
     return refusal;
   }
-  say_plugin("strategy", config->strategy.plugin);
-  say_plugin("device", config->device.plugin);
-  say_plugin("comm", config->comm.plugin);
-  say_plugin("model", config->model.plugin);
-  say_chosen("device", config->device_why);
-  say_chosen("comm", config->comm_why);
+  say_plugins(config);
   bool restarted = false;
   const bool launch = config->s.run.ranks > 1 || config->s.run.max_restarts > 0;
   const int exit_status = launch ? phx__restart_run(config, argv, &restarted) : phx__train_rank(config, resume);

@@ -38,7 +38,6 @@ typedef struct phx__cpu {
   int64_t scratch_bytes;
   int32_t page_size_logged;
   int32_t bf16; /* the processor multiplies bf16 */
-  int32_t bf16_logged;
   phx__cpu_matmuls *matmuls; /* product_bf16.c; NULL before the first product */
   const phx__cpu_kernels *kernels;
   char name[96];
@@ -80,6 +79,7 @@ void phx__cpu_product_bf16_end(phx__cpu *cpu); /* frees what it keeps */
 void phx__cpu_product_version(int32_t version[3]);
 /* [main] before the first product of the process: keeps oneDNN at PHX__CPU_BASE or PHX__CPU_AVX2. */
 phx_status phx__cpu_product_isa(int32_t isa, phx_error *err);
+int32_t phx__cpu_product_has_bf16(void); /* does oneDNN use the processor's bf16 instructions?  Settles its limit. */
 
 /* Fills err (may be NULL) and returns code. */
 phx_status phx__cpu_fail(phx_error *err, phx_status code, const char *format, ...)

@@ -40,3 +40,7 @@ phx_status phx__cpu_product_isa(int32_t isa, phx_error *err) {
                        "cpu: PHALANX_ISA comes too late: oneDNN already computes with more in this process (isa 0x%x)",
                        (unsigned)dnnl_get_effective_cpu_isa());
 }
+
+int32_t phx__cpu_product_has_bf16(void) {
+  return ((int)dnnl_get_effective_cpu_isa() & (int)dnnl_cpu_isa_avx512_core_bf16) == (int)dnnl_cpu_isa_avx512_core_bf16;
+}

@@ -167,13 +167,6 @@ phx_status phx__cpu_begin(phx__cpu *cpu, int32_t dtype, phx_stream *s, phx_error
   if (dtype != PHX_F32 && dtype != PHX_BF16)
     return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: operations of dtype %d: this device computes in fp32 and bf16",
                          dtype);
-  if (dtype == PHX_BF16 && !cpu->bf16 && !cpu->bf16_logged) {
-    cpu->bf16_logged = 1;
-    if (cpu->host && cpu->host->log)
-      cpu->host->log(cpu->host->ctx, PHX_LOG_WARN,
-                     "this CPU has no bf16 instructions (or PHALANX_ISA forbids them): bf16 halves the memory of "
-                     "activations, not the time: products are widened to fp32");
-  }
   return phx__cpu_enter(cpu, s, err);
 }
 

@@ -225,6 +225,8 @@ static void device_free(phx_device_self *self, int32_t space, void *p, int64_t b
 }
 static int64_t device_driver_bytes(phx_device_self *self) { return phx__cuda_driver_bytes(&self->cuda); }
 
+static int32_t device_shared(const void *config) { return ((const phx__cuda_config *)config)->share; }
+
 static const phx_device_table table = {.struct_size = sizeof(phx_device_table),
                                        .probe = device_probe,
                                        .create = device_create,
@@ -234,7 +236,8 @@ static const phx_device_table table = {.struct_size = sizeof(phx_device_table),
                                        .alloc = device_alloc,
                                        .free = device_free,
                                        .driver_bytes = device_driver_bytes,
-                                       .count = device_count};
+                                       .count = device_count,
+                                       .shared = device_shared};
 
 #define MIB ((int64_t)1 << 20)
 static const char *const attention_choices[] = {"auto", "cudnn", "own", NULL};

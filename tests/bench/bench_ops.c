@@ -1,5 +1,6 @@
 /* tests/bench/bench_ops.c - the cpu device's operations against what they can be measured by: AdamW against memory
- * bandwidth, attention against the same without fusion, products against oneDNN called plainly. */
+ * bandwidth, attention against the same without fusion, products against oneDNN called plainly, and in bf16 against the
+ * same in fp32. */
 #include <dnnl.h>
 #include <math.h>
 #include <stdio.h>
@@ -15,6 +16,7 @@
 #include "../../plugins/cpu/simd.h"
 
 static const phx_ops *ops;
+static const phx_device *device;
 static char versions[64]; /* of oneDNN */
 
 static void must(phx_status status, const phx_error *err) {
@@ -245,7 +247,9 @@ static void bench_attention_memory(void) {
 typedef struct shape {
   int64_t n, ic, oc, ld; /* ld: of the rows of the output */
   int pass;              /* 0 forward, 1 input gradient, 2 weight gradient */
-  float *x, *w, *out;
+  int32_t dtype;         /* of x, w and out; the weight gradient is fp32 */
+  void *x, *w, *out;
+  float *dw;
 } shape;
 
 static double product_flops(const shape *s) {
@@ -256,14 +260,14 @@ static double op_seconds(const shape *s) {
   phx_error err = {.struct_size = sizeof err};
   const double start = bench_busy();
   if (s->pass == 0)
-    must(ops->linear(ops->ctx, PHX_F32, s->out, s->ld, NULL, s->x, s->w, NULL, s->n, s->ic, s->oc, 0, NULL, &err),
+    must(ops->linear(ops->ctx, s->dtype, s->out, s->ld, NULL, s->x, s->w, NULL, s->n, s->ic, s->oc, 0, NULL, &err),
          &err);
   if (s->pass == 1)
-    must(ops->linear_backward_input(ops->ctx, PHX_F32, s->x, s->out, s->ld, s->w, NULL, s->n, s->ic, s->oc,
+    must(ops->linear_backward_input(ops->ctx, s->dtype, s->x, s->out, s->ld, s->w, NULL, s->n, s->ic, s->oc,
                                     PHX_GRAD_WRITE, NULL, &err),
          &err);
   if (s->pass == 2)
-    must(ops->linear_backward_weight(ops->ctx, PHX_F32, s->w, NULL, s->out, s->ld, s->x, s->n, s->ic, s->oc,
+    must(ops->linear_backward_weight(ops->ctx, s->dtype, s->dw, NULL, s->out, s->ld, s->x, s->n, s->ic, s->oc,
                                      PHX_GRAD_WRITE, PHX_GRAD_WRITE, NULL, &err),
          &err);
   return bench_busy() - start;
@@ -273,7 +277,7 @@ static double plain_seconds(const shape *s) {
   const double start = bench_busy();
   if (s->pass == 0) dnnl_sgemm('N', 'T', s->n, s->oc, s->ic, 1, s->x, s->ic, s->w, s->ic, 0, s->out, s->oc);
   if (s->pass == 1) dnnl_sgemm('N', 'N', s->n, s->ic, s->oc, 1, s->out, s->oc, s->w, s->ic, 0, s->x, s->ic);
-  if (s->pass == 2) dnnl_sgemm('T', 'N', s->oc, s->ic, s->n, 1, s->out, s->oc, s->x, s->ic, 0, s->w, s->ic);
+  if (s->pass == 2) dnnl_sgemm('T', 'N', s->oc, s->ic, s->n, 1, s->out, s->oc, s->x, s->ic, 0, s->dw, s->ic);
   return bench_busy() - start;
 }
 
@@ -284,7 +288,28 @@ static double plain_rate(void *arg) {
   return product_flops(arg) / plain_seconds(arg);
 }
 
-static void bench_products(void) {
+static shape shape_of(int32_t dtype, int64_t n, int64_t weights, int64_t ic, int64_t ld) {
+  const int64_t wide = dtype == PHX_F32 ? 4 : 2;
+  return (shape){.n = n, .dtype = dtype, .x = bench_memory(n * ic * wide), .w = bench_memory(weights * wide),
+                 .out = bench_memory(n * ld * wide), .dw = bench_memory(weights * 4)};
+}
+
+/* Sizes of a layer, and fresh operands: the last pass overwrote one of them. */
+static void fill_shape(shape *s, const shape *from) {
+  const int64_t sizes[] = {s->n * s->ic, s->oc * s->ic, s->n * s->ld};
+  void *const to[] = {s->x, s->w, s->out};
+  const void *const same[] = {from->x, from->w, from->out};
+  static const float scales[] = {1.0f, 0.02f, 0.01f};
+  phx_error err = {.struct_size = sizeof err};
+  for (uint64_t i = 0; i < 3; i++)
+    if (s == from)
+      bench_fill(to[i], sizes[i], scales[i], i + 1);
+    else
+      must(device->cast(device->ctx, to[i], s->dtype, same[i], from->dtype, sizes[i], NULL, &err), &err);
+}
+
+/* Products as GPT-2 124M has them: in fp32 against oneDNN called plainly, in bf16 against the same in fp32. */
+static void bench_products(int32_t dtype) {
   enum { C = 768, V = 50257, VP = 50304, N = 1024 };
   static const struct {
     const char *name;
@@ -296,32 +321,34 @@ static void bench_products(void) {
                 {"products 4C to C", 4 * C, C, C, 12},
                 {"products head", C, V, VP, 1}};
   static const char *const passes[] = {"forward", "dX", "dW"};
-  if (!bench_wanted("products") && !bench_wanted("head")) return;
-  float *x = bench_memory(N * 4 * C * 4), *w = bench_memory((int64_t)V * C * 4),
-        *out = bench_memory((int64_t)N * VP * 4);
+  if (!bench_wanted("products") && !bench_wanted("head") && !bench_wanted("bf16")) return;
+  const int low = dtype == PHX_BF16;
+  const char *beside = low ? "cpu device, fp32" : versions;
+  shape full = shape_of(PHX_F32, N, (int64_t)V * C, 4 * C, VP), half = full;
+  if (low) half = shape_of(PHX_BF16, N, (int64_t)V * C, 4 * C, VP);
   double a = 0, b = 0, work = 0;
   int measured = 0;
   for (size_t i = 0; i < sizeof layers / sizeof *layers; i++)
     for (int pass = 0; pass < 3; pass++) {
       char name[64];
-      shape s = {N, layers[i].ic, layers[i].oc, layers[i].ld, pass, x, w, out};
-      snprintf(name, sizeof name, "%s, %s", layers[i].name, passes[pass]);
-      bench_line line = {.name = name, .a = "cpu device, M = 1024", .b = versions, .unit = "GFLOP/s", .divisor = 1e9};
-      bench_fill(x, N * s.ic, 1.0f, 1);
-      bench_fill(w, s.oc * s.ic, 0.02f, 2);
-      bench_fill(out, N * s.ld, 0.01f, 3);
-      bench_compare(&line, op_rate, &s, plain_rate, &s);
+      full.ic = half.ic = layers[i].ic, full.oc = half.oc = layers[i].oc, full.ld = half.ld = layers[i].ld;
+      full.pass = half.pass = pass;
+      snprintf(name, sizeof name, "%s%s, %s", low ? "bf16 " : "", layers[i].name, passes[pass]);
+      bench_line line = {.name = name, .a = low ? "cpu device, bf16, M = 1024" : "cpu device, M = 1024", .b = beside,
+                         .unit = "GFLOP/s", .divisor = 1e9};
+      if (!bench_wanted(name)) continue;
+      fill_shape(&full, &full);
+      if (low) fill_shape(&half, &full);
+      bench_compare(&line, op_rate, low ? &half : &full, low ? op_rate : plain_rate, &full);
       bench_print(&line);
-      if (!line.pairs) continue;
-      const double f = layers[i].times * product_flops(&s);
+      const double f = layers[i].times * product_flops(&full);
       measured++;
       work += f, a += f / line.rate_a, b += f / line.rate_b;
     }
   if (measured == 15)
-    bench_note(
-        "products",
-        "all of GPT-2 124M's (12 layers and the head, weighted): cpu device %.1f GFLOP/s, plain %s %.1f, ratio %.3f",
-        work / a / 1e9, versions, work / b / 1e9, b / a);
+    bench_note(low ? "bf16 products" : "products",
+               "all of GPT-2 124M's (12 layers and the head, weighted): cpu device%s %.1f GFLOP/s, %s %.1f, ratio %.3f",
+               low ? ", bf16," : "", work / a / 1e9, beside, work / b / 1e9, b / a);
 }
 
 int main(int argc, char **argv) {
@@ -330,6 +357,7 @@ int main(int argc, char **argv) {
   bench_init(argc, argv);
   must(device_ops_open(&d, bench_threads(), NULL, &err), &err);
   ops = d.ops;
+  device = d.device;
   const dnnl_version_t *v = dnnl_version();
   snprintf(versions, sizeof versions, "dnnl_sgemm %d.%d.%d", v->major, v->minor, v->patch);
   bench_note("device", "%s; %s", d.device->name, versions);
@@ -338,7 +366,8 @@ int main(int argc, char **argv) {
   bench_attention(1, 1, 1, 0.0); /* the strongest form short of fusion */
   bench_attention(4, 0, 3, 0.0); /* where the probabilities fit no cache */
   bench_attention_memory();
-  bench_products();
+  bench_products(PHX_F32);
+  bench_products(PHX_BF16);
   bench_note("fma peak", "%.1f GFLOP/s on one core, fp32, 10 chains of %d lanes", fma_peak(NULL) / 1e9, PHX__LANES);
   device_ops_close(&d);
   return bench_finish();

@@ -200,3 +200,27 @@ Test(precision, strategies_without_masters_are_refused, .timeout = 60) {
     }
   command_remove_dir(dir);
 }
+
+static void expect_cost(const char *dir, const char *command, const char *compute, const char *message) {
+  char set[64];
+  snprintf(set, sizeof set, "precision.compute=%s", compute);
+  command_result r = RUN(dir, 60, command, "run.ini", "-n", "2", "--set", "run.steps=1", "--set", set);
+  cr_expect_eq(r.status, 0, "%s", r.out);
+  const char *said = strstr(r.out, "bf16 instructions: products are widened to fp32: it saves memory and no time");
+  cr_expect_eq(said != NULL, message != NULL, "%s: %s", command, r.out);
+  cr_expect(!said || (strstr(r.out, message) && !strstr(said + 1, "bf16 instructions")), "%s", r.out);
+  command_free(&r);
+}
+
+/* Where the processor cannot multiply bf16, start-up says what it costs: once for all ranks, before a step. */
+Test(precision, start_up_says_what_bf16_costs, .timeout = 200) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bf16")) expect_cost(dir, "check", "bf16", NULL);
+  setenv("PHALANX_ISA", "base", 1);
+  expect_cost(dir, "check", "bf16", "warning: [precision] compute = bf16: ");
+  expect_cost(dir, "train", "bf16", "warning: [precision] compute = bf16: ");
+  expect_cost(dir, "check", "fp32", NULL);
+  command_remove_dir(dir);
+}

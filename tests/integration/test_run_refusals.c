@@ -166,13 +166,16 @@ Test(runs, samples_what_a_strategy_of_a_file_trained) {
   command_free(&r);
 }
 
-/* torchrun's variables with one rank: there is no launcher of ours, and the directory is made all the same. */
+/* torchrun's variables with one rank: there is no launcher of ours, so the rank makes the directory, and says what ours
+ * would have said. */
 Test(runs, rank_0_makes_the_directory_under_another_launcher) {
   command_result r =
       command_run(dir, 60,
                   (const char *const[]){"/usr/bin/env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1",
-                                        "MASTER_PORT=1", PHX_TEST_COMMAND, "train", "run.ini", "--steps", "2", NULL});
+                                        "MASTER_PORT=1", PHX_TEST_COMMAND, "train", "run.ini", "--steps", "2",
+                                        "--set", "precision.reduce=bf16", NULL});
   cr_assert_eq(r.status, 0, "%s", r.out);
+  cr_expect(strstr(r.out, "warning: [precision] reduce = bf16") && strstr(r.out, " core] device cpu "), "%s", r.out);
   command_free(&r);
   cJSON *json = training_json(dir, "out/run.json");
   cr_assert_not_null(training_get(json, "result"));

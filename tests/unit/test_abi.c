@@ -151,7 +151,7 @@ NO_TAIL(phx_job, exchange);
 
 /* ---- phalanx/provider.h: provisional, only without tail padding ---- */
 NO_TAIL(phx_ops, mean);
-NO_TAIL(phx_device_table, count);
+NO_TAIL(phx_device_table, cost);
 NO_TAIL(phx_comm_table, arena);
 NO_TAIL(phx_batch_shape, reserved0);
 NO_TAIL(phx_stage_memory, workspace);

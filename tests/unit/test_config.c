@@ -208,10 +208,22 @@ Test(config, automatic_plugins_on_gpus) {
   cr_expect_eq(c->s.run.deterministic, 0);
   cr_expect(strstr(report, "deterministic = auto comes to no on device cuda"), "%s", report);
   phx__config_free(c);
-  c = expect_good("[run]\nranks = 3\ndeterministic = yes\n" DATA GPUS);
+  c = expect_good("[run]\nranks = 3\ndeterministic = yes\n" DATA GPUS "[cuda]\nshare = yes\n");
   cr_expect_str_eq(c->s.comm.plugin, "shm");
-  cr_expect_str_eq(c->comm_why, "shm: 3 ranks share 2 devices");
+  cr_expect_str_eq(c->comm_why, "shm: 3 ranks may share 2 devices");
   cr_expect_eq(c->s.run.deterministic, 1);
+  phx__config_free(c);
+}
+
+/* A launcher that shows each of four ranks two of eight: the device refuses a second rank on one, so none is shared. */
+Test(config, each_rank_may_be_shown_its_own_gpus) {
+  const char *const variables[] = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"};
+  for (int i = 0; i < 5; i++) setenv(variables[i], i < 2 ? "3" : "4", 1);
+  phx__config *c = expect_good("[run]\nranks = 4\n" DATA GPUS);
+  cr_expect_str_eq(c->comm_why, "nccl: every rank has a GPU of its own");
+  phx__config_free(c);
+  c = expect_good("[run]\nranks = 4\n" DATA GPUS "[cuda]\nshare = yes\n");
+  cr_expect_str_eq(c->comm_why, "shm: 4 ranks may share 2 devices");
   phx__config_free(c);
 }
 

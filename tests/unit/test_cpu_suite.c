@@ -151,14 +151,25 @@ Test(cpu_suite, refuses_other_dtypes) {
   device_ops_close(&d);
 }
 
-/* What bf16 costs is said once, and only where the processor cannot multiply it. */
-Test(cpu_suite, says_what_bf16_costs) {
+/* What bf16 costs is told before a device is created, and only where the processor, or a limit, forbids its products.
+ * The device's name says the same. */
+static void expect_cost(const char *variable, const char *limit, int has) {
   device_ops d;
   phx_error err = {.struct_size = sizeof err};
-  uint16_t x[4] = {0};
-  cr_assert_eq(device_ops_open(&d, 1, "avx2", &err), PHX_OK);
-  for (int i = 0; i < 2; i++) cr_assert_eq(d.ops->add(d.ops->ctx, PHX_BF16, x, x, x, 4, NULL, &err), PHX_OK);
-  cr_expect_eq(d.fake.logs, 1);
-  cr_expect(strstr(d.fake.last_log, "no bf16 instructions"), "%s", d.fake.last_log);
+  if (variable) setenv(variable, limit, 1);
+  const phx_device_table *table = fake_host_plugin("phx_device_cpu.so")->table;
+  const char *cost = table->cost(PHX_BF16);
+  cr_expect_eq(!cost, has, "%s", cost ? cost : "no cost");
+  cr_expect(!cost || (strstr(cost, "bf16 instructions: products are widened to fp32") && strstr(cost, "saves memory and no time")), "%s",
+            cost);
+  cr_expect_null(table->cost(PHX_F32));
+  cr_assert_eq(device_ops_open(&d, 1, NULL, &err), PHX_OK, "%s", err.message);
+  cr_expect_eq(strstr(d.device->name, "with bf16") != NULL, has, "%s", d.device->name);
   device_ops_close(&d);
+}
+Test(cpu_suite, says_what_bf16_costs) { expect_cost("PHALANX_ISA", "avx2", 0); }
+Test(cpu_suite, says_what_a_limit_of_onednn_costs) { expect_cost("ONEDNN_MAX_CPU_ISA", "AVX512_CORE", 0); }
+Test(cpu_suite, bf16_costs_nothing_where_the_processor_has_it) {
+  __builtin_cpu_init();
+  expect_cost(NULL, NULL, __builtin_cpu_supports("avx512bf16") != 0);
 }

@@ -156,7 +156,9 @@ Test(cuda, a_rank_without_a_gpu_is_refused_unless_it_may_share, .timeout = 60) {
   fake_host_init(&r.fake, 2, 3);
   cr_assert_eq(rig_open(&r, 2, 3), PHX_UNSUPPORTED);
   cr_expect(strstr(r.err.message, "rank 2") && strstr(r.err.message, "share = yes"), "%s", r.err.message);
+  cr_expect_eq(r.table->shared(&r.config), 0); /* by which [comm] plugin = auto is chosen */
   r.config.share = 1;
+  cr_expect_eq(r.table->shared(&r.config), 1);
   cr_assert_eq(rig_open(&r, 2, 3), PHX_OK, "%s", r.err.message);
   cr_expect(strncmp(r.device->name, "cuda:0 ", 7) == 0, "%s", r.device->name);
   cr_expect(strstr(r.fake.last_log, "share this GPU"), "%s", r.fake.last_log);

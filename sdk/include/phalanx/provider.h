@@ -115,6 +115,12 @@ typedef struct phx_device_table {
   int64_t (*driver_bytes)(phx_device_self *self);
   /* [main] pure, optional: devices of this kind on this machine that ranks may use; missing: any number of ranks */
   int32_t (*count)(void);
+  /* [main] pure, optional: may several ranks compute on one device?  0: create refuses a second one, so that who comes
+   * past it has one of its own, however many each rank is shown.  Missing: they may. */
+  int32_t (*shared)(const void *config);
+  /* [main] pure, optional: what computing in a dtype that it offers costs on this machine, where that is not what one
+   * would expect: said at start, "compute = bf16: " before it.  NULL: nothing to say.  [static] */
+  const char *(*cost)(int32_t dtype);
 } phx_device_table;
 
 /* ==== communicator =================================================================================================

@@ -38,15 +38,22 @@ static void give(phx_device_self *self, int32_t space, void *p, int64_t bytes) {
 }
 
 #ifdef STUB_DEVICES
+typedef struct settings {
+  int32_t share;
+} settings;
+static const phx_option options[] = {PHX_BOOL(settings, share, "no", "Ranks may share a device.")};
 static int32_t stub_count(void) { return STUB_DEVICES; }
-#define STUB_COUNT stub_count
+static int32_t stub_shared(const void *config) { return ((const settings *)config)->share; }
+#define STUB_COUNT .count = stub_count, .shared = stub_shared
+#define STUB_OPTIONS .options = options, .n_options = 1, .option_stride = sizeof *options, .config_size = sizeof(settings)
 #else
-#define STUB_COUNT NULL
+#define STUB_COUNT .count = NULL
+#define STUB_OPTIONS .options = NULL
 #endif
 
 static const phx_device_table table = {.struct_size = sizeof table, .probe = probe, .create = create,
                                        .destroy = destroy, .device = device, .ops = ops, .alloc = take, .free = give,
-                                       .count = STUB_COUNT};
+                                       STUB_COUNT};
 static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_DEVICE), .id = STUB_ID,
-                                  .provides = STUB_PROVIDES, .table = &table};
+                                  .provides = STUB_PROVIDES, STUB_OPTIONS, .table = &table};
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }
