@@ -107,15 +107,21 @@ static phx_status load(rank_rig *rig, phx_error *err) {
   return phx__checkpoint_resume(rig->rt, "out", &at, err);
 }
 
-static void check_in(rank_rig *rig, const char *strategy, const char *out, const char *what,
-                     phx_status (*call)(rank_rig *, phx_error *)) {
+static void save_body(rank_rig *rig, void *arg) {
+  const char *strategy = arg;
   phx_error err = {.struct_size = sizeof err};
-  RIG_CHECK(rig, rank_rig_open(rig, strategy, out, &err) == PHX_OK, "%s", err.message);
-  check(rig, what, call);
+  RIG_CHECK(rig, rank_rig_open(rig, strategy, "out", &err) == PHX_OK, "%s", err.message);
+  check(rig, "save", save);
   rank_rig_close(rig);
 }
-static void save_body(rank_rig *rig, void *arg) { check_in(rig, arg, "out", "save", save); }
-static void load_body(rank_rig *rig, void *arg) { check_in(rig, arg, "out2", "load", load); }
+
+static void load_body(rank_rig *rig, void *arg) {
+  const char *strategy = arg;
+  phx_error err = {.struct_size = sizeof err};
+  RIG_CHECK(rig, rank_rig_open(rig, strategy, "out2", &err) == PHX_OK, "%s", err.message);
+  check(rig, "load", load);
+  rank_rig_close(rig);
+}
 
 static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   (void)err;
