@@ -147,14 +147,20 @@ static void run_ranks(const char *dir, int size, const char *strategy, void (*bo
   cr_assert(rank_rig_ranks(&run), "%s, %d ranks: %s", strategy, size, run.message);
 }
 
-static void across(const char *from, int from_ranks, const char *to, int to_ranks) {
-  char *dir = command_temp_dir(), path[512]; /* on a disk: direct I/O, where there is any */
-  struct stat st;
-  long long bytes = 0;
-  training_files(dir, large);
+/* A folder (on a disk: direct I/O, where there is any) with a checkpoint of the model in out. */
+static char *saved(const char *model, int ranks, const char *strategy) {
+  char *dir = command_temp_dir(), path[512];
+  training_files(dir, model);
   snprintf(path, sizeof path, "%s/out", dir);
   cr_assert_eq(mkdir(path, 0755), 0);
-  run_ranks(dir, from_ranks, from, save_body);
+  run_ranks(dir, ranks, strategy, save_body);
+  return dir;
+}
+
+static void across(const char *from, int from_ranks, const char *to, int to_ranks) {
+  char *dir = saved(large, from_ranks, from), path[512];
+  struct stat st;
+  long long bytes = 0;
   for (int r = 0; r < from_ranks; r++) {
     snprintf(path, sizeof path, "%s/out/checkpoints/step-00000000/rank-%05d.safetensors", dir, r);
     cr_assert_eq(stat(path, &st), 0);
@@ -167,11 +173,7 @@ static void across(const char *from, int from_ranks, const char *to, int to_rank
 }
 
 Test(checkpoint_memory, of_fsdp_as_it_was_saved, .timeout = 240) {
-  char *dir = command_temp_dir(), path[512];
-  training_files(dir, wide);
-  snprintf(path, sizeof path, "%s/out", dir);
-  cr_assert_eq(mkdir(path, 0755), 0);
-  run_ranks(dir, 2, "fsdp", save_body);
+  char *dir = saved(wide, 2, "fsdp");
   run_ranks(dir, 2, "fsdp", load_equal);
   command_remove_dir(dir);
 }
@@ -198,11 +200,7 @@ static long long command_peak(const char *dir, const char *const *argv) {
 /* Buffers to read and to write, the largest matrix (2.4 MB) twice, and the plugins' code; the weights are 21 MB. */
 enum { TOOLS = 16 << 20 };
 Test(checkpoint_memory, of_export_and_import, .timeout = 240) {
-  char *dir = command_temp_dir(), path[512];
-  training_files(dir, large);
-  snprintf(path, sizeof path, "%s/out", dir);
-  cr_assert_eq(mkdir(path, 0755), 0);
-  run_ranks(dir, 2, "fsdp", save_body);
+  char *dir = saved(large, 2, "fsdp"), path[512];
   const long long none = PEAK(dir, "ls", "out");
   const long long exported = PEAK(dir, "export", "out", "published") - none;
   const long long imported = PEAK(dir, "import", "published", "-o", "again") - none;
