@@ -12,8 +12,8 @@
 #include "status.h"
 #include "sys.h"
 
-/* So many ranges without a gap, and more is read ahead than was asked for.  Ranges of another layout are rarely so many
- * in a row, and what is read in vain is whole chunks. */
+/* So many ranges of one file without a gap, and no other file between them: then more is read ahead than was asked for.
+ * Ranges of another layout are rarely so many in a row, and what is read in vain is whole chunks. */
 enum { IN_ORDER = 3 };
 
 phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, phx__stream *stream,
@@ -130,6 +130,8 @@ void phx__checkpoint_reader_close(phx__checkpoint_reader *r) {
 static phx_status open_file(phx__checkpoint_reader *r, uint32_t file, phx__checked_file **out, phx_error *err) {
   phx_status status = PHX_OK;
   *out = &r->files[file];
+  if (r->current && r->current != *out) r->current->in_order = 0; /* its buffers are wanted for another file */
+  r->current = *out;
   if (!(*out)->at.path) status = phx__checked_open(r->dir, &r->manifest->files[file], r->stream, *out, err);
   return status;
 }

@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "checkpoint_agree.h"
@@ -306,50 +305,14 @@ static phx_status gather_tables(phx__save *s, phx_error *err) {
   return rt->core->all_gather(rt->core->ctx, t->mine, t->all, t->stride, PHX_U8, NULL, err);
 }
 
-typedef struct pair_sink {
-  phx__manifest *manifest;
-  phx_status status;
-  phx_error *err;
-} pair_sink;
-static void add_pair(void *arg, const char *section, const char *key, const char *value, const char *source) {
-  pair_sink *sink = arg;
-  (void)source;
-  if (!sink->status) sink->status = phx__manifest_add_config(sink->manifest, section, key, value, sink->err);
-}
-
-static phx_status add_plugin(phx__manifest *m, const char *kind, const phx__plugin *p, phx_error *err) {
-  return phx__manifest_add_plugin(m, kind, p->descriptor->id, p->descriptor->version, p->sha256, err);
-}
-
 static phx_status describe_run(const phx__save *s, phx__manifest *m, phx_error *err) {
   const phx__runtime *rt = s->rt;
-  const phx__config *c = rt->config;
-  const phx_optim *optim = &rt->optim.table;
   char threads[24];
   phx_status status = PHX_OK;
-  pair_sink sink = {m, PHX_OK, err};
   m->step = s->at.step;
   m->samples = s->at.samples;
-  m->data_seed = m->generator_seed = (uint64_t)c->s.run.seed;
-  m->ranks = rt->job->size;
-  m->time = (int64_t)time(NULL);
-  m->n_states = optim->n_states;
-  m->optimizer = phx__strdup(optim->name);
-  bool whole = m->optimizer != NULL;
-  for (uint32_t i = 0; i < optim->n_states; i++) {
-    m->states[i].name = phx__strdup(optim->states[i].name);
-    m->states[i].dtype = optim->states[i].dtype;
-    whole = whole && m->states[i].name;
-  }
-  if (!whole) return phx__fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
   snprintf(threads, sizeof threads, "%d", rt->device->threads);
-  PHX__TRY(add_plugin(m, "strategy", c->strategy.plugin, err));
-  PHX__TRY(add_plugin(m, "model", c->model.plugin, err));
-  PHX__TRY(add_plugin(m, "device", c->device.plugin, err));
-  PHX__TRY(add_plugin(m, "comm", c->comm.plugin, err));
-  PHX__TRY(phx__manifest_set_model(m, rt->prepared->model, err));
-  phx__config_each(c, add_pair, &sink);
-  PHX__TRY(sink.status);
+  PHX__TRY(phx__checkpoint_describe(m, rt->config, &rt->optim.table, rt->prepared->model, rt->job->size, err));
   PHX__TRY(phx__manifest_add_identity(m, "phalanx", PHX__VERSION, err));
   PHX__TRY(phx__manifest_add_identity(m, "device", rt->device->name, err));
   PHX__TRY(phx__manifest_add_identity(m, "threads", threads, err));

@@ -12,6 +12,8 @@
 #define PHX__CHECKPOINT_H
 #include "runtime.h"
 
+struct phx__manifest; /* manifest.h */
+
 typedef struct phx__position { /* of the run, after a whole step */
   int64_t step;    /* updates made */
   int64_t samples; /* sequences consumed by them, all ranks together */
@@ -63,6 +65,11 @@ void phx__save_abandon(phx__save *save);
 /* [main][collective] All of the above at once.  bytes (or NULL): of all ranks' files. */
 phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx__position *at,
                                 const phx__retention *retention, int64_t *bytes, phx_error *err);
+
+/* Fills an empty manifest with what is known before any state is written: seeds, now, ranks, the optimizer and its states,
+ * plugins, the model, the effective configuration. */
+phx_status phx__checkpoint_describe(struct phx__manifest *m, const phx__config *config, const phx_optim *optim,
+                                    const phx_model *model, int32_t ranks, phx_error *err);
 
 /* ---- finding: plain file system work, no run needed ---- */
 enum { PHX__CHECKPOINT_NAME = 32, PHX__CHECKPOINT_PATH = 4096 };

@@ -131,15 +131,23 @@ static phx_status add_step(phx__checkpoint_list *list, size_t *room, int64_t ste
   return PHX_OK;
 }
 
+/* run_dir's directory of checkpoints and its path; *dir NULL: there is none. */
+static phx_status open_checkpoints(const char *run_dir, char path[PHX__CHECKPOINT_PATH], DIR **dir, phx_error *err) {
+  const phx_status status = checkpoints_path(run_dir, path, err);
+  if (status) return status;
+  *dir = opendir(path);
+  if (!*dir && errno != ENOENT && errno != ENOTDIR)
+    return phx__fail_errno(err, PHX_IO, errno, "cannot read the directory %s", path);
+  return PHX_OK;
+}
+
 phx_status phx__checkpoint_list_read(const char *run_dir, phx__checkpoint_list *out, phx_error *err) {
   char path[PHX__CHECKPOINT_PATH];
   phx__checkpoint_list list = {0};
   size_t room = 0;
-  phx_status status = checkpoints_path(run_dir, path, err);
+  DIR *dir = NULL;
+  phx_status status = open_checkpoints(run_dir, path, &dir, err);
   if (status) return status;
-  DIR *dir = opendir(path);
-  if (!dir && errno != ENOENT && errno != ENOTDIR)
-    return phx__fail_errno(err, PHX_IO, errno, "cannot read the directory %s", path);
   for (struct dirent *e; dir && !status && (e = readdir(dir));) {
     const int64_t step = step_of(e->d_name);
     if (step >= 0) status = add_step(&list, &room, step, err);
@@ -267,11 +275,9 @@ phx_status phx__checkpoint_retain(const char *run_dir, const phx__retention *ret
 phx_status phx__checkpoint_sweep(const char *run_dir, int64_t *removed, phx_error *err) {
   char path[PHX__CHECKPOINT_PATH], entry[PHX__CHECKPOINT_PATH], again[PHX__CHECKPOINT_NAME + 300];
   int64_t count = 0;
-  phx_status status = checkpoints_path(run_dir, path, err);
+  DIR *dir = NULL;
+  phx_status status = open_checkpoints(run_dir, path, &dir, err);
   if (status) return status;
-  DIR *dir = opendir(path);
-  if (!dir && errno != ENOENT && errno != ENOTDIR)
-    return phx__fail_errno(err, PHX_IO, errno, "cannot read the directory %s", path);
   for (struct dirent *e; dir && !status && (e = readdir(dir));) {
     if (!is_leftover(e->d_name)) continue;
     snprintf(again, sizeof again, "%s", e->d_name);

@@ -11,7 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "checkpoint_dir.h"
@@ -195,42 +194,11 @@ static phx_status find_tensors(import *in, phx_error *err) {
 }
 
 /* ---- the checkpoint ---- */
-typedef struct config_walk {
-  phx__manifest *m;
-  phx_status status;
-  phx_error *err;
-} config_walk;
-
-static void add_config(void *arg, const char *section, const char *key, const char *value, const char *source) {
-  config_walk *walk = arg;
-  (void)source;
-  if (!walk->status) walk->status = phx__manifest_add_config(walk->m, section, key, value, walk->err);
-}
-
 static phx_status fill_manifest(import *in, phx_error *err) {
-  const phx__config *c = in->config;
-  const phx__plugin *const plugins[] = {c->strategy.plugin, c->model.plugin, c->device.plugin, c->comm.plugin};
-  static const char *const kinds[] = {"strategy", "model", "device", "comm"};
   char text[32];
   phx__manifest *m = in->manifest = phx__manifest_create();
   if (!m) return phx__fail(err, PHX_NOMEM, "no memory for a manifest");
-  m->data_seed = m->generator_seed = (uint64_t)c->s.run.seed;
-  m->ranks = 1;
-  m->time = (int64_t)time(NULL);
-  m->optimizer = phx__strdup(in->optim.name);
-  phx_status status = m->optimizer ? PHX_OK : phx__fail(err, PHX_NOMEM, "no memory for a manifest");
-  for (uint32_t i = 0; i < in->optim.n_states && !status; i++) {
-    m->states[i] = (phx__manifest_state){phx__strdup(in->optim.states[i].name), PHX_F32};
-    m->n_states++;
-    if (!m->states[i].name) status = phx__fail(err, PHX_NOMEM, "no memory for a manifest");
-  }
-  for (int i = 0; i < 4 && !status; i++)
-    status = phx__manifest_add_plugin(m, kinds[i], plugins[i]->descriptor->id, plugins[i]->descriptor->version,
-                                      plugins[i]->sha256, err);
-  if (!status) status = phx__manifest_set_model(m, in->prepared->model, err);
-  config_walk walk = {m, status, err};
-  phx__config_each(c, add_config, &walk);
-  status = walk.status;
+  phx_status status = phx__checkpoint_describe(m, in->config, &in->optim, in->prepared->model, 1, err);
   snprintf(text, sizeof text, "%" PRIu32, in->file->n);
   if (!status) status = phx__manifest_add_identity(m, "imported_tensors", text, err);
   return status;

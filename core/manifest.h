@@ -172,6 +172,7 @@ typedef struct phx__checkpoint_reader {
   char *dir;
   phx__manifest *manifest;
   phx__checked_file *files; /* (n_files) */
+  phx__checked_file *current; /* the last that was read, or NULL */
   phx__stream *stream;
   int64_t ahead; /* blocks that will be asked for behind those of the next call, into the memory behind its, which
                     takes the number away; 0 is fine */

@@ -103,6 +103,19 @@ static void nowhere(reader *r) {
   if (!r->status) r->where[0] = 0;
 }
 
+/* Each element of a list (NULL after a failure) into the next of an array, which is counted on. */
+typedef void read_element(reader *r, void *element, const cJSON *item);
+static void each(reader *r, const char *name, const cJSON *items, void *array, size_t bytes, uint32_t *n,
+                 read_element *read) {
+  const cJSON *item;
+  cJSON_ArrayForEach(item, items) {
+    at(r, name, *n);
+    if (r->status) return;
+    read(r, (char *)array + bytes * (*n)++, item);
+  }
+  nowhere(r);
+}
+
 /* ---- members in their order ---- */
 static void read_plugin(reader *r, phx__manifest *m, const cJSON *item, const char *kind) {
   if (r->status) return;
@@ -158,7 +171,18 @@ static void read_head(reader *r, phx__manifest *m, const cJSON *root) {
   m->generator_seed = seed(r, generator, "seed");
 }
 
-static void read_param(reader *r, phx__manifest_param *p, const cJSON *item) {
+static void read_unit(reader *r, void *element, const cJSON *item) {
+  phx__manifest_unit *u = element;
+  object_of(r, item, "it", 2);
+  u->name = copy(r, item, "name");
+  const cJSON *blocks = list(r, item, "blocks", PHX_FLATS, 0, NULL);
+  for (int f = 0; f < PHX_FLATS && !r->status; f++)
+    if (!phx__json_integer(cJSON_GetArrayItem(blocks, f), 0, PHX__JSON_INTEGER_MOST, &u->blocks[f]))
+      bad(r, "blocks", "is not a pair of counts");
+}
+
+static void read_param(reader *r, void *element, const cJSON *item) {
+  phx__manifest_param *p = element;
   const cJSON *dim;
   object_of(r, item, "it", 6);
   p->name = copy(r, item, "name");
@@ -173,44 +197,27 @@ static void read_param(reader *r, phx__manifest_param *p, const cJSON *item) {
 }
 
 static void read_model(reader *r, phx__manifest *m, const cJSON *root) {
-  const cJSON *model = member(r, root, "model"), *item;
+  const cJSON *model = member(r, root, "model");
   object_of(r, model, "model", 2);
   const cJSON *units = list(r, model, "units", PHX__MANIFEST_UNITS_MOST, sizeof *m->units, (void **)&m->units);
-  cJSON_ArrayForEach(item, units) {
-    at(r, "units", m->n_units);
-    if (r->status) return;
-    phx__manifest_unit *u = &m->units[m->n_units++];
-    object_of(r, item, "it", 2);
-    u->name = copy(r, item, "name");
-    const cJSON *blocks = list(r, item, "blocks", PHX_FLATS, 0, NULL);
-    for (int f = 0; f < PHX_FLATS && !r->status; f++)
-      if (!phx__json_integer(cJSON_GetArrayItem(blocks, f), 0, PHX__JSON_INTEGER_MOST, &u->blocks[f]))
-        bad(r, "blocks", "is not a pair of counts");
-  }
-  nowhere(r);
+  each(r, "units", units, m->units, sizeof *m->units, &m->n_units, read_unit);
   const cJSON *params = list(r, model, "params", PHX__MANIFEST_PARAMS_MOST, sizeof *m->params, (void **)&m->params);
-  cJSON_ArrayForEach(item, params) {
-    at(r, "params", m->n_params);
-    if (r->status) return;
-    read_param(r, &m->params[m->n_params++], item);
-  }
-  nowhere(r);
+  each(r, "params", params, m->params, sizeof *m->params, &m->n_params, read_param);
+}
+
+static void read_state(reader *r, void *element, const cJSON *item) {
+  phx__manifest_state *s = element;
+  object_of(r, item, "it", 2);
+  s->name = copy(r, item, "name");
+  s->dtype = dtype(r, item);
 }
 
 static void read_optimizer(reader *r, phx__manifest *m, const cJSON *root) {
-  const cJSON *optimizer = member(r, root, "optimizer"), *item;
+  const cJSON *optimizer = member(r, root, "optimizer");
   object_of(r, optimizer, "optimizer", 2);
   m->optimizer = copy(r, optimizer, "name");
   const cJSON *states = list(r, optimizer, "states", PHX_OPTIM_STATES_MAX, 0, NULL);
-  cJSON_ArrayForEach(item, states) {
-    at(r, "states", m->n_states);
-    if (r->status) return;
-    phx__manifest_state *s = &m->states[m->n_states++];
-    object_of(r, item, "it", 2);
-    s->name = copy(r, item, "name");
-    s->dtype = dtype(r, item);
-  }
-  nowhere(r);
+  each(r, "states", states, m->states, sizeof *m->states, &m->n_states, read_state);
 }
 
 static void read_pairs(reader *r, phx__manifest *m, const cJSON *section, bool identity) {
@@ -234,7 +241,8 @@ static void read_config(reader *r, phx__manifest *m, const cJSON *root) {
   read_pairs(r, m, identity, true);
 }
 
-static void read_file(reader *r, phx__manifest_file *f, const cJSON *item) {
+static void read_file(reader *r, void *element, const cJSON *item) {
+  phx__manifest_file *f = element;
   const cJSON *chunk;
   int64_t i = 0;
   object_of(r, item, "it", 3);
@@ -261,58 +269,45 @@ static int32_t kind(reader *r, const cJSON *item) {
   return 0;
 }
 
-static void read_slice(reader *r, phx__manifest_slice *s, const cJSON *item) {
-  object_of(r, item, "it", 9);
-  s->kind = kind(r, item);
-  s->index = (uint32_t)integer(r, item, "index", 0, PHX_OPTIM_STATES_MAX - 1);
-  s->unit = (uint32_t)integer(r, item, "unit", 0, PHX__MANIFEST_UNITS_MOST);
-  s->flat = (uint32_t)integer(r, item, "flat", 0, PHX_FLATS - 1);
-  s->first_block = integer(r, item, "first_block", 0, PHX__JSON_INTEGER_MOST);
-  s->blocks = integer(r, item, "blocks", 1, PHX__JSON_INTEGER_MOST);
-  s->dtype = dtype(r, item);
-  s->file = (uint32_t)integer(r, item, "file", 0, PHX__MANIFEST_FILES_MOST);
-  s->offset = integer(r, item, "offset", 0, PHX__JSON_INTEGER_MOST);
+/* What slices and privates have in common. */
+static phx__manifest_slice place(reader *r, const cJSON *item) {
+  return (phx__manifest_slice){.unit = (uint32_t)integer(r, item, "unit", 0, PHX__MANIFEST_UNITS_MOST),
+                               .flat = (uint32_t)integer(r, item, "flat", 0, PHX_FLATS - 1),
+                               .first_block = integer(r, item, "first_block", 0, PHX__JSON_INTEGER_MOST),
+                               .blocks = integer(r, item, "blocks", 1, PHX__JSON_INTEGER_MOST),
+                               .dtype = dtype(r, item),
+                               .file = (uint32_t)integer(r, item, "file", 0, PHX__MANIFEST_FILES_MOST),
+                               .offset = integer(r, item, "offset", 0, PHX__JSON_INTEGER_MOST)};
 }
 
-static void read_private(reader *r, phx__manifest_private *s, const cJSON *item) {
+static void read_slice(reader *r, void *element, const cJSON *item) {
+  phx__manifest_slice *s = element;
+  object_of(r, item, "it", 9);
+  *s = place(r, item);
+  s->kind = kind(r, item);
+  s->index = (uint32_t)integer(r, item, "index", 0, PHX_OPTIM_STATES_MAX - 1);
+}
+
+static void read_private(reader *r, void *element, const cJSON *item) {
+  phx__manifest_private *s = element;
   object_of(r, item, "it", 9);
   const char *name = text(r, item, "name");
   if (strlen(name) >= sizeof s->name) bad(r, "name", "is too long");
   else memcpy(s->name, name, strlen(name) + 1);
   s->rank = (int32_t)integer(r, item, "rank", 0, PHX_RANKS_MAX - 1);
-  s->unit = (uint32_t)integer(r, item, "unit", 0, PHX__MANIFEST_UNITS_MOST);
-  s->flat = (uint32_t)integer(r, item, "flat", 0, PHX_FLATS - 1);
-  s->first_block = integer(r, item, "first_block", 0, PHX__JSON_INTEGER_MOST);
-  s->blocks = integer(r, item, "blocks", 1, PHX__JSON_INTEGER_MOST);
-  s->dtype = dtype(r, item);
-  s->file = (uint32_t)integer(r, item, "file", 0, PHX__MANIFEST_FILES_MOST);
-  s->offset = integer(r, item, "offset", 0, PHX__JSON_INTEGER_MOST);
+  const phx__manifest_slice p = place(r, item);
+  s->unit = p.unit, s->flat = p.flat, s->first_block = p.first_block, s->blocks = p.blocks;
+  s->dtype = p.dtype, s->file = p.file, s->offset = p.offset;
 }
 
 static void read_files(reader *r, phx__manifest *m, const cJSON *root) {
-  const cJSON *item;
   const cJSON *files = list(r, root, "files", PHX__MANIFEST_FILES_MOST, sizeof *m->files, (void **)&m->files);
-  cJSON_ArrayForEach(item, files) {
-    at(r, "files", m->n_files);
-    if (r->status) return;
-    read_file(r, &m->files[m->n_files++], item);
-  }
-  nowhere(r);
+  each(r, "files", files, m->files, sizeof *m->files, &m->n_files, read_file);
   const cJSON *slices = list(r, root, "slices", PHX__MANIFEST_SLICES_MOST, sizeof *m->slices, (void **)&m->slices);
-  cJSON_ArrayForEach(item, slices) {
-    at(r, "slices", m->n_slices);
-    if (r->status) return;
-    read_slice(r, &m->slices[m->n_slices++], item);
-  }
-  nowhere(r);
+  each(r, "slices", slices, m->slices, sizeof *m->slices, &m->n_slices, read_slice);
   const cJSON *privates = list(r, root, "private", PHX__MANIFEST_SLICES_MOST, sizeof *m->privates,
                                (void **)&m->privates);
-  cJSON_ArrayForEach(item, privates) {
-    at(r, "private", m->n_privates);
-    if (r->status) return;
-    read_private(r, &m->privates[m->n_privates++], item);
-  }
-  nowhere(r);
+  each(r, "private", privates, m->privates, sizeof *m->privates, &m->n_privates, read_private);
 }
 
 /* ---- the text ---- */

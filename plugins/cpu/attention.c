@@ -425,27 +425,30 @@ static phx_status check(int64_t b, int64_t t, int64_t c, int64_t heads, phx_erro
   return PHX_OK;
 }
 
-static job describe(int32_t dtype, int64_t t, int64_t c, int64_t heads, void *scratch) {
-  const int64_t d = c / heads;
-  return (job){.t = t,
-               .c = c,
-               .heads = heads,
-               .d = d,
-               .bytes = (int64_t)phx_dtype_bytes(dtype),
-               .scale = (float)(1.0 / sqrt((double)d)),
-               .dtype = dtype,
-               .scratch = scratch};
-}
-
-phx_status phx__cpu_attention(void *ctx, int32_t dtype, void *out, float *lse, const void *qkv, int64_t b, int64_t t,
-                              int64_t c, int64_t heads, phx_stream *s, phx_error *err) {
-  phx__cpu *cpu = ctx;
+static phx_status begin(phx__cpu *cpu, int32_t dtype, int64_t b, int64_t t, int64_t c, int64_t heads, phx_stream *s,
+                        job *out, phx_error *err) {
   void *scratch = NULL;
   phx_status status = check(b, t, c, heads, err);
   if (status == PHX_OK) status = phx__cpu_begin(cpu, dtype, s, err);
   if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
-  job a = describe(dtype, t, c, heads, scratch);
+  *out = (job){.t = t,
+               .c = c,
+               .heads = heads,
+               .d = c / heads,
+               .bytes = (int64_t)phx_dtype_bytes(dtype),
+               .scale = (float)(1.0 / sqrt((double)(c / heads))),
+               .dtype = dtype,
+               .scratch = scratch};
+  return PHX_OK;
+}
+
+phx_status phx__cpu_attention(void *ctx, int32_t dtype, void *out, float *lse, const void *qkv, int64_t b, int64_t t,
+                              int64_t c, int64_t heads, phx_stream *s, phx_error *err) {
+  phx__cpu *cpu = ctx;
+  job a;
+  const phx_status status = begin(cpu, dtype, b, t, c, heads, s, &a, err);
+  if (status != PHX_OK) return status;
   a.qkv = qkv, a.new_out = out, a.new_lse = lse;
   phx__cpu_parallel(cpu, b * heads * forward_groups(&a), 1, forward_items, &a);
   return PHX_OK;
@@ -455,12 +458,9 @@ phx_status phx__cpu_attention_backward(void *ctx, int32_t dtype, void *dqkv, con
                                        const void *out, const float *lse, float *work, int64_t b, int64_t t, int64_t c,
                                        int64_t heads, phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
-  void *scratch = NULL;
-  phx_status status = check(b, t, c, heads, err);
-  if (status == PHX_OK) status = phx__cpu_begin(cpu, dtype, s, err);
-  if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
+  job a;
+  const phx_status status = begin(cpu, dtype, b, t, c, heads, s, &a, err);
   if (status != PHX_OK) return status;
-  job a = describe(dtype, t, c, heads, scratch);
   a.qkv = qkv, a.out = out, a.lse = lse, a.dout = dout, a.dqkv = dqkv, a.work = work;
   phx__cpu_parallel(cpu, b * heads, 1, backward_items, &a);
   return PHX_OK;

@@ -6,10 +6,10 @@
  * and everything but the plan is freed at the end.  [main] */
 #ifdef PHX__CUDNN
 #include "attention_graph.h"
-#include <dlfcn.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include "library.h"
 
 enum { DESCRIPTORS = 192, OPERATIONS = 40, VIRTUAL = 100 /* the first id of tensors inside */, ENGINES = 16 };
 
@@ -32,12 +32,6 @@ typedef struct tensor {
 } tensor;
 
 /* ---- the library ---- */
-static int32_t find(void *library, const char *name, void *to) {
-  void *symbol = dlsym(library, name);
-  memcpy(to, &symbol, sizeof symbol);
-  return symbol != NULL;
-}
-
 int32_t phx__cudnn_open(phx__cudnn_api *api, char *reason, size_t size) {
   *api = (phx__cudnn_api){.library = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE)};
   if (!api->library) {
@@ -45,18 +39,24 @@ int32_t phx__cudnn_open(phx__cudnn_api *api, char *reason, size_t size) {
     snprintf(reason, size, "cuDNN 9 was not found (%s)", why ? why : "dlopen");
     return 0;
   }
-  const int32_t found = find(api->library, "cudnnGetVersion", &api->get_version) &
-                        find(api->library, "cudnnGetErrorString", &api->error_string) &
-                        find(api->library, "cudnnGetLastErrorString", &api->last_error) &
-                        find(api->library, "cudnnCreate", &api->create) &
-                        find(api->library, "cudnnDestroy", &api->destroy) &
-                        find(api->library, "cudnnSetStream", &api->set_stream) &
-                        find(api->library, "cudnnBackendCreateDescriptor", &api->descriptor_create) &
-                        find(api->library, "cudnnBackendDestroyDescriptor", &api->descriptor_destroy) &
-                        find(api->library, "cudnnBackendFinalize", &api->finalize) &
-                        find(api->library, "cudnnBackendSetAttribute", &api->set) &
-                        find(api->library, "cudnnBackendGetAttribute", &api->get) &
-                        find(api->library, "cudnnBackendExecute", &api->execute);
+  const struct {
+    const char *name;
+    void *to;
+  } functions[] = {{"cudnnGetVersion", &api->get_version},
+                   {"cudnnGetErrorString", &api->error_string},
+                   {"cudnnGetLastErrorString", &api->last_error},
+                   {"cudnnCreate", &api->create},
+                   {"cudnnDestroy", &api->destroy},
+                   {"cudnnSetStream", &api->set_stream},
+                   {"cudnnBackendCreateDescriptor", &api->descriptor_create},
+                   {"cudnnBackendDestroyDescriptor", &api->descriptor_destroy},
+                   {"cudnnBackendFinalize", &api->finalize},
+                   {"cudnnBackendSetAttribute", &api->set},
+                   {"cudnnBackendGetAttribute", &api->get},
+                   {"cudnnBackendExecute", &api->execute}};
+  int32_t found = 1;
+  for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
+    found &= phx__library_find(api->library, functions[i].name, functions[i].to);
   if (found) api->version = (int64_t)api->get_version();
   if (found && api->version >= PHX__CUDNN_LEAST) return 1;
   if (!found)

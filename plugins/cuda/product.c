@@ -12,11 +12,11 @@
  * The library is opened with the first device, not with the plugin: it is half a gigabyte, which `auto` would load on
  * every machine only to hear that there is no driver.  [main] */
 #include <cublasLt.h>
-#include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include "cuda.h"
+#include "library.h"
 
 /* ---- the library ---- */
 #define LIBRARY_NAME(major) "libcublasLt.so." #major
@@ -35,12 +35,6 @@ static struct {
 } blaslt;
 #undef FIELD
 
-static int32_t find(const char *name, void *to) {
-  void *symbol = dlsym(blaslt.library, name);
-  memcpy(to, &symbol, sizeof symbol);
-  return symbol != NULL;
-}
-
 static phx_status open_library(phx__cuda *cuda, phx_error *err) {
   static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* a process may make devices in several threads */
   phx_status status = PHX_OK;
@@ -54,7 +48,7 @@ static phx_status open_library(phx__cuda *cuda, phx_error *err) {
                          "cuBLASLt was not found (%s): install it with CUDA, or name its folder in LD_LIBRARY_PATH",
                          why ? why : PHX__CUBLASLT);
     }
-#define FIND(name) &find("cublasLt" #name, &blaslt.name)
+#define FIND(name) &phx__library_find(blaslt.library, "cublasLt" #name, &blaslt.name)
     else if (!(1 FUNCTIONS(FIND))) {
       blaslt.library = NULL;
       status = phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, PHX__CUBLASLT " lacks functions that this plugin needs");

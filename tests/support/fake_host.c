@@ -1,11 +1,11 @@
 /* A host for unit tests of plugins: see fake_host.h.  One thread but for log, which any thread may call. */
 #include "fake_host.h"
-#include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "plugin_file.h"
 #include "root.h"
 
 static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -68,17 +68,13 @@ void fake_host_init(fake_host *fake, int32_t rank, int32_t world_size) {
 }
 
 const phx_plugin *fake_host_plugin(const char *file) {
+  phx_error err = {.struct_size = sizeof err};
   char path[1024];
   snprintf(path, sizeof path, "%s/lib/phalanx/%s", test_root(), file);
-  void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  phx_plugin_entry *entry = NULL;
-  if (library) {
-    void *symbol = dlsym(library, PHX_ENTRY_SYMBOL);
-    memcpy(&entry, &symbol, sizeof entry);
-  }
-  if (!entry) {
-    fprintf(stderr, "%s: %s\n", path, dlerror());
+  const phx_plugin *plugin = plugin_file_open(path, &err);
+  if (!plugin) {
+    fprintf(stderr, "%s\n", err.message);
     abort();
   }
-  return entry();
+  return plugin;
 }

@@ -1,7 +1,6 @@
 /* fake_job.c - see fake_job.h.  Shared memory is one anonymous shared mapping made before the fork. */
 #include "fake_job.h"
 
-#include <dlfcn.h>
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
@@ -17,6 +16,8 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "plugin_file.h"
 
 typedef struct fake_memory {
   uint32_t failed;
@@ -221,15 +222,10 @@ static void apply_default(const phx_option *o, char *config) {
   }
 }
 const phx_plugin *fake_plugin_load(const char *path, void *config, size_t config_bytes) {
-  void *so = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  phx_plugin_entry *entry = NULL;
-  if (so) *(void **)(void *)&entry = dlsym(so, PHX_ENTRY_SYMBOL);
-  if (!entry) {
-    fprintf(stderr, "%s: %s\n", path, dlerror());
-    return NULL;
-  }
-  const phx_plugin *plugin = entry();
-  if (plugin->config_size > config_bytes) return NULL;
+  phx_error err = {.struct_size = sizeof err};
+  const phx_plugin *plugin = plugin_file_open(path, &err);
+  if (!plugin) fprintf(stderr, "%s\n", err.message);
+  if (!plugin || plugin->config_size > config_bytes) return NULL;
   memset(config, 0, config_bytes);
   for (uint32_t i = 0; i < plugin->n_options; i++) apply_default(&plugin->options[i], config);
   return plugin;

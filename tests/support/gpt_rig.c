@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "plain_ops.h"
+#include "plugin_file.h"
 
 enum { GUARD = 256 };
 
@@ -19,47 +20,13 @@ enum { GUARD = 256 };
     }                               \
   } while (0)
 
-static void config_set(const phx_plugin *plugin, void *values, const char *key, const char *text) {
-  for (uint32_t i = 0; i < plugin->n_options; i++) {
-    const phx_option *o =
-        (const phx_option *)(const void *)((const char *)plugin->options + (size_t)i * plugin->option_stride);
-    if (strcmp(o->name, key)) continue;
-    void *field = (char *)values + o->offset;
-    if (o->type == PHX_OPT_INT) {
-      *(int64_t *)field = strtoll(text, NULL, 10);
-    } else if (o->type == PHX_OPT_REAL) {
-      *(double *)field = strtod(text, NULL);
-    } else if (o->type == PHX_OPT_STRING) {
-      *(const char **)field = text;
-    } else if (o->type == PHX_OPT_ENUM) {
-      int32_t choice = 0;
-      while (o->choices[choice] && strcmp(o->choices[choice], text)) choice++;
-      MUST(o->choices[choice], "%s has no choice %s", key, text);
-      *(int32_t *)field = choice;
-    } else {
-      MUST(0, "option %s: type %u is not known here", key, o->type);
-    }
-    return;
-  }
-  MUST(0, "no option %s", key);
-}
-
 rig_config rig_config_make(const char *settings) {
+  phx_error err = {.struct_size = sizeof err};
   rig_config c = {.plugin = fake_host_plugin("phx_model_gpt.so")};
   c.values = calloc(1, c.plugin->config_size);
   c.text = strdup(settings);
   MUST(c.values && c.text, "out of memory");
-  for (uint32_t i = 0; i < c.plugin->n_options; i++) {
-    const phx_option *o =
-        (const phx_option *)(const void *)((const char *)c.plugin->options + (size_t)i * c.plugin->option_stride);
-    if (o->dflt) config_set(c.plugin, c.values, o->name, o->dflt);
-  }
-  for (char *at = strtok(c.text, " "); at; at = strtok(NULL, " ")) {
-    char *equals = strchr(at, '=');
-    MUST(equals, "%s: no value", at);
-    *equals = 0;
-    config_set(c.plugin, c.values, at, equals + 1);
-  }
+  MUST(plugin_file_config(c.plugin, c.text, c.values, &err) == PHX_OK, "%s", err.message);
   return c;
 }
 

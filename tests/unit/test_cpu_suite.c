@@ -160,8 +160,8 @@ static void expect_cost(const char *variable, const char *limit, int has) {
   const phx_device_table *table = fake_host_plugin("phx_device_cpu.so")->table;
   const char *cost = table->cost(PHX_BF16);
   cr_expect_eq(!cost, has, "%s", cost ? cost : "no cost");
-  cr_expect(!cost || (strstr(cost, "bf16 instructions: products are widened to fp32") && strstr(cost, "saves memory and no time")), "%s",
-            cost);
+  cr_expect(!cost || (strstr(cost, "bf16 instructions: products are widened to fp32") &&
+                      strstr(cost, "saves memory and no time")), "%s", cost);
   cr_expect_null(table->cost(PHX_F32));
   cr_assert_eq(device_ops_open(&d, 1, NULL, &err), PHX_OK, "%s", err.message);
   cr_expect_eq(strstr(d.device->name, "with bf16") != NULL, has, "%s", d.device->name);

@@ -3,7 +3,6 @@
  * TSan: run.
  * Links: cuda_double */
 #include <criterion/criterion.h>
-#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +14,7 @@
 #include "fake_host.h"
 #include "fake_job.h"
 #include "ops_suite.h"
+#include "plugin_file.h"
 #include "said.h"
 
 #define MIB ((int64_t)1 << 20)
@@ -35,14 +35,11 @@ typedef struct rig {
 } rig;
 
 static const phx_plugin *cuda_plugin(void) {
-  void *library = dlopen(PHX_TEST_BUILD "/lib/phalanx-emulated/phx_device_cuda.so", RTLD_NOW | RTLD_LOCAL);
-  cr_assert_not_null(library, "%s", dlerror());
-  void *symbol = dlsym(library, PHX_ENTRY_SYMBOL);
-  phx_plugin_entry *entry;
-  memcpy(&entry, &symbol, sizeof entry);
-  cr_assert_not_null(entry);
-  cr_assert_eq(entry()->config_size, sizeof(config));
-  return entry();
+  phx_error err = {.struct_size = sizeof err};
+  const phx_plugin *plugin = plugin_file_open(PHX_TEST_BUILD "/lib/phalanx-emulated/phx_device_cuda.so", &err);
+  cr_assert_not_null(plugin, "%s", err.message);
+  cr_assert_eq(plugin->config_size, sizeof(config));
+  return plugin;
 }
 
 static void use(int threads, int devices, int guard) {

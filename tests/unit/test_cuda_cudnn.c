@@ -12,6 +12,7 @@
 #include "cudnn_double.h"
 #include "fake_host.h"
 #include "ops_suite.h"
+#include "plugin_file.h"
 
 #define EMULATED PHX_TEST_BUILD "/lib/phalanx-emulated/"
 #define MIB ((int64_t)1 << 20)
@@ -109,17 +110,14 @@ static cudnn_double_state *open_double(void) {
 }
 
 static void rig_prepare(rig *r) {
-  void *library = dlopen(EMULATED "phx_device_cuda.so", RTLD_NOW | RTLD_LOCAL);
-  cr_assert_not_null(library, "%s", dlerror());
-  void *symbol = dlsym(library, PHX_ENTRY_SYMBOL);
-  phx_plugin_entry *entry;
-  memcpy(&entry, &symbol, sizeof entry);
-  cr_assert_not_null(entry);
-  cr_assert_eq(entry()->config_size, sizeof(config));
+  phx_error err = {.struct_size = sizeof err};
+  const phx_plugin *plugin = plugin_file_open(EMULATED "phx_device_cuda.so", &err);
+  cr_assert_not_null(plugin, "%s", err.message);
+  cr_assert_eq(plugin->config_size, sizeof(config));
   cuda_double_config c = cuda_double_defaults();
   c.threads = 0, c.devices = 1, c.guard = 0;
   cuda_double_configure(&c);
-  *r = (rig){.table = entry()->table, .cudnn = open_double(), .err = {.struct_size = sizeof(phx_error)}};
+  *r = (rig){.table = plugin->table, .cudnn = open_double(), .err = {.struct_size = sizeof(phx_error)}};
   fake_host_init(&r->fake, 0, 1);
 }
 

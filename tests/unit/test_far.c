@@ -1,7 +1,6 @@
 /* The test-only device `far` itself: the CPU cannot touch its memory, the compute stream is asynchronous, misuse is
  * found. Ends by signals are Criterion's to see, so this is not for the thread sanitizer's build. */
 #include <criterion/criterion.h>
-#include <dlfcn.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -9,6 +8,7 @@
 #include <unistd.h>
 
 #include "cpu_fixture.h"
+#include "plugin_file.h"
 
 typedef struct far_config {
   int64_t delay;
@@ -22,14 +22,11 @@ static phx_error err;
 
 static void open_far(void) {
   static const far_config config = {30};
-  void *library = dlopen(PHX_TEST_ONLY_PLUGINS "/phx_device_far.so", RTLD_NOW | RTLD_LOCAL);
-  cr_assert_not_null(library, "%s", dlerror());
-  void *symbol = dlsym(library, PHX_ENTRY_SYMBOL);
-  phx_plugin_entry *entry;
-  memcpy(&entry, &symbol, sizeof entry);
-  table = entry()->table;
-  fake_host_init(&fake, 0, 1);
   err = (phx_error){.struct_size = sizeof err};
+  const phx_plugin *plugin = plugin_file_open(PHX_TEST_ONLY_PLUGINS "/phx_device_far.so", &err);
+  cr_assert_not_null(plugin, "%s", err.message);
+  table = plugin->table;
+  fake_host_init(&fake, 0, 1);
   cr_assert_eq(table->create(&fake.host, &config, 1, &self, &err), PHX_OK, "%s", err.message);
   d = table->device(self);
 }

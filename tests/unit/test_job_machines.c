@@ -2,6 +2,7 @@
  * variables by which torchrun, mpirun and srun say it. */
 #include <arpa/inet.h>
 #include <criterion/criterion.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -87,84 +88,66 @@ Test(job, a_failure_reaches_other_machines, .timeout = 60) {
   job_ranks_run(4, one_is_killed);
 }
 
-static void refuses(const char *text) {
-  const phx_job *job = NULL;
-  phx_error err = PHX_ERROR_INIT;
-  cr_expect_eq(phx__job_open(1, &job, &err), PHX_INVALID);
-  cr_expect(strstr(err.message, text), "not '%s', but: %s", text, err.message);
+/* "NAME=value" is set, "NAME" alone taken away; the words stand between spaces. */
+static void change_variables(const char *changes) {
+  char text[400];
+  snprintf(text, sizeof text, "%s", changes);
+  for (char *rest, *word = strtok_r(text, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
+    char *value = strchr(word, '=');
+    if (value) *value++ = 0;
+    cr_assert_eq(value ? setenv(word, value, 1) : unsetenv(word), 0);
+  }
 }
 Test(job, several_machines_need_clear_variables, .timeout = 20) {
-  setenv("RANK", "1", 1);
-  setenv("WORLD_SIZE", "4", 1);
-  setenv("LOCAL_RANK", "1", 1);
-  setenv("LOCAL_WORLD_SIZE", "2", 1);
-  setenv("MASTER_PORT", "29500", 1);
-  cr_assert(phx__job_is_rank());
-  refuses("MASTER_ADDR is not set, and 2 of 4 ranks are on this machine");
-  setenv("MASTER_ADDR", "10.0.0.1", 1);
-  setenv("MASTER_PORT", "70000", 1);
-  refuses("MASTER_PORT=70000; expected a number from 1 to 65535");
-  unsetenv("LOCAL_WORLD_SIZE");
-  setenv("LOCAL_RANK", "0", 1);
-  refuses("set LOCAL_WORLD_SIZE");
-  unsetenv("WORLD_SIZE");
-  refuses("WORLD_SIZE");
-  unsetenv("RANK");
-  unsetenv("MASTER_PORT");
-  unsetenv("MASTER_ADDR");
-  setenv("SLURM_PROCID", "0", 1); /* a batch script of Slurm is no rank */
-  setenv("SLURM_NTASKS", "4", 1);
-  cr_expect_not(phx__job_is_rank());
-  setenv("SLURM_STEP_ID", "0", 1);
-  setenv("SLURM_LOCALID", "0", 1);
-  setenv("SLURM_NNODES", "2", 1);
-  refuses("SLURM_NODEID");
-  setenv("SLURM_NODEID", "1", 1);
-  refuses("SLURM_STEP_TASKS_PER_NODE=(nothing)");
-  setenv("SLURM_STEP_TASKS_PER_NODE", "4", 1);
-  refuses("SLURM_STEP_TASKS_PER_NODE=4");
-  setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2)", 1);
-  refuses("MASTER_ADDR is not set");
+  static const struct {
+    const char *changes, *refusal; /* one row after the other */
+  } rows[] = {{"RANK=1 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_PORT=29500",
+               "MASTER_ADDR is not set, and 2 of 4 ranks are on this machine"},
+              {"MASTER_ADDR=10.0.0.1 MASTER_PORT=70000", "MASTER_PORT=70000; expected a number from 1 to 65535"},
+              {"LOCAL_WORLD_SIZE LOCAL_RANK=0", "set LOCAL_WORLD_SIZE"},
+              {"WORLD_SIZE", "WORLD_SIZE"},
+              {"RANK MASTER_PORT MASTER_ADDR SLURM_PROCID=0 SLURM_NTASKS=4", NULL}, /* a batch script is no rank */
+              {"SLURM_STEP_ID=0 SLURM_LOCALID=0 SLURM_NNODES=2", "SLURM_NODEID"},
+              {"SLURM_NODEID=1", "SLURM_STEP_TASKS_PER_NODE=(nothing)"},
+              {"SLURM_STEP_TASKS_PER_NODE=4", "SLURM_STEP_TASKS_PER_NODE=4"},
+              {"SLURM_STEP_TASKS_PER_NODE=2(x2)", "MASTER_ADDR is not set"}};
+  for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    const phx_job *job = NULL;
+    phx_error err = PHX_ERROR_INIT;
+    change_variables(rows[i].changes);
+    if (i == 0) cr_assert(phx__job_is_rank());
+    if (!rows[i].refusal) {
+      cr_expect_not(phx__job_is_rank());
+      continue;
+    }
+    cr_expect_eq(phx__job_open(1, &job, &err), PHX_INVALID);
+    cr_expect(strstr(err.message, rows[i].refusal), "not '%s', but: %s", rows[i].refusal, err.message);
+  }
 }
 
-static void identity_is(const char *address, const char *port, int local_size) {
-  phx__identity me;
-  phx_error err = PHX_ERROR_INIT;
-  cr_assert_eq(phx__identity_read(&me, &err), PHX_OK, "%s", err.message);
-  cr_expect(me.several);
-  cr_expect_str_eq(me.address, address);
-  cr_expect_str_eq(me.port, port);
-  cr_expect_eq(me.local_size, local_size);
-}
 Test(job, where_machines_meet, .timeout = 20) {
-  setenv("SLURM_PROCID", "5", 1);
-  setenv("SLURM_NTASKS", "7", 1);
-  setenv("SLURM_STEP_ID", "0", 1);
-  setenv("SLURM_JOB_ID", "12", 1);
-  setenv("SLURM_LOCALID", "0", 1);
-  setenv("SLURM_NNODES", "4", 1);
-  setenv("SLURM_NODEID", "2", 1);
-  setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2),1,2", 1);
-  setenv("SLURM_STEP_NODELIST", "node[07-09,12],gpu1", 1);
-  identity_is("node07", "29500", 1);
-  setenv("SLURM_NODEID", "3", 1);
-  setenv("SLURM_STEP_NODELIST", "gpu1,gpu2", 1);
-  identity_is("gpu1", "29500", 2);
-  setenv("MASTER_ADDR", "10.0.0.9", 1);
-  setenv("MASTER_PORT", "1234", 1);
-  identity_is("10.0.0.9", "1234", 2);
-  setenv("RANK", "1", 1);
-  setenv("WORLD_SIZE", "4", 1);
-  setenv("LOCAL_RANK", "1", 1);
-  setenv("LOCAL_WORLD_SIZE", "3", 1);
-  identity_is("10.0.0.9", "1234", 3);
-  setenv("TORCHELASTIC_USE_AGENT_STORE", "True", 1); /* torchrun itself listens at MASTER_PORT */
-  identity_is("10.0.0.9", "1235", 3);
-  unsetenv("TORCHELASTIC_USE_AGENT_STORE");
-  setenv("OMPI_COMM_WORLD_RANK", "1", 1);
-  setenv("OMPI_COMM_WORLD_SIZE", "8", 1);
-  setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1", 1);
-  setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4", 1);
-  setenv("PMIX_NAMESPACE", "job-1", 1);
-  identity_is("10.0.0.9", "1234", 4);
+  static const struct {
+    const char *changes, *address, *port; /* one row after the other */
+    int local_size;
+  } rows[] = {{"SLURM_PROCID=5 SLURM_NTASKS=7 SLURM_STEP_ID=0 SLURM_JOB_ID=12 SLURM_LOCALID=0 SLURM_NNODES=4 "
+               "SLURM_NODEID=2 SLURM_STEP_TASKS_PER_NODE=2(x2),1,2 SLURM_STEP_NODELIST=node[07-09,12],gpu1",
+               "node07", "29500", 1},
+              {"SLURM_NODEID=3 SLURM_STEP_NODELIST=gpu1,gpu2", "gpu1", "29500", 2},
+              {"MASTER_ADDR=10.0.0.9 MASTER_PORT=1234", "10.0.0.9", "1234", 2},
+              {"RANK=1 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=3", "10.0.0.9", "1234", 3},
+              /* torchrun itself listens at MASTER_PORT */
+              {"TORCHELASTIC_USE_AGENT_STORE=True", "10.0.0.9", "1235", 3},
+              {"TORCHELASTIC_USE_AGENT_STORE OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=8 "
+               "OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=4 PMIX_NAMESPACE=job-1",
+               "10.0.0.9", "1234", 4}};
+  for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    phx__identity me;
+    phx_error err = PHX_ERROR_INIT;
+    change_variables(rows[i].changes);
+    cr_assert_eq(phx__identity_read(&me, &err), PHX_OK, "%s", err.message);
+    cr_expect(me.several);
+    cr_expect_str_eq(me.address, rows[i].address);
+    cr_expect_str_eq(me.port, rows[i].port);
+    cr_expect_eq(me.local_size, rows[i].local_size);
+  }
 }

@@ -94,6 +94,14 @@ static void begin(rank *r, const char *address, const char *port, int number, in
 static void go(rank *r) { cr_assert_eq(pthread_create(&r->thread, NULL, run_rank, r), 0); }
 static void end(rank *r) { cr_assert_eq(pthread_join(r->thread, NULL), 0); }
 
+/* Ranks 0 to n - 1 of n, all at once, from beginning to end. */
+static void everyone(rank *ranks, int n, phx_status (*body)(rank *)) {
+  char port[8];
+  free_port(port);
+  for (int i = 0; i < n; i++) begin(&ranks[i], "127.0.0.1", port, i, n, 30, body), go(&ranks[i]);
+  for (int i = 0; i < n; i++) end(&ranks[i]);
+}
+
 #define MUST_SAY(r, text) \
   cr_expect(strstr((r)->err.message, text), "rank %d says: %s", (r)->place.rank, (r)->err.message)
 
@@ -323,10 +331,7 @@ static phx_status fail_or_wait(rank *r) {
 }
 Test(tcp_store, a_failure_is_told_to_all, .timeout = 60) {
   rank ranks[4];
-  char port[8];
-  free_port(port);
-  for (int i = 0; i < 4; i++) begin(&ranks[i], "127.0.0.1", port, i, 4, 30, fail_or_wait), go(&ranks[i]);
-  for (int i = 0; i < 4; i++) end(&ranks[i]);
+  everyone(ranks, 4, fail_or_wait);
   for (int i = 0; i < 4; i++) {
     cr_expect_eq(ranks[i].status, PHX_COMM);
     MUST_SAY(&ranks[i], "the GPU fell off the bus");
@@ -469,10 +474,7 @@ static phx_status take_ways(rank *r) {
 }
 Test(tcp_store, different_meetings_are_named, .timeout = 60) {
   rank ranks[3];
-  char port[8];
-  free_port(port);
-  for (int i = 0; i < 3; i++) begin(&ranks[i], "127.0.0.1", port, i, 3, 30, take_ways), go(&ranks[i]);
-  for (int i = 0; i < 3; i++) end(&ranks[i]);
+  everyone(ranks, 3, take_ways);
   for (int i = 0; i < 3; i++) {
     cr_expect_eq(ranks[i].status, PHX_COMM);
     MUST_SAY(&ranks[i], "the ranks take different ways: rank 1 (");
@@ -487,8 +489,6 @@ static phx_status wrong_sizes(rank *r) {
 }
 Test(tcp_store, sizes_out_of_range_are_refused, .timeout = 60) {
   rank r;
-  char port[8];
-  free_port(port);
-  begin(&r, "127.0.0.1", port, 0, 1, 20, wrong_sizes), go(&r), end(&r);
+  everyone(&r, 1, wrong_sizes);
   cr_expect_eq(r.status, PHX_OK, "%s", r.err.message);
 }

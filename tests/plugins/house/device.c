@@ -45,7 +45,8 @@ static const phx_option options[] = {PHX_BOOL(settings, share, "no", "Ranks may 
 static int32_t stub_count(void) { return STUB_DEVICES; }
 static int32_t stub_shared(const void *config) { return ((const settings *)config)->share; }
 #define STUB_COUNT .count = stub_count, .shared = stub_shared
-#define STUB_OPTIONS .options = options, .n_options = 1, .option_stride = sizeof *options, .config_size = sizeof(settings)
+#define STUB_OPTIONS \
+  .options = options, .n_options = 1, .option_stride = sizeof *options, .config_size = sizeof(settings)
 #else
 #define STUB_COUNT .count = NULL
 #define STUB_OPTIONS .options = NULL
