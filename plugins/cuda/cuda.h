@@ -71,7 +71,7 @@ void phx__cuda_unpin(void *ctx, void *p);
 phx_status phx__cuda_bytes_in_use(const phx__cuda *cuda, int64_t *out, phx_error *err);
 
 /* ---- profile.c ---- */
-phx_status phx__cuda_profile_begin(phx__cuda *cuda, phx_error *err); /* behind phx__cuda_ops_init */
+phx_status phx__cuda_profile_begin(phx__cuda *cuda, phx_error *err); /* behind the tables: wraps them */
 void phx__cuda_profile_end(phx__cuda *cuda);                         /* says the result; the streams are still there */
 phx_status phx__cuda_profile_drain(phx__cuda *cuda, phx_error *err); /* waits for what is timed */
 

@@ -1,7 +1,9 @@
-/* plugins/cuda/profile.c - [cuda] profile = yes: milliseconds by kind of operation, said when the device closes.
+/* plugins/cuda/profile.c - [cuda] profile = yes: milliseconds by kind of work, said when the device closes.
  *
- * Each operation stands between two events of its stream, so what is counted is the time of its kernels and of the gaps
- * between them.  Events come from a pool made at create; when it is used up, [main] waits for them and reads them.
+ * Operations, and what else is given to a stream: copies, fills, casts, functions of the host.  Each stands between two
+ * events of its stream, so what is counted is the time of its kernels and of the gaps between them.  Kinds add up to a
+ * stream's time but for the host's delays; what other streams do beside it counts as well.  Communicators with streams
+ * of their own time themselves (PHX_DEVICE_TIMED).  Events come from a pool made at create; when it is used up, [main] waits for them and reads them.
  * [main] */
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +27,12 @@ enum {
   SGD,
   BLOCK_NORMS,
   MEAN,
+  COPY,
+  FILL,
+  CAST,
+  ACCUMULATE,
+  SCALE,
+  HOST_FUNCTION,
   KINDS
 };
 static const char *const names[KINDS] = {"linear",
@@ -41,7 +49,13 @@ static const char *const names[KINDS] = {"linear",
                                          "adamw",
                                          "sgd",
                                          "block_norms",
-                                         "mean"};
+                                         "mean",
+                                         "copy",
+                                         "fill",
+                                         "cast",
+                                         "accumulate",
+                                         "scale",
+                                         "host_function"};
 
 typedef struct pair {
   cudaEvent_t begin, end;
@@ -54,6 +68,7 @@ struct phx__cuda_profile {
   double ms[KINDS];
   int64_t calls[KINDS];
   phx_ops plain;
+  phx_device device; /* its calls, untimed */
 };
 
 phx_status phx__cuda_profile_drain(phx__cuda *cuda, phx_error *err) {
@@ -190,6 +205,32 @@ static phx_status timed_mean(void *ctx, double *out, const float *x, int64_t n, 
   return over(ctx, MEAN, s, plain(ctx)->mean(plain_ctx(ctx, s), out, x, n, s, err), err);
 }
 
+/* ---- around what else a stream is given ---- */
+static const phx_device *device(void *ctx) {
+  return &((phx__cuda *)ctx)->profile->device;
+}
+
+static phx_status timed_copy(void *ctx, void *dst, const void *src, int64_t bytes, phx_stream *s, phx_error *err) {
+  return over(ctx, COPY, s, device(ctx)->copy(plain_ctx(ctx, s), dst, src, bytes, s, err), err);
+}
+static phx_status timed_fill(void *ctx, void *dst, int64_t bytes, phx_stream *s, phx_error *err) {
+  return over(ctx, FILL, s, device(ctx)->zero(plain_ctx(ctx, s), dst, bytes, s, err), err);
+}
+static phx_status timed_cast(void *ctx, void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype, int64_t numel,
+                             phx_stream *s, phx_error *err) {
+  return over(ctx, CAST, s, device(ctx)->cast(plain_ctx(ctx, s), dst, dst_dtype, src, src_dtype, numel, s, err), err);
+}
+static phx_status timed_accumulate(void *ctx, float *acc, const float *x, int64_t numel, phx_stream *s,
+                                   phx_error *err) {
+  return over(ctx, ACCUMULATE, s, device(ctx)->add(plain_ctx(ctx, s), acc, x, numel, s, err), err);
+}
+static phx_status timed_scale(void *ctx, float *x, float by, int64_t numel, phx_stream *s, phx_error *err) {
+  return over(ctx, SCALE, s, device(ctx)->scale(plain_ctx(ctx, s), x, by, numel, s, err), err);
+}
+static phx_status timed_host_function(void *ctx, phx_stream *s, phx_stream_fn *fn, void *arg, phx_error *err) {
+  return over(ctx, HOST_FUNCTION, s, device(ctx)->enqueue(plain_ctx(ctx, s), s, fn, arg, err), err);
+}
+
 /* ---- life ---- */
 phx_status phx__cuda_profile_begin(phx__cuda *cuda, phx_error *err) {
   if (!cuda->config.profile) return PHX_OK;
@@ -197,6 +238,7 @@ phx_status phx__cuda_profile_begin(phx__cuda *cuda, phx_error *err) {
   if (!p) return phx__cuda_fail(cuda, err, PHX_NOMEM, "no memory for [cuda] profile");
   cuda->profile = p;
   p->plain = cuda->ops;
+  p->device = cuda->device;
   for (int32_t i = 0; i < PAIRS; i++) {
     phx_status status = phx__cuda_check(cuda, cudaEventCreate(&p->pairs[i].begin), "profile", err);
     if (status == PHX_OK) status = phx__cuda_check(cuda, cudaEventCreate(&p->pairs[i].end), "profile", err);
@@ -217,6 +259,13 @@ phx_status phx__cuda_profile_begin(phx__cuda *cuda, phx_error *err) {
   cuda->ops.sgd = timed_sgd;
   cuda->ops.block_norms = timed_block_norms;
   cuda->ops.mean = timed_mean;
+  cuda->device.copy = timed_copy;
+  cuda->device.zero = timed_fill;
+  cuda->device.cast = timed_cast;
+  cuda->device.add = timed_accumulate;
+  cuda->device.scale = timed_scale;
+  cuda->device.enqueue = timed_host_function;
+  cuda->device.caps |= PHX_DEVICE_TIMED;
   return PHX_OK;
 }
 

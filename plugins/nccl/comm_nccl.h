@@ -69,13 +69,15 @@ typedef struct ncx_world {
   const phx_job *job;
   const phx_device *device;
   ncx_config config;
-  int32_t cuda_device, version, deterministic;
+  int32_t cuda_device, version, deterministic, timed; /* timed: the device is, and so are calls */
   void *arena, *staging, *pinned;
   int64_t arena_bytes;
   ncx_lane *lanes[PHX_RANKS_MAX]; /* rank r's, config.communicators of them; all NULL on several hosts */
   ncx_comm *comms, *all;          /* all that are alive; the world's */
   uint64_t next_id;
   uint32_t slots; /* in use */
+  double ms[PHX_OPS]; /* timed: between a call's events, those of all communicators; under the lock */
+  int64_t ended[PHX_OPS];
   /* between threads */
   pthread_mutex_t lock;
   pthread_cond_t changed;

@@ -77,6 +77,7 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
   w->config = *(const ncx_config *)config;
   w->config.staging = phx_align_bytes(w->config.staging);
   w->deterministic = PHX_HAS(host, phx_host, deterministic) ? host->deterministic : 0;
+  w->timed = w->device && (w->device->caps & PHX_DEVICE_TIMED) != 0;
   w->next_id = 2;
   const phx_status status = ncx_world_open(w, arena_bytes, err);
   if (status == PHX_OK)

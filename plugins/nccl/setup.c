@@ -57,10 +57,11 @@ phx_status ncx_comm_new(ncx_world *w, int32_t slot, ncx_comm **out, phx_error *e
   c->next = w->comms;
   w->comms = c;
   pthread_mutex_unlock(&w->lock);
+  const unsigned flags = w->timed ? cudaEventDefault : cudaEventDisableTiming;
   cudaError_t code = cudaSuccess;
   for (int k = 0; k < NCX_PENDING && code == cudaSuccess; k++) {
-    code = cudaEventCreateWithFlags(&c->pending[k].begin, cudaEventDisableTiming);
-    if (code == cudaSuccess) code = cudaEventCreateWithFlags(&c->pending[k].end, cudaEventDisableTiming);
+    code = cudaEventCreateWithFlags(&c->pending[k].begin, flags);
+    if (code == cudaSuccess) code = cudaEventCreateWithFlags(&c->pending[k].end, flags);
   }
   if (code != cudaSuccess) {
     ncx_comm_free(c);
@@ -246,6 +247,17 @@ static void announce(const ncx_world *w) {
   w->host->log(w->host->ctx, PHX_LOG_INFO, text);
 }
 
+/* In the words of the device's own profile. */
+static void say_times(const ncx_world *w) {
+  for (int32_t op = 0; op < PHX_OPS; op++) {
+    char text[128];
+    if (!w->ended[op]) continue;
+    snprintf(text, sizeof text, "profile: comm_%s: %.3f ms in %lld calls", phx_op_name(op), w->ms[op],
+             (long long)w->ended[op]);
+    w->host->log(w->host->ctx, PHX_LOG_INFO, text);
+  }
+}
+
 phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes, phx_error *err) {
   phx_error own = {.struct_size = sizeof own};
   ncclUniqueId id;
@@ -266,6 +278,7 @@ phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes, phx_error *err) {
 void ncx_world_close(ncx_world *w) {
   while (w->comms) ncx_comm_free(w->comms); /* the world's is the oldest, and last */
   ncx_watch_end(w);
+  say_times(w);
   if (w->pinned) (void)cudaFreeHost(w->pinned);
   if (w->staging) (void)cudaFree(w->staging);
   if (w->arena) (void)ncclMemFree(w->arena);

@@ -226,9 +226,21 @@ phx_status ncx_wait(const ncx_call *call, phx_error *err) {
   return await(call, call->begin, call->end, err);
 }
 
+static void count_time(ncx_world *w, const ncx_pending *p) {
+  float ms = 0;
+  if (cudaEventElapsedTime(&ms, p->begin, p->end) != cudaSuccess) {
+    (void)cudaGetLastError(); /* it would stay for the next call; what failed is found elsewhere */
+    return;
+  }
+  w->ms[p->call.op] += (double)ms;
+  w->ended[p->call.op]++;
+}
+
 /* Under the lock: pending[tail] is over. */
 static void retire(ncx_comm *c) {
-  phx_kit_flight_end(c->world->job, c->pending[c->tail % NCX_PENDING].flight);
+  const ncx_pending *p = &c->pending[c->tail % NCX_PENDING];
+  phx_kit_flight_end(c->world->job, p->flight);
+  if (c->world->timed) count_time(c->world, p);
   c->tail++;
 }
 

@@ -152,7 +152,7 @@ void cuda_runs_checkpoints(const cuda_where *where) {
 void cuda_runs_profile(const cuda_where *where) {
   static const char *const kinds[] = {"linear", "linear_backward_input", "linear_backward_weight", "embedding",
                                       "embedding_backward", "layer_norm", "layer_norm_backward", "attention",
-                                      "attention_backward", "cross_entropy", "adamw"};
+                                      "attention_backward", "cross_entropy", "adamw", "copy", "block_norms"};
   char *dir = files(), line[80];
   words w = command(where, "train", "1", true);
   set(&w, "run.steps=2");

@@ -15,6 +15,7 @@
 #include "fake_job.h"
 #include "ops_suite.h"
 #include "plugin_file.h"
+#include "said.h"
 
 #define MIB ((int64_t)1 << 20)
 typedef struct config { /* as in plugins/cuda/cuda.h; its size is checked */
@@ -327,6 +328,48 @@ Test(cuda, algorithms_are_kept_by_shape, .timeout = 60) {
   r.table->free(r.self, PHX_SPACE_DEVICE, x, 4096);
   rig_close(&r);
 }
+
+/* ---- [cuda] profile ---- */
+/* All that a stream is given has a kind. */
+static void profiled(int threads) {
+  static const char *const kinds[] = {"copy", "fill", "cast", "accumulate", "scale", "adamw", "host_function"};
+  rig r = {.config = {.profile = 1}};
+  void *x;
+  phx_stream *s = NULL;
+  int list[8], n = 0;
+  note one = {list, &n, 0, 0};
+  use(threads, 1, 0);
+  cr_assert_eq(rig_open(&r, 0, 1), PHX_OK, "%s", r.err.message);
+  said_keep(&r.fake.host);
+  const phx_device *d = r.device;
+  float *f;
+  cr_expect(d->caps & PHX_DEVICE_TIMED);
+  DO(r.table->alloc(r.self, PHX_SPACE_DEVICE, 1 * MIB, &x, &r.err));
+  f = x;
+  DO(d->stream_create(d->ctx, "s", &s, &r.err));
+  for (int i = 0; i < 3; i++) {
+    DO(d->zero(d->ctx, f, 65536, s, &r.err));
+    DO(d->copy(d->ctx, f + 16384, f, 65536, s, &r.err));
+    DO(d->cast(d->ctx, f + 32768, PHX_BF16, f, PHX_F32, 16384, s, &r.err));
+    DO(d->add(d->ctx, f, f + 16384, 16384, s, &r.err));
+    DO(d->scale(d->ctx, f, 0.5f, 16384, s, &r.err));
+    DO(r.ops->adamw(r.ops->ctx, f, f + 16384, f + 32768, f + 49152, NULL, PHX_F32, 16384, 1, 1, 1, 1, 1, 1, 1, 1, s,
+                    &r.err));
+    DO(d->enqueue(d->ctx, s, write_note, &one, &r.err));
+  }
+  DO(d->stream_synchronize(d->ctx, s, &r.err));
+  d->stream_destroy(d->ctx, s);
+  r.table->free(r.self, PHX_SPACE_DEVICE, x, 1 * MIB);
+  rig_close(&r);
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+    long long calls;
+    const double ms = said_ms(kinds[i], &calls);
+    cr_expect_eq(calls, 3, "%s: %lld calls\n%s", kinds[i], calls, said());
+    cr_expect_geq(ms, i == 6 ? 3 * 1.9 : 0, "%s: %g ms", kinds[i], ms); /* the function sleeps for 2 ms */
+  }
+}
+Test(cuda, profile_has_a_kind_for_all_that_a_stream_is_given, .timeout = 60) { profiled(0); }
+Test(cuda, profile_of_stream_threads, .timeout = 60) { profiled(1); }
 
 /* ---- every call of the runtime fails once ---- */
 /* calls: of the runtime, before what was made is destroyed */

@@ -12,6 +12,7 @@
 #include <unistd.h>
 #include "comm_suite.h"
 #include "nccl_double.h"
+#include "said.h"
 
 typedef struct config { int64_t staging, communicators; int32_t registered, reserved0; } config; /* as comm_nccl.h */
 
@@ -174,6 +175,49 @@ Test(nccl, an_exchange_is_one_group, .timeout = 20) {
   run(3, 10, grouped);
   cr_expect_eq(control->groups, 3, "%d groups", control->groups);
   cr_expect_eq(control->operations, 3 * 4, "%d operations", control->operations);
+}
+
+/* ---- the time of calls, where the device is timed ---- */
+static void timed(fake_rank *rank) {
+  phx_comm *c = NULL, *half = NULL;
+  phx_error err = {.struct_size = sizeof err};
+  double value = 1;
+  const int is_timed = rank->arg != NULL;
+  enter(rank);
+  phx_device device = *rank->device;
+  if (is_timed) device.caps |= PHX_DEVICE_TIMED;
+  const phx_device *plain = rank->device;
+  rank->device = &device;
+  said_keep(&rank->host);
+  FAKE_CHECK(rank, table->create(&rank->host, &cfg, 1 << 20, &c, &err) == PHX_OK, "%s", err.message);
+  float *x = table->arena(c);
+  FAKE_CHECK(rank, c->split(c->ctx, 0, rank->job.rank, &half, &err) == PHX_OK, "%s", err.message);
+  for (int i = 0; i < 5; i++) { /* of both communicators, on the device and on the host */
+    FAKE_CHECK(rank, c->all_reduce(c->ctx, x, x, 1000, PHX_F32, PHX_SUM, NULL, &err) == PHX_OK, "%s", err.message);
+    FAKE_CHECK(rank, half->all_reduce(half->ctx, &value, &value, 1, PHX_F64, PHX_SUM, NULL, &err) == PHX_OK, "%s",
+               err.message);
+  }
+  FAKE_CHECK(rank, c->broadcast(c->ctx, x, 1000, PHX_F32, 0, NULL, &err) == PHX_OK, "%s", err.message);
+  table->destroy(c);
+  rank->device = plain;
+  leave(rank);
+  static const struct { const char *kind; int calls; } kinds[] = {
+      {"comm_all_reduce", 10}, {"comm_broadcast", 1}, {"comm_split", 1}, {"comm_barrier", 0}};
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+    long long calls;
+    const double ms = said_ms(kinds[i].kind, &calls);
+    FAKE_CHECK(rank, calls == (is_timed ? kinds[i].calls : 0), "%s: %lld calls\n%s", kinds[i].kind, calls, said());
+    FAKE_CHECK(rank, calls == 0 || ms > 0, "%s: %g ms", kinds[i].kind, ms);
+  }
+}
+Test(nccl, calls_are_timed_where_the_device_is, .timeout = 20) {
+  static fake_result result;
+  for (int is_timed = 0; is_timed < 2; is_timed++) {
+    load();
+    run_limited(2, 10, 10, timed, is_timed ? &result : NULL, &result);
+    cr_assert_eq(fake_job_report(&result, 2)[0], 0, "%s", fake_job_report(&result, 2));
+    nothing_left();
+  }
 }
 
 /* ---- joining ---- */

@@ -120,10 +120,16 @@ def rates(args):
             (line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("rate "))}
 
 
-def kinds_of_kernels(run):
-    """Milliseconds of a step by kind of operation, of a run with [cuda] profile = yes."""
-    found = re.findall(r"profile: (\w+): ([0-9.]+) ms", run["said"])
-    return {name: float(ms) / len(run["steps"]) for name, ms in found}
+def kinds_of_work(run):
+    """Milliseconds by kind of kernel, copy and collective, of a whole run with [cuda] profile = yes."""
+    return {name: float(ms) for name, ms in re.findall(r"profile: (\w+): ([0-9.]+) ms", run["said"])}
+
+
+def kinds_of_a_step(brief, long):
+    """Milliseconds of a step by kind: two runs differ by steps only, so their start and end do not count."""
+    before, after = kinds_of_work(brief), kinds_of_work(long)
+    steps = len(long["steps"]) - len(brief["steps"])
+    return {name: max(ms - before.get(name, 0), 0) / steps for name, ms in after.items()}
 
 
 def one_run(results, name, title, number, run):
@@ -185,14 +191,18 @@ def one_size(bench, size, micro, rate):
             f"{statistics.median(t['seconds'] for t in results) * 1e3:.1f}, {gib(results[0], 'peak')}; "
             + (f"{ratio:.3f}" if ratio else "ddp did not run"),
             asked, not asked or ratio >= 1.10)
+    few = max(args.steps // 3, 1)
     try:
-        profile = kinds_of_kernels(bench.phalanx(size, micro, "ddp", ["cuda.profile=yes"]))
+        brief, long = (bench.phalanx(size, micro, "ddp", ["cuda.profile=yes", f"run.steps={steps}"])
+                       for steps in (few, max(args.steps, few + 1)))
     except Failed as why:
         say(f"{size} profile", f"failed: {why}", "runs", False)
         return
-    total = sum(profile.values())
+    profile, step = kinds_of_a_step(brief, long), long["seconds"] * 1e3
     for name, ms in sorted(profile.items(), key=lambda x: -x[1]):
-        say(f"{size} ms of a step in {name}", f"{ms:.2f} ({100 * ms / total:.0f} %)")
+        say(f"{size} ms of a step in {name}", f"{ms:.2f} ({100 * ms / step:.0f} %)")
+    total = sum(profile.values())
+    say(f"{size} ms of a step in all of these, and the step", f"{total:.2f}, {step:.2f} ({100 * total / step:.0f} %)")
 
 
 def main():
