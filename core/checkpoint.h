@@ -66,8 +66,8 @@ void phx__save_abandon(phx__save *save);
 phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx__position *at,
                                 const phx__retention *retention, int64_t *bytes, phx_error *err);
 
-/* Fills an empty manifest with what is known before any state is written: seeds, now, ranks, the optimizer and its states,
- * plugins, the model, the effective configuration. */
+/* Fills an empty manifest with what is known before any state is written: seeds, now, ranks, the optimizer and its
+ * states, plugins, the model, the effective configuration. */
 phx_status phx__checkpoint_describe(struct phx__manifest *m, const phx__config *config, const phx_optim *optim,
                                     const phx_model *model, int32_t ranks, phx_error *err);
 

@@ -1,4 +1,5 @@
-/* core/checkpoint_describe.c - see checkpoint.h: what a manifest says of the run, before anything of its state.  [main] */
+/* core/checkpoint_describe.c - see checkpoint.h: what a manifest says of the run, before anything of its state.
+ * [main] */
 #include <string.h>
 #include <time.h>
 

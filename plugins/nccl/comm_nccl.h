@@ -11,6 +11,7 @@
 #define COMM_NCCL_H
 #include <cuda_runtime_api.h>
 #include <nccl.h>
+#include <phalanx/kit.h>
 #include <phalanx/kit_comm.h>
 #include <phalanx/provider.h>
 #include <pthread.h>
@@ -101,12 +102,11 @@ struct ncx_comm {
   uint64_t sends[PHX_RANKS_MAX], recvs[PHX_RANKS_MAX];
   uint64_t head, tail;          /* pending[tail..head), under the lock */
   uint32_t aborted;             /* atomic */
-  int64_t calls[PHX_OPS], bytes[PHX_OPS], wait_ns; /* atomics */
+  phx_kit_counters counters;
   ncx_pending pending[NCX_PENDING];
 };
 
 /* ---- nccl.c ---- */
-phx_status ncx_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 int64_t ncx_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
 
 /* ---- setup.c: the world, from nothing; a communicator's record ---- */

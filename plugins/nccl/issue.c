@@ -10,11 +10,6 @@
 
 #include "comm_nccl.h"
 
-static void count(ncx_comm *c, const ncx_call *call, int64_t payload) {
-  __atomic_fetch_add(&c->calls[call->op], 1, __ATOMIC_RELAXED);
-  if (payload) __atomic_fetch_add(&c->bytes[call->op], payload, __ATOMIC_RELAXED);
-}
-
 /* Does the device own it?  Pinned memory belongs to the host: NCCL would reach it slowly, or not at all. */
 static phx_status find_owner(ncx_world *w, const void *p, int32_t *host, phx_error *err) {
   struct cudaPointerAttributes at;
@@ -29,7 +24,8 @@ static phx_status find_owner(ncx_world *w, const void *p, int32_t *host, phx_err
   }
   *host = at.type == cudaMemoryTypeUnregistered || at.type == cudaMemoryTypeHost;
   if (!*host && at.device != w->cuda_device)
-    return ncx_fail(err, PHX_INVALID, "a buffer lies on device %d, and this rank's is %d", at.device, w->cuda_device);
+    return phx_kit_fail(err, PHX_INVALID, "a buffer lies on device %d, and this rank's is %d", at.device,
+                        w->cuda_device);
   return PHX_OK;
 }
 
@@ -89,8 +85,7 @@ phx_status ncx_end(ncx_call *call, ncx_pending *pending, phx_status status, phx_
   pthread_mutex_unlock(&w->lock);
   if (status == PHX_OK) {
     const int64_t payload = ncx_payload(call->op, call->numel, call->dtype, c->me, c->n, call->root);
-    count(c, call, payload);
-    if (c != w->all) count(w->all, call, payload);
+    phx_kit_count_call(&c->counters, &w->all->counters, call->op, payload);
     const int returns_done = call->src_host || call->dst_host || (call->op == PHX_OP_BARRIER && !call->s);
     return returns_done ? ncx_drain(c, c->head, err) : PHX_OK;
   }
@@ -118,27 +113,28 @@ static phx_status issue(ncx_call call, phx_stream *s, phx_error *err) {
 
 static phx_status check(const ncx_comm *c, int32_t op, int64_t numel, int32_t dtype, phx_error *err) {
   const int64_t element = (int64_t)phx_dtype_bytes(dtype);
-  if (element == 0) return ncx_fail(err, PHX_INVALID, "%s: %d is no dtype", phx_op_name(op), dtype);
+  if (element == 0) return phx_kit_fail(err, PHX_INVALID, "%s: %d is no dtype", phx_op_name(op), dtype);
   if (numel < 0 || numel > (INT64_MAX >> 2) / (element * c->n))
-    return ncx_fail(err, PHX_INVALID, "%s: %lld elements", phx_op_name(op), (long long)numel);
+    return phx_kit_fail(err, PHX_INVALID, "%s: %lld elements", phx_op_name(op), (long long)numel);
   return PHX_OK;
 }
 static phx_status check_reduce(int32_t op, int32_t dtype, int32_t reduce, phx_error *err) {
   if (reduce < PHX_SUM || reduce > PHX_MAX)
-    return ncx_fail(err, PHX_INVALID, "%s: %d is no reduction", phx_op_name(op), reduce);
+    return phx_kit_fail(err, PHX_INVALID, "%s: %d is no reduction", phx_op_name(op), reduce);
   if (dtype == PHX_F16)
-    return ncx_fail(err, PHX_UNSUPPORTED, "%s: f16 cannot be reduced; f32, f64, bf16 and integers can",
-                    phx_op_name(op));
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "%s: f16 cannot be reduced; f32, f64, bf16 and integers can",
+                        phx_op_name(op));
   return PHX_OK;
 }
 static phx_status check_pointers(int32_t op, int64_t numel, const void *src, const void *dst, phx_error *err) {
   if (numel > 0 && (!src || !dst))
-    return ncx_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", phx_op_name(op), (long long)numel);
+    return phx_kit_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", phx_op_name(op),
+                        (long long)numel);
   return PHX_OK;
 }
 static phx_status check_root(const ncx_comm *c, int32_t op, int32_t root, phx_error *err) {
   if (root < 0 || root >= c->n)
-    return ncx_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", phx_op_name(op), root, c->n - 1);
+    return phx_kit_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", phx_op_name(op), root, c->n - 1);
   return PHX_OK;
 }
 
@@ -171,10 +167,10 @@ static phx_status moving(ncx_comm *c, int32_t op, const void *src, void *dst, in
   NCX_TRY(check(c, op, numel, dtype, err));
   if (op == PHX_OP_BROADCAST || op == PHX_OP_SEND || op == PHX_OP_RECV) NCX_TRY(check_root(c, op, root, err));
   if ((op == PHX_OP_SEND || op == PHX_OP_RECV) && root == c->me)
-    return ncx_fail(err, PHX_INVALID, "%s: rank %d is this rank", phx_op_name(op), root);
+    return phx_kit_fail(err, PHX_INVALID, "%s: rank %d is this rank", phx_op_name(op), root);
   NCX_TRY(check_pointers(op, numel, op == PHX_OP_RECV ? dst : src, op == PHX_OP_SEND ? src : dst, err));
   if (op == PHX_OP_ALL_TO_ALL && numel > 0 && src == dst)
-    return ncx_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
+    return phx_kit_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
   return issue((ncx_call){.comm = c, .src = src, .dst = dst, .numel = numel, .op = op, .dtype = dtype, .reduce = -1,
                           .root = root}, s, err);
 }
@@ -226,15 +222,7 @@ static void destroy(phx_comm *comm) {
   if (c && c != c->world->all) ncx_comm_free(c); /* the world's goes with the plugin's destroy */
 }
 static void annotate(void *ctx, int32_t unit) { ((ncx_comm *)ctx)->unit = unit; }
-static void stats(void *ctx, phx_comm_stats *out) {
-  const ncx_comm *c = ctx;
-  out->struct_size = sizeof *out;
-  for (int32_t i = 0; i < PHX_OPS; i++) {
-    out->calls[i] = __atomic_load_n(&c->calls[i], __ATOMIC_RELAXED);
-    out->bytes[i] = __atomic_load_n(&c->bytes[i], __ATOMIC_RELAXED);
-  }
-  out->wait_ns = __atomic_load_n(&c->wait_ns, __ATOMIC_RELAXED);
-}
+static void stats(void *ctx, phx_comm_stats *out) { phx_kit_counters_read(&((ncx_comm *)ctx)->counters, out); }
 static phx_status health(void *ctx, phx_error *err) { return ncx_check_alive(ctx, err); }
 static void abort_calls(void *ctx) { /* the watchdog, or who waits, sees it and aborts NCCL */
   ncx_comm *c = ctx;

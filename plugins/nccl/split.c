@@ -77,8 +77,8 @@ phx_status ncx_split(ncx_call *call, int32_t color, int32_t key, phx_comm **out,
   w->next_id = id + (uint64_t)c->n; /* one id per possible colour: the lowest member's rank is added */
   for (int32_t p = 0; p < c->n; p++)
     if (all[p].slot < 0)
-      return ncx_fail(err, PHX_UNSUPPORTED, "split: all %lld communicators of rank %d are in use; destroy some, or "
-                      "raise `communicators` in [nccl]", (long long)w->config.communicators, c->ranks[p]);
+      return phx_kit_fail(err, PHX_UNSUPPORTED, "split: all %lld communicators of rank %d are in use; destroy some, or "
+                          "raise `communicators` in [nccl]", (long long)w->config.communicators, c->ranks[p]);
   if (color >= 0) NCX_TRY(ncx_comm_new(w, mine.slot, &child, err)); /* a failure ends the job: see ncx_end */
   phx_status status = join(call, color, key, &nccl, err);
   if (status == PHX_OK && color < 0) {

@@ -81,7 +81,7 @@ phx_status ncx_end_job(ncx_world *w, phx_error *err, const char *message) {
   w->job->fail(w->job->ctx, message);
   __atomic_store_n(&w->aborted, 1, __ATOMIC_RELEASE);
   ncx_abort_now(w);
-  return ncx_fail(err, PHX_COMM, "%s", message);
+  return phx_kit_fail(err, PHX_COMM, "%s", message);
 }
 
 static void say_why(const ncx_comm *c, char *text, size_t size) {
@@ -94,7 +94,7 @@ phx_status ncx_check_alive(ncx_comm *c, phx_error *err) {
   char why[300] = "";
   if (!must_give_up(c)) return PHX_OK;
   say_why(c, why, sizeof why);
-  return ncx_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
+  return phx_kit_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
 }
 
 static void say_own(phx_kit_text *t, const ncx_comm *c, const phx_kit_call *shown) {
@@ -111,7 +111,7 @@ static phx_status report_given_up(ncx_comm *c, const phx_kit_call *shown, phx_er
   phx_kit_say(&t, ": given up, %s", why);
   __atomic_store_n(&c->world->aborted, 1, __ATOMIC_RELEASE); /* the ranks no longer agree on where they are */
   ncx_abort_now(c->world);
-  return ncx_fail(err, PHX_COMM, "%s", message);
+  return phx_kit_fail(err, PHX_COMM, "%s", message);
 }
 static phx_status report_absent(const ncx_call *call, int64_t waited_ns, phx_error *err) {
   char message[496];
@@ -215,8 +215,7 @@ static phx_status await(const ncx_call *call, cudaEvent_t begin, cudaEvent_t end
     nap(&k);
   }
   const int64_t waited = phx_kit_now_ns() - k.begin; /* begin moves by the time in which this process was stopped */
-  __atomic_fetch_add(&c->wait_ns, waited, __ATOMIC_RELAXED);
-  if (c != c->world->all) __atomic_fetch_add(&c->world->all->wait_ns, waited, __ATOMIC_RELAXED);
+  phx_kit_count_wait(&c->counters, &c->world->all->counters, waited);
   /* An abort also ends the work: what was waited for did not happen. */
   return status == PHX_OK && must_give_up(c) ? report_given_up(c, &call->shown, err) : status;
 }
@@ -358,7 +357,7 @@ static void *watch(void *arg) {
 
 phx_status ncx_watch(ncx_world *w, phx_error *err) {
   const int code = pthread_create(&w->watchdog, NULL, watch, w);
-  if (code != 0) return ncx_fail(err, PHX_NOMEM, "nccl: cannot start the watchdog's thread: %s", strerror(code));
+  if (code != 0) return phx_kit_fail(err, PHX_NOMEM, "nccl: cannot start the watchdog's thread: %s", strerror(code));
   w->watched = 1;
   return PHX_OK;
 }

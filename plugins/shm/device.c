@@ -20,7 +20,7 @@ static phx_status over(shm_call *call, phx_status status) { return status == PHX
 /* After a failure the record may be another call's: only the communicator is looked at. */
 static phx_status is_alive(const shm_call *call, phx_error *err) {
   if (!__atomic_load_n(&call->comm->broken, __ATOMIC_ACQUIRE)) return PHX_OK;
-  return shm_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)call->comm->id);
+  return phx_kit_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)call->comm->id);
 }
 
 static phx_status arrive(void *arg, phx_error *err) {
@@ -66,17 +66,11 @@ static phx_status copy(const issue *i, void *dst, const void *src, int64_t bytes
   if (bytes <= 0 || dst == src) return PHX_OK;
   return i->device->copy(i->device->ctx, dst, src, bytes, i->stream, i->err);
 }
-#define TRY(x)                                   \
-  do {                                           \
-    phx_status try_status = (x);                 \
-    if (try_status != PHX_OK) return try_status; \
-  } while (0)
-
 static phx_status issue_alone(const issue *i, int64_t put_bytes) {
   shm_call *call = i->record;
   call->rounds = 1;
-  TRY(put(i, arrive));
-  TRY(copy(i, call->dst, call->src, call->dst ? put_bytes : 0));
+  SHM_TRY(put(i, arrive));
+  SHM_TRY(copy(i, call->dst, call->src, call->dst ? put_bytes : 0));
   return put(i, work);
 }
 
@@ -91,15 +85,15 @@ static phx_status issue_small(const issue *i, int64_t put_bytes, int64_t got_byt
   const int takes = (call->op != PHX_OP_REDUCE && call->op != PHX_OP_BROADCAST) ||
                     (call->op == PHX_OP_REDUCE) == (call->root == c->me);
   if (SHM_SMALL + got_bytes > c->world->config.staging / 2)
-    return shm_fail(i->err, PHX_UNSUPPORTED, "%s of %lld bytes on %d ranks: raise `staging` in [shm]",
-                    phx_op_name(call->op), (long long)put_bytes, c->n);
+    return phx_kit_fail(i->err, PHX_UNSUPPORTED, "%s of %lld bytes on %d ranks: raise `staging` in [shm]",
+                        phx_op_name(call->op), (long long)put_bytes, c->n);
   call->small = 1;
   call->rounds = 1;
   call->src = in;
   call->dst = out;
-  TRY(put(i, arrive));
-  if (brings) TRY(copy(i, in, src, put_bytes));
-  TRY(put(i, work));
+  SHM_TRY(put(i, arrive));
+  if (brings) SHM_TRY(copy(i, in, src, put_bytes));
+  SHM_TRY(put(i, work));
   return takes ? copy(i, dst, out, got_bytes) : PHX_OK;
 }
 
@@ -111,13 +105,13 @@ static phx_status issue_staged(const issue *i) {
   void *dst = call->dst;
   shm_part part;
   call->rounds = k.rounds;
-  TRY(put(i, arrive));
+  SHM_TRY(put(i, arrive));
   for (int64_t r = 0; r < k.rounds; r++) {
     for (int32_t q = 0; shm_staged_in(call, &k, r, q, &part); q++)
-      TRY(copy(i, part.staging, (const char *)src + part.at * element, part.numel * element));
-    TRY(put(i, work));
+      SHM_TRY(copy(i, part.staging, (const char *)src + part.at * element, part.numel * element));
+    SHM_TRY(put(i, work));
     for (int32_t q = 0; shm_staged_out(call, &k, r, q, &part); q++)
-      TRY(copy(i, (char *)dst + part.at * element, part.staging, part.numel * element));
+      SHM_TRY(copy(i, (char *)dst + part.at * element, part.staging, part.numel * element));
   }
   return PHX_OK;
 }
@@ -157,10 +151,11 @@ phx_status shm_device_check(const shm_call *call, int32_t *is_device, phx_error 
   if (!c->world->far || call->numel == 0) return PHX_OK;
   const int src = is_far(c, call->src), dst = is_far(c, call->dst);
   if (call->src && call->dst && src != dst && (call->op != PHX_OP_REDUCE || call->root == c->me))
-    return shm_fail(err, PHX_INVALID, "%s: one buffer is the device's, the other host memory", phx_op_name(call->op));
+    return phx_kit_fail(err, PHX_INVALID, "%s: one buffer is the device's, the other host memory",
+                        phx_op_name(call->op));
   if ((src || dst) && (call->op == PHX_OP_SEND || call->op == PHX_OP_RECV))
-    return shm_fail(err, PHX_UNSUPPORTED, "%s: shm does not send memory of device %s between ranks: choose another "
-                    "[comm] plugin", phx_op_name(call->op), c->world->device->name);
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "%s: shm does not send memory of device %s between ranks: choose another "
+                        "[comm] plugin", phx_op_name(call->op), c->world->device->name);
   *is_device = src || dst;
   return PHX_OK;
 }

@@ -11,7 +11,6 @@
  *
  * Stats: each communicator counts its own calls; the world counts, besides, those of all that was split off it, so that
  * world->stats() is what this rank moved.  Threads: issuing is [main]; running is the stream's thread. */
-#include <phalanx/kit_comm.h>
 #include <string.h>
 
 #include "shm.h"
@@ -21,18 +20,13 @@ static phx_status check_alive(const shm_comm *c, phx_error *err) {
   char why[300];
   if (__atomic_load_n(job->failed, __ATOMIC_ACQUIRE)) {
     phx_kit_job_failure(job, why, sizeof why);
-    return shm_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
+    return phx_kit_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
   }
   if (__atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) || __atomic_load_n(&c->world->all->aborted, __ATOMIC_ACQUIRE))
-    return shm_fail(err, PHX_COMM, "communicator %llu was aborted", (unsigned long long)c->id);
+    return phx_kit_fail(err, PHX_COMM, "communicator %llu was aborted", (unsigned long long)c->id);
   if (__atomic_load_n(&c->broken, __ATOMIC_ACQUIRE))
-    return shm_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)c->id);
+    return phx_kit_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)c->id);
   return PHX_OK;
-}
-
-static void count(shm_comm *c, const shm_call *call) {
-  __atomic_fetch_add(&c->calls[call->op], 1, __ATOMIC_RELAXED);
-  if (call->moved) __atomic_fetch_add(&c->bytes[call->op], call->moved, __ATOMIC_RELAXED);
 }
 
 /* Every call passes begin() and end(), in ticket order. */
@@ -40,11 +34,11 @@ static phx_status check_order(const shm_call *call, phx_error *err) {
   const shm_comm *c = call->comm;
   uint64_t done = __atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
   if (done == call->ticket) return PHX_OK;
-  return shm_fail(err, PHX_STATE,
-                  "%s is call %llu of communicator %llu, but was started when only %llu were done: order the streams "
-                  "of one communicator with events, or use split()",
-                  phx_op_name(call->op), (unsigned long long)call->ticket + 1, (unsigned long long)c->id,
-                  (unsigned long long)done);
+  return phx_kit_fail(err, PHX_STATE,
+                      "%s is call %llu of communicator %llu, but was started when only %llu were done: order the "
+                      "streams of one communicator with events, or use split()",
+                      phx_op_name(call->op), (unsigned long long)call->ticket + 1, (unsigned long long)c->id,
+                      (unsigned long long)done);
 }
 phx_status shm_begin(shm_call *call, phx_error *err) {
   phx_status status = check_order(call, err);
@@ -57,8 +51,7 @@ phx_status shm_end(shm_call *call, phx_status status) {
   int32_t on_stream = call->on_stream; /* once `done` is stored, the record belongs to [main] again */
   if (status == PHX_OK) {
     shm_flight_end(call);
-    count(c, call);
-    if (c != c->world->all) count(c->world->all, call);
+    phx_kit_count_call(&c->counters, &c->world->all->counters, call->op, call->moved);
   } else {
     __atomic_store_n(&c->broken, 1, __ATOMIC_RELEASE);
   }
@@ -113,85 +106,80 @@ static phx_status issue(shm_call call, phx_stream *s, phx_error *err) {
 
 static phx_status check(const shm_comm *c, int32_t op, int64_t numel, int32_t dtype, phx_error *err) {
   int64_t element = (int64_t)phx_dtype_bytes(dtype);
-  if (element == 0) return shm_fail(err, PHX_INVALID, "%s: %d is no dtype", phx_op_name(op), dtype);
+  if (element == 0) return phx_kit_fail(err, PHX_INVALID, "%s: %d is no dtype", phx_op_name(op), dtype);
   if (numel < 0 || numel > (INT64_MAX >> 2) / (element * c->n))
-    return shm_fail(err, PHX_INVALID, "%s: %lld elements", phx_op_name(op), (long long)numel);
+    return phx_kit_fail(err, PHX_INVALID, "%s: %lld elements", phx_op_name(op), (long long)numel);
   return PHX_OK;
 }
 static phx_status check_reduce(const shm_comm *c, int32_t op, int32_t dtype, int32_t reduce, phx_error *err) {
   if (reduce < PHX_SUM || reduce > PHX_MAX)
-    return shm_fail(err, PHX_INVALID, "%s: %d is no reduction", phx_op_name(op), reduce);
+    return phx_kit_fail(err, PHX_INVALID, "%s: %d is no reduction", phx_op_name(op), reduce);
   if (!c->world->kernels->reduce[dtype][reduce])
-    return shm_fail(err, PHX_UNSUPPORTED, "%s: dtype %d cannot be reduced; f32, f64, bf16 and integers can",
-                    phx_op_name(op), dtype);
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "%s: dtype %d cannot be reduced; f32, f64, bf16 and integers can",
+                        phx_op_name(op), dtype);
   return PHX_OK;
 }
 static phx_status check_pointers(int32_t op, int64_t numel, const void *src, const void *dst, phx_error *err) {
   if (numel > 0 && (!src || !dst))
-    return shm_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", phx_op_name(op), (long long)numel);
+    return phx_kit_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", phx_op_name(op),
+                        (long long)numel);
   return PHX_OK;
 }
 static phx_status check_root(const shm_comm *c, int32_t op, int32_t root, phx_error *err) {
   if (root < 0 || root >= c->n)
-    return shm_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", phx_op_name(op), root, c->n - 1);
+    return phx_kit_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", phx_op_name(op), root, c->n - 1);
   return PHX_OK;
 }
-#define TRY(x)                               \
-  do {                                       \
-    phx_status try_status = (x);             \
-    if (try_status != PHX_OK) return try_status; \
-  } while (0)
-
 /* ---- the table ---- */
 
 static phx_status all_reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
                              phx_stream *s, phx_error *err) {
-  TRY(check(ctx, PHX_OP_ALL_REDUCE, numel, dtype, err));
-  TRY(check_reduce(ctx, PHX_OP_ALL_REDUCE, dtype, op, err));
-  TRY(check_pointers(PHX_OP_ALL_REDUCE, numel, src, dst, err));
+  SHM_TRY(check(ctx, PHX_OP_ALL_REDUCE, numel, dtype, err));
+  SHM_TRY(check_reduce(ctx, PHX_OP_ALL_REDUCE, dtype, op, err));
+  SHM_TRY(check_pointers(PHX_OP_ALL_REDUCE, numel, src, dst, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = numel, .op = PHX_OP_ALL_REDUCE, .dtype = dtype,
                           .reduce = op, .root = -1}, s, err);
 }
 static phx_status reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op, int32_t root,
                          phx_stream *s, phx_error *err) {
   const shm_comm *c = ctx;
-  TRY(check(c, PHX_OP_REDUCE, numel, dtype, err));
-  TRY(check_reduce(c, PHX_OP_REDUCE, dtype, op, err));
-  TRY(check_root(c, PHX_OP_REDUCE, root, err));
-  TRY(check_pointers(PHX_OP_REDUCE, numel, src, root == c->me ? dst : src, err));
+  SHM_TRY(check(c, PHX_OP_REDUCE, numel, dtype, err));
+  SHM_TRY(check_reduce(c, PHX_OP_REDUCE, dtype, op, err));
+  SHM_TRY(check_root(c, PHX_OP_REDUCE, root, err));
+  SHM_TRY(check_pointers(PHX_OP_REDUCE, numel, src, root == c->me ? dst : src, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = numel, .op = PHX_OP_REDUCE, .dtype = dtype,
                           .reduce = op, .root = root}, s, err);
 }
 static phx_status reduce_scatter(void *ctx, const void *src, void *dst, int64_t recv_numel, int32_t dtype, int32_t op,
                                  phx_stream *s, phx_error *err) {
-  TRY(check(ctx, PHX_OP_REDUCE_SCATTER, recv_numel, dtype, err));
-  TRY(check_reduce(ctx, PHX_OP_REDUCE_SCATTER, dtype, op, err));
-  TRY(check_pointers(PHX_OP_REDUCE_SCATTER, recv_numel, src, dst, err));
+  SHM_TRY(check(ctx, PHX_OP_REDUCE_SCATTER, recv_numel, dtype, err));
+  SHM_TRY(check_reduce(ctx, PHX_OP_REDUCE_SCATTER, dtype, op, err));
+  SHM_TRY(check_pointers(PHX_OP_REDUCE_SCATTER, recv_numel, src, dst, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = recv_numel, .op = PHX_OP_REDUCE_SCATTER,
                           .dtype = dtype, .reduce = op, .root = -1}, s, err);
 }
 static phx_status all_gather(void *ctx, const void *src, void *dst, int64_t send_numel, int32_t dtype, phx_stream *s,
                              phx_error *err) {
-  TRY(check(ctx, PHX_OP_ALL_GATHER, send_numel, dtype, err));
-  TRY(check_pointers(PHX_OP_ALL_GATHER, send_numel, src, dst, err));
+  SHM_TRY(check(ctx, PHX_OP_ALL_GATHER, send_numel, dtype, err));
+  SHM_TRY(check_pointers(PHX_OP_ALL_GATHER, send_numel, src, dst, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = send_numel, .op = PHX_OP_ALL_GATHER,
                           .dtype = dtype, .reduce = -1, .root = -1}, s, err);
 }
 static phx_status broadcast(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t root, phx_stream *s,
                             phx_error *err) {
-  TRY(check(ctx, PHX_OP_BROADCAST, numel, dtype, err));
-  TRY(check_root(ctx, PHX_OP_BROADCAST, root, err));
-  TRY(check_pointers(PHX_OP_BROADCAST, numel, buf, buf, err));
+  SHM_TRY(check(ctx, PHX_OP_BROADCAST, numel, dtype, err));
+  SHM_TRY(check_root(ctx, PHX_OP_BROADCAST, root, err));
+  SHM_TRY(check_pointers(PHX_OP_BROADCAST, numel, buf, buf, err));
   return issue((shm_call){.comm = ctx, .src = buf, .dst = buf, .numel = numel, .op = PHX_OP_BROADCAST, .dtype = dtype,
                           .reduce = -1, .root = root}, s, err);
 }
 static phx_status pair_call(shm_comm *c, int32_t op, const void *src, void *dst, int64_t numel, int32_t dtype,
                             int32_t peer, phx_stream *s, phx_error *err) {
-  TRY(check(c, op, numel, dtype, err));
-  TRY(check_root(c, op, peer, err));
-  if (peer == c->me) return shm_fail(err, PHX_INVALID, "%s: rank %d is this rank", phx_op_name(op), peer);
+  SHM_TRY(check(c, op, numel, dtype, err));
+  SHM_TRY(check_root(c, op, peer, err));
+  if (peer == c->me) return phx_kit_fail(err, PHX_INVALID, "%s: rank %d is this rank", phx_op_name(op), peer);
   const void *buffer = op == PHX_OP_SEND ? src : dst;
-  TRY(check_pointers(op, numel, buffer, buffer, err));
+  SHM_TRY(check_pointers(op, numel, buffer, buffer, err));
   return issue((shm_call){.comm = c, .src = src, .dst = dst, .numel = numel, .op = op, .dtype = dtype, .reduce = -1,
                           .root = peer}, s, err);
 }
@@ -205,9 +193,9 @@ static phx_status recv_from(void *ctx, void *buf, int64_t numel, int32_t dtype, 
 }
 static phx_status all_to_all(void *ctx, const void *src, void *dst, int64_t numel_per_peer, int32_t dtype,
                              phx_stream *s, phx_error *err) {
-  TRY(check(ctx, PHX_OP_ALL_TO_ALL, numel_per_peer, dtype, err));
-  TRY(check_pointers(PHX_OP_ALL_TO_ALL, numel_per_peer, src, dst, err));
-  if (numel_per_peer > 0 && src == dst) return shm_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
+  SHM_TRY(check(ctx, PHX_OP_ALL_TO_ALL, numel_per_peer, dtype, err));
+  SHM_TRY(check_pointers(PHX_OP_ALL_TO_ALL, numel_per_peer, src, dst, err));
+  if (numel_per_peer > 0 && src == dst) return phx_kit_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = numel_per_peer, .op = PHX_OP_ALL_TO_ALL,
                           .dtype = dtype, .reduce = -1, .root = -1}, s, err);
 }
@@ -218,7 +206,7 @@ static phx_status barrier(void *ctx, phx_stream *s, phx_error *err) {
 static phx_status split(void *ctx, int32_t color, int32_t key, phx_comm **out, phx_error *err) {
   shm_comm *c = ctx;
   shm_call call = {.comm = c, .op = PHX_OP_SPLIT, .reduce = -1, .root = -1, .unit = c->unit};
-  TRY(check_alive(c, err));
+  SHM_TRY(check_alive(c, err));
   shm_drain(c, c->issued); /* inline, after what is still on a stream */
   call.ticket = c->issued++;
   phx_status status = shm_begin(&call, err);
@@ -236,15 +224,7 @@ static void destroy(phx_comm *comm) {
   if (c && c != c->world->all) shm_comm_free(c); /* the world's goes with the plugin's destroy */
 }
 static void annotate(void *ctx, int32_t unit) { ((shm_comm *)ctx)->unit = unit; }
-static void stats(void *ctx, phx_comm_stats *out) {
-  const shm_comm *c = ctx;
-  out->struct_size = sizeof *out;
-  for (int32_t i = 0; i < PHX_OPS; i++) {
-    out->calls[i] = __atomic_load_n(&c->calls[i], __ATOMIC_RELAXED);
-    out->bytes[i] = __atomic_load_n(&c->bytes[i], __ATOMIC_RELAXED);
-  }
-  out->wait_ns = __atomic_load_n(&c->wait_ns, __ATOMIC_RELAXED);
-}
+static void stats(void *ctx, phx_comm_stats *out) { phx_kit_counters_read(&((shm_comm *)ctx)->counters, out); }
 static phx_status health(void *ctx, phx_error *err) { return check_alive(ctx, err); }
 static void abort_calls(void *ctx) { __atomic_store_n(&((shm_comm *)ctx)->aborted, 1, __ATOMIC_RELEASE); }
 

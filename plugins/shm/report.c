@@ -4,7 +4,6 @@
  * the first message counts.  The pages of other ranks are read with relaxed atomics; a torn record is a wrong line in a
  * report, never more.  Threads: any that runs a call; several communicators may run at once, so the numbers of records
  * are taken with an atomic add. */
-#include <phalanx/kit_comm.h>
 
 #include "shm.h"
 
@@ -28,7 +27,7 @@ static void say_own(phx_kit_text *t, const shm_call *call) {
 static phx_status end_job(shm_call *call, phx_error *err, const char *message) {
   const phx_job *job = call->comm->world->job;
   job->fail(job->ctx, message);
-  return shm_fail(err, PHX_COMM, "%s", message);
+  return phx_kit_fail(err, PHX_COMM, "%s", message);
 }
 
 static int is_absent(const shm_call *call, int32_t p) {
@@ -85,5 +84,5 @@ phx_status shm_report_failed(shm_call *call, phx_error *err) {
   } else {
     phx_kit_say(&t, ": given up, the communicator was aborted");
   }
-  return shm_fail(err, PHX_COMM, "%s", message);
+  return phx_kit_fail(err, PHX_COMM, "%s", message);
 }

@@ -13,7 +13,6 @@
  * Threads: [main]. */
 #include "shm.h"
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,17 +29,6 @@ static int64_t staging_bytes(const shm_config *config) { return round_up(config-
 /* lane | two halves of staging for collectives | two quarters for send */
 static int64_t group_bytes(const shm_config *config) {
   return round_up((int64_t)sizeof(shm_lane), PAGE) + round_up(staging_bytes(config) / 2 * 3, PAGE);
-}
-
-phx_status shm_fail(phx_error *err, phx_status code, const char *format, ...) {
-  va_list args;
-  if (!err) return code;
-  va_start(args, format);
-  vsnprintf(err->message, sizeof err->message, format, args);
-  va_end(args);
-  err->code = code;
-  err->cause = 0;
-  return code;
 }
 
 /* ---- communicators ---- */
@@ -158,18 +146,18 @@ static int64_t buffer_bytes(const void *config, int32_t size) {
 static phx_status check_host(const phx_host *host, const phx_job *job, const phx_device *device, phx_error *err) {
   (void)host;
   if (!job || !device)
-    return shm_fail(err, PHX_STATE, "shm needs the host extensions %s and %s", PHX_EXT_JOB, PHX_EXT_DEVICE);
+    return phx_kit_fail(err, PHX_STATE, "shm needs the host extensions %s and %s", PHX_EXT_JOB, PHX_EXT_DEVICE);
   if (job->size < 1 || job->size > PHX_RANKS_MAX)
-    return shm_fail(err, PHX_UNSUPPORTED, "shm joins 1 to %d ranks, not %d", PHX_RANKS_MAX, job->size);
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "shm joins 1 to %d ranks, not %d", PHX_RANKS_MAX, job->size);
   if (job->local_size != job->size)
-    return shm_fail(err, PHX_UNSUPPORTED, "shm joins ranks of one machine; %d of %d are on this one: choose another "
-                    "[comm] plugin", job->local_size, job->size);
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "shm joins ranks of one machine; %d of %d are on this one: choose "
+                        "another [comm] plugin", job->local_size, job->size);
   if (!(device->caps & PHX_DEVICE_HOST_MEMORY) &&
       (!PHX_HAS(device, phx_device, unpin) || !device->space || !device->pin || !device->unpin))
-    return shm_fail(err, PHX_UNSUPPORTED,
-                    "shm cannot stage for device %s, which does not tell its memory from the host's "
-                    "or cannot pin: choose another [comm] plugin",
-                    device->name);
+    return phx_kit_fail(err, PHX_UNSUPPORTED,
+                        "shm cannot stage for device %s, which does not tell its memory from the host's "
+                        "or cannot pin: choose another [comm] plugin",
+                        device->name);
   return PHX_OK;
 }
 
@@ -179,9 +167,9 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
   const phx_device *device = host->extension(host->ctx, PHX_EXT_DEVICE);
   phx_status status = check_host(host, job, device, err);
   if (status != PHX_OK) return status;
-  if (arena_bytes < 0) return shm_fail(err, PHX_INVALID, "shm: an arena of %lld bytes", (long long)arena_bytes);
+  if (arena_bytes < 0) return phx_kit_fail(err, PHX_INVALID, "shm: an arena of %lld bytes", (long long)arena_bytes);
   shm_world *w = calloc(1, sizeof *w);
-  if (!w) return shm_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof *w);
+  if (!w) return phx_kit_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof *w);
   w->host = host;
   w->job = job;
   w->device = device;
@@ -205,7 +193,7 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
   if (status != PHX_OK) goto fail;
   w->all = shm_comm_new(w, 0, 1, job->size, ranks);
   if (!w->all) {
-    status = shm_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof(shm_comm));
+    status = phx_kit_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof(shm_comm));
     goto fail;
   }
   advise(w, w->base[job->rank] + w->arena_at);

@@ -11,6 +11,8 @@
  * into its staging half in the staged form of the same. */
 #ifndef SHM_H
 #define SHM_H
+#include <phalanx/kit.h>
+#include <phalanx/kit_comm.h>
 #include <phalanx/provider.h>
 
 #include "kernels.h"
@@ -112,7 +114,7 @@ struct shm_comm {
   uint32_t done_word, main_waits;
   uint32_t broken; /* a call failed: the ranks no longer agree on where they are */
   uint32_t aborted;
-  int64_t calls[PHX_OPS], bytes[PHX_OPS], wait_ns;
+  phx_kit_counters counters;
   shm_call queue[SHM_QUEUE];
 };
 
@@ -131,8 +133,13 @@ static inline int64_t shm_put_bytes(int32_t op, int64_t numel, int64_t element, 
 }
 int64_t shm_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
 
+#define SHM_TRY(x)                               \
+  do {                                           \
+    phx_status try_status = (x);                 \
+    if (try_status != PHX_OK) return try_status; \
+  } while (0)
+
 /* ---- shm.c ---- */
-phx_status shm_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 shm_comm *shm_comm_new(shm_world *w, int32_t group, uint64_t id, int32_t n, const int32_t *ranks); /* or NULL */
 void shm_comm_free(shm_comm *c); /* waits for its calls */
 void shm_comm_table(shm_comm *c);                                  /* issue.c */
@@ -141,7 +148,6 @@ void shm_comm_table(shm_comm *c);                                  /* issue.c */
 static inline int shm_reached(const uint32_t *word, uint32_t target) {
   return (int32_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - target) >= 0;
 }
-int64_t shm_now_ns(void);
 void shm_post(shm_lane *mine, uint32_t *word, uint32_t value); /* publish a word of the own lane, wake sleepers */
 /* Until *word of `peer`'s lane has reached target; else PHX_COMM, naming who is absent. */
 phx_status shm_await(shm_call *call, int32_t peer, const uint32_t *word, uint32_t target, phx_error *err);

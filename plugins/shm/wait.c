@@ -26,12 +26,6 @@
 #define STREAM_SPIN 64
 #define FIRST_POLLS 64 /* before the clock is read: a peer who is a fraction of a microsecond behind costs no more */
 
-int64_t shm_now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 void shm_sleep(const uint32_t *word, uint32_t seen, int64_t ns) {
   struct timespec t = {ns / 1000000000, ns % 1000000000};
   syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0); /* every outcome leads to another look at the word */
@@ -70,7 +64,7 @@ static int crossed(const shm_call *call, int32_t peer) {
 static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word, uint32_t target, phx_error *err) {
   shm_comm *c = call->comm;
   const phx_job *job = c->world->job;
-  int64_t begin = shm_now_ns(), now = begin, last = begin, suspended = 0;
+  int64_t begin = phx_kit_now_ns(), now = begin, last = begin, suspended = 0;
   int64_t deadline = job->timeout_s > 0 ? begin + (int64_t)(job->timeout_s * 1e9) : INT64_MAX;
   int64_t spin = job->may_spin ? c->world->config.spin : 0;
   phx_status status = PHX_OK;
@@ -80,7 +74,7 @@ static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word,
     if (shm_reached(word, target)) goto done;
   }
   while (!shm_reached(word, target)) {
-    now = shm_now_ns();
+    now = phx_kit_now_ns();
     if (now - last > SUSPENDED_NS) {
       suspended += now - last;
       if (deadline < INT64_MAX) deadline += now - last;
@@ -105,9 +99,8 @@ static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word,
     __atomic_fetch_sub(sleepers, 1, __ATOMIC_SEQ_CST);
   }
 done:
-  now = shm_now_ns() - suspended;
-  __atomic_fetch_add(&c->wait_ns, now - begin, __ATOMIC_RELAXED);
-  if (c != c->world->all) __atomic_fetch_add(&c->world->all->wait_ns, now - begin, __ATOMIC_RELAXED);
+  now = phx_kit_now_ns() - suspended;
+  phx_kit_count_wait(&c->counters, &c->world->all->counters, now - begin);
   return status;
 }
 

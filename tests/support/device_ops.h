@@ -11,10 +11,14 @@ typedef struct device_ops {
   phx_device_self *self;
   const phx_device *device;
   const phx_ops *ops;
+  phx_error err; /* for the test's calls, device_ops_open among them */
 } device_ops;
 
 /* isa: "base", "avx2", "avx512", or NULL for what PHALANX_ISA or the machine says.  One instruction set per process:
  * oneDNN keeps its first.  PHX_UNSUPPORTED where the machine lacks it. */
 phx_status device_ops_open(device_ops *d, int32_t threads, const char *isa, phx_error *err);
 void device_ops_close(device_ops *d);
+/* How many of base, avx2 and avx512 this machine has.  Asked in a process of its own: a device settles oneDNN's limit
+ * for its process, and for those that are forked from it. */
+int device_ops_sets(void);
 #endif

@@ -17,6 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "loopback.h"
 #include "plugin_file.h"
 
 typedef struct fake_memory {
@@ -101,6 +102,15 @@ void fake_report(fake_rank *rank, const char *file, int line, const char *what, 
   va_end(args);
 }
 
+/* Streams are threads; it lives as long as the process. */
+static phx_device *device;
+static void device_make(void) { device = loopback_device_create(LOOPBACK_THREADS); }
+static const phx_device *device_of_process(void) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, device_make);
+  return device;
+}
+
 static void rank_fill(fake_rank *r, fake_memory *m, const fake_setup *s, int32_t rank) {
   memset(r, 0, sizeof *r);
   r->memory = m;
@@ -113,7 +123,7 @@ static void rank_fill(fake_rank *r, fake_memory *m, const fake_setup *s, int32_t
   r->host = (phx_host){.struct_size = sizeof(phx_host), .abi_major = PHX_ABI_MAJOR, .abi_minor = PHX_ABI_MINOR,
                        .ctx = r, .rank = rank, .world_size = s->n, .local_rank = rank, .local_size = s->n,
                        .log = host_log, .extension = extension};
-  r->device = fake_device();
+  r->device = device_of_process();
   __atomic_store_n(&r->job.mine->pid, (int32_t)getpid(), __ATOMIC_RELAXED);
   __atomic_store_n(&r->job.mine->state, 2, __ATOMIC_RELAXED);
 }

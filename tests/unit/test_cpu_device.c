@@ -10,16 +10,17 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-#include "cpu_fixture.h"
+#include "device_ops.h"
+#include "random_array.h"
 
-static cpu_fixture f;
+static device_ops f;
 static const phx_device *d;
 static void open_one(void) {
-  cr_assert_eq(cpu_fixture_open(&f, NULL, 1), PHX_OK, "%s", f.err.message);
+  cr_assert_eq(device_ops_open(&f, 1, NULL, &f.err), PHX_OK, "%s", f.err.message);
   d = f.device;
 }
 static void close_one(void) {
-  cpu_fixture_close(&f);
+  device_ops_close(&f);
 }
 TestSuite(cpu_device, .init = open_one, .fini = close_one, .timeout = 60);
 
@@ -38,10 +39,10 @@ Test(cpu_device, descriptor_and_name) {
 }
 
 Test(cpu_device, bad_creations_are_refused) {
-  cpu_fixture g;
-  cr_assert_eq(cpu_fixture_open(&g, NULL, 0), PHX_INVALID);
+  device_ops g;
+  cr_assert_eq(device_ops_open(&g, 0, NULL, &g.err), PHX_INVALID);
   cr_assert(strstr(g.err.message, "threads is 0"), "%s", g.err.message);
-  cr_assert_eq(cpu_fixture_open(&g, "sse9", 1), PHX_INVALID);
+  cr_assert_eq(device_ops_open(&g, 1, "sse9", &g.err), PHX_INVALID);
   cr_assert(strstr(g.err.message, "sse9"), "%s", g.err.message);
   cr_assert_null(g.self);
 }
@@ -367,7 +368,7 @@ static void must(int ok) {
   if (!ok) _exit(3);
 }
 
-static void run_piece(cpu_fixture *x, slices *o, const float *g, int64_t at, int64_t n) {
+static void run_piece(device_ops *x, slices *o, const float *g, int64_t at, int64_t n) {
   const phx_ops *ops = x->ops;
   const phx_device *dev = x->device;
   must(ops->adamw(ops->ctx, o->w + at, g + at, o->m + at, o->v + at, o->bf16 + at, PHX_BF16, n, 0.37f, 3e-3f, 0.9f,
@@ -379,9 +380,9 @@ static void run_piece(cpu_fixture *x, slices *o, const float *g, int64_t at, int
 }
 
 static void run_slices(const char *isa, int pieces, uint64_t seed, slices *o) {
-  cpu_fixture x;
+  device_ops x;
   uint64_t state = 42;
-  must(cpu_fixture_open(&x, isa, 1) == PHX_OK);
+  must(device_ops_open(&x, 1, isa, &x.err) == PHX_OK);
   float *g = random_array(N, 1e-2f, &state);
   for (int i = 0; i < N; i++) {
     o->w[i] = random_float(&state);
@@ -398,7 +399,7 @@ static void run_slices(const char *isa, int pieces, uint64_t seed, slices *o) {
   }
   must(x.ops->block_norms(x.ops->ctx, o->norms, o->sum + 1, 4, NULL, &x.err) == PHX_OK);
   free(g);
-  cpu_fixture_close(&x);
+  device_ops_close(&x);
 }
 
 /* In a process of its own: oneDNN's instruction set is fixed once in a process. */
@@ -413,14 +414,14 @@ static void run_apart(const char *isa, int pieces, uint64_t seed, slices *shared
   cr_assert_eq(status, 0, "isa %s", isa);
 }
 
-Test(cpu_device, slices_and_instruction_sets_give_equal_bits) {
+Test(cpu_isa, slices_and_instruction_sets_give_equal_bits, .timeout = 60) { /* a suite without a device of its own */
   slices *whole = mmap(NULL, 2 * sizeof *whole, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   cr_assert_neq(whole, MAP_FAILED);
   slices *other = whole + 1;
   run_apart("base", 0, 0, whole);
   cr_assert(isfinite(whole->w[N - 1]) && whole->norms[3] > 0);
   const char *isas[] = {"base", "avx2", "avx512"};
-  const int sets = strstr(d->name, "avx512") ? 3 : strstr(d->name, "avx2") ? 2 : 1;
+  const int sets = device_ops_sets();
   for (int i = 0; i < sets; i++)
     for (int pieces = 0; pieces < 6; pieces++) {
       memset(other, 0xff, sizeof *other);
@@ -432,9 +433,9 @@ Test(cpu_device, slices_and_instruction_sets_give_equal_bits) {
 
 Test(cpu_device, lower_instruction_set_is_refused_after_products) {
   float a[16] = {1}, b[16] = {1}, c[16];
-  cpu_fixture g;
+  device_ops g;
   if (strstr(d->name, "base")) return;
   cr_assert_eq(f.ops->linear(f.ops->ctx, PHX_F32, c, 0, NULL, a, b, NULL, 4, 4, 4, 0, NULL, &f.err), PHX_OK);
-  cr_assert_eq(cpu_fixture_open(&g, "base", 1), PHX_STATE);
+  cr_assert_eq(device_ops_open(&g, 1, "base", &g.err), PHX_STATE);
   cr_assert(strstr(g.err.message, "too late"), "%s", g.err.message);
 }

@@ -1,13 +1,14 @@
 /* The test-only device `far` itself: the CPU cannot touch its memory, the compute stream is asynchronous, misuse is
  * found. Ends by signals are Criterion's to see, so this is not for the thread sanitizer's build. */
 #include <criterion/criterion.h>
+#include <phalanx/provider.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "cpu_fixture.h"
+#include "fake_host.h"
 #include "plugin_file.h"
 
 typedef struct far_config {

@@ -2,7 +2,7 @@
  *
  * A static library (phalanx_kit) for strategy writers; nothing here is needed to speak the ABI, and the core does not
  * know it.  Everything is pure arithmetic over (model, topology) or a thin call into the host; no function keeps state
- * of its own.  All [main].
+ * of its own.  All [main] where nothing else is said.
  *
  * The idea that carries the rest: what a strategy holds is a table of *regions*, and what it does in a step is a
  * *program* of actions.  estimate() adds them up, create() allocates them and the step executes them, so that the plan
@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-/* ---- errors ---- */
+/* ---- errors, of any plugin: [any] ---- */
 phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* Goes to `done` with `status` set when a call fails. */
 #define PHX_KIT_TRY(call)            \

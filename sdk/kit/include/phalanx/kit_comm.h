@@ -29,6 +29,15 @@ void phx_kit_say_own(phx_kit_text *t, int32_t rank, const phx_kit_call *call);
 void phx_kit_say_rank(phx_kit_text *t, const phx_job *job, int32_t rank);
 void phx_kit_job_failure(const phx_job *job, char *text, size_t size); /* what the failed rank's page says */
 
+/* What stats() tells of a communicator; atomics.  All that is counted is counted in the world's as well (the same one
+ * for the world itself). */
+typedef struct phx_kit_counters {
+  int64_t calls[PHX_OPS], bytes[PHX_OPS], wait_ns;
+} phx_kit_counters;
+void phx_kit_count_call(phx_kit_counters *own, phx_kit_counters *world, int32_t op, int64_t bytes);
+void phx_kit_count_wait(phx_kit_counters *own, phx_kit_counters *world, int64_t ns);
+void phx_kit_counters_read(const phx_kit_counters *c, phx_comm_stats *out);
+
 int64_t phx_kit_now_ns(void); /* CLOCK_MONOTONIC */
 /* The number of the new record.  bytes: of this rank's buffer. */
 uint64_t phx_kit_flight_begin(const phx_job *job, const phx_kit_call *call, uint64_t sequence);
