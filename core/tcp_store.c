@@ -5,8 +5,8 @@
  * Invariant: one exchange is under way at a time; its result is written by the thread to where [main] waits for it.
  * Waiting: every wait has a deadline, later than the server's, which knows who is absent; this one is for a server that
  * does not answer.  Time in which this process was suspended does not count.
- * When the job has failed, the thread gives [main] some time to end this process, and then ends it: a call into a driver
- * may never return, and a launcher ends nobody while nobody has ended.
+ * When the job has failed, the thread gives [main] some time to end this process, and then ends it: a call into a
+ * driver may never return, and a launcher ends nobody while nobody has ended.
  * Threads: as tcp_store.h says; `sending` is a lock that a signal handler may give up on. */
 #include "tcp_store.h"
 
