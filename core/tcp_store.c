@@ -5,6 +5,8 @@
  * Invariant: one exchange is under way at a time; its result is written by the thread to where [main] waits for it.
  * Waiting: every wait has a deadline, later than the server's, which knows who is absent; this one is for a server that
  * does not answer.  Time in which this process was suspended does not count.
+ * When the job has failed, the thread gives [main] some time to end this process, and then ends it: a call into a
+ * driver may never return, and a launcher ends nobody while nobody has ended.
  * Threads: as tcp_store.h says; `sending` is a lock that a signal handler may give up on. */
 #include "tcp_store.h"
 
@@ -24,7 +26,7 @@
 #include "sys.h"
 #include "tcp_store_wire.h"
 
-enum { SEND_MS = 1000, SEND_TURNS = 200, RETRY_MS = 50, SLICE_MS = 200 };
+enum { SEND_MS = 1000, SEND_TURNS = 200, RETRY_MS = 50, SLICE_MS = 200, LAST_LEAST_S = 2, LAST_MOST_S = 10 };
 #define GRACE_S 3 /* longer than the server waits: it knows the names */
 #define SUSPENDED_NS UINT64_C(1000000000)
 
@@ -119,7 +121,7 @@ static phx_status reach(const phx__store_place *place, waited *w, int *out, phx_
   }
   freeaddrinfo(found);
   if (fd < 0) return fail_unreached(place, why, err);
-  phx__wire_options(fd);
+  phx__wire_options(fd, place->timeout_s);
   *out = fd;
   return PHX_OK;
 }
@@ -199,7 +201,7 @@ static bool take_frame(phx__store *s) {
   const phx__frame *f = &s->wire.frame;
   if (f->kind == PHX__WIRE_FAILED) {
     fall(s, f->rank, (const char *)s->body, f->bytes);
-    return true;
+    return false;
   }
   pthread_mutex_lock(&s->lock);
   const bool fits = f->kind == PHX__WIRE_RESULT && f->session == s->session && f->number == s->round &&
@@ -215,6 +217,20 @@ static bool take_frame(phx__store *s) {
   return fits;
 }
 
+/* After the failure: until phx__store_close. */
+static void see_out(phx__store *s) {
+  const double half = s->place.timeout_s / 2;
+  waited w = wait_begin(half <= 0 ? 0 : half < LAST_LEAST_S ? LAST_LEAST_S : half > LAST_MOST_S ? LAST_MOST_S : half);
+  char text[PHX__WIRE_MESSAGE + 160];
+  while (poll_one(s->wake, POLLIN, SLICE_MS) <= 0) {
+    if (!wait_is_over(&w)) continue;
+    const int n = snprintf(text, sizeof text, "phalanx: rank %d: the job has failed: %s; this process did not end by "
+                           "itself within %g s, and is ended\n", s->place.rank, s->message, w.limit_s);
+    if (write(STDERR_FILENO, text, (size_t)n) < 0) _exit(PHX__EXIT_RANK); /* nobody hears it: the same end */
+    _exit(PHX__EXIT_RANK);
+  }
+}
+
 static void *listen_to(void *arg) {
   phx__store *s = arg;
   struct pollfd fds[2] = {{.fd = s->wire.fd, .events = POLLIN}, {.fd = s->wake, .events = POLLIN}};
@@ -225,12 +241,14 @@ static void *listen_to(void *arg) {
     const int got = phx__wire_read(&s->wire);
     if (got == PHX__WIRE_MORE) continue;
     if (got == PHX__WIRE_WHOLE && take_frame(s)) continue;
-    if (got == PHX__WIRE_WHOLE) return NULL;
-    const int why = got == PHX__WIRE_GARBAGE ? EPROTO : errno;
-    phx__store_who(s, 0, who, sizeof who);
-    snprintf(text, sizeof text, "%s is gone: its connection %s%s", who, why ? "broke: " : "closed",
-             why ? strerror(why) : "");
-    fall(s, 0, text, strlen(text));
+    if (got != PHX__WIRE_WHOLE) {
+      const int why = got == PHX__WIRE_GARBAGE ? EPROTO : errno;
+      phx__store_who(s, 0, who, sizeof who);
+      snprintf(text, sizeof text, "%s is gone: its connection %s%s", who, why ? "broke: " : "closed",
+               why ? strerror(why) : "");
+      fall(s, 0, text, strlen(text));
+    }
+    see_out(s);
     return NULL;
   }
 }

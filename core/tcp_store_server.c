@@ -188,7 +188,7 @@ static void accept_one(phx__store_server *s) {
   }
   peer *p = &s->strangers[oldest];
   if (p->wire.fd >= 0) refuse(s, p, NULL);
-  phx__wire_options(fd);
+  phx__wire_options(fd, s->place.timeout_s);
   *p = (peer){.wire = {.fd = fd, .limit = PHX__WIRE_HELLO_BYTES, .body = s->hellos[oldest]}, .since_ns = s->last_ns};
 }
 

@@ -61,8 +61,11 @@ int phx__wire_read(phx__wire *w) {
   }
 }
 
-void phx__wire_options(int fd) {
-  const int yes = 1, idle = 5, interval = 5, probes = 3, unanswered_ms = 20000;
+void phx__wire_options(int fd, double timeout_s) {
+  enum { PROBES = 3, SLOWEST = 5 };
+  const double share = timeout_s / 2 / (1 + PROBES);
+  const int every = timeout_s <= 0 || share >= SLOWEST ? SLOWEST : share > 1 ? (int)share : 1;
+  const int yes = 1, idle = every, interval = every, probes = PROBES, unanswered_ms = 1000 * every * (1 + PROBES);
   /* A kernel that refuses one of these finds a lost machine later, by the deadlines. */
   (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
   (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &yes, sizeof yes);

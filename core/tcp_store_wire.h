@@ -48,8 +48,9 @@ int phx__wire_read(phx__wire *wire);
 void phx__put_u32(uint8_t *to, uint32_t value);
 uint32_t phx__get_u32(const uint8_t *from);
 void phx__frame_head(const phx__frame *frame, uint8_t head[PHX__WIRE_HEAD]);
-/* Closed when the process ends elsewhere; small frames at once; a peer whose machine is gone is found within 20 s. */
-void phx__wire_options(int fd);
+/* Closed when the process ends elsewhere; small frames at once; a peer whose machine is gone, or the way to it, is
+ * found within half of timeout_s, before collectives' deadlines: 4 s at least, 20 s at most and without a timeout. */
+void phx__wire_options(int fd, double timeout_s);
 /* [any], signal handlers too: head and payload whole within ms, or false.  The socket does not block. */
 bool phx__wire_send(int fd, const uint8_t *bytes, size_t n, int ms);
 

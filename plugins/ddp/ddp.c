@@ -324,9 +324,9 @@ done:
   return status;
 }
 
-static phx_status make_whole(phx_strategy *self, int flat, void *base, void *through, int32_t dtype, phx_error *err) {
+static phx_status make_whole(phx_strategy *self, int flat, void *base, int32_t dtype, phx_error *err) {
   if (!base) return PHX_OK;
-  return phx_kit_make_whole(&self->s, base, through, my_part(self, flat).per * PHX_BLOCK, dtype, err);
+  return phx_kit_make_whole(&self->s, base, my_part(self, flat).per * PHX_BLOCK, dtype, err);
 }
 
 /* Masters become everybody's, and the low-precision weights are rounded from them. */
@@ -336,7 +336,7 @@ static phx_status derive_weights(phx_strategy *self, phx_error *err) {
   int32_t dtype = self->topology->compute_dtype;
   phx_kit_shard ice = my_part(self, PHX_FLAT_FROZEN);
   phx_status status = PHX_OK;
-  PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[MASTER].at, r[MASTER].at, PHX_F32, err));
+  PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[MASTER].at, PHX_F32, err));
   if (r[MASTER].at)
     PHX_KIT_TRY(d->cast(d->ctx, r[WEIGHT].at, dtype, r[MASTER].at, PHX_F32, r[MASTER].bytes / 4, self->s.stream, err));
   if (ice.blocks > 0)
@@ -355,13 +355,10 @@ static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
   if (phx_kit_masters(self->topology))
     PHX_KIT_TRY(derive_weights(self, err));
   else
-    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, r[WEIGHT].at, PHX_F32, err));
-  PHX_KIT_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, r[FROZEN].at, self->topology->compute_dtype, err));
+    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, PHX_F32, err));
+  PHX_KIT_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, self->topology->compute_dtype, err));
   for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
-    PHX_KIT_TRY(
-        make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, r[GRADIENT].at, self->topology->optim_dtype[k], err));
-  if (r[GRADIENT].bytes > 0 && self->s.comm->size > 1) /* states went through it */
-    PHX_KIT_TRY(d->zero(d->ctx, r[GRADIENT].at, r[GRADIENT].bytes, self->s.stream, err));
+    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, self->topology->optim_dtype[k], err));
   PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
   return compare_replicas(self, "at start", err);
 done:

@@ -221,12 +221,12 @@ static phx_status share_weights(phx_strategy *self, uint32_t unit, uint32_t flat
   phx_status status = PHX_OK;
   if (masters && flat == PHX_FLAT_TRAINABLE) {
     float *master = held_master(self, unit, flat);
-    PHX_KIT_TRY(phx_kit_make_whole(&self->s, master, master, numel, PHX_F32, err));
+    PHX_KIT_TRY(phx_kit_make_whole(&self->s, master, numel, PHX_F32, err));
     return derive_weights(self, unit, flat, err);
   }
   PHX_KIT_TRY(derive_weights(self, unit, flat, err));
   void *weight = held_weight(self, unit, flat);
-  PHX_KIT_TRY(phx_kit_make_whole(&self->s, weight, weight, numel, self->topology->compute_dtype, err));
+  PHX_KIT_TRY(phx_kit_make_whole(&self->s, weight, numel, self->topology->compute_dtype, err));
 done:
   return status;
 }
@@ -245,7 +245,6 @@ static phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
   phx_status status = forget_windows(self, err);
   if (status != PHX_OK) return status;
   const phx_device *d = self->s.device;
-  const phx_kit_region *gradients = &self->plan.regions[FSDP_GRADIENT];
   PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
   if (self->plan.sharded) return derive_shards(self, err);
   for (uint32_t u = 0; u < self->model->n_units; u++) {
@@ -255,11 +254,10 @@ static phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
       if (part.per == 0) continue;
       PHX_KIT_TRY(share_weights(self, u, flat, err));
       for (uint32_t k = 0; flat == PHX_FLAT_TRAINABLE && k < self->topology->n_optim_states; k++)
-        PHX_KIT_TRY(phx_kit_make_whole(&self->s, held_state(self, u, k), kept_gradient(self, u), part.per * PHX_BLOCK,
+        PHX_KIT_TRY(phx_kit_make_whole(&self->s, held_state(self, u, k), part.per * PHX_BLOCK,
                                        self->topology->optim_dtype[k], err));
     }
   }
-  if (gradients->bytes > 0) PHX_KIT_TRY(d->zero(d->ctx, gradients->at, gradients->bytes, self->s.stream, err));
   PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
 done:
   return status;

@@ -82,7 +82,7 @@ static void reduce_pass(move *m, void *const *dst, int32_t n_dst, int32_t only, 
 }
 static void fetch(move *m, void *dst, int32_t from, const void *src, int64_t bytes) {
   if (bytes <= 0) return;
-  m->c->world->kernels->copy(dst, src, bytes, bytes >= SHM_STREAM);
+  m->c->world->kernels->copy(dst, src, bytes, m->call->numel * m->element >= SHM_STREAM);
   if (from != m->c->me) m->call->moved += bytes;
 }
 
@@ -228,7 +228,9 @@ static void stage_work(move *m, const shm_chunks *k, int64_t r) {
     hi -= mine * m->call->numel;
     for (int32_t j = 1; j <= c->n; j++) {
       int32_t p = (c->me + j) % c->n;
-      fetch(m, out + p * whole + lo * m->element, p, stage(m, k, p, r, mine), (hi - lo) * m->element);
+      char *to = out + p * whole + lo * m->element;
+      if (p == c->me && to == (const char *)m->call->src + lo * m->element) continue; /* gathered in place */
+      fetch(m, to, p, stage(m, k, p, r, mine), (hi - lo) * m->element);
     }
   }
 }

@@ -46,45 +46,36 @@ phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *s, float 
   return optim->update(optim->ctx, &t, scale, err);
 }
 
-static phx_status copy_part(const phx_kit_services *s, char *to, const char *from, int64_t at, int64_t end,
-                            phx_error *err) {
-  const phx_device *d = s->device;
-  return at < end ? d->copy(d->ctx, to + at, from + at, end - at, s->stream, err) : PHX_OK;
-}
-
-phx_status phx_kit_make_whole(const phx_kit_services *s, void *base, void *through, int64_t numel, int32_t dtype,
-                              phx_error *err) {
-  int64_t bytes = numel * (int64_t)phx_dtype_bytes(dtype), at = s->comm->rank * bytes, all = s->comm->size * bytes;
-  phx_status status = PHX_OK;
+phx_status phx_kit_make_whole(const phx_kit_services *s, void *base, int64_t numel, int32_t dtype, phx_error *err) {
+  int64_t at = s->comm->rank * numel * (int64_t)phx_dtype_bytes(dtype);
   if (s->comm->size == 1) return PHX_OK; /* it is everybody's */
-  if (through != base) PHX_KIT_TRY(copy_part(s, through, base, at, at + bytes, err));
-  PHX_KIT_TRY(s->comm->all_gather(s->comm->ctx, (char *)through + at, through, numel, dtype, s->stream, err));
-  if (through != base) {
-    PHX_KIT_TRY(copy_part(s, base, through, 0, at, err));
-    PHX_KIT_TRY(copy_part(s, base, through, at + bytes, all, err));
-  }
-done:
-  return status;
+  return s->comm->all_gather(s->comm->ctx, (char *)base + at, base, numel, dtype, s->stream, err);
 }
 
-/* Four lanes, so that the multiplications overlap; splitmix64's finish. */
+/* Eight lanes, so that the multiplications overlap.  A step is one to one in the lane and in the word: a word that is
+ * different is never lost in its lane.  splitmix64's multipliers. */
+static uint64_t hash_step(uint64_t lane, const unsigned char *p) {
+  uint64_t word;
+  memcpy(&word, p, 8);
+  lane ^= word;
+  return (lane << 29 | lane >> 35) * 0xBF58476D1CE4E5B9u;
+}
+
 uint64_t phx_kit_hash(uint64_t seed, const void *data, size_t bytes) {
   const uint64_t odd = 0x9E3779B97F4A7C15u;
-  uint64_t lane[4] = {seed, seed + odd, seed ^ odd, seed - odd};
   const unsigned char *p = data;
   size_t left = bytes;
-  for (; left >= 32; left -= 32, p += 32)
-    for (int i = 0; i < 4; i++) {
-      uint64_t word;
-      memcpy(&word, p + 8 * i, 8);
-      lane[i] = (lane[i] ^ word) * 0xBF58476D1CE4E5B9u;
-      lane[i] ^= lane[i] >> 29;
-    }
-  uint64_t h = bytes;
-  for (; left > 0; left--) h = (h ^ *p++) * 0x100000001B3u;
-  for (int i = 0; i < 4; i++) {
-    h = (h ^ lane[i]) * 0x94D049BB133111EBu;
-    h ^= h >> 31;
+  uint64_t a = seed, b = a + odd, c = b + odd, d = c + odd, e = d + odd, f = e + odd, g = f + odd, h = g + odd;
+  for (; left >= 64; left -= 64, p += 64) { /* in registers, which an array would not be */
+    a = hash_step(a, p), b = hash_step(b, p + 8), c = hash_step(c, p + 16), d = hash_step(d, p + 24);
+    e = hash_step(e, p + 32), f = hash_step(f, p + 40), g = hash_step(g, p + 48), h = hash_step(h, p + 56);
   }
-  return h;
+  const uint64_t lanes[8] = {a, b, c, d, e, f, g, h};
+  uint64_t all = bytes;
+  for (; left > 0; left--) all = (all ^ *p++) * 0x100000001B3u;
+  for (int i = 0; i < 8; i++) {
+    all = (all ^ lanes[i]) * 0x94D049BB133111EBu;
+    all ^= all >> 31;
+  }
+  return all;
 }

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "../plugins/nccl_double/nccl_double.h"
 #include "root.h"
 #include "training.h"
 
@@ -166,8 +168,9 @@ static void finish(world *w, int first, int last, double limit_s, int *status) {
   for (int r = first; r <= last; r++) {
     int raw = 0;
     status[r] = -1;
-    while (waitpid(w->pids[r], &raw, WNOHANG) != w->pids[r] && seconds() < until) sleep_ms(5);
-    if (!WIFEXITED(raw) && !WIFSIGNALED(raw)) continue;
+    pid_t ended;
+    while ((ended = waitpid(w->pids[r], &raw, WNOHANG)) != w->pids[r] && seconds() < until) sleep_ms(5);
+    if (ended != w->pids[r]) continue;
     status[r] = WIFEXITED(raw) ? WEXITSTATUS(raw) : 128 + WTERMSIG(raw);
     w->pids[r] = 0;
   }
@@ -278,30 +281,72 @@ Test(machines, checkpoints_go_from_two_to_one_and_back, .timeout = 400) {
   close_world(&w);
 }
 
+/* Until rank 0 has made two steps. */
+static void run_well(const world *w) {
+  for (int i = 0; i < 3000; i++) {
+    char *log = log_of(w, 0);
+    const int made = log && strstr(log, "step    2/");
+    free(log);
+    if (made) return;
+    sleep_ms(20);
+  }
+  cr_assert_fail("no step was made");
+}
+
+/* Ended by name: `rank` with status 3, and its log has every one of the words. */
+static void expect_failure(const world *w, int rank, int status, const char *const *words) {
+  char *log = log_of(w, rank);
+  cr_expect_eq(status, 3, "rank %d ended with %d:\n%s", rank, status, log);
+  for (; *words; words++) cr_expect(log && strstr(log, *words), "rank %d does not say '%s':\n%s", rank, *words, log);
+  free(log);
+}
+#define WORDS(...) (const char *const[]){__VA_ARGS__, NULL}
+
 Test(machines, a_killed_rank_ends_the_other_by_name, .timeout = 300) {
   world w;
   int status[RANKS_MAX];
-  char *log = NULL;
   open_world(&w, 1);
   ON_TWO(&w, SET("run.steps=100000"), SET("run.timeout=100"));
-  for (int i = 0; i < 600; i++) {
-    log = log_of(&w, 0);
-    if (log && strstr(log, "step    2/")) break;
-    free(log);
-    log = NULL;
-    sleep_ms(100);
-  }
-  cr_assert_not_null(log, "no step was made");
-  free(log);
+  run_well(&w);
   const double begin = seconds();
   kill(w.pids[1], SIGKILL);
   finish(&w, 0, 1, 60, status);
   cr_expect_lt(seconds() - begin, 20, "%g s", seconds() - begin); /* not the timeout's 100 */
   cr_expect_eq(status[1], 128 + SIGKILL);
-  log = log_of(&w, 0);
-  cr_expect_eq(status[0], 3, "rank 0 ended with %d:\n%s", status[0], log);
-  cr_expect(strstr(log, "rank 1 (") && strstr(log, "10.77.0.2, pid") && strstr(log, "is gone"), "%s", log);
-  free(log);
+  expect_failure(&w, 0, status[0], WORDS("rank 1 (", "10.77.0.2, pid", "is gone"));
+  close_world(&w);
+}
+
+/* The cable of this world: the interfaces, and the double, whose bytes do not pass there. */
+static void cut(world *w) {
+  const double_control control = {.fault = DOUBLE_CUT};
+  const int fd = open(getenv("NCCL_DOUBLE_MEMORY"), O_WRONLY | O_CLOEXEC);
+  ip(w, 1, "link set phx0 down");
+  cr_assert_str_eq(w->why, "");
+  cr_assert_eq(pwrite(fd, &control.fault, sizeof control.fault, offsetof(double_control, fault)), sizeof control.fault);
+  close(fd);
+}
+
+/* No machine is told: what it sends is not answered any more.  Rank 0 waits for a stream, which an abort ends; rank 1's
+ * streams are inline, so that it stands in a call that never returns. */
+Test(machines, a_cut_cable_ends_both_by_name, .timeout = 300) {
+  const char *const run[] = {SET("run.steps=100000"), SET("run.timeout=8"), NULL};
+  world w;
+  int status[RANKS_MAX];
+  open_world(&w, 1);
+  new_double(&w);
+  setenv("PHX_CUDA_DOUBLE", "threads=1", 1);
+  start(&w, 0, 0, w.dir, run);
+  unsetenv("PHX_CUDA_DOUBLE");
+  start(&w, 1, 1, w.dir, run);
+  run_well(&w);
+  const double begin = seconds();
+  cut(&w);
+  finish(&w, 0, 1, 60, status); /* all there is of them: a rank is one process */
+  cr_expect_lt(seconds() - begin, 16, "%g s", seconds() - begin); /* 4 to know it, 4 more for rank 1 */
+  expect_failure(&w, 0, status[0], WORDS("rank 1 (", "10.77.0.2, pid", "is gone: its connection broke"));
+  expect_failure(&w, 1, status[1], WORDS("rank 0 (", "10.77.0.1, pid", "is gone: its connection broke",
+                                           "did not end by itself within 4 s"));
   close_world(&w);
 }
 

@@ -69,7 +69,8 @@ typedef struct harness_rank {
   phx_estimate planned;
   int64_t peak[PHX_MEM_KINDS], arena_peak; /* measured */
   int64_t calls[PHX_OPS], sent[PHX_OPS];   /* of one step (the last that was not discarded) */
-  int64_t allocations, steady_allocations, leaked_bytes, staged_calls;
+  int64_t allocations, steady_allocations, leaked_bytes;
+  int64_t staged_calls; /* collectives on memory that peers cannot reach in place, once steps began */
   harness_call *trace;
   size_t n_trace;
   harness_ticket *tickets;

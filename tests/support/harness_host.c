@@ -76,7 +76,8 @@ static void on_issue(void *ctx, int32_t op, int64_t numel, int64_t payload, bool
   harness_rank *o = k->out;
   o->calls[op]++;
   o->sent[op] += payload;
-  if (numel > 0 && k->topology.world_size > 1 && op != PHX_OP_SEND && op != PHX_OP_RECV && op != PHX_OP_BARRIER &&
+  if (k->steady && numel > 0 && k->topology.world_size > 1 && op != PHX_OP_SEND && op != PHX_OP_RECV &&
+      op != PHX_OP_BARRIER &&
       (!in_arena(k, src) || (op == PHX_OP_ALL_REDUCE && !in_arena(k, dst)) ||
        (op == PHX_OP_ALL_GATHER && !in_arena(k, dst))))
     o->staged_calls++;

@@ -140,16 +140,16 @@ static void destroy_more(phx_strategy *self) {
   good->destroy(self);
   if (host) host->release(host->ctx, kept);
 }
-static phx_status private_memory(phx_strategy *self, phx_error *err) {
+static phx_status private_memory(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
   const phx_comm *c = host->extension(host->ctx, PHX_EXT_COMM);
-  phx_status status = good->state_changed(self, err);
+  phx_status status = good->visit_state(self, visitor, err);
   return status == PHX_OK ? c->all_reduce(c->ctx, kept, kept, 8, PHX_F32, PHX_SUM, NULL, err) : status;
 }
 Test(harness, finds_collectives_on_private_memory) {
   broken.estimate = plan_kept;
   broken.create = create_more;
   broken.destroy = destroy_more;
-  broken.state_changed = private_memory;
+  broken.visit_state = private_memory;
   expect_found("stage=1", 0, "collectives on private memory");
 }
 

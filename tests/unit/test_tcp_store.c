@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -339,20 +340,26 @@ Test(tcp_store, a_failure_is_told_to_all, .timeout = 60) {
     cr_expect_eq(ranks[i].failed_rank, 2);
   }
 }
-/* rank 0 is by hand: a listener that welcomes, and then is no more. */
-Test(tcp_store, the_death_of_rank_0_is_named, .timeout = 60) {
-  rank r;
-  char port[8];
+/* rank 0 is by hand: a listener that welcomes the one rank that there is beside it, as session 99. */
+static int welcome_one(int listener) {
   unsigned char frame[32 + 2 * 128] = {0}, body[256];
   uint64_t session;
-  const int listener = listen_anywhere(port);
-  begin(&r, "127.0.0.1", port, 1, 2, 30, exchange_once), go(&r);
   const int fd = accept(listener, NULL, NULL);
   cr_assert_eq(hear(fd, body, sizeof body, &session), 1);
   cr_expect_eq(session, JOB);
   head(frame, 2, -1, 99, 0, 256);
   memcpy(frame + 32, "node0, 10.0.0.1, pid 1", 22);
   tell(fd, frame, sizeof frame);
+  return fd;
+}
+Test(tcp_store, the_death_of_rank_0_is_named, .timeout = 60) {
+  rank r;
+  char port[8];
+  unsigned char frame[32 + 2 * 128] = {0};
+  uint64_t session;
+  const int listener = listen_anywhere(port);
+  begin(&r, "127.0.0.1", port, 1, 2, 30, exchange_once), go(&r);
+  const int fd = welcome_one(listener);
   cr_assert_eq(hear(fd, frame, sizeof frame, &session), 4); /* it is in its meeting */
   cr_expect_eq(session, 99);
   close(fd);
@@ -360,6 +367,34 @@ Test(tcp_store, the_death_of_rank_0_is_named, .timeout = 60) {
   end(&r);
   cr_expect_eq(r.status, PHX_COMM);
   MUST_SAY(&r, "rank 0 (node0, 10.0.0.1, pid 1) is gone");
+}
+
+/* [main] stands in a call that never returns: nothing but the store's thread can end this process. */
+Test(tcp_store, a_process_that_does_not_end_by_itself_is_ended, .timeout = 60) {
+  char port[8], text[1200];
+  int says[2], raw = 0;
+  const int listener = listen_anywhere(port);
+  cr_assert_eq(pipe(says), 0);
+  const pid_t pid = fork();
+  if (pid == 0) {
+    rank r;
+    begin(&r, "127.0.0.1", port, 1, 2, 3, NULL);
+    if (dup2(says[1], STDERR_FILENO) < 0 || phx__store_open(&r.place, &r.store, &r.err) != PHX_OK) _exit(100);
+    for (;;) pause();
+  }
+  close(says[1]);
+  const int fd = welcome_one(listener);
+  const double from = seconds();
+  close(fd);
+  cr_assert_eq(waitpid(pid, &raw, 0), pid);
+  cr_expect(seconds() - from >= 1.9, "%g s", seconds() - from);
+  cr_expect(WIFEXITED(raw) && WEXITSTATUS(raw) == PHX__EXIT_RANK, "status %x", (unsigned)raw);
+  const ssize_t n = read(says[0], text, sizeof text - 1);
+  text[n > 0 ? n : 0] = 0;
+  cr_expect(strstr(text, "rank 1: the job has failed: rank 0 (node0, 10.0.0.1, pid 1) is gone"), "%s", text);
+  cr_expect(strstr(text, "did not end by itself within 2 s"), "%s", text);
+  close(says[0]);
+  close(listener);
 }
 
 /* ---- strangers ---- */

@@ -159,7 +159,7 @@ void double_run(void *arg) {
   struct ncclComm *c = w->comm;
   if (is_aborted(c)) return;
   if (w->fault == DOUBLE_ASYNC_ERROR) __atomic_store_n(&c->state, ncclRemoteError, __ATOMIC_RELEASE);
-  if (w->fault)
+  if (w->fault || __atomic_load_n(&double_shared->control.fault, __ATOMIC_RELAXED) == DOUBLE_CUT)
     double_hang(c);
   else if (w->kind == DO_MOVES)
     double_move(c, w->moves, w->n_moves);

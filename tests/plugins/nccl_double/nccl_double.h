@@ -21,7 +21,8 @@ enum double_fault {
   DOUBLE_MEMORY_FAILS, /* ncclMemAlloc */
   DOUBLE_ID_FAILS,     /* ncclGetUniqueId */
   DOUBLE_REGISTER_FAILS,
-  DOUBLE_OTHER_VERSION /* ncclGetVersion of this rank */
+  DOUBLE_OTHER_VERSION, /* ncclGetVersion of this rank */
+  DOUBLE_CUT            /* from now on no operation of any rank ends */
 };
 typedef struct double_control { /* shared by all ranks; set after double_setup(), before the fork */
   int version;         /* NCCL's code */

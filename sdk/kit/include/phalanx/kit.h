@@ -213,9 +213,8 @@ phx_status phx_kit_update(const phx_optim *optim, const phx_kit_slice *slice, fl
                           phx_error *err);
 
 /* [collective] Replicas from their writers: the rank's part (numel elements, at rank * numel) of `base` becomes
- * everybody's, on the communication stream.  `through`: memory of the communicator; base itself, or as large. */
-phx_status phx_kit_make_whole(const phx_kit_services *s, void *base, void *through, int64_t numel, int32_t dtype,
-                              phx_error *err);
+ * everybody's, on the communication stream. */
+phx_status phx_kit_make_whole(const phx_kit_services *s, void *base, int64_t numel, int32_t dtype, phx_error *err);
 
 /* ---- a hash of bytes, for comparing replicas; not the state hash ---- */
 uint64_t phx_kit_hash(uint64_t seed, const void *data, size_t bytes);
