@@ -103,96 +103,53 @@ static phx_status issue(ncx_call call, phx_stream *s, phx_error *err) {
   phx_error own = {.struct_size = sizeof own};
   if (!err) err = &own;
   call.s = s;
+  const phx_kit_call shown = {.numel = call.numel, .op = call.op, .dtype = call.dtype, .reduce = call.reduce,
+                              .root = call.root};
+  NCX_TRY(phx_kit_check_call(&shown, call.comm->me, call.comm->n, call.src, call.dst, err));
   NCX_TRY(ncx_check_alive(call.comm, err));
   NCX_TRY(find_owners(&call, err));
   NCX_TRY(ncx_begin(&call, &pending, err));
   return ncx_end(&call, pending, ncx_run(&call, err), err);
 }
 
-/* ---- arguments ---- */
-
-static phx_status check(const ncx_comm *c, int32_t op, int64_t numel, int32_t dtype, phx_error *err) {
-  const int64_t element = (int64_t)phx_dtype_bytes(dtype);
-  if (element == 0) return phx_kit_fail(err, PHX_INVALID, "%s: %d is no dtype", phx_op_name(op), dtype);
-  if (numel < 0 || numel > (INT64_MAX >> 2) / (element * c->n))
-    return phx_kit_fail(err, PHX_INVALID, "%s: %lld elements", phx_op_name(op), (long long)numel);
-  return PHX_OK;
-}
-static phx_status check_reduce(int32_t op, int32_t dtype, int32_t reduce, phx_error *err) {
-  if (reduce < PHX_SUM || reduce > PHX_MAX)
-    return phx_kit_fail(err, PHX_INVALID, "%s: %d is no reduction", phx_op_name(op), reduce);
-  if (dtype == PHX_F16)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "%s: f16 cannot be reduced; f32, f64, bf16 and integers can",
-                        phx_op_name(op));
-  return PHX_OK;
-}
-static phx_status check_pointers(int32_t op, int64_t numel, const void *src, const void *dst, phx_error *err) {
-  if (numel > 0 && (!src || !dst))
-    return phx_kit_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", phx_op_name(op),
-                        (long long)numel);
-  return PHX_OK;
-}
-static phx_status check_root(const ncx_comm *c, int32_t op, int32_t root, phx_error *err) {
-  if (root < 0 || root >= c->n)
-    return phx_kit_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", phx_op_name(op), root, c->n - 1);
-  return PHX_OK;
-}
-
 /* ---- the table ---- */
 
-static phx_status reducing(ncx_comm *c, int32_t op, const void *src, void *dst, int64_t numel, int32_t dtype,
-                           int32_t reduce, int32_t root, phx_stream *s, phx_error *err) {
-  NCX_TRY(check(c, op, numel, dtype, err));
-  NCX_TRY(check_reduce(op, dtype, reduce, err));
-  if (op == PHX_OP_REDUCE) NCX_TRY(check_root(c, op, root, err));
-  NCX_TRY(check_pointers(op, numel, src, op == PHX_OP_REDUCE && root != c->me ? src : dst, err));
+static phx_status start(ncx_comm *c, int32_t op, const void *src, void *dst, int64_t numel, int32_t dtype,
+                        int32_t reduce, int32_t root, phx_stream *s, phx_error *err) {
   return issue((ncx_call){.comm = c, .src = src, .dst = dst, .numel = numel, .op = op, .dtype = dtype,
                           .reduce = reduce, .root = root}, s, err);
 }
 static phx_status all_reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
                              phx_stream *s, phx_error *err) {
-  return reducing(ctx, PHX_OP_ALL_REDUCE, src, dst, numel, dtype, op, -1, s, err);
+  return start(ctx, PHX_OP_ALL_REDUCE, src, dst, numel, dtype, op, -1, s, err);
 }
 static phx_status reduce_to(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
                             int32_t root, phx_stream *s, phx_error *err) {
-  return reducing(ctx, PHX_OP_REDUCE, src, dst, numel, dtype, op, root, s, err);
+  return start(ctx, PHX_OP_REDUCE, src, dst, numel, dtype, op, root, s, err);
 }
 static phx_status reduce_scatter(void *ctx, const void *src, void *dst, int64_t recv_numel, int32_t dtype, int32_t op,
                                  phx_stream *s, phx_error *err) {
-  return reducing(ctx, PHX_OP_REDUCE_SCATTER, src, dst, recv_numel, dtype, op, -1, s, err);
-}
-
-static phx_status moving(ncx_comm *c, int32_t op, const void *src, void *dst, int64_t numel, int32_t dtype,
-                         int32_t root, phx_stream *s, phx_error *err) {
-  NCX_TRY(check(c, op, numel, dtype, err));
-  if (op == PHX_OP_BROADCAST || op == PHX_OP_SEND || op == PHX_OP_RECV) NCX_TRY(check_root(c, op, root, err));
-  if ((op == PHX_OP_SEND || op == PHX_OP_RECV) && root == c->me)
-    return phx_kit_fail(err, PHX_INVALID, "%s: rank %d is this rank", phx_op_name(op), root);
-  NCX_TRY(check_pointers(op, numel, op == PHX_OP_RECV ? dst : src, op == PHX_OP_SEND ? src : dst, err));
-  if (op == PHX_OP_ALL_TO_ALL && numel > 0 && src == dst)
-    return phx_kit_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
-  return issue((ncx_call){.comm = c, .src = src, .dst = dst, .numel = numel, .op = op, .dtype = dtype, .reduce = -1,
-                          .root = root}, s, err);
+  return start(ctx, PHX_OP_REDUCE_SCATTER, src, dst, recv_numel, dtype, op, -1, s, err);
 }
 static phx_status all_gather(void *ctx, const void *src, void *dst, int64_t send_numel, int32_t dtype, phx_stream *s,
                              phx_error *err) {
-  return moving(ctx, PHX_OP_ALL_GATHER, src, dst, send_numel, dtype, -1, s, err);
+  return start(ctx, PHX_OP_ALL_GATHER, src, dst, send_numel, dtype, -1, -1, s, err);
 }
 static phx_status broadcast(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t root, phx_stream *s,
                             phx_error *err) {
-  return moving(ctx, PHX_OP_BROADCAST, buf, buf, numel, dtype, root, s, err);
+  return start(ctx, PHX_OP_BROADCAST, buf, buf, numel, dtype, -1, root, s, err);
 }
 static phx_status send_to(void *ctx, const void *buf, int64_t numel, int32_t dtype, int32_t peer, phx_stream *s,
                           phx_error *err) {
-  return moving(ctx, PHX_OP_SEND, buf, NULL, numel, dtype, peer, s, err);
+  return start(ctx, PHX_OP_SEND, buf, NULL, numel, dtype, -1, peer, s, err);
 }
 static phx_status recv_from(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t peer, phx_stream *s,
                             phx_error *err) {
-  return moving(ctx, PHX_OP_RECV, NULL, buf, numel, dtype, peer, s, err);
+  return start(ctx, PHX_OP_RECV, NULL, buf, numel, dtype, -1, peer, s, err);
 }
 static phx_status all_to_all(void *ctx, const void *src, void *dst, int64_t numel_per_peer, int32_t dtype,
                              phx_stream *s, phx_error *err) {
-  return moving(ctx, PHX_OP_ALL_TO_ALL, src, dst, numel_per_peer, dtype, -1, s, err);
+  return start(ctx, PHX_OP_ALL_TO_ALL, src, dst, numel_per_peer, dtype, -1, -1, s, err);
 }
 static phx_status barrier(void *ctx, phx_stream *s, phx_error *err) {
   return issue((ncx_call){.comm = ctx, .op = PHX_OP_BARRIER, .reduce = -1, .root = -1}, s, err);

@@ -75,7 +75,10 @@ static phx_status run(void *arg, phx_error *err) {
 
 static phx_status issue(shm_call call, phx_stream *s, phx_error *err) {
   shm_comm *c = call.comm;
-  phx_status status = check_alive(c, err);
+  const phx_kit_call shown = {.numel = call.numel, .op = call.op, .dtype = call.dtype, .reduce = call.reduce,
+                              .root = call.root};
+  phx_status status = phx_kit_check_call(&shown, c->me, c->n, call.src, call.dst, err);
+  if (status == PHX_OK) status = check_alive(c, err);
   if (status != PHX_OK) return status;
   int32_t is_device = 0;
   status = shm_device_check(&call, &is_device, err);
@@ -102,100 +105,45 @@ static phx_status issue(shm_call call, phx_stream *s, phx_error *err) {
   return status;
 }
 
-/* ---- arguments ---- */
-
-static phx_status check(const shm_comm *c, int32_t op, int64_t numel, int32_t dtype, phx_error *err) {
-  int64_t element = (int64_t)phx_dtype_bytes(dtype);
-  if (element == 0) return phx_kit_fail(err, PHX_INVALID, "%s: %d is no dtype", phx_op_name(op), dtype);
-  if (numel < 0 || numel > (INT64_MAX >> 2) / (element * c->n))
-    return phx_kit_fail(err, PHX_INVALID, "%s: %lld elements", phx_op_name(op), (long long)numel);
-  return PHX_OK;
-}
-static phx_status check_reduce(const shm_comm *c, int32_t op, int32_t dtype, int32_t reduce, phx_error *err) {
-  if (reduce < PHX_SUM || reduce > PHX_MAX)
-    return phx_kit_fail(err, PHX_INVALID, "%s: %d is no reduction", phx_op_name(op), reduce);
-  if (!c->world->kernels->reduce[dtype][reduce])
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "%s: dtype %d cannot be reduced; f32, f64, bf16 and integers can",
-                        phx_op_name(op), dtype);
-  return PHX_OK;
-}
-static phx_status check_pointers(int32_t op, int64_t numel, const void *src, const void *dst, phx_error *err) {
-  if (numel > 0 && (!src || !dst))
-    return phx_kit_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", phx_op_name(op),
-                        (long long)numel);
-  return PHX_OK;
-}
-static phx_status check_root(const shm_comm *c, int32_t op, int32_t root, phx_error *err) {
-  if (root < 0 || root >= c->n)
-    return phx_kit_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", phx_op_name(op), root, c->n - 1);
-  return PHX_OK;
-}
 /* ---- the table ---- */
 
 static phx_status all_reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
                              phx_stream *s, phx_error *err) {
-  SHM_TRY(check(ctx, PHX_OP_ALL_REDUCE, numel, dtype, err));
-  SHM_TRY(check_reduce(ctx, PHX_OP_ALL_REDUCE, dtype, op, err));
-  SHM_TRY(check_pointers(PHX_OP_ALL_REDUCE, numel, src, dst, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = numel, .op = PHX_OP_ALL_REDUCE, .dtype = dtype,
                           .reduce = op, .root = -1}, s, err);
 }
 static phx_status reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op, int32_t root,
                          phx_stream *s, phx_error *err) {
-  const shm_comm *c = ctx;
-  SHM_TRY(check(c, PHX_OP_REDUCE, numel, dtype, err));
-  SHM_TRY(check_reduce(c, PHX_OP_REDUCE, dtype, op, err));
-  SHM_TRY(check_root(c, PHX_OP_REDUCE, root, err));
-  SHM_TRY(check_pointers(PHX_OP_REDUCE, numel, src, root == c->me ? dst : src, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = numel, .op = PHX_OP_REDUCE, .dtype = dtype,
                           .reduce = op, .root = root}, s, err);
 }
 static phx_status reduce_scatter(void *ctx, const void *src, void *dst, int64_t recv_numel, int32_t dtype, int32_t op,
                                  phx_stream *s, phx_error *err) {
-  SHM_TRY(check(ctx, PHX_OP_REDUCE_SCATTER, recv_numel, dtype, err));
-  SHM_TRY(check_reduce(ctx, PHX_OP_REDUCE_SCATTER, dtype, op, err));
-  SHM_TRY(check_pointers(PHX_OP_REDUCE_SCATTER, recv_numel, src, dst, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = recv_numel, .op = PHX_OP_REDUCE_SCATTER,
                           .dtype = dtype, .reduce = op, .root = -1}, s, err);
 }
 static phx_status all_gather(void *ctx, const void *src, void *dst, int64_t send_numel, int32_t dtype, phx_stream *s,
                              phx_error *err) {
-  SHM_TRY(check(ctx, PHX_OP_ALL_GATHER, send_numel, dtype, err));
-  SHM_TRY(check_pointers(PHX_OP_ALL_GATHER, send_numel, src, dst, err));
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = send_numel, .op = PHX_OP_ALL_GATHER,
                           .dtype = dtype, .reduce = -1, .root = -1}, s, err);
 }
 static phx_status broadcast(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t root, phx_stream *s,
                             phx_error *err) {
-  SHM_TRY(check(ctx, PHX_OP_BROADCAST, numel, dtype, err));
-  SHM_TRY(check_root(ctx, PHX_OP_BROADCAST, root, err));
-  SHM_TRY(check_pointers(PHX_OP_BROADCAST, numel, buf, buf, err));
   return issue((shm_call){.comm = ctx, .src = buf, .dst = buf, .numel = numel, .op = PHX_OP_BROADCAST, .dtype = dtype,
                           .reduce = -1, .root = root}, s, err);
 }
-static phx_status pair_call(shm_comm *c, int32_t op, const void *src, void *dst, int64_t numel, int32_t dtype,
-                            int32_t peer, phx_stream *s, phx_error *err) {
-  SHM_TRY(check(c, op, numel, dtype, err));
-  SHM_TRY(check_root(c, op, peer, err));
-  if (peer == c->me) return phx_kit_fail(err, PHX_INVALID, "%s: rank %d is this rank", phx_op_name(op), peer);
-  const void *buffer = op == PHX_OP_SEND ? src : dst;
-  SHM_TRY(check_pointers(op, numel, buffer, buffer, err));
-  return issue((shm_call){.comm = c, .src = src, .dst = dst, .numel = numel, .op = op, .dtype = dtype, .reduce = -1,
-                          .root = peer}, s, err);
-}
 static phx_status send_to(void *ctx, const void *buf, int64_t numel, int32_t dtype, int32_t peer, phx_stream *s,
                           phx_error *err) {
-  return pair_call(ctx, PHX_OP_SEND, buf, NULL, numel, dtype, peer, s, err);
+  return issue((shm_call){.comm = ctx, .src = buf, .numel = numel, .op = PHX_OP_SEND, .dtype = dtype, .reduce = -1,
+                          .root = peer}, s, err);
 }
 static phx_status recv_from(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t peer, phx_stream *s,
                             phx_error *err) {
-  return pair_call(ctx, PHX_OP_RECV, NULL, buf, numel, dtype, peer, s, err);
+  return issue((shm_call){.comm = ctx, .dst = buf, .numel = numel, .op = PHX_OP_RECV, .dtype = dtype, .reduce = -1,
+                          .root = peer}, s, err);
 }
 static phx_status all_to_all(void *ctx, const void *src, void *dst, int64_t numel_per_peer, int32_t dtype,
                              phx_stream *s, phx_error *err) {
-  SHM_TRY(check(ctx, PHX_OP_ALL_TO_ALL, numel_per_peer, dtype, err));
-  SHM_TRY(check_pointers(PHX_OP_ALL_TO_ALL, numel_per_peer, src, dst, err));
-  if (numel_per_peer > 0 && src == dst) return phx_kit_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
   return issue((shm_call){.comm = ctx, .src = src, .dst = dst, .numel = numel_per_peer, .op = PHX_OP_ALL_TO_ALL,
                           .dtype = dtype, .reduce = -1, .root = -1}, s, err);
 }

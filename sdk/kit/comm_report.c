@@ -6,33 +6,12 @@
 #include <time.h>
 
 #define LOAD(p) __atomic_load_n(&(p), __ATOMIC_RELAXED)
-#define ADD(p, v) __atomic_fetch_add(&(p), (v), __ATOMIC_RELAXED)
 #define STORE(p, v) __atomic_store_n(&(p), (v), __ATOMIC_RELAXED)
 
 int64_t phx_kit_now_ns(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-void phx_kit_count_call(phx_kit_counters *own, phx_kit_counters *world, int32_t op, int64_t bytes) {
-  ADD(own->calls[op], 1);
-  if (bytes) ADD(own->bytes[op], bytes);
-  if (world != own) phx_kit_count_call(world, world, op, bytes);
-}
-
-void phx_kit_count_wait(phx_kit_counters *own, phx_kit_counters *world, int64_t ns) {
-  ADD(own->wait_ns, ns);
-  if (world != own) ADD(world->wait_ns, ns);
-}
-
-void phx_kit_counters_read(const phx_kit_counters *c, phx_comm_stats *out) {
-  out->struct_size = sizeof *out;
-  for (int32_t i = 0; i < PHX_OPS; i++) {
-    out->calls[i] = LOAD(c->calls[i]);
-    out->bytes[i] = LOAD(c->bytes[i]);
-  }
-  out->wait_ns = LOAD(c->wait_ns);
 }
 
 void phx_kit_say(phx_kit_text *t, const char *format, ...) {

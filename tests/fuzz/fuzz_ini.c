@@ -5,20 +5,11 @@
  *   build-clang/tests/fuzz_ini tests/fuzz/ini        The corpus is replayed by tests/unit/test_ini.c everywhere. */
 #include "../../core/config_ini.h"
 #include "../../core/option.h"
+#include "check.h"
 
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-      abort();                                                                  \
-    }                                                                           \
-  } while (0)
 
 typedef struct fields {
   int64_t i, b;

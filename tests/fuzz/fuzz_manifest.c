@@ -6,20 +6,11 @@
 #include "../../core/manifest.h"
 #include "../../core/manifest_inner.h"
 #include "../../core/sys.h"
+#include "check.h"
 
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-      abort();                                                                  \
-    }                                                                           \
-  } while (0)
 
 static void check_found(const phx__manifest *m, int32_t kind, uint32_t index, uint32_t unit, uint32_t flat) {
   for (int64_t b = 0; b < m->units[unit].blocks[flat];) {

@@ -6,20 +6,11 @@
  */
 #include "../../core/safetensors.h"
 #include "../../core/sys.h"
+#include "check.h"
 
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-      abort();                                                                  \
-    }                                                                           \
-  } while (0)
 
 static void check_again(const phx__safetensors *st) {
   phx__tensor *copy = calloc(st->n + 1, sizeof *copy);

@@ -1,5 +1,6 @@
 /* The cpu device without the core: see device_ops.h. */
 #include "device_ops.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -22,6 +23,13 @@ phx_status device_ops_open(device_ops *d, int32_t threads, const char *isa, phx_
 void device_ops_close(device_ops *d) {
   if (d->self) d->table->destroy(d->self);
   memset(d, 0, sizeof *d);
+}
+
+int device_ops_have(device_ops *d, int32_t threads, const char *isa) {
+  const phx_status status = device_ops_open(d, threads, isa, &d->err);
+  if (status == PHX_OK || status == PHX_UNSUPPORTED) return status == PHX_OK;
+  fprintf(stderr, "%s\n", d->err.message);
+  abort();
 }
 
 int device_ops_sets(void) {

@@ -18,6 +18,8 @@ typedef struct device_ops {
  * oneDNN keeps its first.  PHX_UNSUPPORTED where the machine lacks it. */
 phx_status device_ops_open(device_ops *d, int32_t threads, const char *isa, phx_error *err);
 void device_ops_close(device_ops *d);
+/* As open; 0: this machine lacks the instruction set.  Ends the test program with a message on any other failure. */
+int device_ops_have(device_ops *d, int32_t threads, const char *isa);
 /* How many of base, avx2 and avx512 this machine has.  Asked in a process of its own: a device settles oneDNN's limit
  * for its process, and for those that are forked from it. */
 int device_ops_sets(void);

@@ -141,6 +141,22 @@ void harness_free(harness_result *r) {
   }
 }
 
+int32_t harness_fail_allocations(harness_config c, int32_t even, int32_t odd, char message[640]) {
+  for (int32_t n = 1; n < 100; n++) {
+    harness_result r;
+    int64_t leaked = 0;
+    c.fail_alloc = n;
+    c.fail_rank = n % 2 ? odd : even;
+    bool good = harness_run(&c, &r);
+    for (int32_t i = 0; i < c.ranks; i++) leaked += r.rank[i].leaked_bytes;
+    harness_free(&r);
+    snprintf(message, sizeof r.message, "allocation %d: %lld bytes leaked: %.500s", n, (long long)leaked, r.message);
+    if (leaked || (!good && r.status != PHX_NOMEM)) return 0;
+    if (good) return n;
+  }
+  return 0;
+}
+
 int64_t harness_count(const harness_rank *r, int32_t op, int32_t step, int64_t *largest) {
   int64_t n = 0, most = 0;
   for (size_t i = 0; i < r->n_trace; i++) {

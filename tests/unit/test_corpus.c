@@ -8,7 +8,6 @@
 #define LLVMFuzzerTestOneInput fuzz_safetensors
 #include "../fuzz/fuzz_safetensors.c"
 #undef LLVMFuzzerTestOneInput
-#undef CHECK
 #define LLVMFuzzerTestOneInput fuzz_manifest
 #include "../fuzz/fuzz_manifest.c"
 #undef LLVMFuzzerTestOneInput

@@ -174,19 +174,11 @@ static void compare(const arrays *a, const shape *s, double bound) {
   free(qkv), free(dout), free(out), free(lse), free(dqkv);
 }
 
-static int open_or_skip(device_ops *d, int32_t threads, const char *isa) {
-  phx_error err = {.struct_size = sizeof err};
-  const phx_status status = device_ops_open(d, threads, isa, &err);
-  if (status == PHX_UNSUPPORTED) return 0; /* the machine lacks it */
-  cr_assert_eq(status, PHX_OK, "%s", err.message);
-  return 1;
-}
-
 /* ---- tests ---- */
 
 static void against_reference(const char *isa) {
   device_ops d;
-  if (!open_or_skip(&d, 1, isa)) cr_skip_test("this machine has no %s", isa);
+  if (!device_ops_have(&d, 1, isa)) cr_skip_test("this machine has no %s", isa);
   for (int i = 0; i < SHAPES; i++) {
     arrays a = fill(&shapes[i], 2.0f);
     run(&d, &a, &shapes[i]);
@@ -208,7 +200,7 @@ Test(cpu_attention, reference_avx512, .timeout = 60) {
 /* Scores up to several hundred: the running maximum matters, and most probabilities vanish. */
 Test(cpu_attention, large_scores, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   const shape s = {1, 150, 64, 1};
   arrays a = fill(&s, 20.0f);
   run(&d, &a, &s);
@@ -221,7 +213,7 @@ Test(cpu_attention, large_scores, .timeout = 60) {
  * along single elements of qkv. */
 Test(cpu_attention, numerical_gradient, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   const shape s = {1, 70, 20, 2};
   arrays a = fill(&s, 1.0f);
   run(&d, &a, &s);
@@ -247,7 +239,7 @@ Test(cpu_attention, numerical_gradient, .timeout = 60) {
 /* Keys after a query do not exist for it: rows 0 .. t of the results must not change with row t + 1 of the input. */
 Test(cpu_attention, causal, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   const shape s = {1, 150, 30, 3};
   arrays a = fill(&s, 1.0f), b = fill(&s, 1.0f);
   for (int64_t i = 71 * 3 * s.c; i < 3 * b.n; i++) b.qkv[i] = 1e30f;
@@ -266,7 +258,7 @@ Test(cpu_attention, same_bits, .timeout = 60) {
   arrays first = fill(&s, 1.0f);
   for (int32_t threads = 1; threads <= 3; threads++) {
     device_ops d;
-    cr_assert(open_or_skip(&d, threads, NULL));
+    cr_assert(device_ops_have(&d, threads, NULL));
     for (int again = 0; again < 2; again++) {
       arrays a = fill(&s, 1.0f), moved = a;
       if (again) { /* 4 bytes further: the worst alignment there is */
@@ -300,7 +292,7 @@ Test(cpu_attention, same_bits, .timeout = 60) {
  * groups of 4, so a NaN in v may also reach the group's earlier queries, as 0 times NaN.) */
 Test(cpu_attention, nan_is_kept, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   const shape s = {1, 100, 32, 2};
   for (int part = 0; part < 3; part++) { /* q, k, v */
     arrays a = fill(&s, 1.0f);
@@ -319,7 +311,7 @@ Test(cpu_attention, nan_is_kept, .timeout = 60) {
 /* The scratch is declared once, per thread, and serves any length: nothing grows with T or T * T. */
 Test(cpu_attention, scratch_is_constant, .timeout = 60) {
   device_ops one, two;
-  cr_assert(open_or_skip(&one, 1, NULL) && open_or_skip(&two, 2, NULL));
+  cr_assert(device_ops_have(&one, 1, NULL) && device_ops_have(&two, 2, NULL));
   cr_assert_leq(two.ops->scratch_bytes - one.ops->scratch_bytes, 8 << 20, "scratch of one thread more");
   device_ops_close(&two);
   const int64_t declared = one.ops->scratch_bytes;
@@ -337,7 +329,7 @@ Test(cpu_attention, scratch_is_constant, .timeout = 60) {
 
 Test(cpu_attention, refuses, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   const phx_ops *ops = d.ops;
   float x[4] = {5, 5, 5, 5};
   phx_error err = {.struct_size = sizeof err};

@@ -94,14 +94,6 @@ static float *copy_of(const rows *r) {
   return x;
 }
 
-static int open_or_skip(device_ops *d, int32_t threads, const char *isa) {
-  phx_error err = {.struct_size = sizeof err};
-  const phx_status status = device_ops_open(d, threads, isa, &err);
-  if (status == PHX_UNSUPPORTED) return 0; /* the machine lacks it */
-  cr_assert_eq(status, PHX_OK, "%s", err.message);
-  return 1;
-}
-
 /* FNV-1a */
 static uint64_t hash(uint64_t h, const void *p, size_t bytes) {
   for (size_t i = 0; i < bytes; i++) h = (h ^ ((const unsigned char *)p)[i]) * 0x100000001b3u;
@@ -110,7 +102,7 @@ static uint64_t hash(uint64_t h, const void *p, size_t bytes) {
 
 static void against_reference(const char *isa) {
   device_ops d;
-  if (!open_or_skip(&d, 1, isa)) cr_skip_test("this machine has no %s", isa);
+  if (!device_ops_have(&d, 1, isa)) cr_skip_test("this machine has no %s", isa);
   for (int i = 0; i < SIZES; i++) {
     rows r = fill(sizes[i][0], sizes[i][1], sizes[i][2], 6.0f);
     float *before = copy_of(&r);
@@ -134,7 +126,7 @@ Test(cpu_cross_entropy, reference_avx512, .timeout = 60) {
 /* Logits of 1e4 and -1e4, of -infinity, and a maximum that comes last: nothing overflows, nothing is NaN. */
 Test(cpu_cross_entropy, extreme_logits, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   for (int kind = 0; kind < 4; kind++) {
     rows r = fill(4, 3000, 3008, kind == 3 ? 1e-30f : 1e4f);
     for (int64_t i = 0; i < r.n; i++)
@@ -155,7 +147,7 @@ Test(cpu_cross_entropy, extreme_logits, .timeout = 60) {
 /* A NaN in a row shows in its loss and gradient, and in no other row's. */
 Test(cpu_cross_entropy, nan_is_kept, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   for (int64_t at = 0; at < 2100; at += 523) {
     rows r = fill(3, 2100, 2112, 1.0f);
     r.logits[1 * r.vp + at] = NAN;
@@ -170,7 +162,7 @@ Test(cpu_cross_entropy, nan_is_kept, .timeout = 60) {
 /* gradient = 0 gives the same losses and leaves the logits, padding included, as they are. */
 Test(cpu_cross_entropy, without_gradient, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   rows r = fill(5, 2600, 2624, 3.0f);
   float *before = copy_of(&r), losses[5];
   run(&d, &r, 0, 1.0f);
@@ -186,7 +178,7 @@ Test(cpu_cross_entropy, without_gradient, .timeout = 60) {
 /* The gradient is the derivative of the loss (central differences in double). */
 Test(cpu_cross_entropy, numerical_gradient, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   rows r = fill(1, 37, 48, 2.0f);
   float *before = copy_of(&r);
   run(&d, &r, 1, 1.0f);
@@ -209,7 +201,7 @@ Test(cpu_cross_entropy, numerical_gradient, .timeout = 60) {
 
 static uint64_t bits_of(int32_t threads, const char *isa) {
   device_ops d;
-  if (!open_or_skip(&d, threads, isa)) return 0;
+  if (!device_ops_have(&d, threads, isa)) return 0;
   rows r = fill(7, 2077, 2112, 5.0f);
   run(&d, &r, 1, 0.3f);
   const uint64_t h = hash(hash(0xcbf29ce484222325u, r.logits, (size_t)(r.n * r.vp) * 4), r.losses, (size_t)r.n * 4);
@@ -239,7 +231,7 @@ Test(cpu_cross_entropy, same_bits_avx2_avx512, .timeout = 60) {
 
 Test(cpu_cross_entropy, refuses, .timeout = 60) {
   device_ops d;
-  cr_assert(open_or_skip(&d, 1, NULL));
+  cr_assert(device_ops_have(&d, 1, NULL));
   const phx_ops *ops = d.ops;
   phx_error err = {.struct_size = sizeof err};
   float x[2] = {5, 5}, loss = 5;

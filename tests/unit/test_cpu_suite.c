@@ -11,10 +11,7 @@
 /* One instruction set per process: oneDNN keeps its first. */
 static void run_suite(const char *isa, int32_t threads, int32_t dtype) {
   device_ops d;
-  phx_error err = {.struct_size = sizeof err};
-  const phx_status status = device_ops_open(&d, threads, isa, &err);
-  if (status == PHX_UNSUPPORTED) cr_skip_test("this machine has no %s", isa);
-  cr_assert_eq(status, PHX_OK, "%s", err.message);
+  if (!device_ops_have(&d, threads, isa)) cr_skip_test("this machine has no %s", isa);
   const ops_suite suite = {d.table, d.self, ops_suite_seed(), 1, getenv("PHX_TEST_PRINT") != NULL};
   cr_expect_eq(ops_suite_run(&suite, dtype), 0, "see above");
   device_ops_close(&d);
@@ -87,10 +84,7 @@ static uint64_t own_bits(const phx_ops *o, uint64_t h, int with_attention) {
 
 static uint64_t device_bits(const char *isa, int32_t threads, int with_attention) {
   device_ops d;
-  phx_error err = {.struct_size = sizeof err};
-  const phx_status status = device_ops_open(&d, threads, isa, &err);
-  if (status == PHX_UNSUPPORTED) return 0;
-  cr_assert_eq(status, PHX_OK, "%s", err.message);
+  if (!device_ops_have(&d, threads, isa)) return 0;
   const uint64_t h = own_bits(d.ops, 0xcbf29ce484222325u, with_attention);
   device_ops_close(&d);
   return h;

@@ -1,4 +1,5 @@
-/* phalanx/kit_comm.h - for writers of communicators: the flight record, and what a report says of a call and of a rank.
+/* phalanx/kit_comm.h - for writers of communicators: what is refused of a call's arguments, what is counted, the flight
+ * record, and what a report says of a call and of a rank.
  *
  * [any] thread.  Pages of other ranks are read with relaxed atomics: a torn record is a wrong line in a report, never
  * more. */
@@ -16,6 +17,10 @@ typedef struct phx_kit_call { /* one call as its rank issued it */
   int32_t op, dtype, reduce, root; /* root: also the peer of send and recv; -1: none */
   int32_t unit, reserved0;
 } phx_kit_call;
+
+/* The arguments of a call of rank `me` of `size`, refused alike by every communicator. */
+phx_status phx_kit_check_call(const phx_kit_call *call, int32_t me, int32_t size, const void *src, const void *dst,
+                              phx_error *err);
 
 typedef struct phx_kit_text { /* appends and never overflows */
   char *at;
