@@ -3,7 +3,7 @@
  * What it does not do: decide when, or read anything back (checkpoint_load.c), or remove old ones (checkpoint_dir.c).
  * Invariant: the ranks agree after each phase, so that either all go on or all have given up, with one message; the
  * part directory becomes a checkpoint by one rename, after every file in it and the directory itself were flushed.
- * Memory: the table of slices, PHX__STREAM_MEMORY (4 MiB), checksums (32 bytes per MiB written), and while committing
+ * Memory: the table of slices, PHX__STREAM_MEMORY, checksums (32 bytes per MiB written), and while committing
  * the tables of all ranks.
  * Threads: [main]; write, flush and publish in a saver's thread, if one wants to. */
 #include "checkpoint.h"

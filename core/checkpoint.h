@@ -103,7 +103,7 @@ typedef struct phx__resumed {
   char path[PHX__CHECKPOINT_PATH]; /* of the checkpoint */
 } phx__resumed;
 /* [main][collective] Fills the state from one checkpoint and tells the strategy.  Each rank streams only the ranges of
- * its own slices, through PHX__STREAM_MEMORY (4 MiB).  The same result on all ranks.  PHX_INVALID: it does not fit
+ * its own slices, through PHX__STREAM_MEMORY.  The same result on all ranks.  PHX_INVALID: it does not fit
  * (nothing was changed); PHX_IO: damaged, named by file (the state is then undefined: load another). */
 phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err);
 /* Pure: does the checkpoint fit this configuration (model, optimizer, seed)?  PHX_INVALID says what differs. 

@@ -2,7 +2,7 @@
  *
  * Each rank asks the manifest where the blocks of its own slices are and reads those ranges; every chunk is hashed
  * before a byte of it is used, and the hash of what all ranks took together must be the checkpoint's.
- * Memory: the manifest, and PHX__STREAM_MEMORY (4 MiB) for all files; state goes to where it belongs directly.
+ * Memory: the manifest, and PHX__STREAM_MEMORY for all files; state goes to where it belongs directly.
  * What it does not do: fall back inside one checkpoint, or guess.  Private state of a strategy is restored at equal
  * strategy and world size, and else left out by name.
  * Threads: [main]. */

@@ -15,7 +15,9 @@ enum {
   PHX__STREAM_SLOTS = 4, /* one is filled or emptied, the others wait for the disk */
   PHX__STREAM_READERS = 2,
   PHX__STREAM_ALIGN = 4096,
-  PHX__STREAM_MEMORY = PHX__STREAM_SLOTS * PHX__STREAM_CHUNK + PHX__STREAM_ALIGN /* bytes at most */
+  PHX__STREAM_HUGE = 2 << 20,
+  /* Bytes at most; the last 2 MiB are for alignment, and are not touched. */
+  PHX__STREAM_MEMORY = PHX__STREAM_SLOTS * PHX__STREAM_CHUNK + PHX__STREAM_HUGE
 };
 
 typedef struct phx__stream_file { /* the owner opens and closes it; stays where it is while a stream uses it */
