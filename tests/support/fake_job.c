@@ -217,26 +217,15 @@ const char *fake_job_report(const fake_result *result, int32_t n) {
   return "";
 }
 
-/* Enough of the loader for a test: numbers with KiB and MiB, yes and no. */
-static void apply_default(const phx_option *o, char *config) {
-  char *end = NULL;
-  if (o->type == PHX_OPT_BOOL) {
-    *(int32_t *)(void *)(config + o->offset) = strcmp(o->dflt, "yes") == 0;
-  } else if (o->type == PHX_OPT_INT || o->type == PHX_OPT_BYTES) {
-    int64_t v = strtoll(o->dflt, &end, 10);
-    if (strcmp(end, "KiB") == 0) v <<= 10;
-    if (strcmp(end, "MiB") == 0) v <<= 20;
-    *(int64_t *)(void *)(config + o->offset) = v;
-  } else if (o->type == PHX_OPT_REAL) {
-    *(double *)(void *)(config + o->offset) = strtod(o->dflt, NULL);
-  }
-}
 const phx_plugin *fake_plugin_load(const char *path, void *config, size_t config_bytes) {
   phx_error err = {.struct_size = sizeof err};
+  char none[1] = "";
   const phx_plugin *plugin = plugin_file_open(path, &err);
+  if (plugin && plugin->config_size > config_bytes) return NULL;
+  if (plugin) {
+    memset(config, 0, config_bytes);
+    if (plugin_file_config(plugin, none, config, &err)) plugin = NULL;
+  }
   if (!plugin) fprintf(stderr, "%s\n", err.message);
-  if (!plugin || plugin->config_size > config_bytes) return NULL;
-  memset(config, 0, config_bytes);
-  for (uint32_t i = 0; i < plugin->n_options; i++) apply_default(&plugin->options[i], config);
   return plugin;
 }
