@@ -121,7 +121,7 @@ static const char *choose_comm(loading *l) {
   if (!nccl) snprintf(why, sizeof why, "device %s is not cuda", device ? device->id : "(none)");
   if (nccl) nccl = !crowded(c, why, sizeof why);
   if (nccl) nccl = can_run(l, PHX_KIND_COMM, "nccl", why, sizeof why);
-  snprintf(c->comm_why, sizeof c->comm_why, "%s%s", nccl ? "nccl: every rank has a GPU of its own" : "shm: ", why);
+  snprintf(c->comm_why, sizeof c->comm_why, "%s%s", nccl ? "nccl: no two ranks share a GPU" : "shm: ", why);
   return nccl ? "nccl" : "shm";
 }
 

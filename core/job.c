@@ -224,6 +224,11 @@ static struct job *inner(const phx_job *job) {
   return job->ctx;
 }
 
+void phx__job_ends(const phx_job *shown, int exit_status) {
+  struct job *job = inner(shown);
+  if (job->store) phx__store_ends(job->store, exit_status);
+}
+
 void phx__job_leave(const phx_job *shown) {
   struct job *job = inner(shown);
   uint32_t state = 0;

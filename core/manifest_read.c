@@ -271,13 +271,15 @@ static int32_t kind(reader *r, const cJSON *item) {
 
 /* What slices and privates have in common. */
 static phx__manifest_slice place(reader *r, const cJSON *item) {
-  return (phx__manifest_slice){.unit = (uint32_t)integer(r, item, "unit", 0, PHX__MANIFEST_UNITS_MOST),
-                               .flat = (uint32_t)integer(r, item, "flat", 0, PHX_FLATS - 1),
-                               .first_block = integer(r, item, "first_block", 0, PHX__JSON_INTEGER_MOST),
-                               .blocks = integer(r, item, "blocks", 1, PHX__JSON_INTEGER_MOST),
-                               .dtype = dtype(r, item),
-                               .file = (uint32_t)integer(r, item, "file", 0, PHX__MANIFEST_FILES_MOST),
-                               .offset = integer(r, item, "offset", 0, PHX__JSON_INTEGER_MOST)};
+  phx__manifest_slice s = {0}; /* one after the other: the first that is bad is named */
+  s.unit = (uint32_t)integer(r, item, "unit", 0, PHX__MANIFEST_UNITS_MOST);
+  s.flat = (uint32_t)integer(r, item, "flat", 0, PHX_FLATS - 1);
+  s.first_block = integer(r, item, "first_block", 0, PHX__JSON_INTEGER_MOST);
+  s.blocks = integer(r, item, "blocks", 1, PHX__JSON_INTEGER_MOST);
+  s.dtype = dtype(r, item);
+  s.file = (uint32_t)integer(r, item, "file", 0, PHX__MANIFEST_FILES_MOST);
+  s.offset = integer(r, item, "offset", 0, PHX__JSON_INTEGER_MOST);
+  return s;
 }
 
 static void read_slice(reader *r, void *element, const cJSON *item) {

@@ -16,7 +16,7 @@ enum {
   PHX__STREAM_READERS = 2,
   PHX__STREAM_ALIGN = 4096,
   PHX__STREAM_HUGE = 2 << 20,
-  /* Bytes at most; the last 2 MiB are for alignment, and are not touched. */
+  /* Bytes at most; 2 MiB of them are for alignment. */
   PHX__STREAM_MEMORY = PHX__STREAM_SLOTS * PHX__STREAM_CHUNK + PHX__STREAM_HUGE
 };
 

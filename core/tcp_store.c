@@ -26,7 +26,8 @@
 #include "sys.h"
 #include "tcp_store_wire.h"
 
-enum { SEND_MS = 1000, SEND_TURNS = 200, RETRY_MS = 50, SLICE_MS = 200, LAST_LEAST_S = 2, LAST_MOST_S = 10 };
+enum { SEND_MS = 1000, SEND_TURNS = 200, RETRY_MS = 50, SLICE_MS = 200 };
+enum { LAST_LEAST_S = 2, LAST_MOST_S = 10, OWN_END_S = 60 }; /* for [main] to end the process in; see_out */
 #define GRACE_S 3 /* longer than the server waits: it knows the names */
 #define SUSPENDED_NS UINT64_C(1000000000)
 
@@ -38,6 +39,7 @@ struct phx__store {
   pthread_t thread;
   bool running;
   uint32_t sending; /* atomic */
+  int ends;         /* atomic: the exit status with which [main] ends this process now, or 0 */
   pthread_mutex_t lock;
   pthread_cond_t changed;
   /* under the lock */
@@ -222,12 +224,17 @@ static void see_out(phx__store *s) {
   const double half = s->place.timeout_s / 2;
   waited w = wait_begin(half <= 0 ? 0 : half < LAST_LEAST_S ? LAST_LEAST_S : half > LAST_MOST_S ? LAST_MOST_S : half);
   char text[PHX__WIRE_MESSAGE + 160];
+  int status = 0;
   while (poll_one(s->wake, POLLIN, SLICE_MS) <= 0) {
+    const int ends = __atomic_load_n(&s->ends, __ATOMIC_ACQUIRE);
+    if (ends && !status && w.limit_s > 0) w = wait_begin(OWN_END_S);
+    status = ends;
     if (!wait_is_over(&w)) continue;
     const int n = snprintf(text, sizeof text, "phalanx: rank %d: the job has failed: %s; this process did not end by "
                            "itself within %g s, and is ended\n", s->place.rank, s->message, w.limit_s);
-    if (write(STDERR_FILENO, text, (size_t)n) < 0) _exit(PHX__EXIT_RANK); /* nobody hears it: the same end */
-    _exit(PHX__EXIT_RANK);
+    const ssize_t heard = write(STDERR_FILENO, text, (size_t)n);
+    (void)heard; /* the same end */
+    _exit(status ? status : PHX__EXIT_RANK);
   }
 }
 
@@ -331,6 +338,8 @@ void phx__store_fail(phx__store *s, const char *message) {
   memcpy(frame + PHX__WIRE_HEAD, message, bytes);
   (void)send_frame(s, &head, frame); /* where it cannot be said, the end of the connection says it */
 }
+
+void phx__store_ends(phx__store *s, int exit_status) { __atomic_store_n(&s->ends, exit_status, __ATOMIC_RELEASE); }
 
 void phx__store_close(phx__store *s) {
   uint8_t frame[PHX__WIRE_HEAD];

@@ -29,6 +29,8 @@ phx_status phx__store_exchange(phx__store *store, const char *name, const void *
 void phx__store_fail(phx__store *store, const char *message);
 /* "rank 3 (node7, 10.0.0.7, pid 123)"; [any] */
 void phx__store_who(const phx__store *store, int32_t rank, char *text, size_t bytes);
+/* [any] this process now ends by itself, with this exit status (not 0), and has a minute for it. */
+void phx__store_ends(phx__store *store, int exit_status);
 /* [main] leaves; NULL is fine.  Rank 0 stays until the others have left too, or know of the failure, or the timeout. */
 void phx__store_close(phx__store *store);
 #endif

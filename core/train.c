@@ -429,6 +429,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
       phx__job_state(r.job, 4, r.engine ? r.engine->step : 0);
+      phx__job_ends(r.job, r.failed_exit);
       r.job->fail(r.job->ctx, err.message);
     }
   }

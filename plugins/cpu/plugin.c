@@ -30,11 +30,16 @@ static int32_t machine_isa(void) {
   return v4 ? PHX__CPU_AVX512 : v3 ? PHX__CPU_AVX2 : PHX__CPU_BASE;
 }
 
-static phx_status choose_isa(int32_t *out, phx_error *err) {
+static const char *asked_isa(void) {
   const char *asked = getenv("PHALANX_ISA");
+  return asked && *asked ? asked : NULL;
+}
+
+static phx_status choose_isa(int32_t *out, phx_error *err) {
+  const char *asked = asked_isa();
   const int32_t machine = machine_isa();
   int32_t isa = machine;
-  if (asked && *asked)
+  if (asked)
     for (isa = PHX__CPU_AVX512; isa >= PHX__CPU_BASE; isa--)
       if (strcmp(asked, isa_names[isa]) == 0) break;
   if (isa < PHX__CPU_BASE)
@@ -81,7 +86,7 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   if (!self) return phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for the device");
   phx__cpu *cpu = &self->cpu;
   phx_status status = choose_isa(&cpu->isa, err);
-  if (status == PHX_OK) status = phx__cpu_product_isa(cpu->isa, err);
+  if (status == PHX_OK && asked_isa()) status = phx__cpu_product_isa(cpu->isa, err);
   if (status != PHX_OK) {
     free(self);
     return status;

@@ -245,7 +245,7 @@ static const phx_option options[] = {
     PHX_BOOL(phx__cuda_config, share, "no", "More ranks than GPUs: ranks share them, local rank modulo their number."),
     PHX_BOOL(phx__cuda_config, tf32, "no", "Products in fp32 round their inputs to TF32, which is faster."),
     PHX_BOOL(phx__cuda_config, profile, "no",
-             "Times each kind of work by events, communication too, and says the milliseconds when the run ends."),
+             "Times each kind of work by events, nccl its own too, and says the milliseconds when the run ends."),
     PHX_ENUM(phx__cuda_config, attention, "auto", attention_choices,
              "Who computes attention in bf16: cuDNN where it is found and has a plan that fits, or own kernels."),
     PHX_BYTES(phx__cuda_config, workspace, "auto", 0, 8192 * MIB, PHX_OPTF_AUTO,

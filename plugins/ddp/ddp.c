@@ -85,11 +85,6 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
   PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
   PHX_KIT_TRY(phx_kit_buckets_create(m, &p.order, c->first_bucket_bytes / 4, c->bucket_bytes / 4, &p.buckets,
                                      &p.n_buckets, err));
-  for (uint32_t k = 0; k < t->n_optim_states; k++)
-    if (phx_dtype_bytes(t->optim_dtype[k]) > 4) { /* states are gathered through the gradients' memory */
-      status = phx_kit_fail(err, PHX_UNSUPPORTED, "optimizer state %u has elements of more than 4 bytes", k);
-      goto done;
-    }
   /* whole, and padded to equal parts per rank, so that the writers' parts are gathered in place */
   int64_t trainable = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_TRAINABLE], t->world_size);
   int64_t frozen = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_FROZEN], t->world_size);

@@ -324,7 +324,9 @@ static void bench_products(int32_t dtype) {
   if (!bench_wanted("products") && !bench_wanted("head") && !bench_wanted("bf16")) return;
   const int low = dtype == PHX_BF16;
   const char *beside = low ? "cpu device, fp32" : versions;
-  shape full = shape_of(PHX_F32, N, (int64_t)V * C, 4 * C, VP), half = full;
+  static shape full; /* one for both dtypes: half a GB */
+  if (!full.x) full = shape_of(PHX_F32, N, (int64_t)V * C, 4 * C, VP);
+  shape half = full;
   if (low) half = shape_of(PHX_BF16, N, (int64_t)V * C, 4 * C, VP);
   double a = 0, b = 0, work = 0;
   int measured = 0;

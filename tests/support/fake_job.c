@@ -19,6 +19,7 @@
 
 #include "loopback.h"
 #include "plugin_file.h"
+#include "status.h"
 
 typedef struct fake_memory {
   uint32_t failed;
@@ -221,7 +222,10 @@ const phx_plugin *fake_plugin_load(const char *path, void *config, size_t config
   phx_error err = {.struct_size = sizeof err};
   char none[1] = "";
   const phx_plugin *plugin = plugin_file_open(path, &err);
-  if (plugin && plugin->config_size > config_bytes) return NULL;
+  if (plugin && plugin->config_size > config_bytes) {
+    phx__fail(&err, PHX_INVALID, "%s: its configuration takes %zu bytes", path, (size_t)plugin->config_size);
+    plugin = NULL;
+  }
   if (plugin) {
     memset(config, 0, config_bytes);
     if (plugin_file_config(plugin, none, config, &err)) plugin = NULL;

@@ -53,7 +53,7 @@ const char *fake_job_report(const fake_result *result, int32_t n);
 void fake_report(fake_rank *rank, const char *file, int line, const char *what, const char *format, ...)
     __attribute__((format(printf, 5, 6)));
 
-/* dlopen's a plugin of the build tree and applies its defaults to a zeroed config of config_size bytes (numbers and
- * yes/no only); NULL with a message on stderr. */
+/* dlopen's a plugin of the build tree and applies its defaults to a zeroed config of config_bytes; NULL with a message
+ * on stderr. */
 const phx_plugin *fake_plugin_load(const char *path, void *config, size_t config_bytes);
 #endif

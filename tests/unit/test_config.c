@@ -204,7 +204,7 @@ Test(config, automatic_plugins_on_gpus) {
   phx__config *c = expect_good("[run]\nranks = 2\n" DATA GPUS);
   cr_expect_str_eq(c->s.device.plugin, "cuda");
   cr_expect_str_eq(c->s.comm.plugin, "nccl");
-  cr_expect_str_eq(c->comm_why, "nccl: every rank has a GPU of its own");
+  cr_expect_str_eq(c->comm_why, "nccl: no two ranks share a GPU");
   cr_expect_eq(c->s.run.deterministic, 0);
   cr_expect(strstr(report, "deterministic = auto comes to no on device cuda"), "%s", report);
   phx__config_free(c);
@@ -220,7 +220,7 @@ Test(config, each_rank_may_be_shown_its_own_gpus) {
   const char *const variables[] = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"};
   for (int i = 0; i < 5; i++) setenv(variables[i], i < 2 ? "3" : "4", 1);
   phx__config *c = expect_good("[run]\nranks = 4\n" DATA GPUS);
-  cr_expect_str_eq(c->comm_why, "nccl: every rank has a GPU of its own");
+  cr_expect_str_eq(c->comm_why, "nccl: no two ranks share a GPU");
   phx__config_free(c);
   c = expect_good("[run]\nranks = 4\n" DATA GPUS "[cuda]\nshare = yes\n");
   cr_expect_str_eq(c->comm_why, "shm: 4 ranks may share 2 devices");

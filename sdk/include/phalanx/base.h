@@ -4,7 +4,7 @@
  *
  * Growth    A struct that is passed alone begins with struct_size, set by whoever fills it.  An array of structs
  *           travels with a stride.  Fields are only appended; a later field is read only under PHX_HAS; a missing
- *           field means zero.  No struct has tail padding (tests/unit/abi_pin.c pins sizes and offsets).
+ *           field means zero.  No struct has tail padding (tests/unit/test_abi.c pins sizes and offsets).
  * Memory    Whoever allocates frees, through the function named beside the pointer.
  *           [borrow:call] valid until this call returns; [borrow:self] until destroy(); [static] as long as the
  *           process.  Strings are UTF-8 and never NULL unless the comment says "or NULL".

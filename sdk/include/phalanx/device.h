@@ -14,7 +14,7 @@ extern "C" {
 
 #define PHX_DEVICE_HOST_MEMORY (1u << 0) /* PHX_SPACE_DEVICE memory can be read and written by the CPU */
 /* It times each kind of its work and says so in its log when it closes ("profile: adamw: 1.234 ms in 5 calls");
- * communicators then do the same ("profile: comm_all_reduce: ..."). */
+ * a communicator that launches on native streams itself does the same ("profile: comm_all_reduce: ..."). */
 #define PHX_DEVICE_TIMED (1u << 1)
 
 /* A function that runs in stream order on a host thread.  A failure is kept by the stream and returned by the next
