@@ -95,10 +95,10 @@ typedef struct harness_result {
 
 bool harness_run(const harness_config *c, harness_result *out);
 void harness_free(harness_result *r);
-/* Runs with allocation 1, 2, ... failing, on rank `even` or `odd` by its number (-1: on every rank), until a run is
- * good: all before must end with PHX_NOMEM and leak nothing.  The number of the good run; 0: message says what was
- * otherwise. */
-int32_t harness_fail_allocations(harness_config c, int32_t even, int32_t odd, char message[640]);
+/* Runs with allocation 1, 2, ... failing on rank `one` (-1: on every rank) until a run is good, and then the same on
+ * `other`: all before must end with PHX_NOMEM and leak nothing.  The larger number of a good run; 0: message says what
+ * was otherwise. */
+int32_t harness_fail_allocations(harness_config c, int32_t one, int32_t other, char message[640]);
 /* The plan alone: estimate of one rank. */
 phx_status harness_estimate(const harness_config *c, int32_t rank, phx_estimate *out, phx_error *err);
 const phx_plugin *harness_plugin(const char *strategy, phx_error *err);
