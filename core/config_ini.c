@@ -85,6 +85,8 @@ static const char *bad_entry(const char *line, size_t n) {
   return NULL;
 }
 
+static bool has_mark(const char *line, size_t n) { return n >= 3 && memcmp(line, "\xEF\xBB\xBF", 3) == 0; }
+
 /* inih's fgets: one line of at most `room` bytes with its end. */
 static char *read_line(char *line, int room, void *arg) {
   parse *p = arg;
@@ -93,7 +95,7 @@ static char *read_line(char *line, int room, void *arg) {
   size_t n = (size_t)((newline ? newline : p->end) - from);
   p->at = newline ? newline + 1 : p->end;
   p->line++;
-  if (p->line == 1 && n >= 3 && memcmp(from, "\xEF\xBB\xBF", 3) == 0) from += 3, n -= 3;
+  if (p->line == 1 && has_mark(from, n)) from += 3, n -= 3;
   if (n && from[n - 1] == '\r') n--;
   while (n && is_blank(from[n - 1])) n--;
   size_t indent = 0;
@@ -103,6 +105,7 @@ static char *read_line(char *line, int room, void *arg) {
   snprintf(line, (size_t)room, "\n");
   if (!wrong && nothing) return line;
   if (!wrong && (room < 4 || n > (size_t)room - 4)) wrong = "the line is too long (at most 195 bytes)";
+  if (!wrong && has_mark(from, n)) wrong = "a byte order mark is more than the one that may begin the file: remove it";
   if (!wrong && indent) wrong = "an indented line would continue the one above: begin it in the first column";
   if (!wrong && from[0] != '[') wrong = bad_entry(from, n);
   if (wrong) {

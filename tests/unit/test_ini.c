@@ -48,6 +48,14 @@ Test(ini, plain) {
   expect_events("[run]\na = x;y\n", "1[run]\n2 run.a=<x;y>\n");
 }
 
+/* inih passes over a mark at the first line, behind the one that is ours to take: an entry became a section. */
+Test(ini, second_byte_order_mark_is_refused) {
+  expect_events("\xEF\xBB\xBF\xEF\xBB\xBF[run]=junk ] here\nb = 1\n", "1! a byte order mar\n2! a key before the\n");
+  expect_events("\xEF\xBB\xBF\xEF\xBB\xBF[run]\nb = 1\n", "1! a byte order mar\n2! a key before the\n");
+  expect_events("[run]\n\xEF\xBB\xBF" "a = 1\nb = \xEF\xBB\xBF\n",
+                "1[run]\n2! a byte order mar\n3 run.b=<\xEF\xBB\xBF>\n");
+}
+
 /* inih would make this the value of lr. */
 Test(ini, indented_line_is_refused) {
   expect_events("[a]\nlr = 0.1\n  stage = 3\n\tx = 1\n  ; comment\n \nb = 2\n  [c]\n",
