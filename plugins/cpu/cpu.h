@@ -53,6 +53,11 @@ typedef void phx__cpu_body(void *arg, int64_t first, int64_t last, int32_t worke
  * not depend on the cut. */
 void phx__cpu_parallel(const phx__cpu *cpu, int64_t items, int64_t grain, phx__cpu_body *body, void *arg);
 
+/* Makes OpenMP's settings and runs one region of `threads`: how many threads it really has, >= 1.  *cpus: how many CPUs
+ * those threads may run on, together; *available: how many this process had when OpenMP was loaded. */
+int32_t phx__cpu_team(int32_t threads, int32_t *cpus, int32_t *available);
+/* Makes the settings again where a plugin changed them: before whatever is cut by omp_get_max_threads(). */
+void phx__cpu_settle(const phx__cpu *cpu);
 void phx__cpu_parallel_end(const phx__cpu *cpu); /* ends the threads; a later loop starts new ones */
 
 /* ---- memory.c ---- */

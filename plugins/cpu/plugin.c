@@ -74,6 +74,36 @@ static phx_status device_probe(phx_error *err) {
   return PHX_OK;
 }
 
+static const char *shown(const char *variable) {
+  const char *value = getenv(variable);
+  return value ? value : "not set";
+}
+
+static void warn(const phx__cpu *cpu, const char *text) {
+  if (cpu->host->log) cpu->host->log(cpu->host->ctx, PHX_LOG_WARN, text);
+}
+
+/* OpenMP's threads, which may be fewer than asked for: that is said, with what may be the cause. */
+static void take_threads(phx__cpu *cpu, int32_t asked) {
+  int32_t cpus = 0, available = 0;
+  char text[400];
+  cpu->threads = phx__cpu_team(asked, &cpus, &available);
+  if (cpu->threads < asked) {
+    snprintf(text, sizeof text,
+             "%d threads were asked for and OpenMP gives %d, so this rank computes with %d (OMP_THREAD_LIMIT is %.20s)",
+             asked, cpu->threads, cpu->threads, shown("OMP_THREAD_LIMIT"));
+    warn(cpu, text);
+  }
+  if (cpus < available && (cpus < cpu->threads || cpu->host->local_size > 1)) {
+    snprintf(text, sizeof text,
+             "OpenMP keeps %d thread%s on %d of %d CPUs, where other threads or ranks may be, too: that is slow "
+             "(OMP_PROC_BIND is %.40s, OMP_PLACES is %.80s, GOMP_CPU_AFFINITY is %.80s)",
+             cpu->threads, cpu->threads == 1 ? "" : "s", cpus, available, shown("OMP_PROC_BIND"), shown("OMP_PLACES"),
+             shown("GOMP_CPU_AFFINITY"));
+    warn(cpu, text);
+  }
+}
+
 static phx_status device_create(const phx_host *host, const void *config, int32_t threads, phx_device_self **out,
                                 phx_error *err) {
   static const phx__cpu_kernels *const sets[] = {&phx__cpu_kernels_base, &phx__cpu_kernels_avx2,
@@ -92,18 +122,18 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
     return status;
   }
   cpu->host = host;
-  cpu->threads = threads;
+  take_threads(cpu, threads);
   cpu->kernels = sets[cpu->isa];
   cpu->bf16 = multiplies_bf16(cpu->isa);
-  const int64_t attention = cpu->kernels->attention_scratch(threads);
+  const int64_t attention = cpu->kernels->attention_scratch(cpu->threads);
   cpu->scratch_bytes = attention > PHX__CPU_SCRATCH_LEAST ? phx_align_bytes(attention) : PHX__CPU_SCRATCH_LEAST;
   phx__cpu_product_version(version);
   snprintf(cpu->name, sizeof cpu->name, "cpu (%s%s, %d thread%s, oneDNN %d.%d.%d)", isa_names[cpu->isa],
-           cpu->bf16 ? " with bf16" : "", threads, threads == 1 ? "" : "s", version[0], version[1], version[2]);
+           cpu->bf16 ? " with bf16" : "", cpu->threads, cpu->threads == 1 ? "" : "s", version[0], version[1], version[2]);
   phx__cpu_device_init(cpu);
   cpu->ops = cpu->kernels->ops;
   cpu->ops.ctx = cpu;
-  cpu->ops.scratch_bytes = cpu->scratch_bytes + packing_bytes(threads);
+  cpu->ops.scratch_bytes = cpu->scratch_bytes + packing_bytes(cpu->threads);
   *out = self;
   return PHX_OK;
 }

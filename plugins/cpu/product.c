@@ -5,7 +5,6 @@
  * buffers come from malloc, for the call.  Bits depend on the shape, the number of threads and the instruction set, not
  * on pointers.  [main] */
 #include <dnnl.h>
-#include <omp.h>
 #include "cpu.h"
 
 phx_status phx__cpu_product(const phx__cpu *cpu, int32_t a_t, int32_t b_t, int64_t m, int64_t n, int64_t k,
@@ -14,7 +13,7 @@ phx_status phx__cpu_product(const phx__cpu *cpu, int32_t a_t, int32_t b_t, int64
   if (m < 1 || n < 1 || k < 1)
     return phx__cpu_fail(err, PHX_INVALID, "cpu: product of %lld x %lld by %lld x %lld: sizes must be positive",
                          (long long)m, (long long)k, (long long)k, (long long)n);
-  if (omp_get_max_threads() != cpu->threads) omp_set_num_threads(cpu->threads);
+  phx__cpu_settle(cpu);
   const dnnl_status_t status =
       dnnl_sgemm(a_t ? 'T' : 'N', b_t ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, accumulate ? 1.0f : 0.0f, c, ldc);
   if (status == dnnl_success) return PHX_OK;

@@ -8,7 +8,6 @@
  *
  * Bits depend on the shape, the number of threads and the processor, not on pointers.  [main] */
 #include <dnnl.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 #include "cpu.h"
@@ -270,7 +269,7 @@ phx_status phx__cpu_product_bf16(phx__cpu *cpu, int32_t a_t, int32_t b_t, int64_
                          (long long)m, (long long)k, (long long)k, (long long)n);
   const phx_status status = phx__cpu_scratch(cpu, &scratch, err);
   if (status != PHX_OK) return status;
-  if (omp_get_max_threads() != cpu->threads) omp_set_num_threads(cpu->threads);
+  phx__cpu_settle(cpu);
   const int64_t taken = (void *)c == scratch ? PHX__CPU_TILE_BYTES : 0;
   return multiply(cpu, &s, a, b, c, (char *)scratch + taken, cpu->scratch_bytes - taken, err);
 }
