@@ -46,7 +46,7 @@ static void print_usage(FILE *out) {
     fprintf(out, "  phalanx %s %s\n      %s\n", commands[i].name, commands[i].arguments, commands[i].summary);
   fprintf(out, "  phalanx --version | --help\n\n"
                "Exit status: 0 done, 2 refused, 3 a rank failed or a file could not be written, 4 a checkpoint or a "
-               "file of weights is damaged.\n");
+               "file of weights is damaged,\n5 stopped by a signal, with the state saved (run.stopped_status).\n");
 }
 
 int phx__cli_unknown(const char *what, const char *word, const char *const *known) {

@@ -26,6 +26,7 @@
 static const char *const deterministic_choices[] = {"no", "yes", "auto", NULL};
 static const char *const pin_choices[] = {"auto", "yes", "no", NULL};
 static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
+static const char *const stopped_choices[] = {"5", "0", NULL};
 static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
 static const char *const optimizer_choices[] = {"adamw", "sgd", NULL};
 static const char *const schedule_choices[] = {"constant", "linear", "cosine", NULL};
@@ -58,6 +59,8 @@ static const phx_option run_options[] = {
         "Times that a run is started again after a failure, from its latest checkpoint or else from the beginning."),
     BOOL(run, elastic, "no",
          "A restart goes on without the ranks that were lost; batch.accumulate rises to keep the global batch."),
+    ENUM(run, stopped_status, "5", stopped_choices, 0,
+         "Exit status of a run that a signal stopped and whose state is saved; 0 makes it look like one that is done."),
 };
 static const phx_option batch_options[] = {
     INT(batch, micro, "4", 1, PER_STEP_MOST, "sequences", 0, "Sequences per rank and micro-batch."),

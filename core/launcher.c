@@ -1,8 +1,8 @@
 /* core/launcher.c - starts the ranks of a job on this machine, watches them, and ends all when one goes wrong.
  *
  * What it is for: no rank hangs.  A death is seen at once (pidfd), a stopped rank after 3.8 s, a rank that never joins
- * after the timeout, and ranks that wait for one that left with status 0 after the timeout too.  Then all others are
- * told (`failed`), given 0.3 s to report, asked (SIGTERM) and killed, so that a second after a death nothing is left.
+ * after the timeout, and ranks that wait for one that left with status 0 or 5 after the timeout too.  Then all others
+ * are told (`failed`), given 0.3 s to report, asked (SIGTERM) and killed, so that a second after a death nothing is left.
  * What it does not do: restart anything (restart.c), or look into what the ranks compute.
  * Invariant: every rank started is waited for before phx__launch_run returns.  Time in which the launcher itself was
  * suspended (Ctrl-Z, then fg: the ranks with it) counts for none of the limits.
@@ -33,8 +33,6 @@
 #define STOPPED_NS (3800 * MS)   /* with the end of the others below it: within 5 s */
 #define REPORT_NS (300 * MS)     /* from the failure: the others may report */
 #define TERM_NS (300 * MS)       /* from SIGTERM to SIGKILL */
-#define PATIENCE_NS (1000 * MS)  /* a second SIGTERM after this: not a wish to save any more */
-#define TWICE_NS (200 * MS)      /* a second SIGINT after this is a second Ctrl-C */
 #define GIVE_UP_NS (10000 * MS)
 
 struct rank {
@@ -59,7 +57,7 @@ struct launch {
   int32_t cause_rank; /* -1: none */
   char cause[400];    /* "": nothing is wrong; else what, unless cause_rank's own end says it better */
   uint64_t started_ns, last_ns, failed_ns, interrupt_ns;
-  uint64_t saving_ns; /* when a signal was first passed on; 0: none */
+  uint64_t announced_ns, term_ns; /* when the first Ctrl-C was answered, the first SIGTERM passed on; or 0 */
   phx_liveness *pages; /* (ranks) as they were at failed_ns */
   phx__rank_end *ends;
   struct rank ranks[PHX_RANKS_MAX];
@@ -122,12 +120,16 @@ static void signal_all(struct launch *l, int number) {
 /* Whoever asks a process group asks the ranks, too, and a second time after us: for them it is one wish.  SIGUSR1 and
  * SIGHUP (a terminal that is gone, where nobody waits any more) stay wishes however often they come. */
 static bool pass_on(struct launch *l, int number) {
-  const uint64_t now = phx__now_ns(), since = l->saving_ns ? now - l->saving_ns : 0;
+  const uint64_t now = phx__now_ns();
   if (!l->asked->saves) return false;
-  if ((number == SIGTERM && since > PATIENCE_NS) || (number == SIGINT && since > TWICE_NS)) return false;
+  if (number == SIGTERM && phx__stop_term_twice(l->term_ns, now)) return false;
+  if (number == SIGINT && phx__stop_twice(l->announced_ns, now)) return false;
+  if (number == SIGTERM && !l->term_ns) l->term_ns = now;
   if (number == SIGHUP) signal(SIGPIPE, SIG_IGN);
-  if (number == SIGINT && !l->saving_ns) fputs(PHX__STOP_HEARD, stderr);
-  if (!l->saving_ns) l->saving_ns = now;
+  if (number == SIGINT && !l->announced_ns) {
+    fputs(PHX__STOP_HEARD, stderr);
+    l->announced_ns = phx__now_ns();
+  }
   signal_all(l, number);
   return true;
 }
@@ -167,21 +169,30 @@ static int32_t state_of(const struct launch *l, int32_t r) {
   return __atomic_load_n(&l->segment->pages[r].alive.state, __ATOMIC_ACQUIRE);
 }
 
-static bool is_bad_end(const struct rank *rank) {
-  return !rank->running && (rank->end.condition == PHX__RANK_KILLED || rank->end.number != 0);
+/* It saved and stopped as a signal asked; the word of a rank that says that it is done. */
+static bool is_stopped_end(const struct launch *l, int32_t r) {
+  const struct rank *rank = &l->ranks[r];
+  return !rank->running && rank->end.condition == PHX__RANK_EXITED && rank->end.number == PHX__EXIT_STOPPED &&
+         state_of(l, r) == 3;
+}
+
+static bool is_bad_end(const struct launch *l, int32_t r) {
+  const struct rank *rank = &l->ranks[r];
+  if (rank->running || is_stopped_end(l, r)) return false;
+  return rank->end.condition == PHX__RANK_KILLED || rank->end.number != 0;
 }
 
 /* A rank that was killed comes first: its peers may have found it missing, and said so, before we looked.  Then who
  * said first that it failed, then whoever left with a status. */
 static void judge_ends(struct launch *l) {
   for (int32_t r = 0; r < l->started; r++)
-    if (is_bad_end(&l->ranks[r]) && l->ranks[r].end.condition == PHX__RANK_KILLED)
+    if (is_bad_end(l, r) && l->ranks[r].end.condition == PHX__RANK_KILLED)
       set_cause(l, r, "rank %d (pid %d) was killed", r, (int)l->ranks[r].pid);
   uint32_t failed = __atomic_load_n(&l->segment->failed, __ATOMIC_ACQUIRE);
   if (failed >= 1 && failed <= (uint32_t)l->asked->ranks)
     set_cause(l, (int32_t)failed - 1, "rank %u (pid %d) failed", failed - 1, (int)l->ranks[failed - 1].pid);
   for (int32_t r = 0; r < l->started; r++)
-    if (is_bad_end(&l->ranks[r]))
+    if (is_bad_end(l, r))
       set_cause(l, r, "rank %d (pid %d) exited with status %d", r, (int)l->ranks[r].pid, l->ranks[r].end.number);
 }
 
@@ -203,7 +214,7 @@ static void judge_time(struct launch *l, uint64_t now) {
   }
 }
 
-/* Somebody left with status 0, and the others wait.  They have a timeout of their own, so they get a second more. */
+/* Somebody left and is content, and the others wait.  They have a timeout of their own, so they get a second more. */
 static void judge_progress(struct launch *l, uint64_t now) {
   int32_t left = -1, waiting = -1;
   uint64_t moved = 0;
@@ -223,8 +234,8 @@ static void judge_progress(struct launch *l, uint64_t now) {
   }
   if (l->asked->timeout_s <= 0 || left < 0 || waiting < 0) return;
   if (now - moved > (uint64_t)((l->asked->timeout_s + 1) * 1e9))
-    set_cause(l, -1, "rank %d (pid %d) has left with status 0, and rank %d (pid %d) makes no progress for %.1f s", left,
-              (int)l->ranks[left].pid, waiting, (int)l->ranks[waiting].pid, (double)(now - moved) * 1e-9);
+    set_cause(l, -1, "rank %d (pid %d) has left with status %d, and rank %d (pid %d) makes no progress for %.1f s", left,
+              (int)l->ranks[left].pid, l->ranks[left].end.number, waiting, (int)l->ranks[waiting].pid, (double)(now - moved) * 1e-9);
 }
 
 /* ---- starting and ending ---- */
@@ -364,7 +375,7 @@ static void report(struct launch *l) {
 
 static int finish(struct launch *l) {
   char name[32];
-  if (!l->cause[0]) return PHX__EXIT_OK;
+  if (!l->cause[0]) return is_stopped_end(l, 0) ? PHX__EXIT_STOPPED : PHX__EXIT_OK;
   const struct rank *cause = l->cause_rank >= 0 ? &l->ranks[l->cause_rank] : NULL;
   /* Ctrl-C reaches the ranks too, and may be seen there first.  One that comes after a failure hides no report. */
   if (l->interrupt && l->interrupt_ns < l->failed_ns + 50 * MS) {

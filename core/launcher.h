@@ -18,10 +18,11 @@ typedef struct phx__launch {
   const char *run_dir;     /* rank r > 0 writes stdout and stderr to run_dir/rank-R.log; rank 0 inherits */
   char *const *argv;       /* of a rank: argv[0] is the command's own path */
   phx__outcome *outcome;   /* filled in, or NULL */
-  int32_t saves; /* 1: SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to the ranks, which save and stop; a SIGTERM
-                  * more than a second after the first of them, or a second SIGINT, ends the job */
+  int32_t saves; /* 1: SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to the ranks, which save and stop; a second
+                  * SIGTERM or SIGINT (stop.h says when it is one) ends the job */
 } phx__launch;
 
-/* Returns the exit status of the job: 0, or what the ranks agreed on (2: refused), or 3 after a failure. */
+/* Returns the exit status of the job: 0, or what the ranks agreed on (2: refused, 5: saved and stopped as a signal
+ * asked), or 3 after a failure. */
 int phx__launch_run(const phx__launch *launch);
 #endif

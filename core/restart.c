@@ -3,8 +3,8 @@
  * Every attempt is a job of its own, with new shared memory and new processes, so nothing of a failed one is left in
  * the next.  An attempt goes on from what the one before has committed, or from the beginning when it has committed
  * nothing.  The first failure is kept, and told again at the end: later ones are often only its echo.
- * Not restarted: what the user ended, and what was refused (status 2) or found damaged (4), which a second try meets
- * again.  Threads: [main]. */
+ * Not restarted: what the user ended, what a signal stopped (status 5), and what was refused (2) or found damaged (4),
+ * which a second try meets again.  Threads: [main]. */
 #include "restart.h"
 
 #include <inttypes.h>
@@ -89,6 +89,11 @@ static int launch(const attempt *a, const phx__config *config, phx__outcome *out
   return phx__launch_run(&launch);
 }
 
+static const char *how_it_ended(int result) {
+  if (result == PHX__EXIT_OK) return "done after";
+  return result == PHX__EXIT_STOPPED ? "stopped after" : "given up after";
+}
+
 int phx__restart_run(const phx__config *config, char *const *argv, bool *restarted) {
   phx_error err = PHX_ERROR_INIT;
   attempt a = {.ranks = (int32_t)config->s.run.ranks, .accumulate = config->s.batch.accumulate};
@@ -113,7 +118,7 @@ int phx__restart_run(const phx__config *config, char *const *argv, bool *restart
   if (status) fprintf(stderr, "phalanx: %s%s\n", first.failed ? "no restart: " : "", err.message);
   if (restarts > 0)
     fprintf(stderr, "phalanx: %s %" PRId64 " restart%s; the first failure was: %s\n",
-            result == PHX__EXIT_OK ? "done after" : "given up after", restarts, restarts == 1 ? "" : "s", first.cause);
+            how_it_ended(result), restarts, restarts == 1 ? "" : "s", first.cause);
   phx__free(a.argv);
   *restarted = restarts > 0;
   return result;

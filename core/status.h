@@ -23,5 +23,11 @@ const char *phx__status_name(phx_status code);
   } while (0)
 
 /* Exit statuses of the command. */
-enum { PHX__EXIT_OK = 0, PHX__EXIT_REFUSED = 2, PHX__EXIT_RANK = 3, PHX__EXIT_DAMAGED = 4 };
+enum {
+  PHX__EXIT_OK = 0,
+  PHX__EXIT_REFUSED = 2,
+  PHX__EXIT_RANK = 3,
+  PHX__EXIT_DAMAGED = 4,
+  PHX__EXIT_STOPPED = 5 /* a signal asked for it, and the state is saved */
+};
 #endif

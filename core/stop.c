@@ -1,13 +1,19 @@
-/* core/stop.c - see stop.h.  The handler stores one word; alone it also says, by write, that it heard a Ctrl-C.
+/* core/stop.c - see stop.h.  The handler stores one word; a rank that no launcher of ours watches also says, by write,
+ * that it heard a Ctrl-C, and ends the process at a second one.
  *
  * It runs on a stack of its own: code that libraries generate for products keeps the stack pointer in a buffer of the
  * heap, and a signal's frame would be written in front of it. */
 #include "stop.h"
 
+#include <errno.h>
 #include <stddef.h>
 #include <unistd.h>
 
+#include "job_segment.h"
+
 static volatile sig_atomic_t asked;
+static int answering; /* a thread has the first Ctrl-C */
+static volatile uint64_t announced_ns, term_ns; /* when the first Ctrl-C was answered, the first SIGTERM came; or 0 */
 static const int heeded[] = {SIGTERM, SIGUSR1, SIGINT, SIGHUP};
 static char stack[64 << 10];
 enum { HEEDED = sizeof heeded / sizeof *heeded };
@@ -17,9 +23,38 @@ static void leave_note(int number) {
   if (!asked) asked = number;
 }
 
+bool phx__stop_twice(uint64_t announced, uint64_t now) { return announced && now - announced >= PHX__STOP_TWICE_NS; }
+bool phx__stop_term_twice(uint64_t first, uint64_t now) { return first && now - first >= PHX__STOP_PATIENCE_NS; }
+
+/* It ends the process when this handler returns. */
+static void end_by(int number) {
+  signal(number, SIG_DFL);
+  raise(number);
+}
+
+/* The time is taken when the text is out, so that nobody's second press comes before they could read it. */
 static void leave_note_and_say(int number) {
+  const int saved = errno;
   leave_note(number);
-  if (write(STDERR_FILENO, PHX__STOP_HEARD, sizeof PHX__STOP_HEARD - 1) < 0) return;
+  if (!__atomic_exchange_n(&answering, 1, __ATOMIC_ACQ_REL)) {
+    if (write(STDERR_FILENO, PHX__STOP_HEARD, sizeof PHX__STOP_HEARD - 1) < 0) errno = saved; /* nobody reads it */
+    announced_ns = phx__now_ns();
+  } else if (phx__stop_twice(announced_ns, phx__now_ns())) {
+    end_by(number);
+  }
+  errno = saved;
+}
+
+static void leave_note_once(int number) {
+  leave_note(number);
+  if (phx__stop_term_twice(term_ns, phx__now_ns())) end_by(number);
+  if (!term_ns) term_ns = phx__now_ns();
+}
+
+static void (*handler_of(int number, phx__stop_watch watch))(int) {
+  if (number == SIGINT && watch != PHX__STOP_LAUNCHED) return leave_note_and_say;
+  if (number == SIGTERM && watch == PHX__STOP_ALONE) return leave_note_once;
+  return leave_note;
 }
 
 void phx__stop_signals(sigset_t *out) {
@@ -33,16 +68,12 @@ static bool ignored(int number) {
   return (number == SIGINT || number == SIGHUP) && !sigaction(number, NULL, &now) && now.sa_handler == SIG_IGN;
 }
 
-void phx__stop_install(bool launched) {
+void phx__stop_install(phx__stop_watch watch) {
   sigset_t all;
   stack_t now, own = {.ss_sp = stack, .ss_size = sizeof stack};
   if (!sigaltstack(NULL, &now) && (now.ss_flags & SS_DISABLE)) sigaltstack(&own, NULL);
   for (int i = 0; i < HEEDED; i++) {
-    struct sigaction action = {.sa_handler = leave_note, .sa_flags = SA_RESTART | SA_ONSTACK};
-    if (!launched && heeded[i] == SIGINT) {
-      action.sa_handler = leave_note_and_say;
-      action.sa_flags |= (int)SA_RESETHAND;
-    }
+    struct sigaction action = {.sa_handler = handler_of(heeded[i], watch), .sa_flags = SA_RESTART | SA_ONSTACK};
     sigemptyset(&action.sa_mask);
     if (!ignored(heeded[i])) sigaction(heeded[i], &action, NULL);
   }
@@ -53,5 +84,14 @@ void phx__stop_install(bool launched) {
 int phx__stop_asked(void) { return asked; }
 
 const char *phx__stop_name(int number) {
-  return number == SIGUSR1 ? "SIGUSR1" : number == SIGINT ? "SIGINT" : number == SIGHUP ? "SIGHUP" : "SIGTERM";
+  switch (number) {
+    case SIGUSR1:
+      return "SIGUSR1";
+    case SIGINT:
+      return "SIGINT";
+    case SIGHUP:
+      return "SIGHUP";
+    default:
+      return "SIGTERM";
+  }
 }

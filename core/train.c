@@ -410,11 +410,16 @@ static phx_status run_steps(run *r, phx_error *err) {
   return r->stopped ? finish_stopped(r, err) : finish_last(r, err);
 }
 
+static phx__stop_watch who_watches(void) {
+  if (getenv("PHALANX_RANK")) return PHX__STOP_LAUNCHED;
+  return phx__job_is_rank() ? PHX__STOP_FOREIGN : PHX__STOP_ALONE;
+}
+
 int phx__train_rank(const phx__config *config, const char *resume) {
   phx_error err = PHX_ERROR_INIT;
   run r = {.config = config, .asked = resume, .failed_exit = PHX__EXIT_REFUSED};
   r.result.loss = r.result.valid_loss = NAN;
-  if (config->s.checkpoint.every > 0) phx__stop_install(getenv("PHALANX_RANK") != NULL);
+  if (config->s.checkpoint.every > 0) phx__stop_install(who_watches());
   phx_status status = resume ? phx__resume_locate(config, resume, &r.resume, &err) : PHX_OK;
   if (!status) status = open_run(&r, &err);
   if (!status) {
@@ -445,7 +450,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
   if (r.job) phx__job_leave(r.job);
-  if (!status) return PHX__EXIT_OK;
+  if (!status) return r.stopped && config->s.run.stopped_status == 0 ? PHX__EXIT_STOPPED : PHX__EXIT_OK;
   return r.failed_exit;
 }
 

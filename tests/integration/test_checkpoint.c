@@ -1,23 +1,17 @@
 /* Checkpoints of whole runs through the command: k steps, save, resume and k more are 2k steps bit for bit, under every
- * strategy and across; any strategy and world size loads any other's; retention, leftovers, damage, refusals, signals.
- */
+ * strategy and across; any strategy and world size loads any other's; retention, leftovers, damage, refusals.  Signals
+ * are in test_stops.c. */
 #include <criterion/criterion.h>
 #include <dirent.h>
-#include <fcntl.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <phalanx/host.h>
 
 #include "rank_rig.h"
-#include "root.h"
 #include "status.h"
 #include "training.h"
 
@@ -405,99 +399,5 @@ Test(checkpoint, refusals, .timeout = 120) {
   expect(phalanx(dir, "compare run.ini --strategies ddp,zero --resume"), 2, "--resume");
   hash_of(dir, "out", after);
   cr_assert_str_eq(before, after);
-  command_remove_dir(dir);
-}
-
-/* ---- signals ---- */
-static void check_signal(const char *signal_name, int ranks) {
-  char *dir = command_temp_dir(), line[1024], whole[40], again[40];
-  training_files(dir, tiny_model);
-  snprintf(line, sizeof line,
-           "exec timeout --preserve-status -s %s 2 %s train run.ini -n %d --set run.steps=1000000 --set "
-           "optimizer.schedule=constant --set checkpoint.every=1000000 --set run.log_every=1000",
-           signal_name, PHX_TEST_COMMAND, ranks);
-  command_result r = command_run(dir, 60, (const char *const[]){"/bin/sh", "-c", line, NULL});
-  cr_assert_eq(r.status, 0, "SIG%s: status %d:\n%s", signal_name, r.status,
-               r.out + (strlen(r.out) > 3000 ? strlen(r.out) - 3000 : 0));
-  const char *heard = strstr(r.out, "press Ctrl-C again to end at once");
-  cr_assert_eq(heard != NULL, !strcmp(signal_name, "INT"));
-  command_free(&r);
-  cJSON *json = training_json(dir, "out/run.json");
-  const cJSON *step = training_get(json, "stopped.step"), *by = training_get(json, "stopped.by");
-  cr_assert(step && by && !strcmp(by->valuestring + 3, signal_name), "SIG%s: run.json does not say so", signal_name);
-  const int at = (int)step->valuedouble;
-  cJSON_Delete(json);
-  cr_assert_eq(count_entries(dir, "out", "step-"), 1);
-  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --resume", ranks,
-        at + 3);
-  TRAIN(dir, "-n %d --set run.steps=%d --set run.log_every=1000 --set optimizer.schedule=constant --set run.out=whole",
-        ranks, at + 3);
-  hash_of(dir, "out", again);
-  hash_of(dir, "whole", whole);
-  cr_assert_str_eq(whole, again);
-  command_remove_dir(dir);
-}
-Test(checkpoint, sigterm_saves_and_stops, .timeout = 120) { check_signal("TERM", 2); }
-Test(checkpoint, sigusr1_saves_and_stops, .timeout = 120) { check_signal("USR1", 2); }
-Test(checkpoint, ctrl_c_saves_and_stops, .timeout = 120) { check_signal("INT", 1); }
-
-/* A run in its first step; what it says goes to DIR/said. */
-static pid_t begin_run(const char *dir, const char *ranks, const char *accumulate) {
-  const pid_t pid = fork();
-  if (pid == 0) {
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    signal(SIGINT, SIG_DFL);
-    if (chdir(dir)) _exit(126);
-    const int out = open("said", O_WRONLY | O_CREAT | O_TRUNC, 0644);
-    dup2(out, 1);
-    dup2(out, 2);
-    execl(test_path("bin/phalanx"), "phalanx", "train", "run.ini", "-n", ranks, "--set", "checkpoint.every=9", "--set",
-          accumulate, NULL);
-    _exit(127);
-  }
-  for (int i = 0; i < 2000 && !exists(dir, "out/run.json"); i++) usleep(5000);
-  return pid;
-}
-
-/* Sends a signal so many times; the exit status, 128 + a signal, or -1: it went on for more than 2 s. */
-static int press(pid_t pid, int number, int times, useconds_t pause) {
-  int status = -1;
-  for (int i = 0; i < times; i++) {
-    kill(pid, number);
-    usleep(pause);
-  }
-  for (int i = 0; i < 400 && waitpid(pid, &status, WNOHANG) != pid; i++) usleep(5000);
-  if (status == -1) kill(pid, SIGKILL);
-  return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : status == -1 ? -1 : WEXITSTATUS(status);
-}
-
-/* Code that oneDNN generates for products keeps the stack pointer in the heap: a handler on that stack wrote there. */
-Test(checkpoint, a_signal_within_a_product, .timeout = 60) {
-  char *dir = command_temp_dir();
-  training_files(dir, tiny_model);
-  const int status = press(begin_run(dir, "1", "batch.accumulate=2000"), SIGUSR1, 400, 200);
-  char *said = command_read_file(dir, "said");
-  cr_assert_eq(status, 0, "status %d: %s", status, said);
-  free(said);
-  command_remove_dir(dir);
-}
-
-/* While a step takes long nothing is saved: who cannot wait presses it again. */
-Test(checkpoint, a_second_ctrl_c_ends_at_once, .timeout = 60) {
-  static const char slow_model[] = "[batch]\nmicro = 4\nsequence = 128\n"
-                                   "[model]\nplugin = gpt\nlayers = 4\nheads = 4\nwidth = 256\ncontext = 128\n"
-                                   "vocab = 257\n";
-  char *dir = command_temp_dir(), out[512];
-  training_files(dir, slow_model);
-  for (int ranks = 1; ranks <= 2; ranks++) {
-    const int status = press(begin_run(dir, ranks == 1 ? "1" : "2", "batch.accumulate=39"), SIGINT, 2, 300000);
-    char *said = command_read_file(dir, "said");
-    cr_expect_eq(status, ranks == 1 ? 128 + SIGINT : 3, "%d ranks: status %d: %s", ranks, status, said);
-    cr_expect(strstr(said, "press Ctrl-C again to end at once"), "%s", said);
-    cr_expect_null(strstr(said, "step "), "no step was to end: %s", said);
-    free(said);
-    snprintf(out, sizeof out, "rm -rf %s/out", dir);
-    cr_assert_eq(system(out), 0);
-  }
   command_remove_dir(dir);
 }

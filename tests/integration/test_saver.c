@@ -362,7 +362,7 @@ Test(saver, a_signal_waits_for_the_save_in_flight, .timeout = 60) {
   char *dir = begin();
   plan = (disk){.slow_us = 3000, .stop_at = 5};
   outcome o = train(dir, 2, NULL, "checkpoint.every=2");
-  cr_assert_eq(o.status, 0, "%s", o.said);
+  cr_assert_eq(o.status, PHX__EXIT_STOPPED, "%s", o.said);
   cr_assert(strstr(o.said, "stopped by SIGTERM"), "%s", o.said);
   const metrics m = read_metrics(dir, "out/metrics.jsonl");
   cr_assert_lt(m.lines, STEPS);
