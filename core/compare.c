@@ -281,12 +281,28 @@ static int print_verdict(const variant *v, int n) {
   return same;
 }
 
-static phx_status write_json(const variant *v, int n, int same, const char *base, phx_error *err) {
+/* Says what was not as planned; true: everything was. */
+static int print_plans(const variant *v, int n) {
+  int kept = 1;
+  for (int i = 0; i < n; i++) {
+    const cJSON *plan = cJSON_GetObjectItemCaseSensitive(result_of(&v[i]), "plan"), *line;
+    if (cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(plan, "kept"))) continue;
+    kept = 0;
+    printf("%s did not keep its plan:\n", v[i].label);
+    cJSON_ArrayForEach(line, cJSON_GetObjectItemCaseSensitive(plan, "differences")) printf(
+        "  %s\n", cJSON_GetStringValue(line));
+  }
+  if (kept) printf("plan kept: memory by kind and traffic by collective were as planned, on every rank\n");
+  return kept;
+}
+
+static phx_status write_json(const variant *v, int n, int same, int kept, const char *base, phx_error *err) {
   char path[4300];
   snprintf(path, sizeof path, "%s/compare.json", base);
   phx__json_begin();
   cJSON *root = cJSON_CreateObject();
   cJSON_AddBoolToObject(root, "equal_bits", same);
+  cJSON_AddBoolToObject(root, "plan_kept", kept);
   cJSON_AddNumberToObject(root, "ranks", cJSON_GetNumberValue(cJSON_GetObjectItemCaseSensitive(v[0].run, "ranks")));
   cJSON *list = cJSON_AddArrayToObject(root, "strategies");
   for (int i = 0; i < n; i++) {
@@ -335,12 +351,12 @@ static int run_all(const phx__compare_plan *plan, const phx__config *base, varia
     return status;
   }
   print_table(v, n);
-  const int same = print_verdict(v, n);
-  if (write_json(v, n, same, out, &err)) {
+  const int same = print_verdict(v, n), kept = print_plans(v, n);
+  if (write_json(v, n, same, kept, out, &err)) {
     fprintf(stderr, "phalanx: %s\n", err.message);
     return PHX__EXIT_RANK;
   }
-  return !same && base->s.run.deterministic ? 1 : PHX__EXIT_OK;
+  return (!same && base->s.run.deterministic) || !kept ? 1 : PHX__EXIT_OK;
 }
 
 int phx__compare(const phx__compare_plan *plan) {

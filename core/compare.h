@@ -12,7 +12,7 @@ typedef struct phx__compare_plan {
   size_t n_overrides;
 } phx__compare_plan;
 
-/* Exit status: 0; 1 when deterministic runs differ in their bits; 2 when any of the runs would be refused, and then
- * nothing was made; else that of the run that failed. */
+/* Exit status: 0; 1 when deterministic runs differ in their bits, or a run did not keep its plan; 2 when any of the
+ * runs would be refused, and then nothing was made; else that of the run that failed. */
 int phx__compare(const phx__compare_plan *plan);
 #endif

@@ -10,18 +10,8 @@
 #include <unistd.h>
 
 #include "job_segment.h"
+#include "sys.h"
 #include "where.h"
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#ifndef SANITIZED
-#define SANITIZED 0
-#endif
 
 static const phx_job *crash_job;
 
@@ -72,7 +62,7 @@ void phx__crash_install(const phx_job *job) {
   static char stack[64 * 1024];
   static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
   void *frame[1];
-  if (SANITIZED || crash_job) return;
+  if (PHX__SANITIZED || crash_job) return;
   crash_job = job;
   if (backtrace(frame, 1) < 0) return; /* the first call loads libgcc, which allocates: not in the handler */
   stack_t own = {.ss_sp = stack, .ss_size = sizeof stack};

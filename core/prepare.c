@@ -6,6 +6,7 @@
 
 #include "layout.h"
 #include "optim.h"
+#include "plan_kept.h"
 #include "status.h"
 #include "sys.h"
 
@@ -58,10 +59,7 @@ static phx_status prepare_layout(phx__prepared *p, phx_error *err) {
   if (!p->strategy->layout) return PHX_OK;
   phx_status status = p->strategy->layout(p->config->strategy.config, &p->topology, p->model, l, err);
   if (status) return status;
-  if (l->data_size < 1 || l->data_rank < 0 || l->data_rank >= l->data_size || l->activation_slots < 1)
-    return phx__fail(err, PHX_INVALID, "strategy %s: layout gave data rank %d of %d and %d activation slots",
-                     p->config->strategy.plugin->descriptor->id, l->data_rank, l->data_size, l->activation_slots);
-  return PHX_OK;
+  return phx__plan_check_layout(p, err);
 }
 
 /* What the model needs at each stage; the strategy is told what passes between stages. */
@@ -74,6 +72,7 @@ static phx_status prepare_stages(phx__prepared *p, phx_error *err) {
     phx_stage_memory *memory = &p->stages[s].memory;
     memory->struct_size = sizeof *memory;
     phx_status status = p->model_table->stage_memory(p->config->model.config, &p->shape, s, memory, err);
+    if (!status) status = phx__plan_check_stage(p, s, err);
     if (status) return status;
     p->boundary[s] = memory->output;
   }
@@ -160,8 +159,10 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   PHX__TRY(prepare_layout(p, err));
   p->estimate.struct_size = sizeof p->estimate;
   PHX__TRY(p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err));
+  const int64_t comm_buffers = p->comm->buffer_bytes(config->comm.config, size);
+  PHX__TRY(phx__plan_check_estimate(p, comm_buffers, err));
   for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
-  p->planned[PHX_MEM_BUFFER] += p->comm->buffer_bytes(config->comm.config, size);
+  p->planned[PHX_MEM_BUFFER] += comm_buffers;
   plan_activations(p);
   plan_copies(p);
   *out = p;

@@ -14,6 +14,7 @@
 
 #include "checkpoint_dir.h"
 #include "output.h"
+#include "plan_kept.h"
 #include "status.h"
 #include "sys.h"
 
@@ -291,6 +292,14 @@ static void add_saves(cJSON *parent, const phx__save_totals *t) {
   cJSON_AddNumberToObject(o, "seconds", t->seconds);
 }
 
+static void add_difference(void *arg, const char *line) { phx__json_append(arg, cJSON_CreateString(line)); }
+
+static void add_plan(cJSON *parent, const phx__run_result *r) {
+  cJSON *plan = cJSON_AddObjectToObject(parent, "plan"), *list = cJSON_CreateArray();
+  cJSON_AddBoolToObject(plan, "kept", phx__plan_differences(r, add_difference, list) == 0);
+  cJSON_AddItemToObject(plan, "differences", list);
+}
+
 static void add_result(cJSON *root, const phx__run_result *r) {
   cJSON *o = cJSON_AddObjectToObject(root, "result");
   char text[32];
@@ -306,6 +315,9 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   add_saves(o, &r->saves);
   add_ranks(o, "peak_pss", r, offsetof(phx__rank_report, peak_pss));
   add_ranks(o, "steady_allocator_calls", r, offsetof(phx__rank_report, steady_calls));
+  add_ranks(o, "hidden_memory", r, offsetof(phx__rank_report, hidden_bytes));
+  add_ranks(o, "later_memory", r, offsetof(phx__rank_report, later_bytes));
+  add_plan(o, r);
   cJSON *bytes = cJSON_AddObjectToObject(o, "bytes");
   for (size_t k = 0; k < PHX_MEM_KINDS; k++) {
     cJSON *kind = cJSON_AddObjectToObject(bytes, phx__memory_name((int32_t)k));

@@ -13,6 +13,9 @@ typedef struct phx__rank_report {
   int64_t peak_in[3];       /* bytes by PHX_SPACE_*, our own accounting */
   int64_t driver_bytes;     /* of the device, as its driver counts them when the run ends; -1: it does not say */
   int64_t steady_calls;     /* of the host's allocator during steps after the first */
+  int64_t hidden_bytes, hidden_allowed; /* that the strategy took beside the host, until the first step was over */
+  int64_t later_bytes, later_allowed;   /* that the process took after the first step */
+  int64_t traffic_counts;   /* 1: traffic was measured in a whole steady step, so that it can be compared */
 } phx__rank_report;
 
 typedef struct phx__save_totals { /* of this process; the stall is of the rank where it is the longest */

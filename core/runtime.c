@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "layout.h"
+#include "memory_watch.h"
 #include "rng.h"
 #include "state_io.h"
 #include "status.h"
@@ -77,6 +78,7 @@ static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
     if (!rt->strategy_host.table.extension(&rt->strategy_host, *wanted))
       return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs the host extension %s, which this core does not have",
                        rt->config->strategy.plugin->descriptor->id, *wanted);
+  phx__memory_watch_begin(&rt->book);
   return PHX__IN_STRATEGY(rt->job, PHX_IN_CREATE, -1,
                           rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
                                                          &rt->prepared->topology, rt->prepared->model, &rt->strategy,
@@ -120,6 +122,7 @@ done:
 
 void phx__runtime_close(phx__runtime *rt) {
   if (!rt) return;
+  phx__memory_watch_end();
   if (rt->device) rt->device->stream_synchronize(rt->device->ctx, NULL, NULL);
   if (rt->strategy) rt->prepared->strategy->destroy(rt->strategy);
   if (rt->model) rt->prepared->model_table->destroy(rt->model);

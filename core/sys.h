@@ -38,4 +38,16 @@ extern phx__sys_table phx__sys;
 void *phx__calloc(size_t n, size_t bytes);
 char *phx__strdup(const char *text); /* NULL when out of memory */
 void phx__free(void *p);
+
+/* Is this a build with a sanitizer?  They report crashes better, and take memory of their own. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define PHX__SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define PHX__SANITIZED 1
+#endif
+#endif
+#ifndef PHX__SANITIZED
+#define PHX__SANITIZED 0
+#endif
 #endif

@@ -12,6 +12,8 @@
 #include "checkpoint_run.h"
 #include "drift.h"
 #include "launcher.h"
+#include "memory_watch.h"
+#include "plan_kept.h"
 #include "progress.h"
 #include "report.h"
 #include "restart.h"
@@ -101,6 +103,7 @@ static void sample_pss(void *arg) {
   const double begin = phx__now();
   const int64_t pss = phx__pss_bytes();
   if (pss > r->mine.peak_pss) r->mine.peak_pss = pss;
+  phx__memory_watch_note(r->rt, &r->mine);
   r->sampling += phx__now() - begin;
 }
 
@@ -149,6 +152,7 @@ static int by_value(const void *a, const void *b) {
 static phx_status gather_reports(run *r, phx_error *err) {
   phx__rank_report *mine = &r->mine;
   const phx__runtime *rt = r->rt;
+  phx__memory_watch_note(rt, mine);
   memcpy(mine->planned, rt->prepared->planned, sizeof mine->planned);
   memcpy(mine->measured, rt->book.peak, sizeof mine->measured);
   memcpy(mine->peak_in, rt->book.peak_in, sizeof mine->peak_in);
@@ -182,7 +186,9 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   if (status) return status;
   strategy_traffic(r->rt, &after);
   r->step_seconds[step - 1] = seconds;
+  phx__memory_watch_steady();
   if (measured) keep_traffic(r, &before, &after);
+  if (measured) r->mine.traffic_counts = !result.skipped;
   if (step > first + 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;
 
   const bool last = step == s->run.steps;
@@ -232,6 +238,12 @@ static void say_device_memory(const run *r) {
   }
 }
 
+static void say_difference(void *arg, const char *line) {
+  char text[300];
+  snprintf(text, sizeof text, "the plan was not kept: %s", line);
+  phx__log(((const run *)arg)->job->rank, "core", PHX_LOG_WARN, text);
+}
+
 static phx_status finish(run *r, phx_error *err) {
   char path[4200];
   phx__state_hash sum;
@@ -250,6 +262,7 @@ static phx_status finish(run *r, phx_error *err) {
   r->result.step_ms = 1e3 * median;
   r->result.tokens_per_s = median > 0 ? (double)r->progress.tokens_per_step / median : 0;
   say_device_memory(r);
+  phx__plan_differences(&r->result, say_difference, r);
   return phx__run_json_write(r->rt, &r->result, NULL, err);
 }
 

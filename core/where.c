@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+void (*phx__where_watch)(int32_t kind);
+
 typedef struct text {
   char *at;
   size_t left; /* the terminating zero included */

@@ -5,14 +5,19 @@
 #include <phalanx/plugin.h>
 #include <stdbool.h>
 
+/* [main] Told before a plugin's call begins (kind PHX_KIND_*) and when it has ended (0); NULL: nobody listens. */
+extern void (*phx__where_watch)(int32_t kind);
+
 /* [main] */
 static inline void phx__enter(const phx_job *job, int32_t kind, int32_t call, int32_t stage) {
   __atomic_store_n(&job->mine->in_plugin, kind, __ATOMIC_RELAXED);
   __atomic_store_n(&job->mine->in_stage, stage, __ATOMIC_RELAXED);
   __atomic_store_n(&job->mine->in_call, call, __ATOMIC_RELAXED);
+  if (phx__where_watch) phx__where_watch(kind);
 }
 /* [main] A call that failed stays, for the report. */
 static inline phx_status phx__leave(const phx_job *job, phx_status status) {
+  if (phx__where_watch) phx__where_watch(0);
   if (status == PHX_OK) __atomic_store_n(&job->mine->in_call, PHX_IN_CORE, __ATOMIC_RELAXED);
   return status;
 }
