@@ -2,6 +2,8 @@
  * time.
  *
  * Memory is the caller's scratch and one band of a transposed matrix. */
+#include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "command_checkpoint.h"
@@ -48,6 +50,25 @@ static float from_half(uint16_t h) {
   return sign ? -small : small;
 }
 
+/* Names the first element that is no number. */
+static phx_status check_finite(const phx__tensor_source *s, int64_t first, int64_t numel, const float *values,
+                               phx_error *err) {
+  char at[PHX__TENSOR_DIMS * 22 + 1];
+  int64_t i = 0;
+  int used = 0;
+  while (i < numel && isfinite(values[i])) i++;
+  if (i == numel) return PHX_OK;
+  int64_t rest = first + i, below = s->tensor->numel;
+  for (uint32_t d = 0; d < s->tensor->ndim; d++) {
+    below /= s->tensor->shape[d];
+    used += snprintf(at + used, sizeof at - (size_t)used, "%s%lld", d ? ", " : "", (long long)(rest / below));
+    rest %= below;
+  }
+  at[used] = 0;
+  return phx__fail(err, PHX_INVALID, "%s: tensor %s: element [%s] is %g, and weights must be finite", s->file->path,
+                   s->tensor->name, at, (double)values[i]);
+}
+
 phx_status phx__tensor_elements(void *tensor_source, int64_t first, int64_t numel, float *out, phx_error *err) {
   phx__tensor_source *s = tensor_source;
   const int64_t width = (int64_t)phx_dtype_bytes(s->tensor->dtype);
@@ -64,6 +85,7 @@ phx_status phx__tensor_elements(void *tensor_source, int64_t first, int64_t nume
       out[i] = s->tensor->dtype == PHX_F16 ? from_half(bits) : from_bits((uint32_t)bits << 16);
     }
     if (width == 4) memcpy(out, s->raw, (size_t)part * 4);
+    if (s->finite && (status = check_finite(s, first, part, out, err))) return status;
     out += part;
     first += part;
     numel -= part;
@@ -118,13 +140,4 @@ phx_status phx__transposed_elements(void *transposer, int64_t first, int64_t num
     numel -= part;
   }
   return PHX_OK;
-}
-
-bool phx__gpt2_transposed(const char *name) {
-  static const char *const ends[] = {".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight",
-                                     ".mlp.c_proj.weight"};
-  const size_t n = strlen(name);
-  for (int i = 0; i < 4; i++)
-    if (n > strlen(ends[i]) && !strcmp(name + n - strlen(ends[i]), ends[i])) return true;
-  return false;
 }

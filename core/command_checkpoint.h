@@ -3,6 +3,7 @@
 #define PHX__COMMAND_CHECKPOINT_H
 #include <stdio.h>
 
+#include "gpt2.h"
 #include "manifest.h"
 
 enum { PHX__TOOL_PATH = 4200, PHX__TOOL_PART = 1 << 18, /* elements handled at once */
@@ -38,6 +39,7 @@ typedef struct phx__tensor_source { /* a tensor of F32, F16 or BF16 */
   const phx__safetensors *file;
   const phx__tensor *tensor;
   unsigned char *raw; /* (PHX__TOOL_PART * 4) scratch of the caller */
+  bool finite;        /* NaN and infinity are refused by name: PHX_INVALID */
 } phx__tensor_source;
 phx_status phx__tensor_elements(void *tensor_source, int64_t first, int64_t numel, float *out, phx_error *err);
 
@@ -51,7 +53,4 @@ typedef struct phx__transposer { /* reads (rows, columns) as (columns, rows) */
 phx_status phx__transposer_open(phx__transposer *t, phx_error *err); /* read, ctx, rows, columns are set */
 void phx__transposer_close(phx__transposer *t);
 phx_status phx__transposed_elements(void *transposer, int64_t first, int64_t numel, float *out, phx_error *err);
-
-/* Hugging Face's GPT-2 keeps this weight as Conv1D: (in, out) instead of (out, in). */
-bool phx__gpt2_transposed(const char *name);
 #endif

@@ -80,7 +80,7 @@ static void view_of(side *s, const char *name, int state, view *out) {
   if (s->file) {
     const phx__tensor *t = state < 0 ? phx__safetensors_find(s->file, name) : NULL;
     if (!t) return;
-    out->tensor = (phx__tensor_source){s->file, t, s->raw};
+    out->tensor = (phx__tensor_source){s->file, t, s->raw, false};
     out->found = true;
     out->ndim = t->ndim;
     out->shape = t->shape;

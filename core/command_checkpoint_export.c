@@ -10,8 +10,6 @@
 #include <unistd.h>
 
 #include "command_checkpoint.h"
-#include "json.h"
-#include "output.h"
 #include "status.h"
 #include "sys.h"
 
@@ -19,55 +17,9 @@ typedef struct exported {
   phx__checkpoint_reader *reader;
   const char *dir; /* the target */
   bool made;       /* it was not there before */
-  int64_t layers, heads, width, context, vocab;
+  phx__gpt2 gpt2;
   float *blocks, *part;
 } exported;
-
-static const phx__manifest_param *param_of(const phx__manifest *m, const char *name) {
-  for (uint32_t i = 0; i < m->n_params; i++)
-    if (!strcmp(m->params[i].name, name)) return &m->params[i];
-  return NULL;
-}
-
-static int64_t configured(const phx__manifest *m, const char *key) {
-  const char *text = phx__manifest_config_of(m, "model", key);
-  return text ? strtoll(text, NULL, 10) : 0;
-}
-
-/* Heads are the only size that no shape tells: from the configuration, by number or by the preset's name. */
-static int64_t heads_of(const phx__manifest *m) {
-  static const struct {
-    const char *size;
-    int64_t heads;
-  } presets[] = {{"tiny", 4}, {"124M", 12}, {"355M", 16}, {"774M", 20}, {"1558M", 25}};
-  const char *size = phx__manifest_config_of(m, "model", "size");
-  if (configured(m, "heads") > 0) return configured(m, "heads");
-  for (int i = 0; size && i < 5; i++)
-    if (!strcmp(size, presets[i].size)) return presets[i].heads;
-  return 0;
-}
-
-static phx_status recognise(exported *e, phx_error *err) {
-  const phx__manifest *m = e->reader->manifest;
-  const char *plugin = phx__manifest_config_of(m, "model", "plugin");
-  const phx__manifest_param *wte = param_of(m, "wte.weight"), *wpe = param_of(m, "wpe.weight");
-  e->heads = heads_of(m);
-  if (!wte || !wpe || wte->ndim != 2 || wpe->ndim != 2 || wte->shape[1] != wpe->shape[1] || (m->n_params - 4) % 12 ||
-      m->n_params < 16 || !param_of(m, "ln_f.bias") || !param_of(m, "h.0.attn.c_attn.weight"))
-    return phx__fail(err, PHX_UNSUPPORTED, "%s holds a model of plugin %s, and export writes GPT-2 only",
-                     e->reader->dir, plugin ? plugin : "?");
-  e->vocab = wte->shape[0];
-  e->width = wte->shape[1];
-  e->context = wpe->shape[0];
-  e->layers = (m->n_params - 4) / 12;
-  if (e->heads < 1 || e->width % e->heads)
-    return phx__fail(err, PHX_INVALID,
-                     "%s: its configuration does not say how many heads the model has ([model] heads)", e->reader->dir);
-  for (uint32_t i = 0; i < m->n_params; i++)
-    if (phx__gpt2_transposed(m->params[i].name) && m->params[i].ndim != 2)
-      return phx__fail(err, PHX_UNSUPPORTED, "%s: parameter %s is no matrix", e->reader->dir, m->params[i].name);
-  return PHX_OK;
-}
 
 static phx_status write_param(exported *e, phx__safetensors_writer *w, uint32_t i, phx_error *err) {
   const phx__manifest_param *p = &e->reader->manifest->params[i];
@@ -117,27 +69,6 @@ done:
   return status;
 }
 
-static phx_status write_config(const exported *e, phx_error *err) {
-  char path[PHX__TOOL_PATH];
-  phx__text t = {0};
-  const int64_t end = e->vocab == 50257 ? 50256 : e->vocab == 257 ? 256 : -1; /* GPT-2's end of text, and our bytes' */
-  phx__text_add(&t, "{\n  \"architectures\": [\"GPT2LMHeadModel\"],\n  \"model_type\": \"gpt2\",\n"
-                "  \"n_layer\": %" PRId64 ",\n  \"n_head\": %" PRId64 ",\n  \"n_embd\": %" PRId64 ",\n"
-                "  \"n_positions\": %" PRId64 ",\n  \"n_ctx\": %" PRId64 ",\n  \"vocab_size\": %" PRId64 ",\n",
-                e->layers, e->heads, e->width, e->context, e->context, e->vocab);
-  phx__text_add(&t, "  \"activation_function\": \"gelu_new\",\n  \"layer_norm_epsilon\": 1e-05,\n"
-                "  \"attn_pdrop\": 0.0,\n  \"embd_pdrop\": 0.0,\n  \"resid_pdrop\": 0.0,\n"
-                "  \"tie_word_embeddings\": true,\n  \"torch_dtype\": \"float32\"");
-  if (end >= 0)
-    phx__text_add(&t, ",\n  \"bos_token_id\": %" PRId64 ",\n  \"eos_token_id\": %" PRId64, end, end);
-  phx__text_add(&t, "\n}\n");
-  if (t.failed) return phx__fail(err, PHX_NOMEM, "no memory for config.json");
-  snprintf(path, sizeof path, "%s/config.json", e->dir);
-  const phx_status status = phx__text_write(path, t.data, err);
-  phx__free(t.data);
-  return phx__writing(status);
-}
-
 /* Both files or none. */
 static phx_status write_both(exported *e, phx_error *err) {
   char path[PHX__TOOL_PATH];
@@ -146,7 +77,7 @@ static phx_status write_both(exported *e, phx_error *err) {
     return phx__fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", e->dir);
   phx_status status = write_weights(e, err);
   if (!status) {
-    status = write_config(e, err);
+    status = phx__writing(phx__gpt2_write(e->dir, &e->gpt2, err));
     snprintf(path, sizeof path, "%s/model.safetensors", e->dir);
     if (status) phx__sys.unlink(path);
   }
@@ -165,7 +96,7 @@ int phx__checkpoint_export(int argc, char **argv) {
   if (!status && !access(path, F_OK))
     status = phx__fail(&err, PHX_INVALID, "%s is there already, and is not overwritten", path);
   if (!status) status = phx__checkpoint_reader_open(dir, &e.reader, &err);
-  if (!status) status = recognise(&e, &err);
+  if (!status) status = phx__gpt2_of_manifest(dir, e.reader->manifest, &e.gpt2, &err);
   e.blocks = phx__calloc(PHX__TOOL_PART + 2 * PHX_BLOCK, sizeof *e.blocks);
   e.part = phx__calloc(PHX__TOOL_PART, sizeof *e.part);
   if (!status && (!e.blocks || !e.part)) status = phx__fail(&err, PHX_NOMEM, "no memory to export %s", dir);

@@ -1,11 +1,11 @@
 /* core/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint of
  * step 0.
  *
- * DIR holds model.safetensors and config.json as Hugging Face writes them for GPT-2; names with or without
- * "transformer.". lm_head.weight may be there if it equals wte.weight, since our head is tied; masks (attn.bias,
- * attn.masked_bias) carry nothing and are passed over; anything else is refused by name.  Optimizer states are zero. 
- * The checkpoint is written beside its place and renamed when it is whole.  The model's layout is the plugin's own,
- * asked through a configuration. */
+ * DIR holds config.json and model.safetensors, or several files and their index, as Hugging Face writes them for GPT-2;
+ * names with or without "transformer.".  lm_head.weight may be there if it equals wte.weight, since our head is tied;
+ * masks (h.N.attn.bias, h.N.attn.masked_bias) carry nothing and are passed over; anything else is refused by name, and
+ * so is a weight that is no finite number.  Optimizer states are zero.  The checkpoint is written beside its place and
+ * renamed when it is whole.  The model's layout is the plugin's own, asked through a configuration. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -15,13 +15,13 @@
 
 #include "checkpoint_dir.h"
 #include "command_checkpoint.h"
-#include "json.h"
 #include "layout.h"
 #include "optim.h"
 #include "prepare.h"
 #include "state_hash.h"
 #include "status.h"
 #include "sys.h"
+#include "tensor_files.h"
 
 #define SHARD "rank-00000.safetensors"
 enum { UNITS_PART = PHX__TOOL_PART / PHX_BLOCK }; /* blocks written at once */
@@ -29,7 +29,8 @@ enum { UNITS_PART = PHX__TOOL_PART / PHX_BLOCK }; /* blocks written at once */
 typedef struct import {
   char target[PHX__TOOL_PATH], part[PHX__TOOL_PATH], parent[PHX__TOOL_PATH]; /* the checkpoint; beside it; above it */
   char run[PHX__TOOL_PATH];                                                  /* "" when a checkpoint was named */
-  phx__safetensors *file;
+  phx__tensor_files *files;
+  phx__gpt2 gpt2;
   phx__config *config;
   phx__prepared *prepared;
   phx__manifest *manifest;
@@ -65,145 +66,117 @@ static phx_status choose_target(import *in, const char *out, phx_error *err) {
   return PHX_OK;
 }
 
-/* ---- the model: an existing run's configuration, or one made from config.json ---- */
-static phx_status read_sizes(const char *dir, char *ini, size_t room, phx_error *err) {
-  static const char *const keys[5][2] = {{"n_layer", "layers"}, {"n_head", "heads"}, {"n_embd", "width"},
-                                         {"n_positions", "context"}, {"vocab_size", "vocab"}};
-  enum { MOST = 1 << 20 };
-  char path[PHX__TOOL_PATH], *text = NULL;
-  int fd = -1;
-  int64_t bytes = 0, value[5] = {0};
-  cJSON *root = NULL;
-  snprintf(path, sizeof path, "%s/config.json", dir);
-  phx_status status = phx__file_open(path, &fd, &bytes, err);
-  if (status) return status;
-  if (bytes > MOST) status = phx__fail(err, PHX_IO, "%s has %" PRId64 " bytes; %d are the most", path, bytes, MOST);
-  else if (!(text = phx__calloc(1, (size_t)bytes + 1)))
-    status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
-  else status = phx__file_read(fd, path, text, bytes, 0, err);
+static phx_status fill_manifest(import *in, phx_error *err) {
+  char text[32];
+  phx__manifest *m = in->manifest = phx__manifest_create();
+  if (!m) return phx__fail(err, PHX_NOMEM, "no memory for a manifest");
+  phx_status status = phx__checkpoint_describe(m, in->config, &in->optim, in->prepared->model, 1, err);
+  snprintf(text, sizeof text, "%" PRIu32, in->files->n);
+  if (!status) status = phx__manifest_add_identity(m, "imported_tensors", text, err);
+  return status;
+}
+
+/* ---- the model: config.json's; a configuration of the target's run must say the same ---- */
+static phx_status load(import *in, const char *path, phx_error *err) {
+  static const phx__override one_rank[] = {{"run.ranks=1", "import"}, {"batch.total=0", "import"}};
+  const phx_status status = phx__config_load(path, one_rank, 2, stderr, &in->config);
+  return status ? phx__fail(err, status, "the model cannot be laid out: see above") : PHX_OK;
+}
+
+static phx_status load_made(import *in, phx_error *err) {
+  char model[PHX__GPT2_INI], ini[PHX__GPT2_INI + 64], path[64];
+  phx__gpt2_ini(&in->gpt2, model);
+  snprintf(ini, sizeof ini, "[run]\nstrategy = ddp\n[data]\ntrain = imported\n%s", model);
+  const int fd = phx__sys.memfd_create("config.ini", MFD_CLOEXEC);
+  if (fd < 0) return phx__fail_errno(err, PHX_NOMEM, errno, "no memory for a configuration");
+  phx_status status = phx__file_write(fd, "a configuration in memory", ini, (int64_t)strlen(ini), 0, err);
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  if (!status) status = load(in, path, err);
   phx__sys.close(fd);
-  if (!status &&
-      !(root = cJSON_ParseWithLength(text, (size_t)bytes))) /* theirs has fractions: our strict reader would refuse */
-    status = phx__fail(err, PHX_IO, "%s is not JSON", path);
-  const char *type = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(root, "model_type"));
-  if (!status && (!type || strcmp(type, "gpt2")))
-    status =
-        phx__fail(err, PHX_UNSUPPORTED, "%s: model_type is '%.40s', and import reads gpt2", path, type ? type : "");
-  const char *act = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(root, "activation_function"));
-  if (!status && act && strcmp(act, "gelu_new"))
-    status = phx__fail(err, PHX_UNSUPPORTED, "%s: activation_function is '%.40s', and ours is gelu_new", path, act);
-  for (int i = 0; i < 5 && !status; i++) {
-    const double number = cJSON_GetNumberValue(cJSON_GetObjectItemCaseSensitive(root, keys[i][0]));
-    if (number >= 1 && number <= 1 << 24) value[i] = (int64_t)number;
-    else status = phx__fail(err, PHX_INVALID, "%s: %s is missing or not a size", path, keys[i][0]);
-  }
-  if (!status)
-    snprintf(ini, room,
-             "[run]\nstrategy = ddp\n[data]\ntrain = imported\n[batch]\nmicro = 1\nsequence = %" PRId64
-             "\n[model]\nplugin = gpt\nlayers = %" PRId64 "\nheads = %" PRId64 "\nwidth = %" PRId64
-             "\ncontext = %" PRId64 "\nvocab = %" PRId64 "\n",
-             value[3], value[0], value[1], value[2], value[3], value[4]);
-  cJSON_Delete(root);
-  phx__free(text);
   return status;
 }
 
 static phx_status open_model(import *in, const char *dir, phx_error *err) {
-  static const phx__override one_rank[] = {{"run.ranks=1", "import"}, {"batch.total=0", "import"}};
-  char ini[1024], path[PHX__TOOL_PATH];
-  int fd = -1;
+  char path[PHX__TOOL_PATH];
   phx_status status = PHX_OK;
+  PHX__TRY(phx__gpt2_read(dir, &in->gpt2, err));
   snprintf(path, sizeof path, "%.4000s/config.ini", in->run);
-  if (!in->run[0] || access(path, F_OK)) {
-    PHX__TRY(read_sizes(dir, ini, sizeof ini, err));
-    fd = phx__sys.memfd_create("config.ini", MFD_CLOEXEC);
-    if (fd < 0) {
-      status = phx__fail_errno(err, PHX_NOMEM, errno, "no memory for a configuration");
-      goto done;
-    }
-    PHX__TRY(phx__file_write(fd, "a configuration in memory", ini, (int64_t)strlen(ini), 0, err));
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-  }
-  status = phx__config_load(path, one_rank, 2, stderr, &in->config);
-  if (status) {
-    phx__fail(err, status, "the model cannot be laid out: see above");
-    goto done;
-  }
+  const bool made = !in->run[0] || access(path, F_OK);
+  PHX__TRY(made ? load_made(in, err) : load(in, path, err));
   PHX__TRY(phx__prepare(in->config, 0, 1, 0, 1, 0, 0, &in->prepared, err));
   phx__optim_states(&in->config->s, &in->optim);
+  PHX__TRY(fill_manifest(in, err));
+  if (!made) {
+    phx__gpt2 own;
+    char theirs[PHX__TOOL_PATH];
+    snprintf(theirs, sizeof theirs, "%.4000s/" PHX__GPT2_CONFIG, dir);
+    PHX__TRY(phx__gpt2_of_manifest(path, in->manifest, &own, err));
+    PHX__TRY(phx__gpt2_same(theirs, &in->gpt2, path, &own, err));
+  }
 done:
-  if (fd >= 0) phx__sys.close(fd);
   return status;
 }
 
 /* ---- what stands where in the file that is read ---- */
-static const char *bare_name(const char *name) { return strncmp(name, "transformer.", 12) ? name : name + 12; }
-
-static bool passed_over(const char *name) {
-  const size_t n = strlen(name);
-  return (n > 10 && !strcmp(name + n - 10, ".attn.bias")) || (n > 17 && !strcmp(name + n - 17, ".attn.masked_bias"));
-}
-
-static phx_status check_head(import *in, const phx__tensor *head, const phx__tensor *wte, phx_error *err) {
-  phx__tensor_source a = {in->file, head, in->raw}, b = {in->file, wte, in->raw};
-  if (head->numel != wte->numel)
-    return phx__fail(err, PHX_UNSUPPORTED, "%s: %s is not wte.weight: our head is tied", in->file->path, head->name);
+static phx_status check_head(import *in, const phx__tensor_place *at_head, const phx__tensor_source *wte,
+                             phx_error *err) {
+  const phx__tensor *head = at_head->tensor;
+  phx__tensor_source a = {at_head->file, head, in->raw, true}, b = *wte;
+  if (head->numel != b.tensor->numel)
+    return phx__fail(err, PHX_UNSUPPORTED, "%s: %s is not wte.weight: our head is tied", a.file->path, head->name);
   for (int64_t at = 0; at < head->numel; at += PHX__TOOL_PART) {
     const int64_t n = head->numel - at < PHX__TOOL_PART ? head->numel - at : PHX__TOOL_PART;
     phx_status status = phx__tensor_elements(&a, at, n, in->data, err);
     if (!status) status = phx__tensor_elements(&b, at, n, in->part_data, err);
     if (status) return status;
     if (memcmp(in->data, in->part_data, (size_t)n * 4))
-      return phx__fail(err, PHX_UNSUPPORTED, "%s: %s differs from wte.weight, and our head is tied", in->file->path,
+      return phx__fail(err, PHX_UNSUPPORTED, "%s: %s differs from wte.weight, and our head is tied", a.file->path,
                        head->name);
   }
   return PHX_OK;
 }
 
+static phx_status find_tensor(import *in, const phx__tensor_place *place, phx_error *err) {
+  const phx_model *model = in->prepared->model;
+  const phx__tensor *tensor = place->tensor;
+  const char *name = phx__gpt2_bare(tensor->name), *path = place->file->path;
+  uint32_t i = 0;
+  while (i < model->n_params && strcmp(phx_model_param(model, i)->name, name)) i++;
+  if (i == model->n_params)
+    return phx__fail(err, PHX_INVALID, "%s: tensor %.200s is none of this model's", path, tensor->name);
+  if (in->sources[i].tensor)
+    return phx__fail(err, PHX_INVALID, "%s: tensor %.200s is there with and without 'transformer.'", path, name);
+  const phx_param *p = phx_model_param(model, i);
+  const bool turned = phx__gpt2_transposed(p->name);
+  bool same = tensor->ndim == p->ndim;
+  for (uint32_t d = 0; same && d < p->ndim; d++) same = tensor->shape[d] == p->shape[turned ? 1 - d : d];
+  if (!same)
+    return phx__fail(err, PHX_INVALID, "%s: tensor %.200s has another shape than in this model", path, tensor->name);
+  in->sources[i] = (phx__tensor_source){place->file, tensor, in->raw, true};
+  return PHX_OK;
+}
+
 static phx_status find_tensors(import *in, phx_error *err) {
   const phx_model *model = in->prepared->model;
-  const phx__tensor *head = NULL;
-  for (uint32_t t = 0; t < in->file->n; t++) {
-    const phx__tensor *tensor = &in->file->tensors[t];
-    const char *name = bare_name(tensor->name);
-    uint32_t i = 0;
-    if (passed_over(name)) continue;
-    if (!strcmp(name, "lm_head.weight")) {
-      head = tensor;
+  const phx__tensor_place *head = NULL;
+  for (uint32_t t = 0; t < in->files->n; t++) {
+    const phx__tensor_place *place = &in->files->places[t];
+    const char *name = phx__gpt2_bare(place->tensor->name);
+    if (phx__gpt2_mask(name)) continue;
+    if (!strcmp(name, "lm_head.weight") && !head) {
+      head = place;
       continue;
     }
-    while (i < model->n_params && strcmp(phx_model_param(model, i)->name, name)) i++;
-    if (i == model->n_params)
-      return phx__fail(err, PHX_INVALID, "%s: tensor %.200s is none of this model's", in->file->path, tensor->name);
-    if (in->sources[i].tensor)
-      return phx__fail(err, PHX_INVALID, "%s: tensor %.200s is there with and without 'transformer.'", in->file->path,
-                       name);
-    const phx_param *p = phx_model_param(model, i);
-    const bool turned = phx__gpt2_transposed(p->name);
-    bool same = tensor->ndim == p->ndim;
-    for (uint32_t d = 0; same && d < p->ndim; d++) same = tensor->shape[d] == p->shape[turned ? 1 - d : d];
-    if (!same)
-      return phx__fail(err, PHX_INVALID, "%s: tensor %.200s has another shape than in this model", in->file->path,
-                       tensor->name);
-    in->sources[i] = (phx__tensor_source){in->file, tensor, in->raw};
+    const phx_status status = find_tensor(in, place, err);
+    if (status) return status;
   }
   for (uint32_t i = 0; i < model->n_params; i++)
     if (!in->sources[i].tensor)
-      return phx__fail(err, PHX_INVALID, "%s has no tensor %s", in->file->path, phx_model_param(model, i)->name);
-  return head ? check_head(in, head, in->sources[0].tensor, err) : PHX_OK;
+      return phx__fail(err, PHX_INVALID, "%s has no tensor %s", in->files->path, phx_model_param(model, i)->name);
+  return head ? check_head(in, head, &in->sources[0], err) : PHX_OK;
 }
 
 /* ---- the checkpoint ---- */
-static phx_status fill_manifest(import *in, phx_error *err) {
-  char text[32];
-  phx__manifest *m = in->manifest = phx__manifest_create();
-  if (!m) return phx__fail(err, PHX_NOMEM, "no memory for a manifest");
-  phx_status status = phx__checkpoint_describe(m, in->config, &in->optim, in->prepared->model, 1, err);
-  snprintf(text, sizeof text, "%" PRIu32, in->file->n);
-  if (!status) status = phx__manifest_add_identity(m, "imported_tensors", text, err);
-  return status;
-}
-
 /* One slice per state and flat, in the order of the manifest. */
 static phx_status add_slices(import *in, phx_error *err) {
   const phx__manifest *m = in->manifest;
@@ -339,10 +312,8 @@ done:
 }
 
 static phx_status run_import(import *in, const char *dir, const char *out, phx_error *err) {
-  char path[PHX__TOOL_PATH];
   phx_status status = choose_target(in, out, err);
-  snprintf(path, sizeof path, "%.4000s/model.safetensors", dir);
-  if (!status) status = phx__safetensors_open(path, &in->file, err);
+  if (!status) status = phx__tensor_files_open(dir, &in->files, err);
   if (!status) status = open_model(in, dir, err);
   if (status) return status;
   const uint32_t n = in->prepared->model->n_params;
@@ -352,9 +323,8 @@ static phx_status run_import(import *in, const char *dir, const char *out, phx_e
   in->part_data = phx__calloc(PHX__TOOL_PART, sizeof *in->part_data);
   in->raw = phx__calloc(PHX__TOOL_PART, 4);
   if (!in->turned || !in->sources || !in->data || !in->part_data || !in->raw)
-    return phx__fail(err, PHX_NOMEM, "no memory to import %s", path);
+    return phx__fail(err, PHX_NOMEM, "no memory to import %s", dir);
   status = find_tensors(in, err);
-  if (!status) status = fill_manifest(in, err);
   if (!status) status = add_slices(in, err);
   return status ? status : commit(in, err);
 }
@@ -366,6 +336,9 @@ int phx__checkpoint_import(int argc, char **argv) {
   if (!in) return phx__checkpoint_refuse(phx__fail(&err, PHX_NOMEM, "no memory to import"), &err);
   phx_status status = run_import(in, argv[1], argv[3], &err);
   if (!status) printf("%s: %" PRIu32 " parameters, optimizer states zero\n", in->target, in->manifest->n_params);
+  if (!status && in->gpt2.dropout[0])
+    printf("%s was trained with dropout (%s): the model is the same, and is trained on without it\n", argv[1],
+           in->gpt2.dropout);
   if (in->turned)
     for (uint32_t i = 0; i < in->prepared->model->n_params; i++) phx__transposer_close(&in->turned[i]);
   phx__free(in->turned);
@@ -376,7 +349,7 @@ int phx__checkpoint_import(int argc, char **argv) {
   phx__manifest_free(in->manifest);
   phx__prepared_free(in->prepared);
   phx__config_free(in->config);
-  phx__safetensors_close(in->file);
+  phx__tensor_files_close(in->files);
   phx__free(in);
   return status ? phx__checkpoint_refuse(status, &err) : PHX__EXIT_OK;
 }

@@ -5,6 +5,7 @@
  * Names that stand twice are found in the tree, by sorting. */
 #include "json.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -112,6 +113,27 @@ static bool string(scan *s, bool name) {
   return true;
 }
 
+static bool digits(scan *s) {
+  if (s->at == s->end || *s->at < '0' || *s->at > '9') return wrong(s, "a number lacks a digit");
+  while (s->at < s->end && *s->at >= '0' && *s->at <= '9') s->at++;
+  return true;
+}
+
+static bool is_one_of(const scan *s, const char *set) { return s->at < s->end && *s->at && strchr(set, *s->at); }
+
+static bool fraction(scan *s) {
+  if (!is_one_of(s, ".eE")) return true;
+  if (!s->limits->fractions) return wrong(s, "a number is not an integer");
+  if (*s->at == '.') {
+    s->at++;
+    if (!digits(s)) return false;
+  }
+  if (!is_one_of(s, "eE")) return true;
+  s->at++;
+  if (is_one_of(s, "+-")) s->at++;
+  return digits(s);
+}
+
 static bool number(scan *s) {
   int64_t value = 0;
   if (*s->at == '-') s->at++;
@@ -121,9 +143,7 @@ static bool number(scan *s) {
   for (; s->at < s->end && *s->at >= '0' && *s->at <= '9'; s->at++)
     if ((value = value * 10 + (*s->at - '0')) > PHX__JSON_INTEGER_MOST) return wrong(s, "a number is above 2^53");
   if (zero && s->at - first > 1) return wrong(s, "a number begins with 0");
-  if (s->at < s->end && (*s->at == '.' || *s->at == 'e' || *s->at == 'E'))
-    return wrong(s, "a number is not an integer");
-  return true;
+  return fraction(s);
 }
 
 static bool word(scan *s, const char *text) {
@@ -220,9 +240,9 @@ phx_status phx__json_read(const char *what, const char *text, size_t bytes, cons
 
 bool phx__json_integer(const cJSON *item, int64_t lo, int64_t hi, int64_t *out) {
   if (!cJSON_IsNumber(item)) return false;
-  const int64_t integer = (int64_t)item->valuedouble; /* exact: the text had an integer up to 2^53 */
-  if (integer < lo || integer > hi) return false;
-  *out = integer;
+  const double value = item->valuedouble; /* exact for an integer up to 2^53 */
+  if (!(value >= (double)lo && value <= (double)hi) || value != floor(value)) return false;
+  *out = (int64_t)value;
   return true;
 }
 

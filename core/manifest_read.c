@@ -330,7 +330,7 @@ static phx_status check_sum(const char *path, const char *t, size_t bytes, phx_e
 }
 
 phx_status phx__manifest_parse(const char *path, const char *t, size_t bytes, phx__manifest **out, phx_error *err) {
-  static const phx__json_limits limits = {PHX__MANIFEST_DEPTH_MOST, 1u << 24};
+  static const phx__json_limits limits = {.depth = PHX__MANIFEST_DEPTH_MOST, .values = 1u << 24};
   reader r = {.path = path, .err = err};
   cJSON *root = NULL;
   phx__manifest *m = phx__manifest_create();

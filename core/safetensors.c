@@ -184,7 +184,7 @@ static phx_status check_places(phx__safetensors *st, phx_error *err) {
 
 phx_status phx__safetensors_parse(const char *path, const char *text, size_t bytes, int64_t data_bytes,
                                   phx__safetensors **out, phx_error *err) {
-  static const phx__json_limits limits = {4, 1u << 21};
+  static const phx__json_limits limits = {.depth = 4, .values = 1u << 21};
   phx_status status = PHX_OK;
   cJSON *root = NULL;
   const cJSON *item;

@@ -19,14 +19,14 @@ phx_status gpt_block_forward(phx_model_self *self, const phx_stage_call *call, p
   void *const act = gpt_at(saved, p.act);
 
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, one, NULL, gpt_at(saved, p.mean1), gpt_at(saved, p.rstd1), call->input,
-                        NULL, gpt_weight(w, GPT_LN1_W), gpt_weight(w, GPT_LN1_B), n, c, GPT_EPS, st, err));
+                        NULL, gpt_weight(w, GPT_LN1_W), gpt_weight(w, GPT_LN1_B), n, c, self->eps, st, err));
   GPT_TRY(o->linear(o->ctx, self->dtype, qkv, 0, NULL, one, gpt_weight(w, GPT_QKV_W), gpt_weight(w, GPT_QKV_B), n, c,
                     3 * c, 0, st, err));
   GPT_TRY(o->attention(o->ctx, self->dtype, att, gpt_at(saved, p.lse), qkv, b, t, c, heads, st, err));
   GPT_TRY(o->linear(o->ctx, self->dtype, one, 0, NULL, att, gpt_weight(w, GPT_ATT_W), gpt_weight(w, GPT_ATT_B), n, c, c,
                     0, st, err));
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, two, res2, gpt_at(saved, p.mean2), gpt_at(saved, p.rstd2), call->input,
-                        one, gpt_weight(w, GPT_LN2_W), gpt_weight(w, GPT_LN2_B), n, c, GPT_EPS, st, err));
+                        one, gpt_weight(w, GPT_LN2_W), gpt_weight(w, GPT_LN2_B), n, c, self->eps, st, err));
   GPT_TRY(o->linear(o->ctx, self->dtype, act, 0, gpt_at(saved, p.pre), two, gpt_weight(w, GPT_FC_W),
                     gpt_weight(w, GPT_FC_B), n, c, 4 * c, 1, st, err));
   GPT_TRY(o->linear(o->ctx, self->dtype, call->output, 0, NULL, act, gpt_weight(w, GPT_OUT_W), gpt_weight(w, GPT_OUT_B),
@@ -60,7 +60,7 @@ static phx_status mlp_backward(const phx_model_self *self, const phx_stage_call 
   GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, wide, call->d_output, 0, gpt_weight(w, GPT_OUT_W),
                                    gpt_at(saved, p->pre), n, 4 * c, c, PHX_GRAD_WRITE, st, err));
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, res2, NULL, gpt_weight(w, GPT_LN2_W),
-                        gpt_weight(w, GPT_LN2_B), n, c, GPT_EPS, st, err));
+                        gpt_weight(w, GPT_LN2_B), n, c, self->eps, st, err));
   GPT_TRY(weight_gradient(self, call, GPT_FC_W, drop, wide, narrow, c, 4 * c, err));
   GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, wide, 0, gpt_weight(w, GPT_FC_W), NULL, n, c, 4 * c,
                                    PHX_GRAD_WRITE, st, err));
@@ -89,7 +89,7 @@ static phx_status attention_backward(const phx_model_self *self, const phx_stage
   GPT_TRY(o->attention_backward(o->ctx, self->dtype, dqkv, narrow, gpt_at(saved, p->qkv), att, gpt_at(saved, p->lse),
                                 gpt_at(space, p->rows), b, t, c, self->sizes.heads, st, err));
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LN1_W),
-                        gpt_weight(w, GPT_LN1_B), n, c, GPT_EPS, st, err));
+                        gpt_weight(w, GPT_LN1_B), n, c, self->eps, st, err));
   GPT_TRY(weight_gradient(self, call, GPT_QKV_W, drop, dqkv, narrow, c, 3 * c, err));
   GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, dqkv, 0, gpt_weight(w, GPT_QKV_W), NULL, n, c, 3 * c,
                                    PHX_GRAD_WRITE, st, err));

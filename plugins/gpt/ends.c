@@ -33,7 +33,7 @@ static phx_status last_logits(const phx_model_self *self, const phx_stage_call *
   for (int64_t i = 0; i < b; i++)
     GPT_TRY(dev->copy(dev->ctx, rows + i * row, x + ((i + 1) * t - 1) * row, row, call->stream, err));
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p->mean), gpt_at(call->saved, p->rstd), rows,
-                        NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), b, c, GPT_EPS,
+                        NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), b, c, self->eps,
                         call->stream, err));
   GPT_TRY(o->linear(o->ctx, self->dtype, logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c, v, 0,
                     call->stream, err));
@@ -62,7 +62,7 @@ phx_status gpt_head_forward(phx_model_self *self, const phx_stage_call *call, ph
   float *const losses = gpt_at(call->workspace, p.losses);
   GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p.mean), gpt_at(call->saved, p.rstd),
                         call->input, NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), n, c,
-                        GPT_EPS, call->stream, err));
+                        self->eps, call->stream, err));
   GPT_TRY(o->linear(o->ctx, self->dtype, logits, s->vp, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, n, c,
                     s->vocab, 0, call->stream, err));
   GPT_TRY(o->cross_entropy(o->ctx, self->dtype, logits, losses, call->targets, n, s->vocab, s->vp, !evaluate,
@@ -85,7 +85,7 @@ phx_status gpt_head_backward(phx_model_self *self, const phx_stage_call *call, p
   const phx_param_view *wte = gpt_view(w, GPT_HEAD_WTE);
   if (wte->gradient) {
     GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LNF_W),
-                          gpt_weight(w, GPT_LNF_B), n, c, GPT_EPS, st, err));
+                          gpt_weight(w, GPT_LNF_B), n, c, self->eps, st, err));
     GPT_TRY(o->linear_backward_weight(o->ctx, self->dtype, wte->gradient, NULL, d_logits, s->vp, ln, n, c, s->vocab,
                                       wte->gradient_mode, PHX_GRAD_NONE, st, err));
   }

@@ -6,8 +6,6 @@
 #define PHX__GPT_H
 #include <phalanx/provider.h>
 
-#define GPT_EPS 1e-5f
-
 typedef struct gpt_config { /* filled by the core from the option table of plugin.c */
   int64_t layers, heads, width, context, vocab; /* 0: from the preset */
   int64_t vocab_pad;
@@ -15,6 +13,7 @@ typedef struct gpt_config { /* filled by the core from the option table of plugi
   const char *freeze; /* comma separated patterns, or "" */
   int32_t size;       /* index into gpt_presets */
   int32_t reserved0;
+  double norm_eps;
 } gpt_config;
 
 typedef struct gpt_sizes { /* preset and explicit values combined, checked */
@@ -76,7 +75,7 @@ struct phx_model_self {
   phx_batch_shape shape;
   double layer_drop;
   int32_t dtype; /* of activations and of weights as they are read */
-  int32_t reserved0;
+  float eps;     /* of the layer norms */
 };
 
 /* run.c: the rest of the table */

@@ -1,7 +1,7 @@
 /* plugins/gpt/plugin.c - the descriptor and options of the GPT-2 model.  Constant data; any thread.
  *
  * The architecture is GPT-2's exactly (Radford et al. 2019): learned positions, biases everywhere, pre-norm blocks,
- * layer norm 1e-5, GELU with tanh, the head tied to the token embedding.  Weights of linear layers are stored (out,
+ * layer norm 1e-5 (norm_eps), GELU with tanh, the head tied to the token embedding.  Weights of linear layers are stored (out,
  * in), as in torch's Linear and llm.c, not (in, out) as in Hugging Face's Conv1D; names are Hugging Face's without
  * "transformer.". */
 #include "gpt.h"
@@ -22,6 +22,8 @@ static const phx_option options[] = {
              "Probability that a block is skipped for a micro-batch on a data rank (LayerDrop, arXiv 1909.11556)."),
     PHX_STRING(gpt_config, freeze, "", 0,
                "Comma separated patterns of parameter names that are not trained, such as wte.*,h.0.*."),
+    PHX_REAL(gpt_config, norm_eps, "1e-5", 1e-12, 1,
+             "Added to the variance in every layer norm (Hugging Face's layer_norm_epsilon)."),
 };
 
 static const char *const extensions[] = {PHX_EXT_OPS, PHX_EXT_DEVICE, NULL};

@@ -160,6 +160,7 @@ phx_status gpt_create(const phx_host *host, const void *config, const phx_model 
   self->shape = *shape;
   self->layer_drop = c->layer_drop;
   self->dtype = gpt_dtype(shape);
+  self->eps = (float)c->norm_eps;
   *out = self;
   return PHX_OK;
 }

@@ -31,7 +31,8 @@ reference_gpt *reference_gpt_create(int layers, int heads, int width, int contex
   const int64_t c = width, numel[PER_BLOCK] = {c, c, 3 * c * c, 3 * c, c * c, c, c, c, 4 * c * c, 4 * c, 4 * c * c, c};
   reference_gpt *g = calloc(1, sizeof *g);
   if (!g) abort();
-  *g = (reference_gpt){.layers = layers, .heads = heads, .width = width, .context = context, .vocab = vocab};
+  *g = (reference_gpt){.layers = layers, .heads = heads, .width = width, .context = context, .vocab = vocab,
+                       .eps = 1e-5};
   g->tensors = calloc((size_t)(PER_BLOCK * layers + 4), sizeof *g->tensors);
   if (!g->tensors) abort();
   add_tensor(g, "wte.weight", (int64_t)vocab * c);
@@ -87,22 +88,24 @@ static void linear_back(double *dx, double *dw, double *db, const double *dy, co
     }
 }
 
-static void norm(double *y, const double *x, const double *w, const double *b, int n, int c) {
+static void norm(const reference_gpt *g, double *y, const double *x, const double *w, const double *b, int n) {
+  const int c = g->width;
   for (int i = 0; i < n; i++) {
     double mean = 0, var = 0;
     for (int k = 0; k < c; k++) mean += x[i * c + k] / c;
     for (int k = 0; k < c; k++) var += (x[i * c + k] - mean) * (x[i * c + k] - mean) / c;
-    for (int k = 0; k < c; k++) y[i * c + k] = (x[i * c + k] - mean) / sqrt(var + 1e-5) * w[k] + b[k];
+    for (int k = 0; k < c; k++) y[i * c + k] = (x[i * c + k] - mean) / sqrt(var + g->eps) * w[k] + b[k];
   }
 }
 
-static void norm_back(double *dx, double *dw, double *db, const double *dy, const double *x, const double *w, int n,
-                      int c) {
+static void norm_back(const reference_gpt *g, double *dx, double *dw, double *db, const double *dy, const double *x,
+                      const double *w, int n) {
+  const int c = g->width;
   for (int i = 0; i < n; i++) {
     double mean = 0, var = 0, d_var = 0, d_mean = 0;
     for (int k = 0; k < c; k++) mean += x[i * c + k] / c;
     for (int k = 0; k < c; k++) var += (x[i * c + k] - mean) * (x[i * c + k] - mean) / c;
-    const double s = sqrt(var + 1e-5);
+    const double s = sqrt(var + g->eps);
     for (int k = 0; k < c; k++) {
       const double d_hat = dy[i * c + k] * w[k];
       dw[k] += dy[i * c + k] * (x[i * c + k] - mean) / s;
@@ -164,16 +167,17 @@ typedef struct block_state { /* of one sequence; all kept */
   double *ln1, *qkv, *p, *att, *proj, *res, *ln2, *pre, *act, *out;
 } block_state;
 
-static void block_forward(const reference_tensor *w, block_state *s, const double *x, int t, int c, int heads) {
+static void block_forward(const reference_gpt *g, const reference_tensor *w, block_state *s, const double *x, int t) {
+  const int c = g->width, heads = g->heads;
   s->ln1 = zeros(t * c), s->qkv = zeros(t * 3 * c), s->p = zeros(heads * t * t), s->att = zeros(t * c);
   s->proj = zeros(t * c), s->res = zeros(t * c), s->ln2 = zeros(t * c), s->pre = zeros(t * 4 * c);
   s->act = zeros(t * 4 * c), s->out = zeros(t * c);
-  norm(s->ln1, x, w[LN1W].value, w[LN1B].value, t, c);
+  norm(g, s->ln1, x, w[LN1W].value, w[LN1B].value, t);
   linear(s->qkv, s->ln1, w[QKVW].value, w[QKVB].value, t, c, 3 * c);
   attend(s->att, s->p, s->qkv, t, c, heads);
   linear(s->proj, s->att, w[PROJW].value, w[PROJB].value, t, c, c);
   for (int i = 0; i < t * c; i++) s->res[i] = x[i] + s->proj[i];
-  norm(s->ln2, s->res, w[LN2W].value, w[LN2B].value, t, c);
+  norm(g, s->ln2, s->res, w[LN2W].value, w[LN2B].value, t);
   linear(s->pre, s->ln2, w[FCW].value, w[FCB].value, t, c, 4 * c);
   for (int i = 0; i < t * 4 * c; i++) {
     const double v = s->pre[i];
@@ -184,8 +188,9 @@ static void block_forward(const reference_tensor *w, block_state *s, const doubl
 }
 
 /* d(t, c): gradient of the output; becomes the gradient of x. */
-static void block_backward(reference_tensor *w, const block_state *s, const double *x, double *d, int t, int c,
-                           int heads) {
+static void block_backward(const reference_gpt *g, reference_tensor *w, const block_state *s, const double *x,
+                           double *d, int t) {
+  const int c = g->width, heads = g->heads;
   double *dact = zeros(t * 4 * c), *dln = zeros(t * c), *datt = zeros(t * c), *dqkv = zeros(t * 3 * c);
   linear_back(dact, w[OUTW].gradient, w[OUTB].gradient, d, s->act, w[OUTW].value, t, 4 * c, c);
   for (int i = 0; i < t * 4 * c; i++) {
@@ -193,12 +198,12 @@ static void block_backward(reference_tensor *w, const block_state *s, const doub
     dact[i] *= 0.5 * (1 + th) + 0.5 * v * (1 - th * th) * k * (1 + 0.134145 * v * v);
   }
   linear_back(dln, w[FCW].gradient, w[FCB].gradient, dact, s->ln2, w[FCW].value, t, c, 4 * c);
-  norm_back(d, w[LN2W].gradient, w[LN2B].gradient, dln, s->res, w[LN2W].value, t, c);
+  norm_back(g, d, w[LN2W].gradient, w[LN2B].gradient, dln, s->res, w[LN2W].value, t);
   linear_back(datt, w[PROJW].gradient, w[PROJB].gradient, d, s->att, w[PROJW].value, t, c, c);
   attend_back(dqkv, datt, s->p, s->qkv, t, c, heads);
   memset(dln, 0, sizeof *dln * (size_t)(t * c));
   linear_back(dln, w[QKVW].gradient, w[QKVB].gradient, dqkv, s->ln1, w[QKVW].value, t, c, 3 * c);
-  norm_back(d, w[LN1W].gradient, w[LN1B].gradient, dln, x, w[LN1W].value, t, c);
+  norm_back(g, d, w[LN1W].gradient, w[LN1B].gradient, dln, x, w[LN1W].value, t);
   free(dact), free(dln), free(datt), free(dqkv);
 }
 
@@ -222,10 +227,10 @@ static double run_sequence(reference_gpt *g, const int32_t *tokens, const int32_
   for (int i = 0; i < l; i++) {
     xs[i + 1] = xs[i];
     if (runs && !runs[i]) continue;
-    block_forward(&g->tensors[2 + PER_BLOCK * i], &blocks[i], xs[i], t, c, g->heads);
+    block_forward(g, &g->tensors[2 + PER_BLOCK * i], &blocks[i], xs[i], t);
     xs[i + 1] = blocks[i].out;
   }
-  norm(ln, xs[l], lnf[0].value, lnf[1].value, t, c);
+  norm(g, ln, xs[l], lnf[0].value, lnf[1].value, t);
   linear(logits, ln, wte->value, NULL, t, c, v);
   double *dlogits = zeros((int64_t)t * v);
   for (int i = 0; i < t; i++) {
@@ -236,9 +241,9 @@ static double run_sequence(reference_gpt *g, const int32_t *tokens, const int32_
   }
   if (backward) {
     linear_back(dln, wte->gradient, NULL, dlogits, ln, wte->value, t, c, v);
-    norm_back(d, lnf[0].gradient, lnf[1].gradient, dln, xs[l], lnf[0].value, t, c);
+    norm_back(g, d, lnf[0].gradient, lnf[1].gradient, dln, xs[l], lnf[0].value, t);
     for (int i = l - 1; i >= 0; i--)
-      if (blocks[i].out) block_backward(&g->tensors[2 + PER_BLOCK * i], &blocks[i], xs[i], d, t, c, g->heads);
+      if (blocks[i].out) block_backward(g, &g->tensors[2 + PER_BLOCK * i], &blocks[i], xs[i], d, t);
     for (int i = 0; i < t * c; i++) {
       wte->gradient[(int64_t)tokens[i / c] * c + i % c] += d[i];
       wpe->gradient[i] += d[i];

@@ -15,6 +15,7 @@ typedef struct reference_tensor {
 
 typedef struct reference_gpt {
   int layers, heads, width, context, vocab;
+  double eps; /* of the layer norms; 1e-5 unless the test sets it */
   int n_tensors;
   reference_tensor *tensors; /* wte, wpe, 12 of each block, ln_f.weight, ln_f.bias */
 } reference_gpt;

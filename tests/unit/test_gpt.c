@@ -20,9 +20,12 @@ static void make_tokens(int64_t vocab, int64_t from) {
   }
 }
 
+static double norm_eps = 1e-5; /* of the next reference */
+
 /* A reference with the weights of the rig. */
 static reference_gpt *reference_of(gpt_rig *r, int layers, int heads, int width) {
   reference_gpt *g = reference_gpt_create(layers, heads, width, (int)r->facts.context, (int)r->facts.vocabulary);
+  g->eps = norm_eps;
   cr_assert_eq((int)r->model.n_params, g->n_tensors);
   for (uint32_t i = 0; i < r->model.n_params; i++) {
     cr_assert_str_eq(g->tensors[i].name, r->params[i].name);
@@ -110,6 +113,12 @@ static void compare_in_bf16(const void *(*extension)(const char *)) {
   compare_case_as(PHX_BF16, "layers=3 heads=2 width=10 context=8 vocab=33 layer_drop=0.5", 3, 2, 10, 2, 8, runs,
                   extension);
 }
+Test(gpt, gradients_match_with_another_norm_eps, .timeout = 120) {
+  norm_eps = 0.1;
+  compare_case("layers=2 heads=3 width=30 context=33 vocab=257 norm_eps=0.1", 2, 3, 30, 2, 29, NULL, plain_extension);
+  norm_eps = 1e-5;
+}
+
 Test(gpt, gradients_match_in_bf16, .timeout = 120) {
   compare_in_bf16(plain_extension);
 }
