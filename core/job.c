@@ -19,6 +19,7 @@
 #include <xxhash.h>
 
 #include "job_segment.h"
+#include "secret.h"
 #include "status.h"
 #include "sys.h"
 #include "tcp_store.h"
@@ -151,15 +152,19 @@ int32_t phx__job_local_size(int32_t ranks) {
 }
 
 static phx_status meet_in_store(struct job *job, const phx__identity *me, double timeout_s, phx_error *err) {
+  phx__secret secret;
+  phx_status status = phx__secret_find(&secret, err);
+  if (status != PHX_OK) return status;
   const phx__store_place place = {.address = me->address,
                                   .port = me->port,
                                   .job = XXH3_64bits(me->key, strlen(me->key)),
                                   .rank = me->rank,
                                   .size = me->size,
+                                  .secret = &secret,
                                   .timeout_s = timeout_s,
                                   .failed = job_failed,
                                   .ctx = job};
-  phx_status status = phx__store_open(&place, &job->store, err);
+  status = phx__store_open(&place, &job->store, err);
   int32_t pid = (int32_t)getpid(), pids[PHX_RANKS_MAX];
   if (status == PHX_OK) status = phx__store_exchange(job->store, "processes", &pid, sizeof pid, pids, err);
   /* of what they do, their pages say nothing here: start_ns stays 0 */

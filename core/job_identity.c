@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <xxhash.h>
 
 #include "job_segment.h"
 #include "status.h"
@@ -82,6 +83,14 @@ static phx_status set_key(phx__identity *me, const char *kind, const char *varia
   return PHX_OK;
 }
 
+/* torchrun's --rdzv-id, where it has one: of any length, so its hash.  Two jobs on one port are then told apart. */
+static void add_run_id(phx__identity *me) {
+  const char *id = getenv("TORCHELASTIC_RUN_ID");
+  const size_t used = strlen(me->key);
+  if (id && *id && used + 18 < sizeof me->key)
+    snprintf(me->key + used, sizeof me->key - used, "-%016llx", (unsigned long long)XXH3_64bits(id, strlen(id)));
+}
+
 static phx_status read_own(phx__identity *me, phx_error *err) {
   phx_status status;
   PHX__TRY(read_place(me, "PHALANX_RANK", "PHALANX_WORLD_SIZE", err));
@@ -110,8 +119,9 @@ static phx_status read_torchrun(phx__identity *me, phx_error *err) {
     }
   }
   if (me->local_size != me->size) PHX__TRY(read_meeting(me, err));
-  PHX__TRY(set_key(me, "torchrun", me->several && !getenv("MASTER_PORT") ? "MASTER_ADDR" : "MASTER_PORT", 
+  PHX__TRY(set_key(me, "torchrun", me->several && !getenv("MASTER_PORT") ? "MASTER_ADDR" : "MASTER_PORT",
                    "TORCHELASTIC_RESTART_COUNT", err));
+  add_run_id(me);
 done:
   return status;
 }

@@ -14,10 +14,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clean.h"
 #include "job.h"
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"
+
+enum { SAID_BYTES = 320 };
+static const char of_another_job[] = ": does another job have the same name? Under torchrun's variables MASTER_PORT is "
+                                     "the name: give each job a port of its own";
 
 typedef struct hello {
   uint64_t magic;
@@ -63,16 +68,19 @@ static bool send_fd(int to, int fd) {
   return sendmsg(to, &message, MSG_NOSIGNAL) == 1;
 }
 
-static int receive_fd(int from) {
+/* -1: none came; then `said` is what rank 0 says instead, or "". */
+static int receive_fd(int from, char said[SAID_BYTES]) {
   union {
     char bytes[CMSG_SPACE(sizeof(int))];
     struct cmsghdr align;
   } control;
-  char byte = 0;
-  struct iovec data = {&byte, 1};
+  struct iovec data = {said, SAID_BYTES - 1};
   struct msghdr message = {
       .msg_iov = &data, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
-  if (recvmsg(from, &message, MSG_CMSG_CLOEXEC) != 1) return -1;
+  const ssize_t bytes = recvmsg(from, &message, MSG_CMSG_CLOEXEC);
+  said[bytes > 1 ? bytes : 0] = 0;
+  phx__clean(said, SAID_BYTES);
+  if (bytes != 1) return -1;
   struct cmsghdr *head = CMSG_FIRSTHDR(&message);
   if (!head || head->cmsg_level != SOL_SOCKET || head->cmsg_type != SCM_RIGHTS ||
       head->cmsg_len != CMSG_LEN(sizeof(int)))
@@ -82,34 +90,52 @@ static int receive_fd(int from) {
   return fd;
 }
 
-/* One connection of rank 0: `seen` learns who came.  A stranger is hung up on. */
-static phx_status serve_one(const phx__identity *me, int peer, int segment, bool *seen, phx_error *err) {
+typedef struct serving {
+  bool seen[PHX_RANKS_MAX];
+  int32_t refused;
+  char last[SAID_BYTES]; /* refused */
+} serving;
+
+/* One connection of rank 0: `seen` learns who came.  A stranger is told why, and hung up on: it is another job's rank,
+ * and no reason to end this one. */
+static void serve_one(const phx__identity *me, int peer, int segment, serving *s) {
+  char why[SAID_BYTES];
   hello who = {0};
   struct pollfd ready = {.fd = peer, .events = POLLIN};
   if (!is_same_user(peer) || poll(&ready, 1, 1000) != 1 || recv(peer, &who, sizeof who, 0) != (ssize_t)sizeof who ||
       who.magic != PHX__SEGMENT_MAGIC)
-    return PHX_OK;
+    return;
+  if (who.size == me->size && who.rank >= 1 && who.rank < me->size && !s->seen[who.rank]) {
+    s->seen[who.rank] = send_fd(peer, segment);
+    return;
+  }
   if (who.size != me->size || who.rank < 1 || who.rank >= me->size)
-    return phx__fail(err, PHX_INVALID, "a process calls itself rank %d of %d, but this job (%s) has %d ranks", who.rank,
-                     who.size, me->key, me->size);
-  if (seen[who.rank])
-    return phx__fail(err, PHX_INVALID, "two processes call themselves rank %d of job %s", who.rank, me->key);
-  if (send_fd(peer, segment)) seen[who.rank] = true;
-  return PHX_OK;
+    snprintf(why, sizeof why, "a process calls itself rank %d of %d, but job %s has %d ranks%s", who.rank, who.size,
+             me->key, me->size, of_another_job);
+  else
+    snprintf(why, sizeof why, "rank %d of job %s is here already%s", who.rank, me->key, of_another_job);
+  (void)send(peer, why, strlen(why), MSG_NOSIGNAL | MSG_DONTWAIT);
+  s->refused++;
+  memcpy(s->last, why, sizeof why);
 }
 
-static phx_status fail_missing(const phx__identity *me, const bool *seen, double timeout_s, phx_error *err) {
+static phx_status fail_missing(const phx__identity *me, const serving *s, double timeout_s, phx_error *err) {
+  const bool *seen = s->seen;
   char list[128] = "";
   size_t used = 0;
   for (int32_t r = 1; r < me->size; r++)
     if (!seen[r] && used + 8 < sizeof list)
       used += (size_t)snprintf(list + used, sizeof list - used, "%s%d", used ? ", " : "", r);
+  if (s->refused)
+    return phx__fail(err, PHX_COMM,
+                     "rank(s) %s of job %s did not come within %g s; %d processes were refused, the "
+                     "last: %s", list, me->key, timeout_s, s->refused, s->last);
   return phx__fail(err, PHX_COMM, "rank(s) %s of job %s did not come within %g s", list, me->key, timeout_s);
 }
 
 static phx_status serve(const phx__identity *me, double timeout_s, int *fd_out, phx_error *err) {
   struct sockaddr_un address;
-  bool seen[PHX_RANKS_MAX] = {true};
+  serving come_here = {.seen = {true}};
   uint64_t start = phx__now_ns();
   phx_status status = PHX_OK;
   int segment = -1, listener = -1;
@@ -123,26 +149,25 @@ static phx_status serve(const phx__identity *me, double timeout_s, int *fd_out, 
   if (listener < 0 || bind(listener, (struct sockaddr *)&address, make_address(me, &address)) != 0 ||
       listen(listener, PHX_RANKS_MAX) != 0) {
     status = phx__fail_errno(err, PHX_COMM, errno,
-                             "rank 0 cannot listen for the ranks of job %s; is another job of "
-                             "that name starting?",
+                             "rank 0 cannot listen for the ranks of job %s: is another job of that name starting? "
+                             "Under torchrun's variables MASTER_PORT is its name: give each job a port of its own",
                              me->key);
     goto done;
   }
   for (int32_t come = 1; come < me->size;) {
     int left = left_ms(start, timeout_s);
     if (left == 0) {
-      status = fail_missing(me, seen, timeout_s, err);
+      status = fail_missing(me, &come_here, timeout_s, err);
       goto done;
     }
     struct pollfd ready = {.fd = listener, .events = POLLIN};
     if (poll(&ready, 1, left) != 1) continue;
     int peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     if (peer < 0) continue;
-    status = serve_one(me, peer, segment, seen, err);
+    serve_one(me, peer, segment, &come_here);
     phx__sys.close(peer);
-    if (status != PHX_OK) goto done;
     come = 0;
-    for (int32_t r = 0; r < me->size; r++) come += seen[r];
+    for (int32_t r = 0; r < me->size; r++) come += come_here.seen[r];
   }
   *fd_out = segment;
   segment = -1;
@@ -153,7 +178,7 @@ done:
 }
 
 /* One try; -1: not yet (errno says why). */
-static int ask_once(const phx__identity *me, int wait_ms, bool *stranger) {
+static int ask_once(const phx__identity *me, int wait_ms, bool *stranger, char said[SAID_BYTES]) {
   struct sockaddr_un address;
   int segment = -1, fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
   if (fd < 0) return -1;
@@ -162,7 +187,7 @@ static int ask_once(const phx__identity *me, int wait_ms, bool *stranger) {
     struct pollfd ready = {.fd = fd, .events = POLLIN};
     *stranger = !is_same_user(fd);
     if (!*stranger && send(fd, &who, sizeof who, MSG_NOSIGNAL) == (ssize_t)sizeof who && poll(&ready, 1, wait_ms) == 1)
-      segment = receive_fd(fd);
+      segment = receive_fd(fd, said);
   }
   phx__sys.close(fd);
   return segment;
@@ -171,14 +196,17 @@ static int ask_once(const phx__identity *me, int wait_ms, bool *stranger) {
 static phx_status ask(const phx__identity *me, double timeout_s, int *fd_out, phx_error *err) {
   uint64_t start = phx__now_ns();
   bool stranger = false;
+  char said[SAID_BYTES] = "";
   for (int left = left_ms(start, timeout_s); left > 0; left = left_ms(start, timeout_s)) {
-    int fd = ask_once(me, left, &stranger);
+    int fd = ask_once(me, left, &stranger, said);
     if (fd >= 0) {
       *fd_out = fd;
       return PHX_OK;
     }
     if (stranger)
       return phx__fail(err, PHX_COMM, "another user's process answers for job %s: choose another port or job", me->key);
+    if (said[0])
+      return phx__fail(err, PHX_INVALID, "rank %d is refused by rank 0 of job %s: %s", me->rank, me->key, said);
     struct timespec pause = {0, 10000000};
     nanosleep(&pause, NULL);
   }

@@ -1,7 +1,7 @@
 /* core/sha256.c - SHA-256 as in FIPS 180-4, section 6.2.
  *
- * For provenance (which file was loaded), not for secrets: plain and portable rather than fast.  No state between
- * calls; any thread. */
+ * For provenance (which file was loaded) and for proofs of a secret: plain and portable rather than fast.  No state
+ * between calls; any thread. */
 #include "sha256.h"
 #include "status.h"
 #include "sys.h"
@@ -65,15 +65,24 @@ void phx__sha256_add(phx__sha256 *hash, const void *data, size_t bytes) {
   }
 }
 
-void phx__sha256_end(phx__sha256 *hash, char hex[65]) {
+static void finish(phx__sha256 *hash) {
   uint64_t bits = hash->bytes * 8;
   unsigned char length[8];
   for (unsigned i = 0; i < 8; i++) length[i] = (unsigned char)(bits >> (56 - 8 * i));
   phx__sha256_add(hash, "\x80", 1);
   while (hash->bytes % 64 != 56) phx__sha256_add(hash, "", 1);
   phx__sha256_add(hash, length, sizeof length);
+}
+
+void phx__sha256_end(phx__sha256 *hash, char hex[65]) {
+  finish(hash);
   for (unsigned i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[hash->state[i / 8] >> (28 - 4 * (i % 8)) & 15];
   hex[64] = 0;
+}
+
+void phx__sha256_end_bytes(phx__sha256 *hash, uint8_t digest[32]) {
+  finish(hash);
+  for (unsigned i = 0; i < 32; i++) digest[i] = (uint8_t)(hash->state[i / 4] >> (24 - 8 * (i % 4)));
 }
 
 phx_status phx__sha256_file(const char *path, char hex[65], phx_error *err) {

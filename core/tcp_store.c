@@ -21,6 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clean.h"
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"
@@ -36,6 +37,8 @@ struct phx__store {
   phx__store_server *server; /* rank 0's */
   int wake;
   uint64_t session;
+  phx__claim claim;
+  bool proved; /* to this connection's store */
   pthread_t thread;
   bool running;
   uint32_t sending; /* atomic */
@@ -107,12 +110,10 @@ static phx_status fail_unreached(const phx__store_place *place, int why, phx_err
 
 /* Tries every address that the name has, again and again: rank 0 may come later. */
 static phx_status reach(const phx__store_place *place, waited *w, int *out, phx_error *err) {
-  struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV}, *found = NULL;
-  const int code = getaddrinfo(place->address, place->port, &hints, &found);
+  struct addrinfo *found = NULL;
   int fd = -1, why = 0;
-  if (code != 0)
-    return phx__fail(err, PHX_COMM, "MASTER_ADDR=%s, MASTER_PORT=%s: %s", place->address, place->port,
-                     gai_strerror(code));
+  const phx_status status = phx__store_resolve(place, &found, err);
+  if (status != PHX_OK) return status;
   while (fd < 0) {
     for (const struct addrinfo *a = found; a && fd < 0; a = a->ai_next) {
       fd = connect_one(a);
@@ -128,19 +129,48 @@ static phx_status reach(const phx__store_place *place, waited *w, int *out, phx_
   return PHX_OK;
 }
 
-static bool say_hello(const phx__store *s) {
-  uint8_t frame[PHX__WIRE_HEAD + PHX__WIRE_HELLO_BYTES] = {0};
+static bool has_secret(const phx__store *s) { return s->place.secret && s->place.secret->bytes > 0; }
+
+static bool say_hello(phx__store *s) {
+  uint8_t frame[PHX__WIRE_HEAD + PHX__WIRE_HELLO_BYTES] = {0}, *body = frame + PHX__WIRE_HEAD;
   const phx__frame head = {PHX__WIRE_HELLO, s->place.rank, s->place.job, 0, PHX__WIRE_HELLO_BYTES};
   phx__frame_head(&head, frame);
-  phx__put_u32(frame + PHX__WIRE_HEAD, (uint32_t)s->place.size);
-  phx__put_u32(frame + PHX__WIRE_HEAD + 4, (uint32_t)getpid());
-  (void)gethostname((char *)frame + PHX__WIRE_HEAD + 8, 63);
+  phx__put_u32(body, (uint32_t)s->place.size);
+  phx__put_u32(body + 4, (uint32_t)getpid());
+  phx__put_u32(body + 8, has_secret(s));
+  memcpy(body + 12, s->claim.mine, PHX__WIRE_NONCE);
+  (void)gethostname((char *)body + 12 + PHX__WIRE_NONCE, PHX__WIRE_HOST - 1);
+  s->proved = false;
   return phx__wire_send(s->wire.fd, frame, sizeof frame, SEND_MS);
+}
+
+/* The store asks for a proof, and gives one.  One that cannot is an impostor, or the store of somebody else. */
+static phx_status prove(phx__store *s, phx_error *err) {
+  uint8_t expected[PHX__PROOF_BYTES], frame[PHX__WIRE_HEAD + PHX__PROOF_BYTES];
+  const phx__frame head = {PHX__WIRE_PROOF, s->place.rank, s->place.job, 0, PHX__PROOF_BYTES};
+  if (!has_secret(s))
+    return phx__fail(err, PHX_INVALID,
+                     "rank 0 at %s, port %s, asks rank %d for the job's secret: give every rank the PHALANX_SECRET or "
+                     "PHALANX_SECRET_FILE of rank 0 (or another job meets there: give each a MASTER_PORT of its own)",
+                     s->place.address, s->place.port, s->place.rank);
+  memcpy(s->claim.stores, s->body, PHX__WIRE_NONCE);
+  phx__claim_prove(&s->claim, s->place.secret, PHX__PROOF_OF_STORE, expected);
+  if (!phx__proofs_are_equal(expected, s->body + PHX__WIRE_NONCE))
+    return phx__fail(err, PHX_INVALID,
+                     "what listens at MASTER_ADDR=%s, port %s, does not know the secret of rank %d: it has another "
+                     "PHALANX_SECRET, or another job meets there: give each job a MASTER_PORT of its own",
+                     s->place.address, s->place.port, s->place.rank);
+  phx__frame_head(&head, frame);
+  phx__claim_prove(&s->claim, s->place.secret, PHX__PROOF_OF_RANK, frame + PHX__WIRE_HEAD);
+  s->proved = true;
+  (void)phx__wire_send(s->wire.fd, frame, sizeof frame, SEND_MS); /* a broken connection is found by reading */
+  return PHX_OK;
 }
 
 static phx_status take_answer(phx__store *s, phx_error *err) {
   const phx__frame *f = &s->wire.frame;
-  const char *text = (const char *)s->body;
+  char *text = (char *)s->body;
+  if (f->kind == PHX__WIRE_REFUSED || f->kind == PHX__WIRE_FAILED) phx__clean(text, f->bytes);
   if (f->kind == PHX__WIRE_REFUSED)
     return phx__fail(err, PHX_INVALID, "rank %d is refused by rank 0 at %s, port %s: %.*s", s->place.rank,
                      s->place.address, s->place.port, (int)f->bytes, text);
@@ -148,10 +178,22 @@ static phx_status take_answer(phx__store *s, phx_error *err) {
   if (f->kind != PHX__WIRE_WELCOME || f->bytes != (uint32_t)s->place.size * PHX__WIRE_PLACE)
     return phx__fail(err, PHX_COMM, "rank 0 at %s, port %s, gives an answer of another version: all ranks must be the "
                      "same phalanx", s->place.address, s->place.port);
+  if (has_secret(s) && !s->proved)
+    return phx__fail(err, PHX_INVALID,
+                     "what listens at MASTER_ADDR=%s, port %s, lets rank %d in without its secret: it is not rank 0 of "
+                     "this job", s->place.address, s->place.port, s->place.rank);
   s->session = f->session;
   memcpy(s->places, s->body, f->bytes);
-  for (int32_t r = 0; r < s->place.size; r++) s->places[r][PHX__WIRE_PLACE - 1] = 0;
+  for (int32_t r = 0; r < s->place.size; r++) {
+    s->places[r][PHX__WIRE_PLACE - 1] = 0;
+    phx__clean(s->places[r], PHX__WIRE_PLACE);
+  }
   return PHX_OK;
+}
+
+static bool is_challenge(const phx__store *s, int got) {
+  return got == PHX__WIRE_WHOLE && s->wire.frame.kind == PHX__WIRE_CHALLENGE && !s->proved &&
+         s->wire.frame.bytes == PHX__WIRE_NONCE + PHX__PROOF_BYTES;
 }
 
 /* Reached, said hello, and all are there.  A connection that is closed without a word is tried again. */
@@ -167,6 +209,10 @@ static phx_status come(phx__store *s, phx_error *err) {
         return phx__fail(err, PHX_COMM, "rank %d is connected to %s, port %s, but rank 0 does not answer within %g s",
                          s->place.rank, s->place.address, s->place.port, here.limit_s);
       if (poll_one(s->wire.fd, POLLIN, SLICE_MS) != 0) got = phx__wire_read(&s->wire);
+      if (!is_challenge(s, got)) continue;
+      status = prove(s, err);
+      if (status != PHX_OK) return status;
+      got = PHX__WIRE_MORE;
     }
     const int why = errno;
     if (got == PHX__WIRE_WHOLE) return take_answer(s, err);
@@ -191,6 +237,7 @@ static void fall(phx__store *s, int32_t who, const char *message, size_t bytes) 
   if (first) {
     memcpy(s->message, message, bytes);
     s->message[bytes] = 0;
+    phx__clean(s->message, bytes);
     s->failed = true;
   }
   pthread_cond_broadcast(&s->changed);
@@ -295,6 +342,7 @@ phx_status phx__store_open(const phx__store_place *place, phx__store **out, phx_
   phx__store *s = phx__calloc(1, sizeof *s);
   if (!s) return phx__fail(err, PHX_NOMEM, "no memory for the store's connection, %zu bytes", sizeof *s);
   s->place = *place;
+  s->claim = (phx__claim){.job = place->job, .rank = place->rank, .size = place->size};
   s->wire = (phx__wire){.fd = -1, .limit = sizeof s->body, .body = s->body};
   pthread_mutex_init(&s->lock, NULL);
   pthread_condattr_init(&monotonic);
@@ -306,8 +354,10 @@ phx_status phx__store_open(const phx__store_place *place, phx__store **out, phx_
     status = phx__fail_errno(err, PHX_NOMEM, errno, "the store needs an eventfd");
     goto done;
   }
+  PHX__TRY(phx__random(s->claim.mine, sizeof s->claim.mine, err));
   if (place->rank == 0) PHX__TRY(phx__store_serve(place, &s->server, err));
   PHX__TRY(come(s, err));
+  s->place.secret = NULL; /* the caller's, until here */
   PHX__TRY(start(s, err));
   *out = s;
   return PHX_OK;

@@ -1,7 +1,8 @@
 /* core/tcp_store.h - where the ranks of a job on several machines meet: a small store at rank 0, over TCP.
  *
  * Every rank has one connection to it, which stays open: whoever dies is noticed by it.  A barrier is an exchange of
- * one byte.  What travels is neither secret nor signed: the network is trusted, as with MPI, NCCL and torchrun. */
+ * one byte.  With a secret, ranks and store prove to each other that they know it before anybody is let in.  What
+ * travels afterwards is neither encrypted nor signed: the network is trusted, as with MPI, NCCL and torchrun. */
 #ifndef PHX__TCP_STORE_H
 #define PHX__TCP_STORE_H
 #include <phalanx/job.h>
@@ -9,11 +10,13 @@
 #define PHX__STORE_PORT "29500" /* without MASTER_PORT; torchrun's */
 #define PHX__STORE_NAME 48      /* bytes of an exchange's name, the zero included; longer ones are cut */
 
+struct phx__secret; /* secret.h */
 typedef struct phx__store phx__store;
 typedef struct phx__store_place {
   const char *address, *port; /* of rank 0: MASTER_ADDR, MASTER_PORT */
   uint64_t job;               /* equal for the ranks of this job, and for no other job's */
   int32_t rank, size;
+  const struct phx__secret *secret; /* during phx__store_open; NULL or empty: whoever comes is believed */
   double timeout_s; /* until all have come, and per exchange; 0: for ever */
   /* [any] once, when the job has failed: of rank `who` (-1: not one rank's doing).  Not called after close. */
   void (*failed)(void *ctx, int32_t who, const char *message);

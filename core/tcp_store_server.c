@@ -1,7 +1,8 @@
 /* core/tcp_store_server.c - the store itself: who has come, what each brought, who is gone.  A thread at rank 0.
  *
  * It listens on the address of MASTER_ADDR only, until all ranks have come.  Until a connection has said which rank of
- * which job it is, it is a stranger: at most STRANGERS of them, STRANGER_NS each, so a port scan disturbs nobody.
+ * which job it is, and has proved it where the job has a secret, it is a stranger: at most STRANGERS of them,
+ * STRANGER_NS each, so a port scan disturbs nobody.
  * Invariant: a rank enters round k + 1 only when it has all of round k's result, so one result buffer serves everybody;
  * what is gathered lies in another.  The first failure is told to all, and nothing else is after it.
  * Threads: all state is the thread's, but `closing`; no call on a socket waits, only poll does. */
@@ -18,6 +19,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "clean.h"
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"
@@ -35,10 +37,12 @@ typedef struct peer {
   const uint8_t *out;             /* what is on its way to it */
   size_t out_left;
   char place[PHX__WIRE_PLACE]; /* "node7, 10.0.0.7, pid 123" */
+  phx__claim claim; /* a stranger's that said hello and is to prove it; rank -1: none */
 } peer;
 
 struct phx__store_server {
   phx__store_place place;
+  phx__secret secret; /* bytes 0: none */
   char address[128]; /* as resolved, with the port */
   int listener, wake;
   pthread_t thread;
@@ -68,6 +72,7 @@ static void fail(phx__store_server *s, int32_t who, const char *format, ...) {
   va_start(args, format);
   vsnprintf(text, PHX__WIRE_MESSAGE, format, args);
   va_end(args);
+  phx__clean(text, PHX__WIRE_MESSAGE);
   const phx__frame head = {PHX__WIRE_FAILED, who, s->session, 0, (uint32_t)strlen(text)};
   phx__frame_head(&head, s->failure);
   s->failure_bytes = PHX__WIRE_HEAD + head.bytes;
@@ -142,37 +147,93 @@ static void welcome_all(phx__store_server *s) {
   s->listener = -1;
 }
 
-static void hello(phx__store_server *s, peer *p) {
-  const phx__frame *f = &p->wire.frame;
-  const uint8_t *body = p->wire.body;
-  char why[PHX__WIRE_MESSAGE], host[64] = "", from[64];
-  if (f->kind != PHX__WIRE_HELLO || f->bytes != PHX__WIRE_HELLO_BYTES) {
-    refuse(s, p, NULL);
-    return;
-  }
-  const int32_t size = (int32_t)phx__get_u32(body), pid = (int32_t)phx__get_u32(body + 4);
-  memcpy(host, body + 8, sizeof host - 1);
-  for (char *c = host; *c; c++)
-    if ((unsigned char)*c <= ' ' || (unsigned char)*c > '~') *c = '?';
-  peer_address(p->wire.fd, from, sizeof from);
+/* What is wrong with a claim; "": nothing. */
+static void judge(const phx__store_server *s, const phx__claim *c, char *why, size_t bytes) {
   why[0] = 0;
-  if (f->session != s->place.job)
-    snprintf(why, sizeof why, "another job meets at %s: give this one a MASTER_PORT of its own", s->address);
-  else if (size != s->place.size || f->rank < 0 || f->rank >= size)
-    snprintf(why, sizeof why, "rank %d of %d is told, but this job has %d ranks", f->rank, size, s->place.size);
-  else if (s->ranks[f->rank].come)
-    snprintf(why, sizeof why, "rank %d is here already (%s)", f->rank, s->ranks[f->rank].place);
-  if (why[0]) {
+  if (c->job != s->place.job)
+    snprintf(why, bytes, "another job meets at %s: give this one a MASTER_PORT of its own", s->address);
+  else if (c->size != s->place.size || c->rank < 0 || c->rank >= c->size)
+    snprintf(why, bytes,
+             "rank %d of %d is told, but this job has %d ranks (or another job meets at %s: give each a MASTER_PORT of "
+             "its own)", c->rank, c->size, s->place.size, s->address);
+  else if (!c->has_secret != !s->secret.bytes)
+    snprintf(why, bytes, "%s has a PHALANX_SECRET, %s has none: give all ranks the same, or none",
+             c->has_secret ? "this rank" : "rank 0", c->has_secret ? "rank 0" : "this rank");
+}
+
+/* It is a rank from now on, unless somebody else is that rank. */
+static void let_in(phx__store_server *s, peer *p) {
+  const phx__claim *c = &p->claim;
+  char why[PHX__WIRE_MESSAGE], from[64];
+  peer *mine = &s->ranks[c->rank];
+  if (mine->come) {
+    snprintf(why, sizeof why,
+             "rank %d is here already (%s): does another job use MASTER_PORT=%s, too? Give each a port of its own",
+             c->rank, mine->place, s->place.port);
     refuse(s, p, why);
     return;
   }
-  peer *mine = &s->ranks[f->rank];
+  peer_address(p->wire.fd, from, sizeof from);
   mine->wire.fd = p->wire.fd;
   mine->come = true;
   p->wire.fd = -1;
-  snprintf(mine->place, sizeof mine->place, "%s, %s, pid %d", host[0] ? host : "no name", from, pid);
+  snprintf(mine->place, sizeof mine->place, "%.45s, %.60s, pid %d", c->host[0] ? c->host : "no name", from, c->pid);
   s->come++;
   if (s->come == s->place.size && !s->failed) welcome_all(s);
+}
+
+/* The store proves itself at once, so that it can be left by a rank that asks too much of it. */
+static void challenge(phx__store_server *s, peer *p) {
+  uint8_t frame[PHX__WIRE_HEAD + PHX__WIRE_NONCE + PHX__PROOF_BYTES], *body = frame + PHX__WIRE_HEAD;
+  const phx__frame head = {PHX__WIRE_CHALLENGE, -1, 0, 0, PHX__WIRE_NONCE + PHX__PROOF_BYTES};
+  if (phx__random(p->claim.stores, sizeof p->claim.stores, NULL) != PHX_OK) {
+    refuse(s, p, "rank 0 has no random numbers");
+    return;
+  }
+  phx__frame_head(&head, frame);
+  memcpy(body, p->claim.stores, PHX__WIRE_NONCE);
+  phx__claim_prove(&p->claim, &s->secret, PHX__PROOF_OF_STORE, body + PHX__WIRE_NONCE);
+  if (!phx__wire_send(p->wire.fd, frame, sizeof frame, 0)) refuse(s, p, NULL);
+}
+
+static void hello(phx__store_server *s, peer *p) {
+  const phx__frame *f = &p->wire.frame;
+  const uint8_t *body = p->wire.body;
+  char why[PHX__WIRE_MESSAGE];
+  p->claim = (phx__claim){.job = f->session,
+                          .rank = f->rank,
+                          .size = (int32_t)phx__get_u32(body),
+                          .pid = (int32_t)phx__get_u32(body + 4),
+                          .has_secret = phx__get_u32(body + 8) != 0};
+  memcpy(p->claim.mine, body + 12, PHX__WIRE_NONCE);
+  memcpy(p->claim.host, body + 12 + PHX__WIRE_NONCE, PHX__WIRE_HOST - 1);
+  phx__clean(p->claim.host, PHX__WIRE_HOST);
+  judge(s, &p->claim, why, sizeof why);
+  if (why[0])
+    refuse(s, p, why);
+  else if (s->secret.bytes)
+    challenge(s, p);
+  else
+    let_in(s, p);
+}
+
+static void check_proof(phx__store_server *s, peer *p) {
+  uint8_t expected[PHX__PROOF_BYTES];
+  phx__claim_prove(&p->claim, &s->secret, PHX__PROOF_OF_RANK, expected);
+  if (phx__proofs_are_equal(expected, p->wire.body))
+    let_in(s, p);
+  else
+    refuse(s, p, "it does not know the job's secret: give all ranks the same PHALANX_SECRET");
+}
+
+static void take_stranger(phx__store_server *s, peer *p) {
+  const phx__frame *f = &p->wire.frame;
+  if (f->kind == PHX__WIRE_HELLO && f->bytes == PHX__WIRE_HELLO_BYTES && p->claim.rank < 0)
+    hello(s, p);
+  else if (f->kind == PHX__WIRE_PROOF && f->bytes == PHX__PROOF_BYTES && p->claim.rank >= 0)
+    check_proof(s, p);
+  else
+    refuse(s, p, NULL);
 }
 
 static void accept_one(phx__store_server *s) {
@@ -189,13 +250,15 @@ static void accept_one(phx__store_server *s) {
   peer *p = &s->strangers[oldest];
   if (p->wire.fd >= 0) refuse(s, p, NULL);
   phx__wire_options(fd, s->place.timeout_s);
-  *p = (peer){.wire = {.fd = fd, .limit = PHX__WIRE_HELLO_BYTES, .body = s->hellos[oldest]}, .since_ns = s->last_ns};
+  *p = (peer){.wire = {.fd = fd, .limit = PHX__WIRE_HELLO_BYTES, .body = s->hellos[oldest]},
+              .since_ns = s->last_ns,
+              .claim = {.rank = -1}};
 }
 
 static void read_stranger(phx__store_server *s, peer *p) {
   const int got = phx__wire_read(&p->wire);
   if (got == PHX__WIRE_WHOLE)
-    hello(s, p);
+    take_stranger(s, p);
   else if (got != PHX__WIRE_MORE)
     refuse(s, p, NULL);
 }
@@ -225,6 +288,7 @@ static void bring(phx__store_server *s, int32_t r) {
   }
   memcpy(name, p->wire.body, sizeof name);
   name[sizeof name - 1] = 0;
+  phx__clean(name, sizeof name);
   if (s->brought == 0) {
     memcpy(s->name, name, sizeof name);
     s->bytes = bytes;
@@ -362,12 +426,10 @@ static phx_status fail_listen(const phx__store_place *place, int why, phx_error 
 
 static phx_status listen_at(phx__store_server *s, phx_error *err) {
   const phx__store_place *place = &s->place;
-  struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV}, *found = NULL;
-  const int code = getaddrinfo(place->address, place->port, &hints, &found);
+  struct addrinfo *found = NULL;
   int why = 0, yes = 1;
-  if (code != 0)
-    return phx__fail(err, PHX_COMM, "MASTER_ADDR=%s, MASTER_PORT=%s: %s", place->address, place->port,
-                     gai_strerror(code));
+  const phx_status status = phx__store_resolve(place, &found, err);
+  if (status != PHX_OK) return status;
   for (struct addrinfo *a = found; a && s->listener < 0; a = a->ai_next) {
     char host[64] = "";
     const int fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -392,6 +454,8 @@ phx_status phx__store_serve(const phx__store_place *place, phx__store_server **o
   sigset_t all, before;
   if (!s) return phx__fail(err, PHX_NOMEM, "no memory for the store of %d ranks, %zu bytes", place->size, sizeof *s);
   s->place = *place;
+  s->place.secret = NULL; /* it lasts no longer than this call */
+  if (place->secret) s->secret = *place->secret;
   s->listener = -1;
   s->round = 1;
   s->started_ns = s->last_ns = phx__now_ns();

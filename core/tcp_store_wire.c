@@ -11,7 +11,9 @@
 #include <string.h>
 #include <sys/socket.h>
 
-enum { MAGIC = 0x53584850 /* "PHXS" */, VERSION = 1 };
+#include "status.h"
+
+enum { MAGIC = 0x53584850 /* "PHXS" */, VERSION = 2 };
 
 static void put(uint8_t *to, uint64_t value, int n) {
   for (int i = 0; i < n; i++) to[i] = (uint8_t)(value >> 8 * i);
@@ -34,6 +36,17 @@ void phx__frame_head(const phx__frame *f, uint8_t head[PHX__WIRE_HEAD]) {
   put(head + 28, f->bytes, 4);
 }
 
+void phx__claim_prove(const phx__claim *c, const phx__secret *secret, int of, uint8_t proof[PHX__PROOF_BYTES]) {
+  uint8_t text[8 + 16 + 2 * PHX__WIRE_NONCE];
+  memcpy(text, of == PHX__PROOF_OF_STORE ? "phxstore" : "phx rank", 8);
+  put(text + 8, c->job, 8);
+  put(text + 16, (uint32_t)c->rank, 4);
+  put(text + 20, (uint32_t)c->size, 4);
+  memcpy(text + 24, c->mine, PHX__WIRE_NONCE);
+  memcpy(text + 24 + PHX__WIRE_NONCE, c->stores, PHX__WIRE_NONCE);
+  phx__secret_prove(secret, text, sizeof text, proof);
+}
+
 static bool parse(phx__wire *w) {
   if (get(w->head, 4) != MAGIC || get(w->head + 4, 2) != VERSION) return false;
   w->frame = (phx__frame){.kind = (int32_t)get(w->head + 6, 2),
@@ -41,7 +54,7 @@ static bool parse(phx__wire *w) {
                           .session = get(w->head + 8, 8),
                           .number = get(w->head + 16, 8),
                           .bytes = (uint32_t)get(w->head + 28, 4)};
-  return w->frame.kind >= PHX__WIRE_HELLO && w->frame.kind <= PHX__WIRE_LEAVE && w->frame.bytes <= w->limit;
+  return w->frame.kind >= PHX__WIRE_HELLO && w->frame.kind <= PHX__WIRE_PROOF && w->frame.bytes <= w->limit;
 }
 
 int phx__wire_read(phx__wire *w) {
@@ -59,6 +72,32 @@ int phx__wire_read(phx__wire *w) {
     if (w->have == PHX__WIRE_HEAD && in_head && !parse(w)) return PHX__WIRE_GARBAGE;
     if (w->have >= PHX__WIRE_HEAD && w->have == PHX__WIRE_HEAD + w->frame.bytes) return PHX__WIRE_WHOLE;
   }
+}
+
+static bool is_any_address(const struct sockaddr *a) {
+  if (a->sa_family == AF_INET) return ((const struct sockaddr_in *)a)->sin_addr.s_addr == htonl(INADDR_ANY);
+  if (a->sa_family != AF_INET6) return false;
+  const struct in6_addr *six = &((const struct sockaddr_in6 *)a)->sin6_addr;
+  return IN6_IS_ADDR_UNSPECIFIED(six) || (IN6_IS_ADDR_V4MAPPED(six) && get(six->s6_addr + 12, 4) == 0);
+}
+
+phx_status phx__store_resolve(const phx__store_place *place, struct addrinfo **out, phx_error *err) {
+  const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV};
+  struct addrinfo *found = NULL;
+  const int code = getaddrinfo(place->address, place->port, &hints, &found);
+  if (code != 0)
+    return phx__fail(err, PHX_COMM, "MASTER_ADDR=%s, MASTER_PORT=%s: %s", place->address, place->port,
+                     gai_strerror(code));
+  for (const struct addrinfo *a = found; a; a = a->ai_next) {
+    if (!is_any_address(a->ai_addr)) continue;
+    freeaddrinfo(found);
+    return phx__fail(err, PHX_INVALID,
+                     "MASTER_ADDR=%s means every address of a machine, and rank 0 would listen on all of its networks: "
+                     "set it to the one address of rank 0's machine that the others reach, on every machine",
+                     place->address);
+  }
+  *out = found;
+  return PHX_OK;
 }
 
 void phx__wire_options(int fd, double timeout_s) {

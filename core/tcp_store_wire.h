@@ -7,6 +7,7 @@
 #include <netdb.h>
 #include <stdbool.h>
 
+#include "secret.h"
 #include "tcp_store.h"
 
 enum {
@@ -16,12 +17,16 @@ enum {
   PHX__WIRE_EXCHANGE,  /* to the store; number: of the round, from 1; payload: name, bytes */
   PHX__WIRE_RESULT,    /* payload: everybody's bytes */
   PHX__WIRE_FAILED,    /* both ways; rank: whose failure, or -1; payload: the message */
-  PHX__WIRE_LEAVE      /* to the store: this rank is done */
+  PHX__WIRE_LEAVE,     /* to the store: this rank is done */
+  PHX__WIRE_CHALLENGE, /* to a rank, after its hello, where the job has a secret; payload: nonce, the store's proof */
+  PHX__WIRE_PROOF      /* to the store; payload: the rank's proof */
 };
 enum {
   PHX__WIRE_HEAD = 32,
   PHX__WIRE_PLACE = 128,
-  PHX__WIRE_HELLO_BYTES = 8 + 96, /* size i32, pid i32, host */
+  PHX__WIRE_NONCE = 32,
+  PHX__WIRE_HOST = 64,
+  PHX__WIRE_HELLO_BYTES = 12 + PHX__WIRE_NONCE + PHX__WIRE_HOST, /* size i32, pid i32, has a secret u32, nonce, host */
   PHX__WIRE_MESSAGE = 512,
   PHX__WIRE_TO_STORE = PHX__STORE_NAME + PHX_EXCHANGE_MAX, /* the largest payload, either way */
   PHX__WIRE_FROM_STORE = PHX_RANKS_MAX * PHX_EXCHANGE_MAX
@@ -45,6 +50,18 @@ typedef struct phx__wire {
 enum { PHX__WIRE_WHOLE, PHX__WIRE_MORE, PHX__WIRE_CLOSED, PHX__WIRE_GARBAGE };
 int phx__wire_read(phx__wire *wire);
 
+/* Who wants to be a rank, and the two random numbers by which a proof is good for this connection only. */
+typedef struct phx__claim {
+  uint64_t job;
+  int32_t rank, size, pid;
+  bool has_secret;
+  uint8_t mine[PHX__WIRE_NONCE], stores[PHX__WIRE_NONCE]; /* the rank's nonce, and the store's */
+  char host[PHX__WIRE_HOST];
+} phx__claim;
+/* That the store (to the rank), or the rank (to the store), knows the secret. */
+enum { PHX__PROOF_OF_STORE, PHX__PROOF_OF_RANK };
+void phx__claim_prove(const phx__claim *claim, const phx__secret *secret, int of, uint8_t proof[PHX__PROOF_BYTES]);
+
 void phx__put_u32(uint8_t *to, uint32_t value);
 uint32_t phx__get_u32(const uint8_t *from);
 void phx__frame_head(const phx__frame *frame, uint8_t head[PHX__WIRE_HEAD]);
@@ -56,6 +73,8 @@ bool phx__wire_send(int fd, const uint8_t *bytes, size_t n, int ms);
 
 /* The server: a thread in rank 0's process. */
 typedef struct phx__store_server phx__store_server;
+/* MASTER_ADDR, resolved (freeaddrinfo).  An address that means every one of a machine (0.0.0.0, ::) is refused. */
+phx_status phx__store_resolve(const phx__store_place *place, struct addrinfo **out, phx_error *err);
 phx_status phx__store_serve(const phx__store_place *place, phx__store_server **out, phx_error *err);
 void phx__store_serve_end(phx__store_server *server); /* when all have left or know of the failure; NULL is fine */
 #endif

@@ -146,6 +146,7 @@ static void be_rank(const world *w, int rank, const char *dir, const char **argv
   set_number("LOCAL_WORLD_SIZE", w->each);
   setenv("MASTER_ADDR", "10.77.0.1", 1);
   set_number("MASTER_PORT", 29500);
+  setenv("PHALANX_SECRET", "what the machines of this test know", 1);
   execv(test_path("bin/phalanx"), (char *const *)(unsigned long)argv);
   _exit(122);
 }

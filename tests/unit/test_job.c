@@ -499,3 +499,42 @@ static int share_fails(int rank, int size) {
 Test(job, share_fails_on_all_when_it_fails_on_one, .timeout = 60) {
   job_ranks_run(3, share_fails);
 }
+
+/* Three ranks, and beside them two of other jobs with the same MASTER_PORT: they are told so, and disturb nobody. */
+static int *turn; /* shared; whose it is */
+static void await_turn(int number) {
+  while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) < number) usleep(2000);
+}
+static int one_of_three_jobs(int process, int processes) {
+  static const struct {
+    int rank, size, turn;
+    const char *refusal;
+  } places[] = {{0, 3, 0, NULL},
+                {1, 3, 0, NULL},
+                {2, 4, 1, "rank 2 of 4, but job torchrun-"},
+                {1, 3, 2, "rank 1 of job torchrun-"},
+                {2, 3, 3, NULL}};
+  const phx_job *job = NULL;
+  phx_error err = PHX_ERROR_INIT;
+  (void)processes;
+  job_ranks_forget();
+  job_ranks_set("RANK", places[process].rank);
+  job_ranks_set("WORLD_SIZE", places[process].size);
+  job_ranks_set("LOCAL_RANK", places[process].rank);
+  job_ranks_set("MASTER_PORT", (long)getppid());
+  await_turn(places[process].turn);
+  const phx_status status = phx__job_open(30, &job, &err);
+  if (process > 0) __atomic_fetch_add(turn, 1, __ATOMIC_RELEASE);
+  if (!places[process].refusal) {
+    NEED(status == PHX_OK && job->rank == places[process].rank);
+    return 0;
+  }
+  NEED(status == PHX_INVALID && strstr(err.message, places[process].refusal));
+  NEED(strstr(err.message, "does another job have the same name") && strstr(err.message, "MASTER_PORT"));
+  return 0;
+}
+Test(job, a_rank_of_another_job_on_the_port_is_told_so, .timeout = 60) {
+  turn = mmap(NULL, sizeof *turn, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  cr_assert_neq(turn, MAP_FAILED);
+  job_ranks_run(5, one_of_three_jobs);
+}

@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "secret.h"
 #include "status.h"
 #include "tcp_store.h"
 
@@ -91,6 +92,11 @@ static void begin(rank *r, const char *address, const char *port, int number, in
                                 .timeout_s = timeout_s, .failed = on_failed, .ctx = r};
   r->body = body;
   pthread_mutex_init(&r->lock, NULL);
+}
+static void begin_with(rank *r, const char *port, int number, int size, const phx__secret *secret,
+                       phx_status (*body)(rank *)) {
+  begin(r, "127.0.0.1", port, number, size, 20, body);
+  r->place.secret = secret;
 }
 static void go(rank *r) { cr_assert_eq(pthread_create(&r->thread, NULL, run_rank, r), 0); }
 static void end(rank *r) { cr_assert_eq(pthread_join(r->thread, NULL), 0); }
@@ -206,7 +212,7 @@ static void put(unsigned char *to, uint64_t value, int n) {
 /* As tcp_store_wire.h has it, written once more. */
 static void head(unsigned char out[32], int kind, int who, uint64_t session, uint64_t number, uint32_t bytes) {
   memcpy(out, "PHXS", 4);
-  put(out + 4, 1, 2);
+  put(out + 4, 2, 2);
   put(out + 6, (uint64_t)kind, 2);
   put(out + 8, session, 8);
   put(out + 16, number, 8);
@@ -230,14 +236,19 @@ static int knock(const char *port) {
 static void tell(int fd, const void *bytes, size_t n) {
   cr_assert_eq(send(fd, bytes, n, MSG_NOSIGNAL), (ssize_t)n);
 }
-static void say_hello(int fd, int number, int size, uint64_t job) {
-  unsigned char frame[32 + 104] = {0};
-  head(frame, 1, number, job, 0, 104);
+static void say_hello_as(int fd, int number, int size, uint64_t job, bool has_secret, const char *host) {
+  unsigned char frame[32 + 108] = {0};
+  head(frame, 1, number, job, 0, 108);
   put(frame + 32, (uint64_t)size, 4);
   put(frame + 36, 4242, 4);
-  memcpy(frame + 40, "by-hand", 7);
+  put(frame + 40, has_secret, 4);
+  memset(frame + 44, 7, 32); /* the nonce */
+  memcpy(frame + 76, host, strlen(host));
   for (size_t i = 0; i < sizeof frame; i += 17) /* in pieces */
     tell(fd, frame + i, sizeof frame - i < 17 ? sizeof frame - i : 17);
+}
+static void say_hello(int fd, int number, int size, uint64_t job) {
+  say_hello_as(fd, number, size, job, false, "by-hand");
 }
 /* A whole frame's payload; its kind, or 0: closed. */
 static int hear(int fd, unsigned char *body, size_t room, uint64_t *session) {
@@ -432,6 +443,7 @@ Test(tcp_store, strangers_do_not_disturb, .timeout = 60) {
   say_hello(fd, 0, 3, JOB); /* rank 0 is there, the real one */
   cr_expect_eq(hear(fd, answer, sizeof answer, &session), 3);
   cr_expect(strstr((char *)answer, "rank 0 is here already"), "%s", (char *)answer);
+  cr_expect(strstr((char *)answer, "does another job use MASTER_PORT="), "%s", (char *)answer);
   close(fd);
   for (int i = 1; i < 3; i++) begin(&ranks[i], "127.0.0.1", port, i, 3, 20, meet), go(&ranks[i]);
   for (int i = 0; i < 3; i++) end(&ranks[i]);
@@ -499,7 +511,7 @@ Test(tcp_store, what_no_rank_would_send_ends_the_job, .timeout = 60) {
   misbehave(4, 1, 48, 48, 0, "speaks out of turn"); /* nothing but a name */
   misbehave(4, 1, 56, 56, 1, "sends what no rank");
   misbehave(5, 1, 56, 56, 0, "sends what no rank");
-  misbehave(9, 1, 56, 56, 0, "Protocol error");
+  misbehave(20, 1, 56, 56, 0, "Protocol error");
 }
 static phx_status take_ways(rank *r) {
   unsigned char mine[16] = {0}, all[RANKS * 16];
@@ -526,4 +538,143 @@ Test(tcp_store, sizes_out_of_range_are_refused, .timeout = 60) {
   rank r;
   everyone(&r, 1, wrong_sizes);
   cr_expect_eq(r.status, PHX_OK, "%s", r.err.message);
+}
+
+/* ---- a secret ---- */
+static const phx__secret a_secret = {.bytes = 20, .key = "only this job has it"};
+static const phx__secret another = {.bytes = 20, .key = "only that job has it"};
+
+Test(tcp_store, with_one_secret_everybody_meets, .timeout = 60) {
+  rank ranks[3];
+  char port[8];
+  free_port(port);
+  for (int i = 2; i >= 0; i--) begin_with(&ranks[i], port, i, 3, &a_secret, meet), go(&ranks[i]);
+  for (int i = 0; i < 3; i++) end(&ranks[i]);
+  for (int i = 0; i < 3; i++) cr_expect_eq(ranks[i].status, PHX_OK, "%s", ranks[i].err.message);
+}
+/* What an impostor hears, who has the port and the job's id; the real ranks then meet. */
+Test(tcp_store, without_the_secret_nobody_takes_a_rank, .timeout = 60) {
+  static unsigned char answer[4096], once_good[32];
+  unsigned char frame[32 + 32], text[8 + 8 + 4 + 4 + 32 + 32] = "phx rank";
+  rank ranks[2];
+  char port[8];
+  uint64_t session;
+  free_port(port);
+  begin_with(&ranks[0], port, 0, 2, &a_secret, meet), go(&ranks[0]);
+  int fd = knock(port);
+  say_hello(fd, 1, 2, JOB);
+  cr_expect_eq(hear(fd, answer, sizeof answer, &session), 3);
+  cr_expect(strstr((char *)answer, "rank 0 has a PHALANX_SECRET, this rank has none"), "%s", (char *)answer);
+  close(fd);
+  put(text + 8, JOB, 8), put(text + 16, 1, 4), put(text + 20, 2, 4), memset(text + 24, 7, 32);
+  for (int turn = 0; turn < 3; turn++) { /* a guess; the store's own proof; a good proof of the turn before */
+    fd = knock(port);
+    say_hello_as(fd, 1, 2, JOB, true, "impostor");
+    cr_assert_eq(hear(fd, answer, sizeof answer, &session), 8);
+    memcpy(text + 56, answer, 32);
+    head(frame, 9, 1, JOB, 0, 32);
+    memset(frame + 32, 0x5A, 32);
+    if (turn == 1) memcpy(frame + 32, answer + 32, 32);
+    if (turn == 2) memcpy(frame + 32, once_good, 32);
+    phx__secret_prove(&a_secret, text, sizeof text, once_good);
+    tell(fd, frame, sizeof frame);
+    cr_expect_eq(hear(fd, answer, sizeof answer, &session), 3);
+    cr_expect(strstr((char *)answer, "does not know the job's secret"), "%s", (char *)answer);
+    close(fd);
+  }
+  begin_with(&ranks[1], port, 1, 2, &a_secret, meet), go(&ranks[1]);
+  for (int i = 0; i < 2; i++) end(&ranks[i]);
+  for (int i = 0; i < 2; i++) cr_expect_eq(ranks[i].status, PHX_OK, "%s", ranks[i].err.message);
+}
+Test(tcp_store, a_rank_with_another_secret_is_told_so, .timeout = 60) {
+  rank ranks[3];
+  char port[8];
+  free_port(port);
+  begin_with(&ranks[0], port, 0, 2, &a_secret, meet), go(&ranks[0]);
+  begin_with(&ranks[2], port, 1, 2, &another, meet), go(&ranks[2]), end(&ranks[2]);
+  cr_expect_eq(ranks[2].status, PHX_INVALID);
+  MUST_SAY(&ranks[2], "does not know the secret of rank 1");
+  MUST_SAY(&ranks[2], "MASTER_PORT of its own");
+  begin_with(&ranks[2], port, 1, 2, NULL, meet), go(&ranks[2]), end(&ranks[2]);
+  cr_expect_eq(ranks[2].status, PHX_INVALID);
+  MUST_SAY(&ranks[2], "rank 0 has a PHALANX_SECRET, this rank has none");
+  begin_with(&ranks[1], port, 1, 2, &a_secret, meet), go(&ranks[1]);
+  for (int i = 0; i < 2; i++) end(&ranks[i]);
+  for (int i = 0; i < 2; i++) cr_expect_eq(ranks[i].status, PHX_OK, "%s", ranks[i].err.message);
+}
+/* A rank of 2 with the secret, and a rank 0 by hand that does not know it. */
+static void false_store(int kind, const char *text) {
+  unsigned char frame[32 + 256] = {0}, body[256];
+  rank r;
+  char port[8];
+  uint64_t session;
+  const int listener = listen_anywhere(port);
+  begin_with(&r, port, 1, 2, &a_secret, exchange_once), go(&r);
+  const int fd = accept(listener, NULL, NULL);
+  cr_assert_eq(hear(fd, body, sizeof body, &session), 1);
+  head(frame, kind, -1, 99, 0, kind == 8 ? 64 : 256);
+  tell(fd, frame, kind == 8 ? 32 + 64 : sizeof frame);
+  end(&r);
+  close(fd);
+  close(listener);
+  cr_expect_eq(r.status, PHX_INVALID);
+  MUST_SAY(&r, text);
+}
+Test(tcp_store, a_store_without_the_secret_is_left, .timeout = 60) {
+  false_store(2, "lets rank 1 in without its secret");
+  false_store(8, "does not know the secret of rank 1");
+}
+
+/* ---- addresses and texts ---- */
+Test(tcp_store, every_address_is_no_address, .timeout = 60) {
+  static const char *const all[] = {"0.0.0.0", "0", "::", "::ffff:0.0.0.0"};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+    for (int number = 0; number < 2; number++) {
+      rank r;
+      char port[8];
+      free_port(port);
+      begin(&r, all[i], port, number, 2, 5, meet), go(&r), end(&r);
+      cr_expect_eq(r.status, PHX_INVALID, "%s", all[i]);
+      MUST_SAY(&r, "means every address of a machine");
+    }
+}
+static bool is_clean(const char *text) {
+  for (; *text; text++)
+    if ((unsigned char)*text < ' ' || *text == 127) return false;
+  return true;
+}
+static phx_status fail_with_escapes(rank *r) {
+  if (r->place.rank == 1) phx__store_fail(r->store, "red \033[31m\nphalanx: rank 0: all is well\r");
+  await_failure(r);
+  return exchange_once(r);
+}
+Test(tcp_store, texts_of_others_are_cleaned, .timeout = 60) {
+  rank ranks[2];
+  char port[8];
+  unsigned char answer[4096];
+  uint64_t session;
+  everyone(ranks, 2, fail_with_escapes);
+  for (int i = 0; i < 2; i++) {
+    MUST_SAY(&ranks[i], "red ?[31m?phalanx: rank 0: all is well?");
+    cr_expect(is_clean(ranks[i].failed), "%s", ranks[i].failed);
+  }
+  free_port(port); /* a host's name */
+  begin(&ranks[0], "127.0.0.1", port, 0, 2, 20, wait_for_failure), go(&ranks[0]);
+  int fd = knock(port);
+  say_hello_as(fd, 1, 2, JOB, false, "h\033]0;x\007\n");
+  cr_assert_eq(hear(fd, answer, sizeof answer, &session), 2);
+  cr_expect(strstr((char *)answer + 128, "h?]0;x??, 127.0.0.1"), "%s", (char *)answer + 128);
+  close(fd);
+  end(&ranks[0]);
+  const int listener = listen_anywhere(port); /* a refusal */
+  begin(&ranks[0], "127.0.0.1", port, 1, 2, 20, NULL), go(&ranks[0]);
+  fd = accept(listener, NULL, NULL);
+  cr_assert_eq(hear(fd, answer, sizeof answer, &session), 1);
+  head(answer, 3, -1, 0, 0, 9);
+  memcpy(answer + 32, "no\033[2J\b\r", 9);
+  tell(fd, answer, 32 + 9);
+  end(&ranks[0]);
+  close(fd);
+  close(listener);
+  MUST_SAY(&ranks[0], "no?[2J??");
 }
