@@ -50,12 +50,17 @@ typedef struct run {
   phx__run_result result;
   double *step_seconds; /* (steps) */
   double sampling;      /* seconds of this step that went into measuring memory */
+  phx__step_result done; /* of the step just done, with its seconds and bytes sent */
+  double seconds;
+  int64_t sent;
   phx__rank_report mine;
   const char *asked;    /* --resume's directory; NULL: a new run */
   phx__resume resume;   /* with asked */
   phx__resumed resumed; /* at.step 0: a new run */
   int64_t step;         /* the last whole one */
   int stopped;          /* the signal that ended it before its last step, or 0 */
+  phx_status unsaved;   /* why the save that ends the run failed: what can still be written comes first */
+  phx_error unsaved_why;
   int failed_exit;      /* the exit status if it fails */
   phx__run_dir *before; /* rank 0 under another launcher, with asked */
 } run;
@@ -168,7 +173,6 @@ static phx_status gather_reports(run *r, phx_error *err) {
 static phx_status train_step(run *r, int64_t step, phx_error *err) {
   const phx__settings *s = &r->config->s;
   phx_comm_stats before, after;
-  phx__step_result result;
   const int64_t first = r->resumed.at.step, steady = first + MEASURED_STEP;
   const bool measured = step == (s->run.steps < steady ? s->run.steps : steady);
   const int64_t allocator_calls = r->rt->book.calls;
@@ -179,40 +183,80 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   if (status) return status;
   strategy_traffic(r->rt, &before);
   const double begin = phx__now();
-  status = phx__engine_step(r->engine, r->train, step, &result, err);
+  status = phx__engine_step(r->engine, r->train, step, &r->done, err);
   if (status) return status;
-  const double seconds = phx__now() - begin - r->sampling;
+  r->seconds = phx__now() - begin - r->sampling;
   if (measured) status = settle(r->rt, err);
   if (status) return status;
   strategy_traffic(r->rt, &after);
-  r->step_seconds[step - 1] = seconds;
+  r->sent = bytes_of(&after) - bytes_of(&before);
+  r->step_seconds[step - 1] = r->seconds;
   phx__memory_watch_steady();
   if (measured) keep_traffic(r, &before, &after);
-  if (measured) r->mine.traffic_counts = !result.skipped;
+  if (measured) r->mine.traffic_counts = !r->done.skipped;
   if (step > first + 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;
 
+  r->result.skipped += r->done.skipped;
+  if (!r->drift || (step != s->run.steps && step % s->run.drift_every != 0)) return PHX_OK;
+  return phx__drift_check(r->drift, step, err);
+}
+
+/* ---- checkpoints ---- */
+static phx_status save(run *r, bool last, phx_error *err) {
+  const phx__position at = {.step = r->step, .samples = phx__engine_samples(r->engine, r->step)};
+  return phx__checkpoints_save(&r->checkpoints, &at, last, err);
+}
+
+/* The save that ends the run may fail, and what else there is to write is written. */
+static phx_status save_at_end(run *r, phx_error *err) {
+  phx_error why = PHX_ERROR_INIT;
+  const phx_status status = save(r, true, &why);
+  if (status == PHX_COMM) return phx__fail(err, status, "%s", why.message);
+  r->unsaved = status;
+  r->unsaved_why = why;
+  return PHX_OK;
+}
+
+/* Between two steps: the save in flight goes on, and who is to stop saves. */
+static phx_status heed(run *r, phx_error *err) {
+  if (r->config->s.checkpoint.every == 0 || r->step == r->config->s.run.steps) return PHX_OK;
+  const phx_status status = phx__checkpoints_meet(&r->checkpoints, &r->stopped, err);
+  return status || !r->stopped ? status : save_at_end(r, err);
+}
+
+/* After a whole step, before anything else that takes long. */
+static phx_status save_due(run *r, phx_error *err) {
+  const phx__settings *s = &r->config->s;
+  if (s->checkpoint.every > 0 && r->step == s->run.steps) return save_at_end(r, err);
+  const phx_status status = heed(r, err);
+  if (status || r->stopped || s->checkpoint.every == 0 || r->step % s->checkpoint.every) return status;
+  return save(r, false, err);
+}
+
+/* Held-out loss and hash where they are due, and the step's line.  Who is to stop does not wait for an evaluation; who
+ * hears of it meanwhile stops after it, not after another step. */
+static phx_status tell_step(run *r, phx_error *err) {
+  const phx__settings *s = &r->config->s;
+  const int64_t step = r->step;
   const bool last = step == s->run.steps;
-  if (r->drift && (last || step % s->run.drift_every == 0)) status = phx__drift_check(r->drift, step, err);
-  if (status) return status;
-  r->result.skipped += result.skipped;
+  const bool due = last || (s->run.valid_every > 0 && step % s->run.valid_every == 0);
+  const bool validated = r->valid && due && !r->stopped;
+  const bool hashed = last || (s->run.hash_every > 0 && step % s->run.hash_every == 0);
   double valid_loss = NAN;
   char hash[33];
-  if (r->valid && (last || (s->run.valid_every > 0 && step % s->run.valid_every == 0)))
-    status = phx__engine_validate(r->engine, r->valid, s->run.valid_batches, &valid_loss, err);
-  const bool hashed = last || (s->run.hash_every > 0 && step % s->run.hash_every == 0);
   phx__state_hash sum;
+  phx_status status = PHX_OK;
+  if (validated) status = phx__engine_validate(r->engine, r->valid, s->run.valid_batches, &valid_loss, err);
   if (!status && hashed) status = phx__runtime_state_hash(r->rt, &sum, err);
   if (status) return status;
   if (hashed) phx__state_hash_text(sum, hash);
   if (last) {
-    r->result.loss = result.loss;
+    r->result.loss = r->done.loss;
     r->result.valid_loss = valid_loss;
     memcpy(r->result.state_hash, hash, sizeof hash);
   }
-  if (!last && s->checkpoint.every > 0) status = phx__checkpoints_meet(&r->checkpoints, &r->stopped, err);
-  if (status) return status;
-  return phx__progress_step(&r->progress, step, &result, seconds, bytes_of(&after) - bytes_of(&before), valid_loss,
-                            hashed ? hash : NULL, err);
+  status = phx__progress_step(&r->progress, step, &r->done, r->seconds, r->sent, valid_loss, hashed ? hash : NULL, err);
+  return status || !validated ? status : heed(r, err);
 }
 
 /* Of the steps that this process did, without its first. */
@@ -266,18 +310,6 @@ static phx_status finish(run *r, phx_error *err) {
   return phx__run_json_write(r->rt, &r->result, NULL, err);
 }
 
-/* ---- checkpoints ---- */
-static phx_status save(run *r, bool last, phx_error *err) {
-  const phx__position at = {.step = r->step, .samples = phx__engine_samples(r->engine, r->step)};
-  return phx__checkpoints_save(&r->checkpoints, &at, last, err);
-}
-
-static phx_status after_step(run *r, phx_error *err) {
-  const phx__settings *s = &r->config->s;
-  if (s->checkpoint.every == 0 || r->step == s->run.steps) return PHX_OK; /* the last one: below */
-  return r->stopped || r->step % s->checkpoint.every == 0 ? save(r, r->stopped != 0, err) : PHX_OK;
-}
-
 /* The step that was not finite was stopped on all ranks before its update: what there is is the step before, whole. */
 static void save_before_failing(run *r) {
   phx_error why = PHX_ERROR_INIT;
@@ -293,6 +325,9 @@ static void save_before_failing(run *r) {
 
 static phx_status finish_stopped(run *r, phx_error *err) {
   r->result.stopped = phx__stop_name(r->stopped);
+  if (r->unsaved)
+    return phx__fail(err, r->unsaved, "stopped by %s after step %" PRId64 ", which was not saved: %.400s",
+                     r->result.stopped, r->step, r->unsaved_why.message);
   r->result.steps = r->step;
   r->result.saves = r->checkpoints.totals;
   phx__checkpoints_say(r->job->rank, PHX_LOG_INFO,
@@ -303,12 +338,11 @@ static phx_status finish_stopped(run *r, phx_error *err) {
 
 /* The final weights are written even where the last checkpoint cannot be. */
 static phx_status finish_last(run *r, phx_error *err) {
-  phx_error why = PHX_ERROR_INIT;
-  const phx_status saved = r->config->s.checkpoint.every > 0 ? save(r, true, &why) : PHX_OK;
-  if (saved == PHX_COMM) return phx__fail(err, saved, "%s", why.message);
-  const phx_status status = finish(r, err);
-  if (status || !saved) return status;
-  return phx__fail(err, saved, "the last step's checkpoint was not saved: %.400s", why.message);
+  const bool no_step = r->step == r->resumed.at.step; /* a fork from a last step has no checkpoint of its own yet */
+  phx_status status = no_step && r->config->s.checkpoint.every > 0 ? save_at_end(r, err) : PHX_OK;
+  if (!status) status = finish(r, err);
+  if (status || !r->unsaved) return status;
+  return phx__fail(err, r->unsaved, "the last step's checkpoint was not saved: %.400s", r->unsaved_why.message);
 }
 
 /* resume NULL: a new run; else *before is what undo takes back if the checkpoint turns out to be damaged. */
@@ -417,7 +451,8 @@ static phx_status run_steps(run *r, phx_error *err) {
     if (status) save_before_failing(r);
     if (status) break;
     r->step++;
-    status = after_step(r, err);
+    status = save_due(r, err);
+    if (!status) status = tell_step(r, err);
   }
   if (status) return status;
   return r->stopped ? finish_stopped(r, err) : finish_last(r, err);

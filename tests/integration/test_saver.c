@@ -33,6 +33,9 @@ typedef struct disk {
   int rank, cause; /* rank: the one whose call fails */
   const char *call;
   int stop_at; /* the n-th piece sends SIGTERM to the process; 0: none */
+  int stop_in; /* the evaluation after this step sends it; 0: none */
+  int stop_step; /* this step itself does */
+  int watched; /* evaluations and hashes say whether their step was saved by then */
 } disk;
 static disk plan;
 static phx__sys_table real;
@@ -73,6 +76,35 @@ phx_status __wrap_phx__save_write(phx__save *save, size_t i, int64_t first, int6
     wait_us(plan.slow_us);
   }
   return __real_phx__save_write(save, i, first, blocks, data, err);
+}
+
+/* So do evaluations and hashes, which a save of the same step must not wait for. */
+static void say_saved(const char *what, int64_t step) {
+  char path[64];
+  if (!plan.watched || my_rank) return;
+  snprintf(path, sizeof path, "out/checkpoints/step-%08d", (int)step);
+  fprintf(stderr, "%s of step %d: %s\n", what, (int)step, access(path, F_OK) ? "not saved" : "saved");
+}
+phx_status __real_phx__engine_validate(phx__engine *, phx__data *, int64_t, double *, phx_error *);
+phx_status __wrap_phx__engine_validate(phx__engine *, phx__data *, int64_t, double *, phx_error *);
+phx_status __wrap_phx__engine_validate(phx__engine *e, phx__data *data, int64_t n, double *loss, phx_error *err) {
+  say_saved("evaluation", e->step);
+  if (e->step == plan.stop_in && my_rank == 1) kill(getpid(), SIGTERM);
+  return __real_phx__engine_validate(e, data, n, loss, err);
+}
+phx_status __real_phx__engine_step(phx__engine *, phx__data *, int64_t, phx__step_result *, phx_error *);
+phx_status __wrap_phx__engine_step(phx__engine *, phx__data *, int64_t, phx__step_result *, phx_error *);
+phx_status __wrap_phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out,
+                                   phx_error *err) {
+  if (step == plan.stop_step && my_rank == 1) kill(getpid(), SIGTERM);
+  return __real_phx__engine_step(e, data, step, out, err);
+}
+static int64_t hashed;
+phx_status __real_phx__runtime_state_hash(phx__runtime *, phx__state_hash *, phx_error *);
+phx_status __wrap_phx__runtime_state_hash(phx__runtime *, phx__state_hash *, phx_error *);
+phx_status __wrap_phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err) {
+  say_saved("hash", ++hashed); /* one at every step */
+  return __real_phx__runtime_state_hash(rt, out, err);
 }
 
 static ssize_t failing_pwrite(int fd, const void *p, size_t n, off_t at) {
@@ -368,6 +400,46 @@ Test(saver, a_signal_waits_for_the_save_in_flight, .timeout = 60) {
   cr_assert_lt(m.lines, STEPS);
   cr_assert_eq(check_saved(dir, &m, "stopped"), (m.lines + 1) / 2, "%s", o.said);
   cr_assert_eq(count(dir, ".part"), 0);
+  free(o.said);
+  clean(dir);
+  command_remove_dir(dir);
+}
+
+/* An evaluation and a hash of a large state may take minutes, and who sends SIGTERM does not wait for them. */
+Test(saver, a_save_comes_before_evaluation_and_hash, .timeout = 60) {
+  char *dir = begin(), text[64];
+  plan = (disk){.watched = 1};
+  outcome o = train(dir, 2, NULL, "checkpoint.every=4 data.valid=valid.bin run.valid_every=2 checkpoint.background=no");
+  cr_assert_eq(o.status, 0, "%s", o.said);
+  for (int step = 1; step <= STEPS; step++) {
+    snprintf(text, sizeof text, "hash of step %d: %s\n", step, step % 4 ? "not saved" : "saved");
+    cr_expect(strstr(o.said, text), "no '%s' in %s", text, o.said);
+    snprintf(text, sizeof text, "evaluation of step %d: %s\n", step, step % 4 ? "not saved" : "saved");
+    cr_expect_eq(strstr(o.said, text) != NULL, step % 2 == 0, "'%s' in %s", text, o.said);
+  }
+  free(o.said);
+  clean(dir);
+  command_remove_dir(dir);
+}
+
+/* Who hears of it during an evaluation stops at that step; who heard of it before does not begin one. */
+Test(saver, a_stop_waits_for_no_evaluation, .timeout = 60) {
+  char *dir = begin();
+  plan = (disk){.watched = 1, .stop_in = 5};
+  outcome o = train(dir, 2, NULL, "data.valid=valid.bin checkpoint.every=100 run.valid_every=5");
+  cr_assert_eq(o.status, PHX__EXIT_STOPPED, "%s", o.said);
+  metrics m = read_metrics(dir, "out/metrics.jsonl");
+  cr_expect_eq(m.lines, 5, "stopped after step %d, not 5", m.lines);
+  cr_assert_eq(check_saved(dir, &m, "stopped"), 1, "%s", o.said);
+  free(o.said);
+  clean(dir);
+  plan = (disk){.watched = 1, .stop_step = 5};
+  o = train(dir, 2, NULL, "data.valid=valid.bin checkpoint.every=2 run.valid_every=1");
+  cr_assert_eq(o.status, PHX__EXIT_STOPPED, "%s", o.said);
+  m = read_metrics(dir, "out/metrics.jsonl");
+  cr_expect_eq(m.lines, 5, "stopped after step %d, not 5", m.lines);
+  cr_expect(strstr(o.said, "evaluation of step 4:") && !strstr(o.said, "evaluation of step 5:"), "%s", o.said);
+  cr_expect(strstr(o.said, "hash of step 5: saved"), "%s", o.said);
   free(o.said);
   clean(dir);
   command_remove_dir(dir);
