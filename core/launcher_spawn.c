@@ -18,37 +18,6 @@
 
 extern char **environ;
 
-/* The first of the CPUs that share a core with `cpu`; cpu itself where the kernel does not say. */
-static int first_sibling(int cpu) {
-  char path[96], text[64];
-  snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-  int fd = phx__sys.open(path, O_RDONLY, 0), first = cpu;
-  if (fd < 0) return cpu;
-  ssize_t n = phx__sys.read(fd, text, sizeof text - 1);
-  phx__sys.close(fd);
-  if (n <= 0) return cpu;
-  text[n] = 0;
-  return sscanf(text, "%d", &first) == 1 ? first : cpu;
-}
-
-void phx__cpus_read(phx__cpus *out) {
-  cpu_set_t mask, cores;
-  out->count = 0;
-  CPU_ZERO(&mask);
-  CPU_ZERO(&cores);
-  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return;
-  for (int pass = 0; pass < 2; pass++)
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-      if (!CPU_ISSET(cpu, &mask)) continue;
-      int core = first_sibling(cpu);
-      if (core < 0 || core >= CPU_SETSIZE) core = cpu;
-      if (pass == 0 && CPU_ISSET(core, &cores)) continue; /* a second thread: in the second pass */
-      CPU_SET(core, &cores);
-      CPU_CLR(cpu, &mask);
-      out->ids[out->count++] = cpu;
-    }
-}
-
 enum { N_OWN = 5 };
 typedef struct surroundings { /* of one rank */
   char own[N_OWN][48];
@@ -95,10 +64,13 @@ static phx_status open_log(surroundings *around, int32_t rank, const char *run_d
   return PHX_OK;
 }
 
+/* Without CPUs of its own a rank gets all that this process had before any plugin was loaded. */
 static void pin(const phx__spawn *spawn, int32_t rank) {
   cpu_set_t mine;
-  CPU_ZERO(&mine);
-  for (int i = 0; i < spawn->launch->threads; i++) CPU_SET(spawn->cpus->ids[rank * spawn->launch->threads + i], &mine);
+  if (spawn->cpus) CPU_ZERO(&mine);
+  else phx__cpus_mask(&mine);
+  for (int i = 0; spawn->cpus && i < spawn->launch->threads; i++)
+    CPU_SET(spawn->cpus->ids[rank * spawn->launch->threads + i], &mine);
   sched_setaffinity(0, sizeof mine, &mine); /* a hint: a rank that stays unpinned computes the same */
 }
 
@@ -112,7 +84,7 @@ static void say_in_page(const phx__spawn *spawn, int32_t rank, int cause) {
 
 static _Noreturn void run_child(const phx__spawn *spawn, int32_t rank, pid_t launcher, const surroundings *around) {
   if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != launcher) _exit(127);
-  if (spawn->cpus) pin(spawn, rank);
+  pin(spawn, rank);
   if (around->log >= 0 && (dup2(around->null, 0) < 0 || dup2(around->log, 1) < 0 || dup2(around->log, 2) < 0))
     _exit(127);
   if (fcntl(spawn->memfd, F_SETFD, 0) != 0) _exit(127);

@@ -1,20 +1,13 @@
 /* core/launcher_spawn.h - one rank's process; for launcher.c only. */
 #ifndef PHX__LAUNCHER_SPAWN_H
 #define PHX__LAUNCHER_SPAWN_H
-#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <sys/types.h>
 
+#include "cpus.h"
 #include "job_segment.h"
 #include "launcher.h"
-
-/* The CPUs of this process in the order in which ranks get them: whole cores first, their second threads after. */
-typedef struct phx__cpus {
-  int count;
-  int ids[CPU_SETSIZE];
-} phx__cpus;
-void phx__cpus_read(phx__cpus *out);
 
 typedef struct phx__spawn {
   const phx__launch *launch;

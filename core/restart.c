@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "checkpoint.h"
+#include "cpus.h"
 #include "launcher.h"
 #include "status.h"
 #include "sys.h"

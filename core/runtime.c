@@ -4,13 +4,13 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cpus.h"
 #include "layout.h"
 #include "memory_watch.h"
 #include "rng.h"
 #include "state_io.h"
 #include "status.h"
 #include "sys.h"
-#include "train.h"
 #include "where.h"
 
 /* What state passes through on devices that the CPU cannot read. */
@@ -25,9 +25,11 @@ static phx_status take_chunk(phx__runtime *rt, phx_error *err) {
 static phx_status open_device(phx__runtime *rt, phx_error *err) {
   const phx__config *c = rt->config;
   const phx_device_table *table = rt->prepared->device;
-  phx_status status = PHX__IN(rt->job, PHX_KIND_DEVICE, PHX_IN_CREATE, -1,
-                              table->create(&rt->device_host.table, c->device.config,
-                                            phx__threads(c, rt->job->local_size), &rt->device_self, err));
+  int32_t threads = 1;
+  phx_status status = phx__threads_of_rank(c, rt->job, &threads, err);
+  if (status) return status;
+  status = PHX__IN(rt->job, PHX_KIND_DEVICE, PHX_IN_CREATE, -1,
+                   table->create(&rt->device_host.table, c->device.config, threads, &rt->device_self, err));
   if (status) return status;
   rt->book.device_table = table;
   rt->book.device_self = rt->device_self;

@@ -3,13 +3,13 @@
 
 #include <inttypes.h>
 #include <math.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "checkpoint_run.h"
+#include "cpus.h"
 #include "drift.h"
 #include "launcher.h"
 #include "memory_watch.h"
@@ -25,17 +25,6 @@
 #include "where.h"
 
 enum { MEASURED_STEP = 2 }; /* memory and traffic are measured in this step: the first steady one */
-
-static int32_t cpus(void) {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
-}
-
-int32_t phx__threads(const phx__config *config, int32_t local_ranks) {
-  if (config->s.device.threads > 0) return (int32_t)config->s.device.threads;
-  const int32_t share = cpus() / (local_ranks > 0 ? local_ranks : 1);
-  return share > 1 ? share : 1;
-}
 
 typedef struct run {
   const phx__config *config;
@@ -96,9 +85,9 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
     phx__prepared_free(p);
   }
   const int32_t threads = phx__threads(config, size);
-  if (!status && config->s.run.pin == 1 && threads * size > cpus())
+  if (!status && config->s.run.pin == 1 && threads * size > phx__cpus_count())
     status = phx__fail(err, PHX_INVALID, "run.pin = yes: %d ranks x %d threads need %d CPUs, and there are %d", size,
-                       threads, threads * size, cpus());
+                       threads, threads * size, phx__cpus_count());
   return status;
 }
 
@@ -379,6 +368,11 @@ static void say_plugins(const phx__config *config) {
   say_chosen("comm", config->comm_why);
 }
 
+static void say_start(const phx__config *config, int32_t local_ranks) {
+  say_plugins(config);
+  phx__cpus_say(config, local_ranks);
+}
+
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
@@ -398,7 +392,7 @@ static phx_status open_run(run *r, phx_error *err) {
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK")) {
     status = make_run_dir(r->config, r->asked ? &r->resume : NULL, &r->before, err);
-    if (!status) say_plugins(r->config);
+    if (!status) say_start(r->config, r->job->local_size);
   }
   if (!status && r->job->local_size != r->job->size) status = phx__run_dir_shared(r->config, r->job, err);
   return status;
@@ -528,7 +522,7 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
     fprintf(stderr, "phalanx: %s\n", err.message);
     return refusal;
   }
-  say_plugins(config);
+  say_start(config, (int32_t)config->s.run.ranks);
   bool restarted = false;
   const bool launch = config->s.run.ranks > 1 || config->s.run.max_restarts > 0;
   const int exit_status = launch ? phx__restart_run(config, argv, &restarted) : phx__train_rank(config, resume);

@@ -3,8 +3,6 @@
 #define PHX__TRAIN_H
 #include "config.h"
 
-/* Threads per rank: device.threads, or the CPUs of this machine shared out among its ranks. */
-int32_t phx__threads(const phx__config *config, int32_t local_ranks);
 /* Refuses what does not fit (model, batch, strategy's estimate, data) for every rank, before a process is started. */
 phx_status phx__train_check(const phx__config *config, phx_error *err);
 /* A rank: trains and writes the run's files.  Returns the exit status; errors are printed to stderr.  resume: a run's

@@ -129,7 +129,8 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   cpu->scratch_bytes = attention > PHX__CPU_SCRATCH_LEAST ? phx_align_bytes(attention) : PHX__CPU_SCRATCH_LEAST;
   phx__cpu_product_version(version);
   snprintf(cpu->name, sizeof cpu->name, "cpu (%s%s, %d thread%s, oneDNN %d.%d.%d)", isa_names[cpu->isa],
-           cpu->bf16 ? " with bf16" : "", cpu->threads, cpu->threads == 1 ? "" : "s", version[0], version[1], version[2]);
+           cpu->bf16 ? " with bf16" : "", cpu->threads, cpu->threads == 1 ? "" : "s", version[0], version[1],
+           version[2]);
   phx__cpu_device_init(cpu);
   cpu->ops = cpu->kernels->ops;
   cpu->ops.ctx = cpu;
