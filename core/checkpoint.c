@@ -19,6 +19,7 @@
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
 #include "manifest.h"
+#include "run_lock.h"
 #include "state_io.h"
 #include "status.h"
 #include "sys.h"
@@ -127,7 +128,8 @@ static phx_status make_tensors(phx__save *s, phx_error *err) {
 static phx_status make_part(phx__save *s, uint64_t *nonce, phx_error *err) {
   char dir[PHX__CHECKPOINT_PATH];
   int64_t swept = 0;
-  phx_status status = phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err);
+  phx_status status = phx__run_lock_check(err);
+  if (!status) status = phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err);
   if (!status) status = phx__dir_make(dir, err);
   if (!status) status = phx__checkpoint_sweep(s->run_dir, &swept, err);
   if (!status && getrandom(nonce, sizeof *nonce, 0) != (ssize_t)sizeof *nonce)
@@ -362,6 +364,7 @@ static phx_status publish(phx__save *s, phx_error *err) {
   PHX__TRY(phx__dir_flush(s->run_dir, err)); /* begin may have made `checkpoints` in it */
   PHX__TRY(phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err));
   PHX__TRY(phx__checkpoint_path(s->run_dir, s->at.step, path, err));
+  PHX__TRY(phx__run_lock_check(err));
   if (phx__sys.rename(s->part, path)) {
     status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", s->part, path);
     goto done;
@@ -379,7 +382,7 @@ done:
 static void after_commit(const phx__save *s, const phx__retention *retention) {
   phx_error why = PHX_ERROR_INIT;
   char text[700];
-  if (phx__checkpoint_point(s->run_dir, s->at.step, &why)) {
+  if (phx__run_lock_check(&why) || phx__checkpoint_point(s->run_dir, s->at.step, &why)) {
     snprintf(text, sizeof text, "step %" PRId64 " is saved, but `latest` was not moved, and old ones stay: %s",
              s->at.step, why.message);
     phx__log(s->rt->job->rank, "checkpoint", PHX_LOG_WARN, text);

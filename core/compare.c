@@ -20,6 +20,8 @@
 #include "output.h"
 #include "progress.h"
 #include "report.h"
+#include "run_dir.h"
+#include "run_lock.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"
@@ -367,6 +369,7 @@ int phx__compare(const phx__compare_plan *plan) {
   if (v && parse_variants(v, plan->variants, &n) &&
       phx__config_load(plan->file, plan->overrides, plan->n_overrides, stderr, &base) == PHX_OK)
     status = run_all(plan, base, v, n);
+  phx__run_lock_release();
   phx__config_free(base);
   for (int i = 0; v && i < n; i++) {
     cJSON_Delete(v[i].run);

@@ -22,6 +22,7 @@
 #include "flight.h"
 #include "job.h"
 #include "launcher_spawn.h"
+#include "run_lock.h"
 #include "status.h"
 #include "stop.h"
 #include "sys.h"
@@ -297,7 +298,9 @@ static void end_all(struct launch *l) {
 static void watch(struct launch *l) {
   while (l->running > 0) {
     uint64_t now = look(l, TICK_MS);
+    phx_error lost = PHX_ERROR_INIT;
     judge_ends(l);
+    if (phx__run_lock_seen(&lost)) set_cause(l, -1, "%s", lost.message);
     if (!l->cause[0] && l->running > 0) {
       judge_time(l, now);
       judge_progress(l, now);

@@ -13,12 +13,13 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "run_lock.h"
 #include "status.h"
 #include "sys.h"
 
 extern char **environ;
 
-enum { N_OWN = 5 };
+enum { N_OWN = 6 };
 typedef struct surroundings { /* of one rank */
   char own[N_OWN][48];
   char **variables;
@@ -28,7 +29,8 @@ typedef struct surroundings { /* of one rank */
 
 static bool is_own(const char *variable) {
   static const char *const names[N_OWN] = {
-      "PHALANX_RANK=", "PHALANX_WORLD_SIZE=", "PHALANX_LOCAL_RANK=", "PHALANX_LOCAL_SIZE=", "PHALANX_JOB_FD="};
+      "PHALANX_RANK=", "PHALANX_WORLD_SIZE=", "PHALANX_LOCAL_RANK=", "PHALANX_LOCAL_SIZE=", "PHALANX_JOB_FD=",
+      PHX__LOCK_VARIABLE "="};
   for (int i = 0; i < N_OWN; i++)
     if (strncmp(variable, names[i], strlen(names[i])) == 0) return true;
   return false;
@@ -46,7 +48,10 @@ static phx_status make_environment(surroundings *around, int32_t rank, int32_t s
   snprintf(around->own[4], sizeof around->own[4], "PHALANX_JOB_FD=%d", memfd);
   for (size_t i = 0; i < count; i++)
     if (!is_own(environ[i])) around->variables[used++] = environ[i];
-  for (int i = 0; i < N_OWN; i++) around->variables[used++] = around->own[i];
+  if (rank == 0 && phx__run_lock_fd() >= 0)
+    snprintf(around->own[5], sizeof around->own[5], PHX__LOCK_VARIABLE "=%d", phx__run_lock_fd());
+  for (int i = 0; i < N_OWN; i++)
+    if (around->own[i][0]) around->variables[used++] = around->own[i];
   return PHX_OK;
 }
 
@@ -88,6 +93,8 @@ static _Noreturn void run_child(const phx__spawn *spawn, int32_t rank, pid_t lau
   if (around->log >= 0 && (dup2(around->null, 0) < 0 || dup2(around->log, 1) < 0 || dup2(around->log, 2) < 0))
     _exit(127);
   if (fcntl(spawn->memfd, F_SETFD, 0) != 0) _exit(127);
+  const int lock = phx__run_lock_fd();
+  if (rank == 0 && lock >= 0 && fcntl(lock, F_SETFD, 0) != 0) _exit(127);
   sigprocmask(SIG_SETMASK, &spawn->mask, NULL);
   execve(spawn->launch->argv[0], spawn->launch->argv, around->variables);
   say_in_page(spawn, rank, errno);

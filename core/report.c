@@ -12,13 +12,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "checkpoint_dir.h"
 #include "output.h"
 #include "plan_kept.h"
+#include "run_lock.h"
 #include "status.h"
 #include "sys.h"
-
-enum { RUN_DIR_MAX = 4000, /* PATH_MAX, with room for the names below it */ CONFIG_MAX = 16 << 20 };
 
 int64_t phx__pss_bytes(void) {
   FILE *f = fopen("/proc/self/smaps_rollup", "re");
@@ -29,202 +27,6 @@ int64_t phx__pss_bytes(void) {
     if (!strncmp(line, "Pss:", 4)) kib = strtoll(line + 4, NULL, 10);
   fclose(f);
   return kib < 0 ? -1 : kib * 1024;
-}
-
-/* ---- the run's directory ---- */
-/* The name of a new directory is on the disk when its parent was flushed: else a power cut may take it, with every
- * checkpoint that was committed in it since. */
-static phx_status flush_parent(const char *path, phx_error *err) {
-  char parent[RUN_DIR_MAX];
-  snprintf(parent, sizeof parent, "%s", path);
-  char *slash = strrchr(parent, '/');
-  if (!slash) return phx__dir_flush(".", err);
-  *(slash == parent ? slash + 1 : slash) = 0;
-  return phx__dir_flush(parent, err);
-}
-
-/* Makes path and its parents; *made of them, the last ones of the path, are new. */
-static phx_status make_dirs(const char *path, int *made, phx_error *err) {
-  char part[RUN_DIR_MAX];
-  *made = 0;
-  snprintf(part, sizeof part, "%s", path);
-  for (char *slash = strchr(part + 1, '/');; slash = strchr(slash + 1, '/')) {
-    if (slash) *slash = 0;
-    if (!phx__sys.mkdir(part, 0755)) {
-      ++*made;
-      const phx_status status = flush_parent(part, err);
-      if (status) return status;
-    } else if (errno != EEXIST) {
-      return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
-    }
-    if (!slash) return PHX_OK;
-    *slash = '/';
-  }
-}
-
-/* Takes new directories back, the deepest first; those that are not there or not empty end it. */
-static void unmake_dirs(const char *path, int made) {
-  char part[RUN_DIR_MAX];
-  snprintf(part, sizeof part, "%s", path);
-  while (made > 0 && *part) {
-    if (!phx__sys.rmdir(part)) made--;
-    else if (errno == ENOTEMPTY || errno == EEXIST) return;
-    char *slash = strrchr(part, '/');
-    if (!slash) return;
-    *slash = 0;
-  }
-}
-
-static bool holds_a_run(const char *dir) {
-  static const char *const names[] = {"run.json", "compare.json", "compare"};
-  char name[RUN_DIR_MAX + 32];
-  struct stat st;
-  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-    snprintf(name, sizeof name, "%s/%s", dir, names[i]);
-    if (!stat(name, &st)) return true;
-  }
-  return false;
-}
-
-/* Where an earlier run in dir goes: "" when there is none. */
-static phx_status aside_name(const char *dir, char name[RUN_DIR_MAX + 32], phx_error *err) {
-  struct stat st;
-  name[0] = 0;
-  if (!holds_a_run(dir)) return PHX_OK;
-  for (int n = 1; n < 100000; n++) {
-    snprintf(name, RUN_DIR_MAX + 32, "%s.%d", dir, n);
-    if (lstat(name, &st)) return PHX_OK;
-  }
-  return phx__fail(err, PHX_IO, "%s has too many earlier runs beside it: remove some, or change run.out", dir);
-}
-
-static phx_status move_aside(const char *dir, phx_error *err) {
-  char name[RUN_DIR_MAX + 32];
-  const phx_status status = aside_name(dir, name, err);
-  if (status || !name[0]) return status;
-  if (phx__sys.rename(dir, name)) return phx__fail_errno(err, PHX_IO, errno, "cannot move %s to %s", dir, name);
-  fprintf(stderr, "%s holds an earlier run: it is now %s\n", dir, name);
-  return PHX_OK;
-}
-
-static phx_status write_config(const phx__config *config, const char *dir, phx_error *err) {
-  char path[RUN_DIR_MAX + 32], *text = NULL;
-  size_t bytes = 0;
-  FILE *f = open_memstream(&text, &bytes);
-  if (!f) return phx__fail_errno(err, PHX_NOMEM, errno, "cannot write %s/config.ini", dir);
-  phx__config_print(config, f, true);
-  const bool short_of_memory = ferror(f);
-  phx_status status = PHX_OK;
-  snprintf(path, sizeof path, "%s/config.ini", dir);
-  if (fclose(f) || short_of_memory || !text) status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
-  else status = phx__text_write(path, text, err);
-  free(text);
-  return status;
-}
-
-static phx_status path_of(const phx__config *config, char dir[RUN_DIR_MAX], phx_error *err) {
-  if (snprintf(dir, RUN_DIR_MAX, "%s", config->s.run.out) >= RUN_DIR_MAX)
-    return phx__fail(err, PHX_INVALID, "run.out has %zu characters: more than %d are too long for a path",
-                     strlen(config->s.run.out), RUN_DIR_MAX - 1);
-  for (size_t n = strlen(dir); n > 1 && dir[n - 1] == '/'; n--) dir[n - 1] = 0;
-  return PHX_OK;
-}
-
-phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
-  char dir[RUN_DIR_MAX];
-  int made = 0;
-  phx_status status = path_of(config, dir, err);
-  if (!status) status = move_aside(dir, err);
-  if (status) return status;
-  status = make_dirs(dir, &made, err);
-  if (!status) status = write_config(config, dir, err);
-  if (status) unmake_dirs(dir, made);
-  return status;
-}
-
-/* Beside and renamed: the run may be going on from this very file. */
-phx_status phx__run_dir_resume(const phx__config *config, phx_error *err) {
-  return write_config(config, config->s.run.out, err);
-}
-
-/* ---- and back ---- */
-struct phx__run_dir {
-  char dir[RUN_DIR_MAX], aside[RUN_DIR_MAX + 32]; /* aside: where the earlier run goes, or "" */
-  int missing;      /* the last so many parts of the path are not there */
-  char *config;     /* config.ini's text, or NULL */
-  int64_t logs[PHX_RANKS_MAX]; /* lengths of rank-R.log, or -1 */
-};
-
-static void log_path(const phx__run_dir *d, int32_t rank, char path[RUN_DIR_MAX + 32]) {
-  snprintf(path, RUN_DIR_MAX + 32, "%s/rank-%d.log", d->dir, rank);
-}
-
-/* NULL: none that could be read. */
-static char *read_config(const char *dir) {
-  char path[RUN_DIR_MAX + 32], *text = NULL;
-  struct stat st;
-  snprintf(path, sizeof path, "%s/config.ini", dir);
-  const int fd = phx__sys.open(path, O_RDONLY, 0);
-  if (fd < 0) return NULL;
-  if (!phx__sys.fstat(fd, &st) && st.st_size < CONFIG_MAX) text = phx__calloc(1, (size_t)st.st_size + 1);
-  if (text && phx__sys.pread(fd, text, (size_t)st.st_size, 0) != st.st_size) {
-    phx__free(text);
-    text = NULL;
-  }
-  phx__sys.close(fd);
-  return text;
-}
-
-phx_status phx__run_dir_remember(const phx__config *config, phx__run_dir **out, phx_error *err) {
-  char path[RUN_DIR_MAX + 32];
-  struct stat st;
-  phx__run_dir *d = phx__calloc(1, sizeof *d);
-  if (!d) return phx__fail(err, PHX_NOMEM, "no memory to remember what run.out holds");
-  phx_status status = path_of(config, d->dir, err);
-  if (!status) status = aside_name(d->dir, d->aside, err);
-  if (status) {
-    phx__free(d);
-    return status;
-  }
-  snprintf(path, sizeof path, "%s", d->dir);
-  for (char *slash = path; slash && *path && stat(path, &st); d->missing++) {
-    slash = strrchr(path, '/');
-    if (slash) *slash = 0;
-  }
-  d->config = read_config(d->dir);
-  for (int32_t r = 0; r < PHX_RANKS_MAX; r++) {
-    log_path(d, r, path);
-    d->logs[r] = stat(path, &st) ? -1 : st.st_size;
-  }
-  *out = d;
-  return PHX_OK;
-}
-
-void phx__run_dir_undo(const phx__run_dir *d, bool continues) {
-  char path[RUN_DIR_MAX + 32];
-  struct stat st;
-  if (!d || (!continues && d->aside[0] && lstat(d->aside, &st))) return; /* the earlier run was not moved */
-  const bool fresh = !continues && (d->aside[0] || d->missing > 0);
-  for (int32_t r = 0; r < PHX_RANKS_MAX; r++) {
-    log_path(d, r, path);
-    if (fresh || d->logs[r] < 0) phx__sys.unlink(path);
-    else if (!stat(path, &st) && st.st_size > d->logs[r] && truncate(path, d->logs[r]))
-      fprintf(stderr, "phalanx: %s could not be cut to what it was: %s\n", path, strerror(errno));
-  }
-  snprintf(path, sizeof path, "%s/config.ini", d->dir);
-  if (fresh || !d->config) phx__sys.unlink(path);
-  else if (phx__text_write(path, d->config, NULL))
-    fprintf(stderr, "phalanx: %s could not be written back\n", path);
-  if (!fresh) return;
-  unmake_dirs(d->dir, d->aside[0] ? 1 : d->missing);
-  if (!d->aside[0]) return;
-  if (!phx__sys.rename(d->aside, d->dir)) fprintf(stderr, "%s is %s again\n", d->aside, d->dir);
-  else fprintf(stderr, "phalanx: cannot move %s back to %s: %s\n", d->aside, d->dir, strerror(errno));
-}
-
-void phx__run_dir_forget(phx__run_dir *d) {
-  if (d) phx__free(d->config);
-  phx__free(d);
 }
 
 /* ---- run.json ---- */
@@ -369,6 +171,7 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
   char path[4200], when[64];
   time_t now = time(NULL);
   struct tm tm;
+  if (phx__run_lock_check(err)) return PHX_STATE;
   phx__json_begin();
   cJSON *root = cJSON_CreateObject();
   snprintf(path, sizeof path, "%s/run.json", rt->config->s.run.out);

@@ -36,19 +36,6 @@ typedef struct phx__run_result {
 
 /* Proportional set size of this process, or -1. */
 int64_t phx__pss_bytes(void);
-/* Creates run.out (and parents); an earlier run there is moved aside to run.out.N; writes config.ini.  On failure no
- * new directory is left.  The launcher, or rank 0 under another launcher. */
-phx_status phx__run_dir_create(const phx__config *config, phx_error *err);
-/* [collective] every rank sees the directory that rank 0 has made; for ranks on several machines. */
-phx_status phx__run_dir_shared(const phx__config *config, const phx_job *job, phx_error *err);
-/* For a run that goes on there: only config.ini is written anew. */
-phx_status phx__run_dir_resume(const phx__config *config, phx_error *err);
-/* What run.out holds before one of the two above, so that a run that could not begin (its checkpoint is damaged) leaves
- * everything as it was.  undo: only while no rank has got past loading; continues: it was the second of the two. */
-typedef struct phx__run_dir phx__run_dir;
-phx_status phx__run_dir_remember(const phx__config *config, phx__run_dir **out, phx_error *err);
-void phx__run_dir_undo(const phx__run_dir *before, bool continues); /* NULL is fine; says what cannot be undone */
-void phx__run_dir_forget(phx__run_dir *before);                     /* NULL is fine */
 /* run.json; result NULL while the run goes on; resumed (or NULL) is added to its list of resumes, which stays.  Written
  * beside and renamed. */
 phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *result, const phx__resumed *resumed,

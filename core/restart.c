@@ -14,6 +14,7 @@
 #include "checkpoint.h"
 #include "cpus.h"
 #include "launcher.h"
+#include "run_lock.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"
@@ -67,7 +68,8 @@ static phx_status make_argv(attempt *a, const phx__config *config, char *const *
 /* How the next attempt differs; refuses what would not run. */
 static phx_status prepare_next(attempt *a, const phx__config *config, int32_t lost, phx_error *err) {
   bool found = false;
-  phx_status status = phx__checkpoint_newest(config->s.run.out, INT64_MAX, &a->from, &found, err);
+  phx_status status = phx__run_lock_check(err);
+  if (!status) status = phx__checkpoint_newest(config->s.run.out, INT64_MAX, &a->from, &found, err);
   if (!found) a->from = 0;
   if (status || !config->s.run.elastic || lost == 0) return status;
   status = phx__restart_accumulate(config, a->ranks - lost, &a->accumulate, err);

@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #include "job_segment.h"
-#include "report.h"
+#include "run_dir.h"
 #include "secret.h"
 #include "status.h"
 #include "sys.h"

@@ -18,11 +18,17 @@ static int sys_open(const char *path, int flags, mode_t mode) { return open(path
 
 static int sys_openat(int dir, const char *name, int flags) { return openat(dir, name, flags | O_CLOEXEC); }
 
+static int sys_lock(int fd) {
+  struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+  return fcntl(fd, F_OFD_SETLK, &whole);
+}
+
 phx__sys_table phx__sys = {
     .calloc = calloc, .realloc = realloc, .free = free, .open = sys_open, .close = close, .read = read, .write = write,
     .pwrite = pwrite, .fsync = fsync, .rename = rename, .ftruncate = ftruncate, .mkdir = mkdir, .mmap = mmap,
     .munmap = munmap, .memfd_create = memfd_create, .pread = pread, .fstat = fstat, .unlink = unlink,
-    .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct, .openat = sys_openat,
+    .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct, .openat = sys_openat, .lock = sys_lock,
+    .link = link,
 };
 
 void *phx__calloc(size_t n, size_t bytes) { return phx__sys.calloc(n ? n : 1, bytes ? bytes : 1); }

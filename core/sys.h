@@ -31,6 +31,8 @@ typedef struct phx__sys_table {
   int (*unlinkat)(int dir, const char *name, int flags);
   int (*rmdir)(const char *path);
   int (*direct)(int fd, int on); /* sets or clears O_DIRECT */
+  int (*lock)(int fd);           /* the whole file, for writing, by its open file description; does not wait */
+  int (*link)(const char *from, const char *to);
 } phx__sys_table;
 extern phx__sys_table phx__sys;
 

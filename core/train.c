@@ -18,6 +18,8 @@
 #include "report.h"
 #include "restart.h"
 #include "resume.h"
+#include "run_dir.h"
+#include "run_lock.h"
 #include "status.h"
 #include "stop.h"
 #include "sys.h"
@@ -51,7 +53,7 @@ typedef struct run {
   phx_status unsaved;   /* why the save that ends the run failed: what can still be written comes first */
   phx_error unsaved_why;
   int failed_exit;      /* the exit status if it fails */
-  phx__run_dir *before; /* rank 0 under another launcher, with asked */
+  phx__run_dir *dir;    /* rank 0 under another launcher */
 } run;
 
 /* ---- before anything is allocated ---- */
@@ -334,18 +336,6 @@ static phx_status finish_last(run *r, phx_error *err) {
   return phx__fail(err, r->unsaved, "the last step's checkpoint was not saved: %.400s", r->unsaved_why.message);
 }
 
-/* resume NULL: a new run; else *before is what undo takes back if the checkpoint turns out to be damaged. */
-static phx_status make_run_dir(const phx__config *config, const phx__resume *resume, phx__run_dir **before,
-                               phx_error *err) {
-  phx_status status = resume ? phx__run_dir_remember(config, before, err) : PHX_OK;
-  if (!status)
-    status = resume && resume->continues ? phx__run_dir_resume(config, err) : phx__run_dir_create(config, err);
-  if (!status) return PHX_OK;
-  phx__run_dir_forget(*before);
-  *before = NULL; /* nothing was made that could be undone */
-  return status;
-}
-
 static void say_plugin(const char *kind, const phx__plugin *p) {
   char line[4400];
   snprintf(line, sizeof line, "%s %s %s, ABI %u.%u, %s, sha256 %s", kind, p->descriptor->id, p->descriptor->version,
@@ -391,9 +381,11 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK")) {
-    status = make_run_dir(r->config, r->asked ? &r->resume : NULL, &r->before, err);
+    status = phx__run_dir_open(r->config, &r->dir, err);
+    if (!status) status = phx__run_dir_begin(r->dir, r->config, r->asked && r->resume.continues, err);
     if (!status) say_start(r->config, r->job->local_size);
   }
+  if (!status && r->job->rank == 0) status = phx__run_dir_inherit(r->config, err);
   if (!status && r->job->local_size != r->job->size) status = phx__run_dir_shared(r->config, r->job, err);
   return status;
 }
@@ -445,7 +437,8 @@ static phx_status run_steps(run *r, phx_error *err) {
     if (status) save_before_failing(r);
     if (status) break;
     r->step++;
-    status = save_due(r, err);
+    status = phx__run_lock_seen(err);
+    if (!status) status = save_due(r, err);
     if (!status) status = tell_step(r, err);
   }
   if (status) return status;
@@ -469,8 +462,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     status = run_steps(&r, &err);
   }
   const bool refused = status && r.failed_exit != PHX__EXIT_RANK;
-  if (refused) phx__run_dir_undo(r.before, r.resume.continues);
-  phx__run_dir_forget(r.before);
+  if (refused && resume) phx__run_dir_undo(r.dir);
   phx__progress_close(&r.progress);
   if (status) {
     fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
@@ -491,6 +483,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__free(r.step_seconds);
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
+  phx__run_dir_close(r.dir);
   if (r.job) phx__job_leave(r.job);
   if (!status) return r.stopped && config->s.run.stopped_status == 0 ? PHX__EXIT_STOPPED : PHX__EXIT_OK;
   return r.failed_exit;
@@ -511,24 +504,26 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
   phx_error err = PHX_ERROR_INIT;
   phx__resume found = {.continues = false};
   int refusal = PHX__EXIT_REFUSED;
+  phx__run_dir *dir = NULL;
   phx_status status = phx__train_check(config, &err);
+  if (!status) status = phx__run_dir_open(config, &dir, &err);
   if (!status && resume) {
     status = check_resume(config, resume, &found, &err);
     if (status == PHX_IO) refusal = PHX__EXIT_DAMAGED;
   }
-  phx__run_dir *before = NULL;
-  if (!status) status = make_run_dir(config, resume ? &found : NULL, &before, &err);
+  if (!status) status = phx__run_dir_begin(dir, config, resume && found.continues, &err);
   if (status) {
     fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__run_dir_close(dir);
     return refusal;
   }
   say_start(config, (int32_t)config->s.run.ranks);
   bool restarted = false;
   const bool launch = config->s.run.ranks > 1 || config->s.run.max_restarts > 0;
   const int exit_status = launch ? phx__restart_run(config, argv, &restarted) : phx__train_rank(config, resume);
-  if (!restarted && (exit_status == PHX__EXIT_REFUSED || exit_status == PHX__EXIT_DAMAGED))
-    phx__run_dir_undo(before, found.continues); /* no rank began */
-  phx__run_dir_forget(before);
+  if (resume && !restarted && (exit_status == PHX__EXIT_REFUSED || exit_status == PHX__EXIT_DAMAGED))
+    phx__run_dir_undo(dir); /* no rank began */
+  phx__run_dir_close(dir);
   /* it was accepted above: what goes wrong in this process is a failure, not a refusal */
   return !launch && exit_status == PHX__EXIT_REFUSED ? PHX__EXIT_RANK : exit_status;
 }

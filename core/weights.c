@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "layout.h"
+#include "run_lock.h"
 #include "safetensors.h"
 #include "state_io.h"
 #include "status.h"
@@ -107,6 +108,7 @@ phx_status phx__weights_write(phx__runtime *rt, const char *path, phx_error *err
     goto done;
   }
   PHX__TRY(lay_out(&f, &head, &head_bytes, err));
+  if (first) PHX__TRY(phx__run_lock_check(err));
   if (first && (f.fd = phx__sys.open(part, O_RDWR | O_CREAT | O_TRUNC, 0644)) < 0) {
     status = phx__fail_errno(err, PHX_IO, errno, "cannot create %s", part);
     goto done;
@@ -123,6 +125,7 @@ phx_status phx__weights_write(phx__runtime *rt, const char *path, phx_error *err
     goto done;
   }
   PHX__TRY(barrier(rt, err));
+  if (first) PHX__TRY(phx__run_lock_check(err));
   if (first && phx__sys.rename(part, path))
     status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
 done:

@@ -16,6 +16,7 @@
 #endif
 #include "config.h"
 #include "report.h"
+#include "run_dir.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"

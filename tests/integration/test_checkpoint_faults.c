@@ -16,6 +16,7 @@
 #include <sanitizer/lsan_interface.h>
 #endif
 #include "report.h"
+#include "run_dir.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"

@@ -18,6 +18,7 @@
 
 #include "manifest.h"
 #include "report.h"
+#include "run_dir.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"

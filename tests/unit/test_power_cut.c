@@ -22,6 +22,7 @@
 #include "power_cut.h"
 #include "rank_rig.h"
 #include "report.h"
+#include "run_dir.h"
 #include "status.h"
 #include "sys.h"
 #include "training.h"
