@@ -24,7 +24,7 @@
 enum { RUN_DIR_MAX = 4000, /* PATH_MAX, with room for the names below it */ CONFIG_MAX = 16 << 20 };
 
 struct phx__run_dir {
-  char dir[RUN_DIR_MAX];          /* real, as far as it was there */
+  char dir[RUN_DIR_MAX];          /* as it was asked for, or what a link, "." or ".." leads to */
   char aside[RUN_DIR_MAX + 32];   /* where the earlier run is now, or "" */
   int made;                       /* the last so many parts of the path are new */
   bool began, continues;
@@ -78,7 +78,12 @@ static void unmake_dirs(const char *path, int made) {
 
 static bool is_ours(const struct stat *st) { return st->st_uid == geteuid() || st->st_uid == 0; }
 
-/* The directory that run.out leads to, its real path where it is there. */
+static bool has_no_name(const char *path) {
+  const char *slash = strrchr(path, '/'), *leaf = slash ? slash + 1 : path;
+  return !strcmp(leaf, ".") || !strcmp(leaf, "..");
+}
+
+/* The directory that run.out leads to, with a name that can be moved. */
 static phx_status resolve(const phx__config *config, char dir[RUN_DIR_MAX], phx_error *err) {
   char real[PATH_MAX], asked[RUN_DIR_MAX];
   struct stat st, link;
@@ -102,6 +107,7 @@ static phx_status resolve(const phx__config *config, char dir[RUN_DIR_MAX], phx_
     return phx__fail(err, PHX_INVALID,
                      "run.out = %s belongs to user %ld, neither to you nor to root: name a directory of your own, or a "
                      "new one in it", asked, (long)st.st_uid);
+  if (!S_ISLNK(link.st_mode) && !has_no_name(asked)) return PHX_OK;
   if (snprintf(dir, RUN_DIR_MAX, "%s", real) >= RUN_DIR_MAX)
     return phx__fail(err, PHX_INVALID, "run.out = %.200s...: its real path is too long", asked);
   return PHX_OK;
@@ -132,9 +138,10 @@ static phx_status aside_name(const char *dir, char name[RUN_DIR_MAX + 32], phx_e
 }
 
 static bool work_is_in(const char *dir) {
-  char here[PATH_MAX];
-  const size_t n = strlen(dir);
-  return getcwd(here, sizeof here) && !strncmp(here, dir, n) && (!here[n] || here[n] == '/');
+  char here[PATH_MAX], real[PATH_MAX];
+  if (!getcwd(here, sizeof here) || !realpath(dir, real)) return false;
+  const size_t n = strlen(real);
+  return !strncmp(here, real, n) && (!here[n] || here[n] == '/');
 }
 
 /* Two that start at once: both have seen the earlier run's lock, and one of them holds it; while the name is free a

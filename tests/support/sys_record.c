@@ -229,6 +229,13 @@ static void *my_mmap(void *at, size_t bytes, int prot, int flags, int fd, off_t 
   return real.mmap(at, bytes, prot, flags, fd, offset);
 }
 
+/* Two names of one file are not modelled: this is a file system without links. */
+static int my_link(const char *from, const char *to) {
+  (void)from, (void)to;
+  errno = EPERM;
+  return -1;
+}
+
 static void unknown_call(void) {
   refuse("a call of phx__sys that is not modelled", "core/sys.h");
 }
@@ -255,7 +262,8 @@ void sys_record_install(sys_record *r, int32_t rank) {
       offsetof(phx__sys_table, calloc), offsetof(phx__sys_table, realloc), offsetof(phx__sys_table, free),
       offsetof(phx__sys_table, close),  offsetof(phx__sys_table, read),    offsetof(phx__sys_table, pread),
       offsetof(phx__sys_table, fstat),  offsetof(phx__sys_table, munmap),  offsetof(phx__sys_table, memfd_create),
-      offsetof(phx__sys_table, direct), offsetof(phx__sys_table, openat)};
+      offsetof(phx__sys_table, direct), offsetof(phx__sys_table, openat),
+      offsetof(phx__sys_table, lock)};
   void (*const trap)(void) = unknown_call;
   record = r;
   self = rank;
@@ -266,6 +274,7 @@ void sys_record_install(sys_record *r, int32_t rank) {
   phx__sys.open = my_open, phx__sys.write = my_write, phx__sys.pwrite = my_pwrite, phx__sys.fsync = my_fsync;
   phx__sys.rename = my_rename, phx__sys.ftruncate = my_ftruncate, phx__sys.mkdir = my_mkdir, phx__sys.mmap = my_mmap;
   phx__sys.unlink = my_unlink, phx__sys.unlinkat = my_unlinkat, phx__sys.rmdir = my_rmdir;
+  phx__sys.link = my_link;
 }
 
 void sys_record_uninstall(void) {
