@@ -10,7 +10,7 @@
 
 #include "clean.h"
 #include "config.h"
-#include "report.h"
+#include "run_dir.h"
 #include "secret.h"
 #include "status.h"
 #include "temp_dir.h"
