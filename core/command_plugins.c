@@ -147,7 +147,9 @@ int phx__command_plugins(int argc, char **argv) {
     return PHX__EXIT_REFUSED;
   }
   for (size_t i = 0; i < n; i++) print_found(&found[i]);
-  if (n == 0) printf("no plugins found\n");
   phx__free(found);
-  return PHX__EXIT_OK;
+  if (n > 0) return PHX__EXIT_OK;
+  fprintf(stderr, "phalanx: no plugins found beside the command (../lib/phalanx, ../lib64/phalanx) nor in %s: set "
+          "PHALANX_PLUGIN_PATH to the directory where they are\n", PHX__PLUGIN_DIR);
+  return PHX__EXIT_REFUSED;
 }

@@ -1,7 +1,7 @@
 /* core/loader_search.c - where plugins are looked for, and which files may be trusted.  Loads nothing.
  *
- * In order: [plugins] path, PHALANX_PLUGIN_PATH (unless AT_SECURE), <directory of the command>/../lib/phalanx, the
- * compiled-in directory.  Never the working directory, LD_LIBRARY_PATH or LTDL_LIBRARY_PATH.  A file or directory that
+ * In order: [plugins] path, PHALANX_PLUGIN_PATH (unless AT_SECURE), beside the directory of the command ../lib/phalanx,
+ * ../lib64/phalanx and ../lib/<multiarch>/phalanx, and the compiled-in directory.  Never the working directory, LD_LIBRARY_PATH or LTDL_LIBRARY_PATH.  A file or directory that
  * others may write to, or that neither root nor the user owns, is refused: a guard against accidents, not a sandbox.
  * [main] only, no state. */
 #include "loader_search.h"
@@ -54,14 +54,19 @@ static phx_status add_list(phx__search *out, const char *list, bool must_exist, 
   return status;
 }
 
+/* A prefix may have been moved, and every distribution calls its folder of libraries in one of these ways. */
 static phx_status add_beside_command(phx__search *out, phx_error *err) {
+  static const char *const tails[] = {"../lib/phalanx", "../lib64/phalanx", "../lib/" PHX__MULTIARCH "/phalanx"};
   char path[PATH_MAX];
   ssize_t length = readlink("/proc/self/exe", path, sizeof path);
+  phx_status status = PHX_OK;
   while (length > 0 && path[length - 1] != '/') length--;
-  static const char tail[] = "../lib/phalanx";
-  if (length <= 0 || (size_t)length + sizeof tail > sizeof path) return PHX_OK;
-  memcpy(path + length, tail, sizeof tail);
-  return add_directory(out, path, strlen(path), false, err);
+  for (size_t i = 0; i < sizeof tails / sizeof *tails && length > 0 && status == PHX_OK; i++) {
+    const int used = snprintf(path + length, sizeof path - (size_t)length, "%s", tails[i]);
+    if (used < 0 || (size_t)used >= sizeof path - (size_t)length) continue;
+    status = add_directory(out, path, strlen(path), false, err);
+  }
+  return status;
 }
 
 phx_status phx__search_open(const char *configured, phx__search *out, phx_error *err) {
