@@ -44,7 +44,8 @@ static const phx_option run_options[] = {
     ENUM(run, deterministic, "auto", deterministic_choices, 0,
          "The same bits under every strategy; a strategy that cannot is refused; auto: yes where the device's fast way "
          "is."),
-    REAL(run, timeout, "60", "s", 0, 1e6, "Seconds that a rank may be missing from a collective; 0 waits for ever."),
+    REAL(run, timeout, "60", "s", 0, 1e6,
+         "Seconds that a rank may be missing from a collective, or in a call without progress; 0 waits for ever."),
     INT(run, hash_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between state hashes; 0 hashes only the last step."),
     INT(run, valid_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between validations; 0 validates only at the end."),
     INT(run, valid_batches, "8", 1, PER_STEP_MOST, NULL, 0, "Micro-batches per rank of one validation."),

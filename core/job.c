@@ -14,11 +14,13 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #include <xxhash.h>
 
 #include "job_segment.h"
+#include "job_watch.h"
 #include "secret.h"
 #include "status.h"
 #include "sys.h"
@@ -85,14 +87,17 @@ static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **b
                      "machines, such as nccl", name);
   phx_status status = phx__segment_share(&job->member, name, bytes, found, err);
   if (status == PHX_OK) memcpy(bases, found, (size_t)job->shown.size * sizeof *found);
+  phx__job_heartbeat(&job->shown);
   return status;
 }
 
 static phx_status job_exchange(void *ctx, const char *name, const void *mine, int64_t bytes, void *all,
                                phx_error *err) {
   struct job *job = ctx;
-  if (job->store) return phx__store_exchange(job->store, name, mine, bytes, all, err);
-  return phx__segment_exchange(&job->member, name, mine, bytes, all, err);
+  const phx_status status = job->store ? phx__store_exchange(job->store, name, mine, bytes, all, err)
+                                       : phx__segment_exchange(&job->member, name, mine, bytes, all, err);
+  phx__job_heartbeat(&job->shown);
+  return status;
 }
 
 bool phx__job_is_rank(void) {
@@ -106,6 +111,12 @@ bool phx__job_speaks(void) {
   return kind == PHX__ALONE || (kind != PHX__BY_PHALANX && phx__identity_read(&me, NULL) == PHX_OK && me.rank == 0);
 }
 
+/* The namespace in which getpid() is this process: ranks in containers of their own may have others.  0: not known. */
+static uint64_t pid_space(void) {
+  struct stat info;
+  return stat("/proc/self/ns/pid", &info) == 0 ? (uint64_t)info.st_ino : 0;
+}
+
 /* Takes this rank's page; a second process with the same number is refused. */
 static phx_status join(struct job *job, phx_error *err) {
   phx_liveness *mine = job->shown.mine;
@@ -114,6 +125,7 @@ static phx_status join(struct job *job, phx_error *err) {
       nobody != (int32_t)getpid())
     return phx__fail(err, PHX_INVALID, "rank %d of this job is process %d already; this one is %d", job->shown.rank,
                      nobody, (int)getpid());
+  job->member.segment->pages[job->shown.rank].pid_space = pid_space();
   uint64_t now = phx__now_ns();
   __atomic_store_n(&mine->start_ns, now, __ATOMIC_RELAXED);
   __atomic_store_n(&mine->heartbeat_ns, now, __ATOMIC_RELAXED);
@@ -227,6 +239,10 @@ done:
 
 static struct job *inner(const phx_job *job) {
   return job->ctx;
+}
+
+phx_status phx__job_watch(const phx_job *job, phx_error *err) {
+  return phx__watch_start(job, inner(job)->member.segment, err);
 }
 
 void phx__job_ends(const phx_job *shown, int exit_status) {

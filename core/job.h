@@ -13,6 +13,8 @@ phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err);
 bool phx__job_is_rank(void); /* started as a rank by a launcher? */
 bool phx__job_speaks(void);  /* no other process has said, or will say, what all of this job would say? */
 int32_t phx__job_local_size(int32_t ranks); /* how many of a run's ranks are on this machine */
+/* [main] from here on a thread watches this rank and the others; see job_watch.c. */
+phx_status phx__job_watch(const phx_job *job, phx_error *err);
 /* [main] this rank failed and ends by itself with this exit status, as soon as it has cleaned up. */
 void phx__job_ends(const phx_job *job, int exit_status);
 /* [main] when all is over for this rank, well or not: ranks on several machines part, so that no one's end is taken for

@@ -101,6 +101,7 @@ static phx_status wait_round(phx__member *me, uint64_t round, const phx__post *m
     }
     uint64_t now = phx__now_ns();
     if (now - last > SUSPENDED_NS) start += now - last;
+    __atomic_store_n(&segment->pages[me->rank].alive.heartbeat_ns, now, __ATOMIC_RELAXED);
     last = now;
     if (now - start >= limit) return fail_absent(me, round, mine, err);
     if (!is_dead(segment, absent) || first_absent(segment, me->size, round) != absent)

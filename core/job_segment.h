@@ -8,8 +8,9 @@
 #include <stdbool.h>
 
 #define PHX__SEGMENT_MAGIC UINT64_C(0x3158414c414850) /* "PHALAX1" */
-#define PHX__SEGMENT_VERSION 1
+#define PHX__SEGMENT_VERSION 2
 #define PHX__SHARES_MAX 1024
+#define PHX__STOPPED_NS UINT64_C(3800000000) /* a rank may be stopped this long: with the end of the others, 5 s */
 #define PHX__FAILED_BY_LAUNCHER (PHX_RANKS_MAX + 1) /* in `failed`; 1 + rank: that rank was first */
 
 /* What a rank brings to an exchange; see phx__exchange(). */
@@ -34,7 +35,10 @@ typedef struct phx__share_entry { /* written by rank 0 only, for who looks at th
 
 typedef struct phx__page {
   phx_liveness alive;
-  char pad[4096 - sizeof(phx_liveness)];
+  uint64_t pid_space; /* of its rank: where its pid means this process; 0: not known */
+  uint32_t claim;     /* nonzero: another rank has found this one lost, and writes its page */
+  uint32_t reserved0;
+  char pad[4096 - sizeof(phx_liveness) - 16];
 } phx__page;
 
 typedef struct phx__segment {

@@ -1,8 +1,10 @@
 /* core/launcher.c - starts the ranks of a job on this machine, watches them, and ends all when one goes wrong.
  *
- * What it is for: no rank hangs.  A death is seen at once (pidfd), a stopped rank after 3.8 s, a rank that never joins
- * after the timeout, and ranks that wait for one that left with status 0 or 5 after the timeout too.  Then all others
- * are told (`failed`), given 0.3 s to report, asked (SIGTERM) and killed, so that a second after a death nothing is left.
+ * What it is for: no rank hangs.  A death is seen at once (pidfd), and so is a rank that ends with status 0 before it
+ * has said that it is done; a stopped rank after 3.8 s, a rank that never joins after the timeout, and ranks that wait
+ * for one that is done and left with status 0 or 5 after the timeout too.  A rank that hangs finds that itself
+ * (job_watch.c).  Then all others are told (`failed`), given 0.3 s to report, asked (SIGTERM) and killed, so that a
+ * second after a death nothing is left.
  * What it does not do: restart anything (restart.c), or look into what the ranks compute.
  * Invariant: every rank started is waited for before phx__launch_run returns.  Time in which the launcher itself was
  * suspended (Ctrl-Z, then fg: the ranks with it) counts for none of the limits.
@@ -21,6 +23,7 @@
 
 #include "flight.h"
 #include "job.h"
+#include "job_segment.h"
 #include "launcher_spawn.h"
 #include "run_lock.h"
 #include "status.h"
@@ -31,7 +34,6 @@
 #define MS UINT64_C(1000000)
 #define TICK_MS 50
 #define SUSPENDED_NS (1000 * MS) /* a tick this late: we did not run */
-#define STOPPED_NS (3800 * MS)   /* with the end of the others below it: within 5 s */
 #define REPORT_NS (300 * MS)     /* from the failure: the others may report */
 #define TERM_NS (300 * MS)       /* from SIGTERM to SIGKILL */
 #define GIVE_UP_NS (10000 * MS)
@@ -177,10 +179,16 @@ static bool is_stopped_end(const struct launch *l, int32_t r) {
          state_of(l, r) == 3;
 }
 
+/* A rank says that it is done as the last thing it does: status 0 without that is a plugin's exit(). */
+static bool left_early(const struct launch *l, int32_t r) {
+  const struct rank *rank = &l->ranks[r];
+  return !rank->running && rank->end.condition == PHX__RANK_EXITED && rank->end.number == 0 && state_of(l, r) != 3;
+}
+
 static bool is_bad_end(const struct launch *l, int32_t r) {
   const struct rank *rank = &l->ranks[r];
   if (rank->running || is_stopped_end(l, r)) return false;
-  return rank->end.condition == PHX__RANK_KILLED || rank->end.number != 0;
+  return rank->end.condition == PHX__RANK_KILLED || rank->end.number != 0 || left_early(l, r);
 }
 
 /* A rank that was killed comes first: its peers may have found it missing, and said so, before we looked.  Then who
@@ -204,7 +212,7 @@ static void judge_time(struct launch *l, uint64_t now) {
   for (int32_t r = 0; r < l->started; r++) {
     struct rank *rank = &l->ranks[r];
     if (!rank->running) continue;
-    const bool stopped = rank->stop_signal && now - rank->stopped_ns >= STOPPED_NS;
+    const bool stopped = rank->stop_signal && now - rank->stopped_ns >= PHX__STOPPED_NS;
     const bool missing = now - l->started_ns > limit && state_of(l, r) == 0;
     rank->lost = stopped || missing;
     if (stopped)
@@ -328,7 +336,8 @@ static void final_cause(struct launch *l, char *cause, size_t bytes) {
   l->ends[r] = l->ranks[r].end;
   l->ends[r].pid = (int32_t)l->ranks[r].pid;
   phx__rank_end_text(&l->ends[r], end, sizeof end);
-  snprintf(cause, bytes, "rank %d (pid %d) %s", r, (int)l->ranks[r].pid, end);
+  snprintf(cause, bytes, "rank %d (pid %d) %s%s", r, (int)l->ranks[r].pid, end,
+           left_early(l, r) ? " before it was done" : "");
 }
 
 static void fill_outcome(const struct launch *l, const char *cause) {

@@ -122,12 +122,22 @@ done:
   return status;
 }
 
+/* A call that failed before stays, for the report. */
+static void enter_destroy(const phx__runtime *rt, int32_t kind) {
+  const int32_t call = rt->job->mine->in_call;
+  phx__job_heartbeat(rt->job);
+  if (call == PHX_IN_CORE || call == PHX_IN_DESTROY) phx__enter(rt->job, kind, PHX_IN_DESTROY, -1);
+}
+
 void phx__runtime_close(phx__runtime *rt) {
   if (!rt) return;
   phx__memory_watch_end();
   if (rt->device) rt->device->stream_synchronize(rt->device->ctx, NULL, NULL);
+  enter_destroy(rt, PHX_KIND_STRATEGY);
   if (rt->strategy) rt->prepared->strategy->destroy(rt->strategy);
+  enter_destroy(rt, PHX_KIND_MODEL);
   if (rt->model) rt->prepared->model_table->destroy(rt->model);
+  enter_destroy(rt, PHX_KIND_COMM);
   if (rt->core) rt->core->destroy(rt->core);
   const phx__host *plugins[] = {&rt->strategy_host, &rt->model_host};
   for (int i = 0; i < 2; i++) {
@@ -137,7 +147,9 @@ void phx__runtime_close(phx__runtime *rt) {
   }
   phx__memory_book_clear(&rt->book);
   if (rt->world) rt->prepared->comm->destroy(rt->world);
+  enter_destroy(rt, PHX_KIND_DEVICE);
   if (rt->device_self) rt->prepared->device->destroy(rt->device_self);
+  if (rt->job->mine->in_call == PHX_IN_DESTROY) phx__leave(rt->job, PHX_OK);
   phx__prepared_free(rt->prepared);
   phx__free(rt);
 }

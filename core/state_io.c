@@ -5,6 +5,8 @@
  * open. */
 #include "state_io.h"
 
+#include "job.h"
+
 int64_t phx__state_io_bytes(const phx_device *device) {
   return device->caps & PHX_DEVICE_HOST_MEMORY ? 0 : PHX__STATE_CHUNK;
 }
@@ -52,6 +54,7 @@ static phx_status unmap(phx__runtime *rt, const phx_slice *slice, int32_t mode, 
 
 phx_status phx__slice_read(phx__runtime *rt, const phx_slice *slice, phx__state_use *use, void *ctx, phx_error *err) {
   void *data = NULL;
+  phx__job_heartbeat(rt->job); /* within one call of the strategy, visit_state */
   phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_READ, &data, err);
   if (status) return status;
   status = phx__state_read(rt, slice->place, data, slice_bytes(slice), use, ctx, err);
@@ -61,6 +64,7 @@ phx_status phx__slice_read(phx__runtime *rt, const phx_slice *slice, phx__state_
 phx_status phx__slice_write(phx__runtime *rt, const phx_slice *slice, phx__state_fill *fill, void *ctx,
                             phx_error *err) {
   void *data = NULL;
+  phx__job_heartbeat(rt->job);
   phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_WRITE, &data, err);
   if (status) return status;
   status = phx__state_write(rt, slice->place, data, slice_bytes(slice), fill, ctx, err);

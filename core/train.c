@@ -366,6 +366,8 @@ static void say_start(const phx__config *config, int32_t local_ranks) {
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
+  status = phx__job_watch(r->job, err);
+  if (status) return status;
   status = phx__prepare(r->config, r->job->rank, r->job->size, r->job->local_rank, r->job->local_size, 0, 0,
                         &r->prepared, err);
   if (!status) status = open_data(r->config, r->prepared, &r->train, &r->valid, err);

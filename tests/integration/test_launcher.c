@@ -88,9 +88,11 @@ static int rank_main(char **argv) {
   for (int step = 1; step <= steps; step++) {
     phx__job_state(job, 2, step);
     if (!strcmp(mode, "stuck") && step == 5) {
+      if (chosen) phx__job_state(job, 3, step);
       if (chosen) return 0;
       for (;;) usleep(1000);
     }
+    if (!strcmp(mode, "all leave") && step == 5) return 0;
     if (chosen && step == 5) {
       if (!strcmp(mode, "exit7")) return 7;
       if (!strcmp(mode, "leave")) return 0;
@@ -381,11 +383,19 @@ Test(launcher, a_rank_that_never_joins_is_named, .timeout = 60) {
 
 Test(launcher, a_rank_that_leaves_early_is_named, .timeout = 60) {
   struct trial t = launch((struct plan){.ranks = 2, .timeout = 20, .mode = "leave", .who = 1, .steps = 100});
-  cr_expect_eq(wait_for(&t, 10), 3); /* the waiting rank finds the dead one itself */
+  cr_expect_eq(wait_for(&t, 10), 3);
   expect_nothing_left(&t, 2, 0);
-  EXPECT_SAYS(&t, "err", "rank 1 (pid");
-  EXPECT_SAYS(&t, "err", "is dead");
-  EXPECT_SAYS(&t, "err", "exited with status 0");
+  EXPECT_SAYS(&t, "err", "the job of 2 ranks failed: rank 1 (pid");
+  EXPECT_SAYS(&t, "err", "exited with status 0 before it was done\n");
+  clean(&t);
+}
+
+/* It is no end that all agree on: nobody is done. */
+Test(launcher, all_ranks_that_leave_early_are_a_failure, .timeout = 60) {
+  struct trial t = launch((struct plan){.ranks = 3, .timeout = 20, .mode = "all leave", .who = -1, .steps = 100});
+  cr_expect_eq(wait_for(&t, 10), 3);
+  expect_nothing_left(&t, 3, 0);
+  EXPECT_SAYS(&t, "err", "exited with status 0 before it was done\n");
   clean(&t);
 }
 

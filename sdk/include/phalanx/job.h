@@ -39,7 +39,8 @@ enum {
   PHX_IN_RUN_STEP = 9,
   PHX_IN_FORWARD = 10,
   PHX_IN_BACKWARD = 11,
-  PHX_IN_COLLECTIVE = 12 /* one of the core's own */
+  PHX_IN_COLLECTIVE = 12, /* one of the core's own */
+  PHX_IN_DESTROY = 13
 };
 
 /* A rank's page in the job's memory: written by that rank only, read by all and by the launcher. */

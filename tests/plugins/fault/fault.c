@@ -7,6 +7,9 @@
  *   flip   the first element that it receives is changed afterwards
  *   crash  a bad memory access              kill   SIGKILL                       exit   it leaves with status 9
  *   abort  an assertion                     bus    a mapped file that is cut     hang   it never comes, and lives
+ *   leave  exit(0)                          vanish _exit(0)                      stop   SIGSTOP
+ *   busy   it computes for `seconds` and then comes
+ * What ends or holds a process may also be `at` create or destroy; rank = -1 is all of them.
  * With once = FILE nothing happens when the file is there, and it is made when something does: the next attempt of a
  * job runs through.  One world per process. */
 #define phx_plugin_v1 shm_entry
@@ -16,14 +19,16 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { NONE, SKIP, COUNT, OP, NOT_A_NUMBER, FLIP, CRASH, KILL, EXIT, ABORT, BUS, HANG };
+enum { NONE, SKIP, COUNT, OP, NOT_A_NUMBER, FLIP, CRASH, KILL, EXIT, ABORT, BUS, HANG, LEAVE, VANISH, STOP, BUSY };
+enum { AT_CALL, AT_CREATE, AT_DESTROY };
 enum { ON_ANY, ON_REDUCTION, ON_GATHER };
 typedef struct fault_config {
   shm_config shm; /* first: shm reads its part */
-  int64_t rank, step;
-  int32_t what, on, lasting, reserved0;
+  int64_t rank, step, seconds;
+  int32_t what, on, lasting, at;
   const char *once;
 } fault_config;
 
@@ -36,7 +41,8 @@ static int64_t done_in_step;
 /* Whether the fault is in this call. */
 static int is_here(int gather, int64_t numel, int32_t dtype) {
   const int64_t step = fault_job->mine->step;
-  if (fault.what == NONE || fault_job->rank != fault.rank || numel == 0 || dtype != PHX_F32) return 0;
+  if (fault.what == NONE || fault.at || numel == 0 || dtype != PHX_F32) return 0;
+  if (fault.rank >= 0 && fault_job->rank != fault.rank) return 0;
   if (fault.on && gather != (fault.on == ON_GATHER)) return 0;
   if (fault.lasting ? step < fault.step : step != fault.step || done_in_step == step) return 0;
   if (fault.once[0]) {
@@ -69,6 +75,16 @@ static phx_status flip(void *at, phx_error *err) {
   return PHX_OK;
 }
 
+static double seconds_now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+static void be_busy(void) {
+  volatile unsigned turns = 0;
+  for (const double end = seconds_now() + (double)fault.seconds; seconds_now() < end; turns++) continue;
+}
+
 /* Before the call; returns 1 when the call is not to be made. */
 static int before(const void *src, phx_stream *s, phx_status *status, phx_error *err) {
   switch (fault.what) {
@@ -82,6 +98,10 @@ static int before(const void *src, phx_stream *s, phx_status *status, phx_error 
     case BUS: cut_a_mapped_file(); return 0;
     case HANG:
       for (;;) pause();
+    case LEAVE: exit(0);
+    case VANISH: _exit(0);
+    case STOP: raise(SIGSTOP); return 0;
+    case BUSY: be_busy(); return 0;
     default: return 0;
   }
 }
@@ -127,15 +147,26 @@ static phx_status fault_broadcast(void *ctx, void *buf, int64_t numel, int32_t d
   return after(inner.broadcast(ctx, buf, LESS(numel), dtype, root, s, err), here, buf, s, err);
 }
 
+static void at(int32_t where) {
+  phx_status status = PHX_OK;
+  if (fault.at == where && (fault.rank < 0 || fault.rank == fault_job->rank)) (void)before(NULL, NULL, &status, NULL);
+}
+
+static void fault_destroy(phx_comm *world) {
+  at(AT_DESTROY);
+  destroy(world);
+}
+
 static phx_status fault_create(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out,
                                phx_error *err) {
+  fault = *(const fault_config *)config;
+  fault_device = host->extension(host->ctx, PHX_EXT_DEVICE);
+  fault_job = host->extension(host->ctx, PHX_EXT_JOB);
+  at(AT_CREATE);
   const phx_status status = create(host, config, arena_bytes, out, err);
   if (status != PHX_OK) return status;
   phx_comm *world = *out;
   inner = *world;
-  fault = *(const fault_config *)config;
-  fault_device = host->extension(host->ctx, PHX_EXT_DEVICE);
-  fault_job = host->extension(host->ctx, PHX_EXT_JOB);
   world->all_reduce = fault_all_reduce;
   world->reduce = fault_reduce;
   world->reduce_scatter = fault_reduce_scatter;
@@ -147,10 +178,13 @@ static phx_status fault_create(const phx_host *host, const void *config, int64_t
 PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
 const phx_plugin *phx_plugin_v1(void) {
   static const char *const what[] = {"none", "skip", "count", "op", "nan", "flip", "crash", "kill", "exit",
-                                     "abort", "bus", "hang", NULL};
+                                     "abort", "bus", "hang", "leave", "vanish", "stop", "busy", NULL};
+  static const char *const places[] = {"call", "create", "destroy", NULL};
   static const char *const on[] = {"any", "reduction", "gather", NULL};
   static const phx_option own[] = {
-      PHX_INT(fault_config, rank, "1", 0, PHX_RANKS_MAX, NULL, 0, "Who has it."),
+      PHX_INT(fault_config, rank, "1", -1, PHX_RANKS_MAX, NULL, 0, "Who has it; -1: all."),
+      PHX_INT(fault_config, seconds, "0", 0, 1000, NULL, 0, "How long it computes."),
+      PHX_ENUM(fault_config, at, "call", places, "Where: in a collective, create or destroy."),
       PHX_INT(fault_config, step, "5", 0, 1000000, NULL, 0, "When."),
       PHX_ENUM(fault_config, what, "none", what, "What."),
       PHX_ENUM(fault_config, on, "any", on, "In which calls."),
@@ -165,6 +199,7 @@ const phx_plugin *phx_plugin_v1(void) {
   memcpy(all + SHM_OPTIONS, own, sizeof own);
   faulty = table;
   faulty.create = fault_create;
+  faulty.destroy = fault_destroy;
   renamed = *shm_entry();
   renamed.id = "fault";
   renamed.summary = "Test only: shm with a fault of choice in one rank.";
