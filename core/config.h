@@ -16,7 +16,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     double timeout;      /* seconds; 0: for ever */
     int64_t hash_every;  /* steps; 0: only the last */
     int64_t valid_every; /* steps; 0: only at the end */
-    int64_t valid_batches;
+    int64_t valid_windows; /* 0: all */
     int64_t log_every;
     int32_t pin;         /* auto | yes | no: pin ranks to cores */
     int32_t on_nonfinite; /* 0 stop, 1 skip */

@@ -48,7 +48,8 @@ static const phx_option run_options[] = {
          "Seconds that a rank may be missing from a collective, or in a call without progress; 0 waits for ever."),
     INT(run, hash_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between state hashes; 0 hashes only the last step."),
     INT(run, valid_every, "0", 0, STEPS_MOST, "steps", 0, "Steps between validations; 0 validates only at the end."),
-    INT(run, valid_batches, "8", 1, PER_STEP_MOST, NULL, 0, "Micro-batches per rank of one validation."),
+    INT(run, valid_windows, "0", 0, INT64_MAX, "sequences", 0,
+        "Sequences of one validation, the first ones of the held-out data, of all ranks together; 0 takes all."),
     INT(run, log_every, "1", 1, STEPS_MOST, "steps", 0, "Steps between lines on the screen; the files have them all."),
     ENUM(run, pin, "auto", pin_choices, PHX_OPTF_PER_RANK,
          "Pin ranks to cores; auto does so when every rank can have its own."),
@@ -126,6 +127,21 @@ static const phx__core_table tables[] = {
     TABLE(run), TABLE(batch), TABLE(model), TABLE(data), TABLE(optimizer), TABLE(precision), TABLE(device), TABLE(comm),
     TABLE(checkpoint), TABLE(plugins),
 };
+
+/* Keys that earlier versions had, and what to write instead. */
+static const struct {
+  const char *section, *key, *instead;
+} replaced[] = {
+    {"run", "valid_batches",
+     "write valid_windows, the sequences that all ranks evaluate together (ranks x batch.micro x valid_batches gives as "
+     "many as before; 0 takes all)"},
+};
+
+const char *phx__core_replaced(const char *section, const char *key) {
+  for (size_t i = 0; i < sizeof replaced / sizeof replaced[0]; i++)
+    if (!strcmp(replaced[i].section, section) && !strcmp(replaced[i].key, key)) return replaced[i].instead;
+  return NULL;
+}
 
 const phx__core_table *phx__core_table_at(uint32_t i) {
   return i < sizeof tables / sizeof tables[0] ? &tables[i] : NULL;

@@ -13,4 +13,6 @@ typedef struct phx__core_table {
 const phx__core_table *phx__core_table_at(uint32_t i);
 /* By name, or NULL: these names are reserved, no plugin may bear one. */
 const phx__core_table *phx__core_section(const char *name);
+/* What to write instead of a key that earlier versions had; NULL: it never was one. */
+const char *phx__core_replaced(const char *section, const char *key);
 #endif

@@ -2,6 +2,7 @@
  *
  * Does not load plugins and does not know what settings mean.  [main] only. */
 #include "config_store.h"
+#include "config_core.h"
 #include "config_ini.h"
 #include "nearest.h"
 #include "status.h"
@@ -228,6 +229,11 @@ phx__setting *phx__config_setting(const store *p, const char *section, const cha
 static void complain_key(store *p, phx__entry *entry) {
   char hint[80];
   phx__nearest nearest = {.word = entry->key};
+  const char *instead = phx__core_replaced(entry->section, entry->key);
+  if (instead) {
+    phx__config_error(p, entry, "[%s] %s is no key any more: %s", entry->section, entry->key, instead);
+    return;
+  }
   for (const phx__section *s = NULL; (s = phx__config_section(p, entry->section, s));)
     for (uint32_t i = 0; i < s->n; i++) phx__nearest_offer(&nearest, s->settings[i].option->name);
   phx__config_error(p, entry, "[%s] has no key '%s'%s%s", entry->section, entry->key,

@@ -247,8 +247,9 @@ int64_t phx__data_order(const phx__data *data, int64_t epoch, int64_t i) {
 
 /* ---- reading ---- */
 
-static phx_status read_window(const phx__data *data, int64_t window, int32_t *tokens, int32_t *targets,
-                              phx_error *err) {
+phx_status phx__data_window(const phx__data *data, int64_t window, int32_t *tokens, int32_t *targets, phx_error *err) {
+  if (window < 0 || window >= data->windows)
+    return phx__fail(err, PHX_INVALID, "no window %" PRId64 ": there are only %" PRId64, window, data->windows);
   int64_t low = 0, high = data->n_files - 1; /* the last file whose first window is not behind `window` */
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
@@ -301,23 +302,7 @@ phx_status phx__data_batch(const phx__data *data, int64_t first, int32_t micro_i
   for (int64_t i = 0; i < micro && status == PHX_OK; i++) {
     const int64_t sample = first + i;
     const int64_t window = phx__data_order(data, sample / data->windows, sample % data->windows);
-    status = read_window(data, window, tokens + i * data->sequence, targets + i * data->sequence, err);
+    status = phx__data_window(data, window, tokens + i * data->sequence, targets + i * data->sequence, err);
   }
   return status;
-}
-
-phx_status phx__data_valid_batch(const phx__data *data, int64_t index, int64_t batch, int32_t *tokens,
-                                 int32_t *targets, int64_t *rows, phx_error *err) {
-  int64_t first = 0;
-  if (index < 0 || batch < 1 || __builtin_mul_overflow(index, batch, &first) || first >= data->windows)
-    return phx__fail(err, PHX_INVALID, "validation batch %" PRId64 " of %" PRId64 " samples: there are only %" PRId64
-                     " samples", index, batch, data->windows);
-  const int64_t n = data->windows - first < batch ? data->windows - first : batch;
-  for (int64_t i = 0; i < n; i++) {
-    const phx_status status =
-        read_window(data, first + i, tokens + i * data->sequence, targets + i * data->sequence, err);
-    if (status != PHX_OK) return status;
-  }
-  *rows = n;
-  return PHX_OK;
 }

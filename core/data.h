@@ -31,10 +31,8 @@ phx_status phx__data_check_batch(const phx__data *data, int64_t micro, int32_t a
 phx_status phx__data_batch(const phx__data *data, int64_t first, int32_t micro_index, int32_t accumulate,
                            int32_t data_rank, int32_t data_size, int64_t micro, int32_t *tokens, int32_t *targets,
                            phx_error *err);
-/* Windows [index * batch, ...) in file order; *rows of them (the last batch may be short).  Past the end: PHX_INVALID.
- */
-phx_status phx__data_valid_batch(const phx__data *data, int64_t index, int64_t batch, int32_t *tokens,
-                                 int32_t *targets, int64_t *rows, phx_error *err);
+/* One window, counted in file order: `sequence` tokens and targets.  Past the end: PHX_INVALID. */
+phx_status phx__data_window(const phx__data *data, int64_t window, int32_t *tokens, int32_t *targets, phx_error *err);
 /* The i-th sample of an epoch, 0 <= i < windows: a permutation of the windows. */
 int64_t phx__data_order(const phx__data *data, int64_t epoch, int64_t i);
 #endif

@@ -59,7 +59,7 @@ phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *er
   e->tokens = tokens;
   PHX__TRY(take_pinned(rt, p->token_bytes, &host_tokens, err));
   e->host_tokens = host_tokens;
-  PHX__TRY(take_pinned(rt, p->topology.accumulate * (int64_t)sizeof *e->losses, &losses, err));
+  PHX__TRY(take_pinned(rt, p->loss_slots * (int64_t)sizeof *e->losses, &losses, err));
   e->losses = losses;
   PHX__TRY(take_pinned(rt, p->norm_blocks * (int64_t)sizeof *e->norm_blocks, &norm_blocks, err));
   e->norm_blocks = norm_blocks;
@@ -388,18 +388,17 @@ done:
 }
 
 /* ---- evaluation ---- */
-static phx_status evaluate_loaded(phx__engine *e, const phx_stage_call *shape, phx_error *err) {
+/* Logits of the last position of the one sequence that is loaded. */
+static phx_status evaluate_logits(phx__engine *e, int64_t length, phx_error *err) {
   const uint32_t n = e->rt->prepared->model->n_stages;
   phx_status status = PHX_OK;
   for (uint32_t s = 0; s < n && !status; s++) {
     phx_stage_call call = stage_call(e, s, PHX_PASS_EVALUATE, 0, 0, NULL);
-    call.batch = shape->batch;
-    call.sequence = shape->sequence;
-    if (!shape->targets) {
-      call.targets = NULL;
-      call.loss = NULL;
-      call.logits = s == n - 1 ? shape->logits : NULL;
-    }
+    call.batch = 1;
+    call.sequence = length;
+    call.targets = NULL;
+    call.loss = NULL;
+    call.logits = s == n - 1 ? e->logits : NULL;
     status = stage_pass(e, s, PHX_PASS_EVALUATE, 0, &call, err);
   }
   return status;
@@ -413,26 +412,85 @@ static phx_status check_can_evaluate(const phx__engine *e, phx_error *err) {
   return PHX_OK;
 }
 
-phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t batches, double *loss, phx_error *err) {
+/* How many windows fit beside each other into the buffers of a micro-batch. */
+static int64_t windows_at_once(const phx__prepared *p) {
+  int64_t most = p->shape.micro;
+  for (uint32_t s = 0; s < p->model->n_stages; s++)
+    if (p->stages[s].window * most > p->stages[s].output) most = p->stages[s].output / p->stages[s].window;
+  return most > 1 ? most : 1;
+}
+
+/* One stage over `rows` windows that are loaded, one at a time: the bits of a product may depend on its number of rows,
+ * so no call's shape depends on the micro-batch.  Its weights are acquired once. */
+static phx_status evaluate_stage(phx__engine *e, uint32_t stage, int64_t rows, phx_error *err) {
+  const phx__prepared *p = e->rt->prepared;
+  const phx_view *view = NULL;
+  phx_status status =
+      PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
+                       p->strategy->acquire(e->rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
+  for (int64_t row = 0; row < rows && !status; row++) {
+    phx_stage_call call = stage_call(e, stage, PHX_PASS_EVALUATE, 0, 0, view);
+    call.batch = 1;
+    call.tokens += 2 * row * p->shape.sequence;
+    call.targets = call.tokens + p->shape.sequence;
+    if (call.input) call.input = (const char *)call.input + row * p->stages[stage - 1].window;
+    if (call.output) call.output = (char *)call.output + row * p->stages[stage].window;
+    if (call.loss) call.loss += row;
+    status = run_stage(e, &call, 1, err);
+  }
+  if (!status)
+    status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
+                              p->strategy->release(e->rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, err));
+  return failed_in(e, stage, PHX_PASS_EVALUATE, status, err);
+}
+
+/* Windows [first, first + rows) of this rank; their losses come into e->losses. */
+static phx_status evaluate_windows(phx__engine *e, phx__data *data, int64_t first, int64_t rows, phx_error *err) {
+  const phx_device *d = e->rt->device;
+  const int64_t sequence = e->rt->prepared->shape.sequence;
+  phx_status status = PHX_OK;
+  for (int64_t row = 0; row < rows && !status; row++) {
+    int32_t *at = e->host_tokens + 2 * row * sequence;
+    status = phx__data_window(data, first + row, at, at + sequence, err);
+  }
+  if (!status && rows > 0) status = to_device(e, (int64_t)sizeof(int32_t) * 2 * rows * sequence, err);
+  for (uint32_t s = 0; s < e->rt->prepared->model->n_stages && !status; s++) status = evaluate_stage(e, s, rows, err);
+  return status ? status : d->stream_synchronize(d->ctx, NULL, err);
+}
+
+typedef struct window_sum { /* of windows' mean losses: they all have as many tokens */
+  phx__exact_sum losses;
+  int64_t windows;
+} window_sum;
+enum { WINDOW_SUM_WORDS = PHX__SUM_WORDS + 1 };
+_Static_assert(sizeof(window_sum) == WINDOW_SUM_WORDS * sizeof(int64_t), "travels as int64");
+
+/* Ranks take groups of windows in turn, and meet after each: none waits longer than a group takes.  The sum is exact, so
+ * that neither the order nor the division can show. */
+phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows, double *loss, phx_error *err) {
   const phx__prepared *p = e->rt->prepared;
   phx_status status = check_can_evaluate(e, err);
-  double sum = 0;
-  const int64_t whole = phx__data_windows(data) / p->shape.micro; /* full batches; a short last one is left out */
-  const int64_t rounds = (whole + p->layout.data_size - 1) / p->layout.data_size;
-  if (batches > rounds) batches = rounds;
-  for (int64_t i = 0; i < batches && !status; i++) {
-    int32_t *at = e->host_tokens;
-    int64_t rows = 0;
-    const int64_t index = (i * p->layout.data_size + p->layout.data_rank) % whole;
-    status = phx__data_valid_batch(data, index, p->shape.micro, at, at + micro_tokens(e), &rows, err);
-    if (!status) status = to_device(e, (int64_t)sizeof(int32_t) * 2 * micro_tokens(e), err);
-    const phx_stage_call shape = {.batch = p->shape.micro, .sequence = p->shape.sequence, .targets = e->tokens};
-    if (!status) status = evaluate_loaded(e, &shape, err);
-    if (!status) status = combine_loss(e, 1, &e->losses[0], err);
-    sum += e->losses[0];
+  const int64_t all = phx__data_windows(data), group = windows_at_once(p), turn = group * p->layout.data_size;
+  const int64_t wanted = windows > 0 && windows < all ? windows : all;
+  window_sum sum = {.windows = 0};
+  for (int64_t at = 0; at < wanted && !status; at += turn) {
+    const int64_t first = at + p->layout.data_rank * group, left = wanted - first;
+    const int64_t rows = left < group ? (left > 0 ? left : 0) : group;
+    status = evaluate_windows(e, data, first, rows, err);
+    window_sum part = {.windows = rows};
+    for (int64_t row = 0; row < rows && !status; row++) phx__exact_sum_add(&part.losses, e->losses[row]);
+    if (!status)
+      status = PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, &part, &part, WINDOW_SUM_WORDS,
+                                                                PHX_I64, PHX_SUM, NULL, err));
+    for (int i = 0; i < PHX__SUM_LIMBS; i++) sum.losses.limbs[i] += part.losses.limbs[i];
+    sum.losses.not_finite += part.losses.not_finite;
+    sum.windows += part.windows;
   }
   if (status) return status;
-  *loss = sum / (double)batches;
+  if (sum.windows % wanted) /* more than once where ranks share their data */
+    return phx__fail(err, PHX_INTERNAL, "%lld of %lld windows of the held-out data were evaluated",
+                     (long long)sum.windows, (long long)wanted);
+  *loss = sum.losses.not_finite ? INFINITY : phx__exact_sum_value(&sum.losses) / (double)sum.windows;
   return PHX_OK;
 }
 
@@ -450,8 +508,7 @@ phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t len
   memcpy(e->host_tokens, tokens, (size_t)length * sizeof *tokens);
   status = to_device(e, length * (int64_t)sizeof *tokens, err);
   if (status) return status;
-  const phx_stage_call shape = {.batch = 1, .sequence = length, .logits = e->logits};
-  status = evaluate_loaded(e, &shape, err);
+  status = evaluate_logits(e, length, err);
   if (!status) status = d->stream_synchronize(d->ctx, NULL, err);
   if (!status) *logits = e->logits;
   return status;

@@ -21,7 +21,7 @@ typedef struct phx__engine {
   void **outputs, **saved;       /* (slots, n_stages), or NULL where not owned */
   void **gradients;              /* (slots, 2): boundary gradients, by the stage's parity */
   void *workspace;
-  double *losses;      /* (accumulate) of this rank; pinned, complete when the stream is synchronized */
+  double *losses;      /* (max(accumulate, micro)) of this rank; pinned, complete when the stream is synchronized */
   double *norm_blocks; /* sums of squares on their way from the device; pinned */
   float *logits;       /* (vocabulary), pinned; NULL before the first phx__engine_logits */
   phx__exact_sum norm;
@@ -39,8 +39,9 @@ void phx__engine_destroy(phx__engine *e);
 int64_t phx__engine_samples(const phx__engine *e, int64_t steps);
 /* One optimizer step on the batch of `step` (from 1). */
 phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out, phx_error *err);
-/* Mean loss over `batches` micro-batches per data rank of held-out data. */
-phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t batches, double *loss, phx_error *err);
+/* Mean loss over the tokens of the first `windows` windows of held-out data, or of all where that is 0 or more than
+ * there are: the same digits however ranks and micro-batches divide them.  INFINITY: a loss was not finite. */
+phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows, double *loss, phx_error *err);
 /* One sequence of `length` tokens forward; logits (vocabulary) of the last position, the engine's until the next call.
  */
 phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, const float **logits,

@@ -65,6 +65,8 @@ static phx_status prepare_layout(phx__prepared *p, phx_error *err) {
 /* What the model needs at each stage; the strategy is told what passes between stages. */
 static phx_status prepare_stages(phx__prepared *p, phx_error *err) {
   const uint32_t n = p->model->n_stages;
+  phx_batch_shape one = p->shape;
+  one.micro = 1;
   p->stages = phx__calloc(n, sizeof *p->stages);
   p->boundary = phx__calloc(n, sizeof *p->boundary);
   if (!p->stages || !p->boundary) return phx__fail(err, PHX_NOMEM, "no memory for the plan");
@@ -75,6 +77,10 @@ static phx_status prepare_stages(phx__prepared *p, phx_error *err) {
     if (!status) status = phx__plan_check_stage(p, s, err);
     if (status) return status;
     p->boundary[s] = memory->output;
+    phx_stage_memory alone = {.struct_size = sizeof alone};
+    status = p->model_table->stage_memory(p->config->model.config, &one, s, &alone, err);
+    if (status) return status;
+    p->stages[s].window = phx_align_bytes(alone.output);
   }
   p->topology.boundary_bytes = p->boundary;
   return PHX_OK;
@@ -98,7 +104,8 @@ static void plan_activations(phx__prepared *p) {
   p->token_bytes = phx_align_bytes(2 * (int64_t)sizeof(int32_t) * p->topology.accumulate * p->shape.micro *
                                    p->shape.sequence);
   p->planned[PHX_MEM_BUFFER] += 2 * p->token_bytes; /* on the device, and on their way to it */
-  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->topology.accumulate * (int64_t)sizeof(double));
+  p->loss_slots = p->topology.accumulate > p->shape.micro ? p->topology.accumulate : p->shape.micro;
+  p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->loss_slots * (int64_t)sizeof(double));
   const int64_t blocks = p->model->total_blocks[PHX_FLAT_TRAINABLE];
   p->norm_blocks = blocks < 1 ? 1 : blocks < PHX__NORM_BLOCKS ? blocks : PHX__NORM_BLOCKS;
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->norm_blocks * (int64_t)sizeof(double));

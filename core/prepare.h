@@ -14,6 +14,7 @@ enum { PHX__NORM_BLOCKS = 65536 };
 typedef struct phx__stage_plan {
   phx_stage_memory memory;
   int64_t output, saved; /* bytes really held per slot on this rank; 0 when not owned (or no neighbour is) */
+  int64_t window;        /* bytes of the output of one sequence alone */
 } phx__stage_plan;
 
 typedef struct phx__prepared {
@@ -34,6 +35,7 @@ typedef struct phx__prepared {
   int64_t workspace_bytes;       /* of the model */
   int64_t norm_blocks;           /* sums of squares at once: PHX__NORM_BLOCKS, or the whole model's */
   int64_t token_bytes;           /* tokens and targets of all micro-batches of a step */
+  int64_t loss_slots;            /* of a step's micro-batches, or of the sequences evaluated at once */
   int64_t copy_bytes;            /* for copies of saves in the background, in planned; 0: none, or not known yet */
   int64_t planned[PHX_MEM_KINDS];/* this rank, the device's scratch excluded (known when it is open) */
 } phx__prepared;

@@ -96,6 +96,7 @@ static void say(phx__progress *p, int64_t step, const phx__step_result *r, doubl
   char memory[24], valid[40] = "";
   phx__bytes_text(p->rt->book.now_all, memory);
   if (isfinite(valid_loss)) snprintf(valid, sizeof valid, " | held-out %.4f", valid_loss);
+  else if (!isnan(valid_loss)) snprintf(valid, sizeof valid, " | held-out not finite");
   if (r->skipped) snprintf(valid, sizeof valid, " | not finite: skipped");
   const double rate = (double)p->tokens_per_step / seconds;
   if (!p->terminal) {
@@ -134,7 +135,7 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
   for (int32_t k = 0; k < PHX_MEM_KINDS; k++)
     fprintf(f, "%s\"%s\":%" PRId64, k ? "," : "", phx__memory_name(k), p->rt->book.now[k]);
   fprintf(f, "},\"bytes_sent\":%" PRId64, bytes_sent);
-  if (isfinite(valid_loss)) fprintf(f, ",\"valid_loss\":%.17g", valid_loss);
+  if (!isnan(valid_loss)) put_real(f, "valid_loss", valid_loss);
   if (r->skipped) fprintf(f, ",\"skipped\":true");
   if (hash) fprintf(f, ",\"state_hash\":\"%s\"", hash);
   fprintf(f, "%s}\n", p->extra);
@@ -142,7 +143,7 @@ phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_re
   p->holds_save = false;
   p->last = step;
   if (fflush(f) || ferror(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
-  if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || isfinite(valid_loss) ||
+  if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || !isnan(valid_loss) ||
       r->skipped) {
     say(p, step, r, seconds, valid_loss);
     fflush(stdout);

@@ -110,7 +110,7 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   if (isfinite(r->loss)) cJSON_AddRawToObject(o, "loss", text); /* none when there was no step left to do */
   cJSON_AddNumberToObject(o, "skipped_steps", (double)r->skipped);
   snprintf(text, sizeof text, "%.17g", r->valid_loss);
-  if (isfinite(r->valid_loss)) cJSON_AddRawToObject(o, "valid_loss", text);
+  if (!isnan(r->valid_loss)) cJSON_AddRawToObject(o, "valid_loss", isfinite(r->valid_loss) ? text : "null");
   cJSON_AddStringToObject(o, "state_hash", r->state_hash);
   cJSON_AddNumberToObject(o, "tokens_per_s", r->tokens_per_s);
   cJSON_AddNumberToObject(o, "step_ms", r->step_ms);

@@ -25,7 +25,7 @@ typedef struct phx__save_totals { /* of this process; the stall is of the rank w
 
 typedef struct phx__run_result {
   int64_t steps, skipped;   /* skipped: not finite, without an update */
-  double loss, valid_loss;  /* valid_loss NaN: not asked for */
+  double loss, valid_loss;  /* valid_loss NaN: not asked for; infinite: not finite */
   double tokens_per_s, step_ms; /* median over the steps after the first */
   char state_hash[33];
   phx__rank_report ranks[PHX_RANKS_MAX];

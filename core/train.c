@@ -65,12 +65,7 @@ static phx_status open_data(const phx__config *c, const phx__prepared *p, phx__d
   status = phx__data_check_batch(*train, p->shape.micro, p->topology.accumulate, p->layout.data_size, err);
   if (status) return status;
   if (!c->s.data.valid[0]) return PHX_OK;
-  status = phx__data_open(c->s.data.valid, p->shape.sequence, p->facts.vocabulary, seed, valid, err);
-  if (!status && phx__data_windows(*valid) < p->shape.micro)
-    status =
-        phx__fail(err, PHX_INVALID, "data.valid = %s holds %" PRId64 " sequences, fewer than batch.micro = %" PRId64,
-                  c->s.data.valid, phx__data_windows(*valid), p->shape.micro);
-  return status;
+  return phx__data_open(c->s.data.valid, p->shape.sequence, p->facts.vocabulary, seed, valid, err);
 }
 
 phx_status phx__train_check(const phx__config *config, phx_error *err) {
@@ -160,6 +155,12 @@ static phx_status gather_reports(run *r, phx_error *err) {
                               NULL, err);
 }
 
+static void say_ruined(const run *r, int64_t step) {
+  char text[100];
+  snprintf(text, sizeof text, "the held-out loss after step %" PRId64 " is not finite", step);
+  if (r->job->rank == 0) phx__log(0, "core", PHX_LOG_WARN, text);
+}
+
 /* ---- the loop ---- */
 static phx_status train_step(run *r, int64_t step, phx_error *err) {
   const phx__settings *s = &r->config->s;
@@ -237,7 +238,8 @@ static phx_status tell_step(run *r, phx_error *err) {
   char hash[33];
   phx__state_hash sum;
   phx_status status = PHX_OK;
-  if (validated) status = phx__engine_validate(r->engine, r->valid, s->run.valid_batches, &valid_loss, err);
+  if (validated) status = phx__engine_validate(r->engine, r->valid, s->run.valid_windows, &valid_loss, err);
+  if (!status && isinf(valid_loss)) say_ruined(r, step);
   if (!status && hashed) status = phx__runtime_state_hash(r->rt, &sum, err);
   if (status) return status;
   if (hashed) phx__state_hash_text(sum, hash);

@@ -85,7 +85,7 @@ Test(config, defaults) {
   cr_expect_str_eq(c->s.run.out, "runs/demo");
   cr_expect(c->s.run.ranks == 1 && c->s.run.steps == 200 && c->s.run.seed == 1337 && c->s.run.deterministic == 1);
   cr_expect(c->s.run.timeout == 60 && c->s.run.hash_every == 0 && c->s.run.valid_every == 0);
-  cr_expect(c->s.run.valid_batches == 8 && c->s.run.log_every == 1 && c->s.run.pin == 0);
+  cr_expect(c->s.run.valid_windows == 0 && c->s.run.log_every == 1 && c->s.run.pin == 0);
   cr_expect(c->s.batch.micro == 4 && c->s.batch.accumulate == 1 && c->s.batch.sequence == 256);
   cr_expect(c->s.batch.reduce == PHX_REDUCE_STEP && c->s.batch.total == 0);
   cr_expect(c->s.optimizer.name == 0 && c->s.optimizer.lr == 3e-4 && c->s.optimizer.schedule == 2);

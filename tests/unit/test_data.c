@@ -43,20 +43,17 @@ Test(data, both_formats_are_read) {
     cr_assert_eq(phx__data_open(files[k], 20, 257, 1, &d, &err), PHX_OK, "%s", err.message);
     cr_expect_eq(phx__data_tokens(d), 101);
     cr_expect_eq(phx__data_windows(d), 5);
-    int32_t tokens[40], targets[40];
-    int64_t rows = 0;
-    cr_assert_eq(phx__data_valid_batch(d, 1, 2, tokens, targets, &rows, &err), PHX_OK, "%s", err.message);
-    cr_expect_eq(rows, 2);
-    for (int i = 0; i < 40; i++) {
-      cr_expect_eq(tokens[i], 40 + i);
-      cr_expect_eq(targets[i], 41 + i);
+    int32_t tokens[20], targets[20];
+    for (int64_t window = 1; window < 5; window++) {
+      cr_assert_eq(phx__data_window(d, window, tokens, targets, &err), PHX_OK, "%s", err.message);
+      for (int i = 0; i < 20; i++) {
+        cr_expect_eq(tokens[i], 20 * window + i);
+        cr_expect_eq(targets[i], 20 * window + i + 1);
+      }
     }
-    cr_assert_eq(phx__data_valid_batch(d, 2, 2, tokens, targets, &rows, &err), PHX_OK);
-    cr_expect_eq(rows, 1, "the last batch is short");
-    cr_expect_eq(tokens[0], 80);
+    cr_expect_eq(phx__data_window(d, 5, tokens, targets, &err), PHX_INVALID);
+    cr_expect_eq(phx__data_window(d, -1, tokens, targets, &err), PHX_INVALID);
     cr_expect_eq(targets[19], 100);
-    cr_expect_eq(phx__data_valid_batch(d, 3, 2, tokens, targets, &rows, &err), PHX_INVALID);
-    cr_expect_eq(rows, 1);
     phx__data_close(d);
   }
 }
@@ -129,8 +126,7 @@ Test(data, a_glob_is_sorted_and_windows_stay_inside_files) {
   const int32_t expected[7] = {0, 10, 200, 210, 220, 100, 110};
   for (int64_t i = 0; i < 7; i++) {
     int32_t tokens[10], targets[10];
-    int64_t rows = 0;
-    cr_assert_eq(phx__data_valid_batch(d, i, 1, tokens, targets, &rows, &err), PHX_OK);
+    cr_assert_eq(phx__data_window(d, i, tokens, targets, &err), PHX_OK);
     for (int k = 0; k < 10; k++) {
       cr_expect_eq(tokens[k], (expected[i] + k) % 251);
       cr_expect_eq(targets[k], (expected[i] + k + 1) % 251);
@@ -274,17 +270,16 @@ Test(data, a_file_that_changes_under_a_run_is_an_error) {
   phx__data *d = NULL;
   phx_error err = PHX_ERROR_INIT;
   int32_t tokens[16], targets[16];
-  int64_t rows = 7;
   const char *path = raw_file("a.bin", 101, 0);
   cr_assert_eq(phx__data_open(path, 10, 257, 9, &d, NULL), PHX_OK);
   cr_assert_eq(truncate(path, 150), 0);
-  cr_expect_eq(phx__data_valid_batch(d, 0, 1, tokens, targets, &rows, &err), PHX_OK);
-  cr_expect_eq(phx__data_valid_batch(d, 9, 1, tokens, targets, &rows, &err), PHX_IO);
+  cr_expect_eq(phx__data_window(d, 0, tokens, targets, &err), PHX_OK);
+  cr_expect_eq(phx__data_window(d, 9, tokens, targets, &err), PHX_IO);
   cr_expect(strstr(err.message, "a.bin ends at byte 1") && strstr(err.message, "had 202"), "%s", err.message);
   uint16_t bad[101];
   memset(bad, 0xff, sizeof bad);
   temp_dir_write(&dir, "a.bin", bad, sizeof bad);
-  cr_expect_eq(phx__data_valid_batch(d, 0, 1, tokens, targets, &rows, &err), PHX_IO);
+  cr_expect_eq(phx__data_window(d, 0, tokens, targets, &err), PHX_IO);
   cr_expect(strstr(err.message, "token 65535 at position 0"), "%s", err.message);
   phx__data_close(d);
 }

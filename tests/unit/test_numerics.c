@@ -71,6 +71,19 @@ Test(norm, exact_where_doubles_round) {
   cr_assert_eq(phx__exact_sum_value(&(phx__exact_sum){{0}, 0}), 0.0);
 }
 
+Test(norm, numbers_below_zero_are_subtracted) {
+  const double terms[] = {1.5, -0x1p-60, -3.25, 0x1p80, -0x1p80, 0x1p-1074, 0x1p-60, -0x1p-1074};
+  phx__exact_sum sum = {{0}, 0}, half[2] = {{{0}, 0}, {{0}, 0}};
+  for (size_t i = 0; i < 8; i++) phx__exact_sum_add(&sum, terms[i]), phx__exact_sum_add(&half[i % 2], terms[i]);
+  cr_assert_eq(phx__exact_sum_value(&sum), -1.75);
+  for (int i = 0; i < PHX__SUM_LIMBS; i++) half[0].limbs[i] += half[1].limbs[i];
+  cr_assert_eq(phx__exact_sum_value(&half[0]), -1.75);
+  phx__exact_sum_add(&sum, 1.75 + 0x1p-40);
+  cr_assert_eq(phx__exact_sum_value(&sum), 0x1p-40);
+  phx__exact_sum_add(&sum, -0x1p-40);
+  cr_assert_eq(phx__exact_sum_value(&sum), 0.0);
+}
+
 Test(norm, not_finite_is_flagged) {
   phx__exact_sum sum = {{0}, 0};
   phx__exact_sum_add(&sum, 1.0);

@@ -43,9 +43,8 @@ static int64_t read_tokens(const char *path, int32_t *out) {
   phx_error err = PHX_ERROR_INIT;
   cr_assert_eq(phx__data_open(path, 1, 257, 1, &d, &err), PHX_OK, "%s", err.message);
   const int64_t n = phx__data_tokens(d);
-  int64_t rows = 0;
   for (int64_t i = 0; i + 1 < n; i++)
-    cr_assert_eq(phx__data_valid_batch(d, i, 1, &out[i], &out[i + 1], &rows, &err), PHX_OK);
+    cr_assert_eq(phx__data_window(d, i, &out[i], &out[i + 1], &err), PHX_OK);
   phx__data_close(d);
   return n;
 }
