@@ -89,7 +89,6 @@ Test(run_refusals, token_files) {
   TRAIN("bad.bin has 20 tokens, one sample of sequence = 33 needs 34", DATA);
   mkdir(strcat(strcpy((char[300]){0}, dir), "/folder"), 0755);
   TRAIN("folder is not a regular file", "--set", "data.train=folder");
-  TRAIN("data.valid", "--set", "data.valid=valid.bin", "--set", "batch.micro=200");
   TRAIN("none.bin", "--set", "data.valid=none.bin");
 }
 
