@@ -5,9 +5,11 @@
 #include "cli.h"
 #include "commands.h"
 #include "plan.h"
+#include "room.h"
 #include "status.h"
 
-/* A refusal stands alone: what cannot be planned prints no configuration. */
+/* A refusal stands alone: what cannot be planned prints no configuration.  What is planned and does not fit is printed,
+ * and refused as `train` refuses it. */
 static phx_status print_all(const phx__config *config) {
   phx_error err = PHX_ERROR_INIT;
   char *plan = NULL;
@@ -16,9 +18,12 @@ static phx_status print_all(const phx__config *config) {
   phx_status status = text ? phx__plan_print(config, text, &err)
                            : phx__fail(&err, PHX_NOMEM, "no memory for the plan");
   if (text && (fclose(text) || !plan) && !status) status = phx__fail(&err, PHX_NOMEM, "no memory for the plan");
-  if (status) fprintf(stderr, "phalanx: %s\n", err.message);
   if (!status) phx__config_print(config, stdout, true);
   if (!status) fputs(plan, stdout);
+  phx__room room;
+  phx__room_read("", &room);
+  if (!status) status = phx__room_check(config, &room, &err);
+  if (status) fprintf(stderr, "phalanx: %s\n", err.message);
   free(plan);
   return status;
 }

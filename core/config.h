@@ -23,6 +23,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t drift_every; /* steps; 0: never */
     int64_t max_restarts;
     int32_t elastic;
+    int32_t overcommit;
     int32_t stopped_status; /* 0: status 5, 1: status 0 */
   } run;
   struct {

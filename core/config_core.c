@@ -61,6 +61,7 @@ static const phx_option run_options[] = {
         "Times that a run is started again after a failure, from its latest checkpoint or else from the beginning."),
     BOOL(run, elastic, "no",
          "A restart goes on without the ranks that were lost; batch.accumulate rises to keep the global batch."),
+    BOOL(run, overcommit, "no", "Start a run whose plan takes more memory than is available; no: it is refused."),
     ENUM(run, stopped_status, "5", stopped_choices, 0,
          "Exit status of a run that a signal stopped and whose state is saved; 0 makes it look like one that is done."),
 };

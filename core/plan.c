@@ -7,6 +7,7 @@
 #include "host.h"
 #include "prepare.h"
 #include "progress.h"
+#include "room.h"
 #include "status.h"
 
 typedef struct row {
@@ -50,6 +51,15 @@ static void print_row(const row *r, int32_t last, FILE *out) {
   fprintf(out, " %11s\n", text);
 }
 
+static phx_status print_room(const phx__config *config, FILE *out, phx_error *err) {
+  phx__room room;
+  char text[300];
+  phx__room_read("", &room);
+  const phx_status status = phx__room_say(config, &room, text, sizeof text, err);
+  if (!status && *text) fprintf(out, ";  %s\n", text);
+  return status;
+}
+
 phx_status phx__plan_print(const phx__config *config, FILE *out, phx_error *err) {
   const int32_t size = (int32_t)config->s.run.ranks;
   row now, before;
@@ -69,5 +79,5 @@ phx_status phx__plan_print(const phx__config *config, FILE *out, phx_error *err)
     before = now;
   }
   print_row(&before, size - 1, out);
-  return PHX_OK;
+  return print_room(config, out, err);
 }

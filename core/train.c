@@ -18,6 +18,7 @@
 #include "report.h"
 #include "restart.h"
 #include "resume.h"
+#include "room.h"
 #include "run_dir.h"
 #include "run_lock.h"
 #include "status.h"
@@ -57,6 +58,8 @@ typedef struct run {
 } run;
 
 /* ---- before anything is allocated ---- */
+static bool foreign(void) { return phx__job_is_rank() && !getenv("PHALANX_RANK"); } /* of torchrun, mpirun, srun */
+
 static phx_status open_data(const phx__config *c, const phx__prepared *p, phx__data **train, phx__data **valid,
                             phx_error *err) {
   const uint64_t seed = (uint64_t)c->s.run.seed;
@@ -85,7 +88,9 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
   if (!status && config->s.run.pin == 1 && threads * size > phx__cpus_count())
     status = phx__fail(err, PHX_INVALID, "run.pin = yes: %d ranks x %d threads need %d CPUs, and there are %d", size,
                        threads, threads * size, phx__cpus_count());
-  return status;
+  phx__room room;
+  phx__room_read("", &room);
+  return status ? status : phx__room_check(config, &room, err);
 }
 
 /* ---- measuring ---- */
@@ -382,9 +387,12 @@ static phx_status open_run(run *r, phx_error *err) {
                        "run.max_restarts = %" PRId64 " is for ranks that this command starts; another launcher started "
                        "these: use its restarts, and 0 here",
                        r->config->s.run.max_restarts);
+  phx__room room;
+  phx__room_read("", &room);
+  if (!status && foreign()) status = phx__room_check_rank(r->prepared, &room, r->job->local_size, err);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
-  if (!status && r->job->rank == 0 && phx__job_is_rank() && !getenv("PHALANX_RANK")) {
+  if (!status && r->job->rank == 0 && foreign()) {
     status = phx__run_dir_open(r->config, &r->dir, err);
     if (!status) status = phx__run_dir_begin(r->dir, r->config, r->asked && r->resume.continues, err);
     if (!status) say_start(r->config, r->job->local_size);

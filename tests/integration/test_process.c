@@ -1,5 +1,5 @@
 /* What whoever starts the command gives it: closed descriptors, a reader that leaves, limits of files and of their
- * size.  A run computes the same, or says what is wrong; none ends by a signal. */
+ * size, less memory than the plan takes.  A run computes the same, or says what is wrong; none ends by a signal. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,8 +8,9 @@
 #include "root.h"
 #include "training.h"
 
-#define TINY                                 \
-  "[batch]\nmicro = 1\nsequence = 8\n[model]\nplugin = gpt\nlayers = 1\nheads = 1\nwidth = 8\ncontext = 8\nvocab = 257\n"
+#define TINY                                     \
+  "[batch]\nmicro = 1\nsequence = 8\n[model]\n" \
+  "plugin = gpt\nlayers = 1\nheads = 1\nwidth = 8\ncontext = 8\nvocab = 257\n"
 
 static char *dir;
 static void setup(void) {
@@ -121,5 +122,60 @@ Test(process, many_files) {
   command_result r =
       shell("ulimit -Sn 48; $P train run.ini -n 2 --steps 45 --set data.train=part-*.bin --set run.out=soft");
   cr_expect_eq(r.status, 0, "status %d\n%s", r.status, r.out);
+  command_free(&r);
+}
+
+/* ---- memory: no machine has as much as these take ---- */
+#define HUGE_MODEL "--set model.width=65536 --set model.heads=1024 --set model.layers=96"
+#define HUGE_BATCH "--set batch.micro=1048576 --set batch.accumulate=4"
+
+static void expect_no_room(const char *command, const char *start) {
+  char line[500];
+  snprintf(line, sizeof line, "%s $P %s run.ini " HUGE_MODEL " --set run.out=none", start, command);
+  command_result r = shell(line);
+  cr_expect_eq(r.status, 2, "%s: status %d\n%s", line, r.status, r.out);
+  cr_expect(strstr(r.out, "phalanx:") && strstr(r.out, " takes ") && strstr(r.out, " are available"), "%s", r.out);
+  command_free(&r);
+  r = shell("test -e none");
+  cr_expect_eq(r.status, 1, "%s: the run's directory was made", line);
+  command_free(&r);
+}
+
+Test(process, a_plan_without_room_is_refused) {
+  expect_no_room("train", "");
+  expect_no_room("train -n 2", "");
+  expect_no_room("train", "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 "
+                          "MASTER_PORT=29411 TORCHELASTIC_RUN_ID=room");
+}
+
+/* `check` says the same, with the plan; what it advises fits, and keeps the sequences of a step. */
+Test(process, what_is_advised_has_room) {
+  char line[500];
+  long long micro = 0, accumulate = 0;
+  command_result r = shell("$P check run.ini -n 2 --set model.width=512 " HUGE_BATCH);
+  cr_assert_eq(r.status, 2, "status %d\n%s", r.status, r.out);
+  cr_expect(strstr(r.out, "it does not fit") && strstr(r.out, "; The plan:"), "%s", r.out);
+  const char *advice = strstr(r.out, "are available; batch.micro = ");
+  cr_assert(advice, "%s", r.out);
+  cr_assert_eq(sscanf(advice, "are available; batch.micro = %lld, batch.accumulate = %lld takes", &micro, &accumulate),
+               2);
+  cr_expect_eq(micro * accumulate, 4 * 1048576);
+  command_free(&r);
+  snprintf(line, sizeof line, "$P check run.ini -n 2 --set model.width=512 --set batch.micro=%lld "
+           "--set batch.accumulate=%lld", micro, accumulate);
+  r = shell(line);
+  cr_expect_eq(r.status, 0, "%s: status %d\n%s", line, r.status, r.out);
+  cr_expect(strstr(r.out, ": it fits"), "%s", r.out);
+  command_free(&r);
+  snprintf(line, sizeof line, "$P check run.ini -n 2 --set model.width=512 --set batch.micro=%lld", 4 * micro);
+  r = shell(line);
+  cr_expect_eq(r.status, 2, "four times as many fit, too: %s", r.out);
+  command_free(&r);
+}
+
+Test(process, overcommit_says_it_and_goes_on) {
+  command_result r = shell("$P check run.ini -n 2 --set model.width=512 --set run.overcommit=yes " HUGE_BATCH);
+  cr_expect_eq(r.status, 0, "status %d\n%s", r.status, r.out);
+  cr_expect(strstr(r.out, "warn: the plan of 2 ranks takes"), "%s", r.out);
   command_free(&r);
 }

@@ -8,6 +8,7 @@
 #include "cgroup.h"
 #include "command.h"
 #include "cpus.h"
+#include "room.h"
 
 static char *dir;
 static void setup(void) { cr_assert_not_null(dir = command_temp_dir()); }
@@ -137,4 +138,27 @@ Test(cpus, what_was_remembered_counts) {
   cr_expect_eq(phx__cpus_count(), count);
   phx__cpus_remember();
   cr_expect_eq(phx__cpus_count(), 1);
+}
+
+/* ---- memory ---- */
+static phx__room room(void) {
+  phx__room out;
+  phx__room_read(dir, &out);
+  return out;
+}
+
+Test(cgroup, room_of_a_machine_and_of_a_cgroup) {
+  cr_expect_eq(room().total, 0, "nothing to read");
+  put("proc/meminfo",
+      "MemTotal:       1000 kB\nMemFree: 1 kB\nMemAvailable:    600 kB\nSwapTotal: 90 kB\nSwapFree: 50 kB\n");
+  phx__room r = room();
+  cr_expect(r.total == 1000 << 10 && r.available == 650 << 10 && !r.of_cgroup);
+  version_2("/", "/");
+  put("sys/fs/cgroup/memory.max", "614400\n");
+  put("sys/fs/cgroup/memory.current", "204800\n");
+  r = room();
+  cr_expect(r.total == 614400 && r.available == 409600 && r.of_cgroup);
+  put("sys/fs/cgroup/memory.max", "900000000\n"); /* more than there is */
+  r = room();
+  cr_expect(r.total == 1000 << 10 && r.available == 650 << 10 && !r.of_cgroup);
 }
