@@ -20,7 +20,7 @@ typedef struct phx__arguments {
   phx__override overrides[PHX__OVERRIDES_MOST]; /* in order; later ones win */
   size_t n_overrides;
   char *texts[PHX__OVERRIDES_MOST]; /* owned */
-  char *own_file;           /* owned; or NULL */
+  char *own_file;           /* owned: `file` is the config.ini of a run; or NULL */
 } phx__arguments;
 
 /* FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... and what `accept` adds.  On refusal one

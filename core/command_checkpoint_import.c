@@ -77,9 +77,9 @@ static phx_status fill_manifest(import *in, phx_error *err) {
 }
 
 /* ---- the model: config.json's; a configuration of the target's run must say the same ---- */
-static phx_status load(import *in, const char *path, phx_error *err) {
+static phx_status load(import *in, const char *path, phx_error *err) { /* either names no code of its own */
   static const phx__override one_rank[] = {{"run.ranks=1", "import"}, {"batch.total=0", "import"}};
-  const phx_status status = phx__config_load(path, one_rank, 2, stderr, &in->config);
+  const phx_status status = phx__config_load_found(path, one_rank, 2, stderr, &in->config);
   return status ? phx__fail(err, status, "the model cannot be laid out: see above") : PHX_OK;
 }
 

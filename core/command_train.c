@@ -16,7 +16,9 @@ static phx_status load(const phx__arguments *a, phx__config **config) {
   char *text = NULL;
   size_t bytes = 0;
   FILE *report = phx__job_speaks() ? NULL : open_memstream(&text, &bytes);
-  phx_status status = phx__config_load(a->file, a->overrides, a->n_overrides, report ? report : stderr, config);
+  FILE *out = report ? report : stderr;
+  phx_status status = a->own_file ? phx__config_load_found(a->file, a->overrides, a->n_overrides, out, config)
+                                  : phx__config_load(a->file, a->overrides, a->n_overrides, out, config);
   if (report) fclose(report);
   if (status && text) fputs(text, stderr);
   free(text);

@@ -30,6 +30,7 @@ typedef struct loading {
   size_t n_found;
   const char *excused[8];    /* sections whose keys cannot be judged, because their plugin was refused */
   size_t n_excused;
+  bool found_file;           /* the file comes with data: phx__config_load_found */
   bool strategy_unknown;     /* a strategy's path was refused, so its section's name is not known */
 } loading;
 
@@ -38,6 +39,28 @@ static void add_core_sections(phx__config *config) {
   for (uint32_t i = 0; (table = phx__core_table_at(i)); i++)
     phx__config_add_section(config->priv, table->section, table->options, table->n, sizeof(phx_option), &config->s,
                             NULL, true);
+}
+
+/* Somebody else may have written the file, and put the plugin beside it: unpacked, both are the user's own. */
+static bool comes_with_data(const loading *l, const phx__setting *s) {
+  return l->found_file && s->entry && !s->entry->flag;
+}
+
+/* [plugins] of a file that comes with data, unless the user pins what may be loaded. */
+static void judge_paths(loading *l) {
+  phx__settings *s = &l->config->s;
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  phx__setting *path = phx__config_setting(p, "plugins", "path"), *pin = phx__config_setting(p, "plugins", "pin");
+  if (comes_with_data(l, pin)) pin->value.s = s->plugins.pin = "";
+  if (comes_with_data(l, path) && *s->plugins.path && !*s->plugins.pin) {
+    phx__config_warn(p, path->entry,
+                     "[plugins] path = %s is not followed: this file comes with a run.  Where its plugins are needed and "
+                     "trusted, give it yourself: --set plugins.path, or PHALANX_PLUGIN_PATH", s->plugins.path);
+    path->value.s = s->plugins.path = "";
+  }
+  if (phx__loader_guard(s->plugins.path, strchr(s->run.strategy, '/') ? s->run.strategy : NULL, s->plugins.pin, &err))
+    phx__config_error(p, pin->entry, "%s", err.message);
 }
 
 /* false: it is not known which plugins there are, so nothing can be said about their sections. */
@@ -151,6 +174,12 @@ static void select_plugin(loading *l, uint32_t kind, const char *section, const 
   const phx__plugin *plugin = NULL;
   phx__setting *setting = phx__config_setting(p, section, key);
   if (setting->bad) goto refused;
+  if (strchr(*wish, '/') && comes_with_data(l, setting) && !*l->config->s.plugins.pin) {
+    phx__config_error(p, setting->entry,
+                      "[%s] %s = %s names code by its path, and this file comes with a run.  If you trust it: "
+                      "--set %s.%s=%s, or its SHA-256 in plugins.pin", section, key, *wish, section, key, *wish);
+    goto refused;
+  }
   if (choose && strcmp(*wish, "auto") == 0) {
     setting->was_auto = true;
     setting->value.s = *wish = choose(l);
@@ -236,6 +265,10 @@ static void add_overridden_strategies(loading *l) {
     const phx__plugin *plugin = NULL;
     if (strcmp(e->section, "run") || strcmp(e->key, "strategy") || !strchr(e->value, '/')) continue;
     if (strcmp(e->value, l->config->s.run.strategy) == 0) continue;
+    if (l->found_file && !e->flag) {
+      l->strategy_unknown = true;
+      continue;
+    }
     if (phx__loader_open(l->search, PHX_KIND_STRATEGY, e->value, &plugin, &err) != PHX_OK) l->strategy_unknown = true;
     else if (!phx__config_section(p, plugin->descriptor->id, NULL)) add_plugin_section(l, plugin, false);
   }
@@ -266,6 +299,7 @@ static void fill(loading *l) {
   phx__config *c = l->config;
   add_core_sections(c);
   if (c->priv->oom) return;
+  judge_paths(l);
   if (list_plugins(l)) select_plugins(l);
   else resolve_deterministic(l);
   if (c->priv->oom) return;
@@ -276,8 +310,8 @@ static void fill(loading *l) {
   phx__config_check_together(c);
 }
 
-phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
-                            phx__config **out) {
+static phx_status load(const char *path, const phx__override *overrides, size_t n, FILE *report, bool found,
+                       phx__config **out) {
   phx_error err = PHX_ERROR_INIT;
   phx_status status = PHX_NOMEM;
   *out = NULL;
@@ -297,7 +331,7 @@ phx_status phx__config_load(const char *path, const phx__override *overrides, si
     }
     for (size_t i = 0; i < n && !p->oom; i++) phx__config_add_override(p, &overrides[i]);
   }
-  loading l = {.config = config};
+  loading l = {.config = config, .found_file = found};
   if (!p->oom) fill(&l);
   phx__free(l.found);
   phx__config_report(p, report);
@@ -309,6 +343,16 @@ phx_status phx__config_load(const char *path, const phx__override *overrides, si
 done:
   phx__config_free(config);
   return status;
+}
+
+phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
+                            phx__config **out) {
+  return load(path, overrides, n, report, false, out);
+}
+
+phx_status phx__config_load_found(const char *path, const phx__override *overrides, size_t n, FILE *report,
+                                  phx__config **out) {
+  return load(path, overrides, n, report, true, out);
 }
 
 void phx__config_free(phx__config *config) {

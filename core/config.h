@@ -61,7 +61,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t copy;          /* bytes per rank; -1: auto */
   } checkpoint;
   struct {
-    const char *path;
+    const char *path, *pin;
   } plugins;
 } phx__settings;
 
@@ -87,6 +87,10 @@ typedef struct phx__override {
  * has been printed to `report` (one line each, "file:line: ..."), and PHX_INVALID or PHX_UNSUPPORTED is returned. */
 phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
                             phx__config **out);
+/* The same of a file that comes with data (a run's own config.ini): it names no code.  Of it [plugins] path and pin, and
+ * a strategy's path, do not count; what an override says does.  A strategy's path is refused, unless overridden. */
+phx_status phx__config_load_found(const char *path, const phx__override *overrides, size_t n, FILE *report,
+                                  phx__config **out);
 void phx__config_free(phx__config *config);
 /* 64-bit hash of everything that must be equal on all ranks: values not PER_RANK, plugin ids, versions, file hashes. */
 uint64_t phx__config_hash(const phx__config *config);

@@ -120,6 +120,8 @@ static const phx_option checkpoint_options[] = {
 };
 static const phx_option plugins_options[] = {
     STRING(plugins, path, "", PHX_OPTF_PER_RANK, "Absolute directories of plugins, colon-separated, searched first."),
+    STRING(plugins, pin, "", PHX_OPTF_PER_RANK,
+           "SHA-256 sums, comma-separated: only these files are loaded from path, and as the path of a strategy."),
 };
 
 #define TABLE(section) \

@@ -5,6 +5,9 @@
  * each other), RTLD_NODELETE (nothing is ever unmapped), and dlerror's text is kept.  libltdl knows a module by its
  * path string: it is always given a real path that ends in .so, so a stray .la file is never read.
  *
+ * A file is opened once: what is trusted and hashed is that open file, and after it was loaded its path must still lead
+ * to it, unchanged.
+ *
  * Invariant: what is in `loaded` was checked whole; a plugin stays for the life of the process.  [main] only: libltdl
  * is not thread-safe. */
 #include "loader.h"
@@ -18,6 +21,7 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <ltdl.h>
 #include <stdio.h>
@@ -28,9 +32,15 @@
 
 typedef struct loaded_plugin {
   phx__plugin plugin;
+  int fd;           /* until it is identified, else -1 */
+  struct stat info; /* when it was loaded */
   struct loaded_plugin *next;
 } loaded_plugin;
 static loaded_plugin *loaded;
+
+static struct { /* what a configuration names by path, and what of it may be loaded: phx__loader_guard */
+  char *directories, *file, *pins;
+} guard;
 
 static char dlopen_error[400]; /* of the last failed open, one line */
 
@@ -106,17 +116,88 @@ static phx_status check(const phx_plugin *descriptor, uint32_t kind, const char 
   return status == PHX_OK ? PHX_OK : phx__fail(err, status, "%s: %s", path, reason.message);
 }
 
+/* ---- pins ---- */
+static bool lies_in(const char *path, const char *directories) {
+  char one[PATH_MAX], real[PATH_MAX];
+  const char *slash = strrchr(path, '/');
+  for (const char *at = directories; at && *at;) {
+    const size_t n = strcspn(at, ":");
+    snprintf(one, sizeof one, "%.*s", (int)n, at);
+    if (n < sizeof one && realpath(one, real) && strlen(real) == (size_t)(slash - path) &&
+        !strncmp(real, path, (size_t)(slash - path)))
+      return true;
+    at += n + (at[n] == ':');
+  }
+  return false;
+}
+
+static bool is_pinned(const char *sha256) {
+  for (const char *at = guard.pins; at && *at;) {
+    const size_t n = strcspn(at, ", ");
+    if (n == 64 && !strncasecmp(at, sha256, 64)) return true;
+    at += n;
+    at += strspn(at, ", ");
+  }
+  return false;
+}
+
+/* Before any code of it runs. */
+static phx_status check_pin(const loaded_plugin *mine, const char *path, phx_error *err) {
+  char sha256[65], real[PATH_MAX];
+  if (!guard.pins) return PHX_OK;
+  const bool named = guard.file && realpath(guard.file, real) && !strcmp(real, path);
+  if (!named && !lies_in(path, guard.directories)) return PHX_OK;
+  const phx_status status = phx__sha256_fd(mine->fd, path, sha256, err);
+  if (status || is_pinned(sha256)) return status;
+  return phx__fail(err, PHX_INVALID, "%s has the SHA-256 %s, which is not in [plugins] pin: refused", path, sha256);
+}
+
+static char *copy_of(const char *text, bool *lost) {
+  char *copy = text && *text ? phx__strdup(text) : NULL;
+  *lost = *lost || (text && *text && !copy);
+  return copy;
+}
+
+phx_status phx__loader_guard(const char *directories, const char *file, const char *pins, phx_error *err) {
+  bool lost = false;
+  phx__free(guard.directories);
+  phx__free(guard.file);
+  phx__free(guard.pins);
+  guard.directories = copy_of(directories, &lost);
+  guard.file = copy_of(file, &lost);
+  guard.pins = copy_of(pins, &lost);
+  return lost ? phx__fail(err, PHX_NOMEM, "no memory for [plugins] pin") : PHX_OK;
+}
+
+/* ---- loading ---- */
+static bool unchanged(const loaded_plugin *mine, const char *path) {
+  struct stat now;
+  return !stat(path, &now) && now.st_dev == mine->info.st_dev && now.st_ino == mine->info.st_ino &&
+         now.st_size == mine->info.st_size && now.st_mtim.tv_sec == mine->info.st_mtim.tv_sec &&
+         now.st_mtim.tv_nsec == mine->info.st_mtim.tv_nsec;
+}
+
 static phx_status load(const char *path, uint32_t kind, const char *name, const phx__plugin **out, phx_error *err) {
   phx_plugin_entry *entry = NULL;
   phx_status status;
   loaded_plugin *mine = phx__calloc(1, sizeof *mine);
   if (!mine) return phx__fail(err, PHX_NOMEM, "out of memory");
-  PHX__TRY(phx__file_trusted(path, err));
+  mine->fd = phx__sys.open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK, 0);
+  if (mine->fd < 0) {
+    status = phx__fail_errno(err, PHX_INVALID, errno, "%s", path);
+    goto done;
+  }
+  PHX__TRY(phx__file_trusted(mine->fd, path, &mine->info, err));
+  PHX__TRY(check_pin(mine, path, err));
   PHX__TRY(ltdl_start(err));
   snprintf(dlopen_error, sizeof dlopen_error, "libltdl gives no reason");
   lt_dlhandle module = lt_dlopen(path);
   if (!module) {
     status = phx__fail(err, PHX_INVALID, "%s cannot be loaded: %s", path, dlopen_error);
+    goto done;
+  }
+  if (!unchanged(mine, path)) {
+    status = phx__fail(err, PHX_INVALID, "%s changed while it was loaded: refused", path);
     goto done;
   }
   PHX__TRY(find_entry(module, path, &entry, err));
@@ -129,6 +210,7 @@ static phx_status load(const char *path, uint32_t kind, const char *name, const 
   *out = &mine->plugin;
   mine = NULL;
 done:
+  if (mine && mine->fd >= 0) phx__sys.close(mine->fd);
   phx__free(mine);
   return status;
 }
@@ -140,7 +222,7 @@ phx_status phx__loader_open_file(uint32_t kind, const char *path, const char *na
   if (length < 4 || strcmp(path + length - 3, ".so") != 0)
     return phx__fail(err, PHX_INVALID, "%s: the path of a plugin must end in .so", path);
   if (!realpath(path, real)) return phx__fail_errno(err, PHX_INVALID, errno, "plugin %s", path);
-  phx_status trusted = phx__file_trusted(path, err); /* a link's own directory too, not only what it leads to */
+  phx_status trusted = phx__path_trusted(path, err); /* each link's directory too, not only what it leads to */
   if (trusted != PHX_OK) return trusted;
   length = strlen(real);
   if (length < 4 || strcmp(real + length - 3, ".so") != 0)
@@ -177,7 +259,19 @@ static phx_status not_found(const char *search, uint32_t kind, const char *name,
 phx_status phx__loader_identify(const phx__plugin *plugin, phx_error *err) {
   loaded_plugin *mine = loaded;
   while (&mine->plugin != plugin) mine = mine->next; /* what callers hold is in the list */
-  return mine->plugin.sha256[0] ? PHX_OK : phx__sha256_file(mine->plugin.path, mine->plugin.sha256, err);
+  if (mine->plugin.sha256[0]) return PHX_OK;
+  struct stat now;
+  phx_status status = phx__sha256_fd(mine->fd, mine->plugin.path, mine->plugin.sha256, err);
+  if (!status && (phx__sys.fstat(mine->fd, &now) || now.st_size != mine->info.st_size ||
+                  now.st_mtim.tv_sec != mine->info.st_mtim.tv_sec || now.st_mtim.tv_nsec != mine->info.st_mtim.tv_nsec))
+    status = phx__fail(err, PHX_INVALID, "%s changed since it was loaded: refused", mine->plugin.path);
+  if (status) {
+    mine->plugin.sha256[0] = 0;
+    return status;
+  }
+  phx__sys.close(mine->fd);
+  mine->fd = -1;
+  return PHX_OK;
 }
 
 static phx_status find_and_open(const char *search, uint32_t kind, const char *name, const phx__plugin **out,

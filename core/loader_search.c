@@ -1,8 +1,8 @@
-/* core/loader_search.c - where plugins are looked for, and which files may be trusted.  Loads nothing.
+/* core/loader_search.c - where plugins are looked for.  Loads nothing; which files may be trusted: loader_trust.c.
  *
  * In order: [plugins] path, PHALANX_PLUGIN_PATH (unless AT_SECURE), beside the directory of the command ../lib/phalanx,
- * ../lib64/phalanx and ../lib/<multiarch>/phalanx, and the compiled-in directory.  Never the working directory, LD_LIBRARY_PATH or LTDL_LIBRARY_PATH.  A file or directory that
- * others may write to, or that neither root nor the user owns, is refused: a guard against accidents, not a sandbox.
+ * ../lib64/phalanx and ../lib/<multiarch>/phalanx, and the compiled-in directory.  Never the working directory,
+ * LD_LIBRARY_PATH or LTDL_LIBRARY_PATH.
  * [main] only, no state. */
 #include "loader_search.h"
 #include "option.h"
@@ -84,34 +84,6 @@ done:
 void phx__search_close(phx__search *search) {
   for (size_t i = 0; i < search->n; i++) phx__free(search->directories[i]);
   search->n = 0;
-}
-
-static phx_status check_mode(const char *what, const char *path, const struct stat *info, phx_error *err) {
-  bool group_is_ours = info->st_gid == 0 || info->st_gid == getegid();
-  if (info->st_uid != 0 && info->st_uid != geteuid())
-    return phx__fail(err, PHX_INVALID, "%s %s belongs to user %ld, neither to root nor to you: refused", what, path,
-                     (long)info->st_uid);
-  if ((info->st_mode & S_IWOTH) || ((info->st_mode & S_IWGRP) && !group_is_ours))
-    return phx__fail(err, PHX_INVALID, "%s %s can be written by others (mode %03o): refused; chmod o-w,g-w it", what,
-                     path, (unsigned)(info->st_mode & 0777));
-  return PHX_OK;
-}
-
-phx_status phx__file_trusted(const char *path, phx_error *err) {
-  char directory[PATH_MAX];
-  struct stat info;
-  phx_status status;
-  if (stat(path, &info) != 0) return phx__fail_errno(err, PHX_INVALID, errno, "%s", path);
-  if (!S_ISREG(info.st_mode)) return phx__fail(err, PHX_INVALID, "%s is not a regular file", path);
-  PHX__TRY(check_mode("the file", path, &info, err));
-  snprintf(directory, sizeof directory, "%s", path);
-  char *slash = strrchr(directory, '/');
-  if (!slash) snprintf(directory, sizeof directory, ".");
-  if (slash) slash[slash == directory] = 0;
-  if (stat(directory, &info) != 0) return phx__fail_errno(err, PHX_INVALID, errno, "%s", directory);
-  PHX__TRY(check_mode("the directory", directory, &info, err));
-done:
-  return status;
 }
 
 /* phx_<kind>_<name>.so -> kind and name; 0: not a plugin's file name. */

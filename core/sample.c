@@ -125,7 +125,7 @@ int phx__sample(const phx__sample_options *o) {
   phx__config *config = NULL;
   setenv("PHALANX_LOG", "warn", 0); /* the text is what is wanted */
   snprintf(path, sizeof path, "%s/config.ini", o->run_dir);
-  if (phx__config_load(path, one_rank, sizeof one_rank / sizeof *one_rank, stderr, &config)) return PHX__EXIT_REFUSED;
+  if (phx__config_load_found(path, one_rank, sizeof one_rank / sizeof *one_rank, stderr, &config)) return PHX__EXIT_REFUSED;
   const int exit_status = open_and_generate(config, o, &err);
   phx__config_free(config);
   if (exit_status) fprintf(stderr, "phalanx: %s\n", err.message);

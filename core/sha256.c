@@ -85,23 +85,26 @@ void phx__sha256_end_bytes(phx__sha256 *hash, uint8_t digest[32]) {
   for (unsigned i = 0; i < 32; i++) digest[i] = (uint8_t)(hash->state[i / 4] >> (24 - 8 * (i % 4)));
 }
 
-phx_status phx__sha256_file(const char *path, char hex[65], phx_error *err) {
+phx_status phx__sha256_fd(int fd, const char *path, char hex[65], phx_error *err) {
   phx__sha256 hash;
   unsigned char buffer[16384];
   ssize_t got;
-  int fd = phx__sys.open(path, O_RDONLY, 0);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "%s cannot be opened", path);
+  off_t at = 0;
   phx__sha256_begin(&hash);
-  while ((got = phx__sys.read(fd, buffer, sizeof buffer)) != 0) {
+  while ((got = phx__sys.pread(fd, buffer, sizeof buffer, at)) != 0) {
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) {
-      int cause = errno;
-      phx__sys.close(fd);
-      return phx__fail_errno(err, PHX_IO, cause, "%s cannot be read", path);
-    }
+    if (got < 0) return phx__fail_errno(err, PHX_IO, errno, "%s cannot be read", path);
     phx__sha256_add(&hash, buffer, (size_t)got);
+    at += got;
   }
-  phx__sys.close(fd);
   phx__sha256_end(&hash, hex);
   return PHX_OK;
+}
+
+phx_status phx__sha256_file(const char *path, char hex[65], phx_error *err) {
+  const int fd = phx__sys.open(path, O_RDONLY, 0);
+  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "%s cannot be opened", path);
+  const phx_status status = phx__sha256_fd(fd, path, hex, err);
+  phx__sys.close(fd);
+  return status;
 }

@@ -14,6 +14,8 @@ void phx__sha256_begin(phx__sha256 *hash);
 void phx__sha256_add(phx__sha256 *hash, const void *data, size_t bytes);
 void phx__sha256_end(phx__sha256 *hash, char hex[65]);
 void phx__sha256_end_bytes(phx__sha256 *hash, uint8_t digest[32]);
+/* Of a whole file that is open; path: for messages. */
+phx_status phx__sha256_fd(int fd, const char *path, char hex[65], phx_error *err);
 /* Of a whole file. */
 phx_status phx__sha256_file(const char *path, char hex[65], phx_error *err);
 #endif

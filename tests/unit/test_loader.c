@@ -9,6 +9,7 @@
 #include "loader.h"
 #include "nearest.h"
 #include "option.h"
+#include "sha256.h"
 #include "status.h"
 #include "sys.h"
 
@@ -148,6 +149,78 @@ Test(loader, directory_writable_by_others, .init = copy_plugin, .fini = remove_c
   expect_refused(search, PHX_KIND_STRATEGY, "fsdp", "the directory");
   chmod(directory, 01777);
   expect_refused(directory, PHX_KIND_STRATEGY, "fsdp", "can be written by others");
+}
+
+/* A directory further up, which others may rename: they could put their own in its place.  /tmp may stand there. */
+Test(loader, a_directory_above_is_looked_at, .init = copy_plugin, .fini = remove_copy) {
+  char inner[128], command[400];
+  snprintf(inner, sizeof inner, "%s/inner", directory);
+  snprintf(command, sizeof command, "mkdir %s && mv %s %s", inner, copy, inner);
+  cr_assert_eq(system(command), 0);
+  chmod(directory, 0777);
+  expect_refused(inner, PHX_KIND_STRATEGY, "fsdp", "can be written by others");
+  chmod(directory, 01777);
+  expect_open(inner, PHX_KIND_STRATEGY, "fsdp");
+}
+
+/* Each link's own directory, not only the first's and the last's. */
+Test(loader, a_chain_of_links, .init = copy_plugin, .fini = remove_copy) {
+  char command[900], first[128];
+  snprintf(first, sizeof first, "%s/first.so", directory);
+  snprintf(command, sizeof command, "cd %s && mkdir open && ln -s ../phx_strategy_fsdp.so open/second.so && "
+           "ln -s open/second.so first.so", directory);
+  cr_assert_eq(system(command), 0);
+  snprintf(command, sizeof command, "%s/open", directory);
+  chmod(command, 0777);
+  const phx__plugin *plugin = NULL;
+  phx_error err = PHX_ERROR_INIT;
+  cr_assert_neq(phx__loader_open(NULL, PHX_KIND_STRATEGY, first, &plugin, &err), PHX_OK);
+  cr_assert(strstr(err.message, "/open can be written by others"), "%s", err.message);
+  chmod(command, 0755);
+  cr_assert_eq(phx__loader_open(NULL, PHX_KIND_STRATEGY, first, &plugin, &err), PHX_OK, "%s", err.message);
+}
+
+/* A group that we are in has other members. */
+Test(loader, group_writable, .init = copy_plugin, .fini = remove_copy) {
+  if (geteuid() != 0) cr_skip("only root can give a file to another group");
+  cr_assert_eq(chown(copy, (uid_t)-1, 12345), 0);
+  chmod(copy, 0775);
+  cr_assert_eq(setegid(12345), 0);
+  expect_refused(directory, PHX_KIND_STRATEGY, "fsdp", "can be written by others (mode 775)");
+  cr_assert_eq(setegid(0), 0);
+  chmod(copy, 0755);
+  expect_open(directory, PHX_KIND_STRATEGY, "fsdp");
+}
+
+/* Another file takes the name between the check and the load. */
+static int (*real_fstat)(int fd, struct stat *out);
+static int swapping_fstat(int fd, struct stat *out) {
+  char command[800];
+  snprintf(command, sizeof command, "cp %s %s.new && mv %s.new %s", copy, copy, copy, copy);
+  if (system(command) != 0) abort();
+  return real_fstat(fd, out);
+}
+Test(loader, what_was_checked_is_what_is_loaded, .init = copy_plugin, .fini = remove_copy) {
+  real_fstat = phx__sys.fstat;
+  phx__sys.fstat = swapping_fstat;
+  expect_refused(directory, PHX_KIND_STRATEGY, "fsdp", "changed while it was loaded");
+  phx__sys.fstat = real_fstat;
+}
+
+Test(loader, pins, .init = copy_plugin, .fini = remove_copy) {
+  static const char *const none = "0000000000000000000000000000000000000000000000000000000000000000";
+  char sha256[65], both[200];
+  phx_error err = PHX_ERROR_INIT;
+  cr_assert_eq(phx__sha256_file(copy, sha256, &err), PHX_OK);
+  cr_assert_eq(phx__loader_guard(directory, NULL, none, &err), PHX_OK);
+  expect_refused(directory, PHX_KIND_STRATEGY, "fsdp", sha256);
+  expect_open(directory, PHX_KIND_DEVICE, "cpu"); /* from elsewhere */
+  cr_assert_eq(phx__loader_guard(NULL, copy, none, &err), PHX_OK);
+  expect_refused(NULL, PHX_KIND_STRATEGY, copy, sha256);
+  snprintf(both, sizeof both, "%s, %s", none, sha256);
+  cr_assert_eq(phx__loader_guard(directory, copy, both, &err), PHX_OK);
+  expect_open(directory, PHX_KIND_STRATEGY, "fsdp");
+  cr_assert_eq(phx__loader_guard(NULL, NULL, NULL, &err), PHX_OK);
 }
 
 Test(loader, owner, .init = copy_plugin, .fini = remove_copy) {

@@ -1,0 +1,77 @@
+/* Opening a run that somebody else made runs no code of theirs: its config.ini may name plugins by id only, unless the
+ * user names the path or pins the file. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "root.h"
+#include "status.h"
+#include "training.h"
+
+static const char tiny[] = "[checkpoint]\nevery = 2\n[batch]\nmicro = 1\nsequence = 9\n"
+                           "[model]\nplugin = gpt\nlayers = 1\nheads = 2\nwidth = 18\ncontext = 9\nvocab = 257\n";
+
+static void expect(command_result r, int status, const char *text) {
+  cr_assert_eq(r.status, status, "status %d instead of %d:\n%s", r.status, status, r.out);
+  cr_assert(!text || strstr(r.out, text), "no '%s' in:\n%s", text, r.out);
+  command_free(&r);
+}
+
+/* A whole run in DIR/out. */
+static char *make_run(void) {
+  char *dir = command_temp_dir();
+  training_files(dir, tiny);
+  expect(RUN(dir, 60, "train", "run.ini", "-n", "1", "--set", "run.steps=4"), 0, NULL);
+  return dir;
+}
+
+static void set_value(const char *dir, const char *key, const char *value) {
+  char line[2048];
+  snprintf(line, sizeof line, "sed -i 's|^%s = .*|%s = %s|' %s/out/config.ini && grep -q '^%s = %s' %s/out/config.ini",
+           key, key, value, dir, key, value, dir);
+  cr_assert_eq(system(line), 0);
+}
+
+/* Its constructor ends the process: nothing that loads it goes on. */
+Test(found_config, a_strategy_by_its_path, .timeout = 60) {
+  char *dir = make_run(), hostile[512];
+  snprintf(hostile, sizeof hostile, "%s/phx_strategy_crash.so", test_path("lib/phalanx-test/broken"));
+  set_value(dir, "strategy", hostile);
+  expect(RUN(dir, 60, "sample", "out", "--tokens", "4"), 0, NULL);
+  expect(RUN(dir, 60, "train", "--resume", "out"), 2, "comes with a run");
+  expect(RUN(dir, 60, "train", "--resume", "out", "--strategy", "ddp", "-n", "1", "--steps", "6"), 0, NULL);
+  command_remove_dir(dir);
+}
+
+/* A plugin of an installed name, in a directory that would be searched first. */
+Test(found_config, a_directory_of_plugins, .timeout = 60) {
+  char *dir = make_run(), theirs[512], line[2048];
+  snprintf(theirs, sizeof theirs, "%s/out/theirs", dir);
+  snprintf(line, sizeof line, "mkdir %s && for name in device_cpu comm_shm strategy_ddp model_gpt; do "
+           "cp %s/phx_strategy_crash.so %s/phx_$name.so; done", theirs, test_path("lib/phalanx-test/broken"), theirs);
+  cr_assert_eq(system(line), 0);
+  set_value(dir, "path", theirs);
+  expect(RUN(dir, 60, "sample", "out", "--tokens", "4"), 0, "is not followed");
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), 0, "is not followed");
+  command_remove_dir(dir);
+}
+
+/* The user's own words count: the path, or the sum of the file. */
+Test(found_config, what_the_user_names_is_loaded, .timeout = 90) {
+  char *dir = command_temp_dir(), path[512], pin[128], wrong[128];
+  snprintf(path, sizeof path, "%s/phx_strategy_fsdp.so", test_path("lib/phalanx"));
+  training_files(dir, tiny);
+  expect(RUN(dir, 60, "train", "run.ini", "-n", "1", "--strategy", path, "--set", "run.steps=4"), 0, NULL);
+  cJSON *run = training_json(dir, "out/run.json");
+  snprintf(pin, sizeof pin, "plugins.pin=%s", training_get(run, "plugins.strategy.sha256")->valuestring);
+  cJSON_Delete(run);
+  memcpy(wrong, pin, sizeof pin);
+  wrong[20] = wrong[20] == '0' ? '1' : '0';
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), 2, "comes with a run");
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6", "--set", wrong), 2, "is not in [plugins] pin");
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6", "--set", pin), 0, NULL);
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8"), 2, "comes with a run"); /* the pin was printed, too */
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8", "--strategy", path), 0, NULL);
+  command_remove_dir(dir);
+}
