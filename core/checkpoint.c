@@ -18,6 +18,7 @@
 
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
+#include "disk_room.h"
 #include "manifest.h"
 #include "run_lock.h"
 #include "state_io.h"
@@ -132,6 +133,9 @@ static phx_status make_part(phx__save *s, uint64_t *nonce, phx_error *err) {
   if (!status) status = phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err);
   if (!status) status = phx__dir_make(dir, err);
   if (!status) status = phx__checkpoint_sweep(s->run_dir, &swept, err);
+  if (!status)
+    status = phx__disk_room_for(s->run_dir, phx__checkpoint_bytes(s->rt->prepared->model, &s->rt->config->s),
+                           "a checkpoint", err);
   if (!status && getrandom(nonce, sizeof *nonce, 0) != (ssize_t)sizeof *nonce)
     status = phx__fail_errno(err, PHX_IO, errno, "no random number for the name of a checkpoint");
   return status;

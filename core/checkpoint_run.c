@@ -72,6 +72,7 @@ static void tell(phx__checkpoints *c, const phx__save_report *r, bool background
   phx__save_totals *t = &c->totals;
   const double rate = r->seconds > 0 ? (double)r->bytes / r->seconds / 1e6 : 0;
   t->saves++;
+  c->failures = 0;
   t->bytes += r->bytes;
   t->stall += r->stall;
   t->seconds += r->seconds;
@@ -95,10 +96,28 @@ static void tell(phx__checkpoints *c, const phx__save_report *r, bool background
   phx__progress_save(c->progress, member);
 }
 
-static void tell_failure(phx__checkpoints *c, int64_t step, const char *why) {
+static bool too_many(const phx__checkpoints *c) {
+  const int64_t most = c->rt->config->s.checkpoint.max_failures;
+  return most > 0 && c->failures >= most;
+}
+
+static void tell_failure(phx__checkpoints *c, int64_t step, const phx_error *why) {
   c->totals.failed++;
-  say(c, PHX_LOG_WARN, "step %" PRId64 " was not saved: %s; training goes on, and %s", step, why,
-      c->saved ? "the checkpoint before stays the newest" : "there is none yet");
+  c->failures++;
+  c->why = *why;
+  say(c, PHX_LOG_WARN, "step %" PRId64 " was not saved: %s; %s%s", step, why->message,
+      too_many(c) ? "" : "training goes on, and ",
+      c->saved ? "the checkpoint before stays the newest" : "there is no checkpoint yet");
+}
+
+phx_status phx__checkpoints_given_up(const phx__checkpoints *c, phx_error *err) {
+  char newest[64] = "there is no checkpoint";
+  if (!too_many(c)) return PHX_OK;
+  if (c->saved) snprintf(newest, sizeof newest, "the newest checkpoint is of step %" PRId64, c->saved);
+  return phx__fail(err, PHX_IO,
+                   "%" PRId64 " saves in a row failed (checkpoint.max_failures), the last with: %.250s; %s: make room, "
+                   "and go on from it with --resume",
+                   c->failures, c->why.message, newest);
 }
 
 /* What became of the save in flight: a failure is no reason to stop, but ranks that cannot meet are. */
@@ -106,7 +125,7 @@ static phx_status ended(phx__checkpoints *c, phx_status status, const phx__save_
                         phx_error *err) {
   if (status == PHX_COMM) return phx__fail(err, status, "%s", why->message);
   if (status) {
-    tell_failure(c, c->at.step, why->message);
+    tell_failure(c, c->at.step, why);
     return PHX_OK;
   }
   c->saved = c->at.step;
@@ -160,6 +179,6 @@ phx_status phx__checkpoints_save(phx__checkpoints *c, const phx__position *at, b
   status = c->saver && !last ? phx__saver_begin(c->saver, at, &why) : save_now(c, &why);
   if (!status) return PHX_OK;
   if (last || status == PHX_COMM) return phx__fail(err, status, "%s", why.message);
-  tell_failure(c, at->step, why.message);
+  tell_failure(c, at->step, &why);
   return PHX_OK;
 }

@@ -13,6 +13,8 @@ typedef struct phx__checkpoints {
   phx__retention retention;
   phx__position at; /* of the save in flight */
   int64_t saved;    /* the step of the newest checkpoint, or 0 */
+  int64_t failures; /* saves in a row that failed */
+  phx_error why;    /* the last of them did */
   phx__save_totals totals;
 } phx__checkpoints;
 
@@ -27,6 +29,8 @@ phx_status phx__checkpoints_meet(phx__checkpoints *c, int *stop, phx_error *err)
 /* After a whole step: saved in the background where that can be, and waited for when it is the `last` thing this run
  * does.  A failure is a warning while training goes on, and an error where nothing comes after it. */
 phx_status phx__checkpoints_save(phx__checkpoints *c, const phx__position *at, bool last, phx_error *err);
+/* PHX_IO: checkpoint.max_failures saves in a row failed, and the run stops.  The same on all ranks. */
+phx_status phx__checkpoints_given_up(const phx__checkpoints *c, phx_error *err);
 /* One line on rank 0's screen. */
 void phx__checkpoints_say(int32_t rank, int32_t level, const char *format, ...) __attribute__((format(printf, 3, 4)));
 #endif

@@ -59,6 +59,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t keep_every;    /* steps; 0: none */
     int32_t background;
     int64_t copy;          /* bytes per rank; -1: auto */
+    int64_t max_failures;  /* saves in a row; 0: no limit */
   } checkpoint;
   struct {
     const char *path, *pin;

@@ -117,6 +117,8 @@ static const phx_option checkpoint_options[] = {
     BYTES(checkpoint, copy, "auto", PHX_OPTF_AUTO,
           "Memory per rank for what an update changes before it is written; auto: all that the rank writes.  An update "
           "waits for the writer where it is too small."),
+    INT(checkpoint, max_failures, "3", 0, STEPS_MOST, "saves", 0,
+        "Saves that fail one after another until the run stops; 0 lets it go on to its end."),
 };
 static const phx_option plugins_options[] = {
     STRING(plugins, path, "", PHX_OPTF_PER_RANK, "Absolute directories of plugins, colon-separated, searched first."),

@@ -10,8 +10,11 @@
 #include <string.h>
 #include <time.h>
 
+#include "clean.h"
 #include "status.h"
 #include "sys.h"
+
+enum { LOG_LINE = 8192 }; /* what is longer is cut */
 
 const char *phx__memory_name(int32_t kind) {
   static const char *const names[PHX_MEM_KINDS] = {"weights", "master",  "gradients",   "optimizer",
@@ -30,8 +33,12 @@ void phx__log(int32_t rank, const char *who, int32_t level, const char *message)
   clock_gettime(CLOCK_REALTIME, &now);
   struct tm tm;
   localtime_r(&now.tv_sec, &tm);
-  fprintf(stderr, "[%02d:%02d:%02d.%03ld rank %d %s] %s%s%s\n", tm.tm_hour, tm.tm_min, tm.tm_sec, now.tv_nsec / 1000000,
-          rank, who, level <= PHX_LOG_WARN ? names[level] : "", level <= PHX_LOG_WARN ? ": " : "", message);
+  const bool problem = level <= PHX_LOG_WARN;
+  char line[LOG_LINE];
+  snprintf(line, sizeof line, "[%02d:%02d:%02d.%03ld rank %d %s] %s%s%s", tm.tm_hour, tm.tm_min, tm.tm_sec,
+           now.tv_nsec / 1000000, rank, who, problem ? names[level] : "", problem ? ": " : "", message);
+  phx__clean(line, sizeof line); /* a plugin's text, or a name of a file, moves no cursor */
+  fprintf(stderr, "%s\n", line);
 }
 
 static void host_log(void *ctx, int32_t level, const char *message) {

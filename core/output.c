@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "clean.h"
 #include "status.h"
 #include "sys.h"
 
@@ -36,6 +37,30 @@ phx_status phx__text_write(const char *path, const char *text, phx_error *err) {
 }
 
 /* ---- JSON ---- */
+/* The longest that one character becomes is \u001f. */
+size_t phx__json_quote(const char *text, char *out, size_t room) {
+  char clean[256];
+  const size_t n = strlen(text);
+  size_t used = 0;
+  if (n >= sizeof clean || room < 3) return 0;
+  memcpy(clean, text, n + 1);
+  phx__clean(clean, n);
+  out[used++] = '"';
+  for (size_t i = 0; i < n; i++) {
+    if (room - used < 8) return 0;
+    const unsigned char c = (unsigned char)text[i];
+    if (c < ' ') {
+      used += (size_t)snprintf(out + used, 8, "\\u%04x", c);
+      continue;
+    }
+    if (c == '"' || c == '\\') out[used++] = '\\';
+    out[used++] = clean[i];
+  }
+  out[used++] = '"';
+  out[used] = 0;
+  return used;
+}
+
 static bool lost;
 
 static void *json_alloc(size_t bytes) {

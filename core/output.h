@@ -8,6 +8,10 @@
 /* Writes path.part, flushes it to the disk and renames it; on failure path is as it was and nothing is beside it. */
 phx_status phx__text_write(const char *path, const char *text, phx_error *err);
 
+/* text as a JSON string, with its quotes, into out; bytes that are no UTF-8 become '?'.  Its length, or 0: it does not
+ * fit. */
+size_t phx__json_quote(const char *text, char *out, size_t room);
+
 /* cJSON's calls that build an object drop what they have no memory for: begin before building, ask before using. */
 void phx__json_begin(void);
 bool phx__json_lost(void);

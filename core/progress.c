@@ -1,17 +1,16 @@
 /* core/progress.c - see progress.h.  Losses are written with 17 digits: enough to tell any two doubles apart. */
 #include "progress.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "output.h"
 #include "status.h"
-#include "sys.h"
 
 double phx__now(void) {
   struct timespec t;
@@ -27,52 +26,45 @@ void phx__bytes_text(int64_t bytes, char text[24]) {
   snprintf(text, 24, u ? "%.1f %s" : "%.0f %s", value, units[u]);
 }
 
-void phx__progress_add(phx__progress *p, const char *members) {
+bool phx__progress_add(phx__progress *p, const char *members) {
   const size_t used = strlen(p->extra), more = strlen(members);
-  if (more < sizeof p->extra - used) memcpy(p->extra + used, members, more + 1);
+  if (more >= sizeof p->extra - used) return false;
+  memcpy(p->extra + used, members, more + 1);
+  return true;
 }
 
 /* What waits for a step that does not come. */
 static void write_rest(phx__progress *p) {
-  if (!p->metrics || !p->extra[0]) return;
-  fprintf(p->metrics, "{\"step\":%" PRId64 "%s}\n", p->last, p->extra);
+  char line[PHX__METRICS_LINE];
+  if (!p->mine || !p->extra[0]) return;
+  const int n = snprintf(line, sizeof line, "{\"after_step\":%" PRId64 "%s}\n", p->last, p->extra);
+  phx__metrics_line(&p->metrics, line, (size_t)n, p->last);
   p->extra[0] = 0;
   p->holds_save = false;
-  if (fflush(p->metrics) || ferror(p->metrics))
-    phx__log(0, "core", PHX_LOG_WARN, "metrics.jsonl: what the last saves cost was not written");
 }
 
 void phx__progress_save(phx__progress *p, const char *members) {
   if (p->holds_save) write_rest(p);
-  phx__progress_add(p, members);
+  if (!phx__progress_add(p, members)) { /* plugins' metrics take all of the room */
+    write_rest(p);
+    phx__progress_add(p, members);
+  }
   p->holds_save = true;
 }
 
 static void keep_metric(void *arg, const char *plugin, const char *name, double value) {
-  char number[32] = "null", member[400]; /* JSON has no NaN and no infinity */
+  phx__progress *p = arg;
+  char both[256], quoted[600], number[32] = "null", member[700]; /* JSON has no NaN and no infinity */
   if (isfinite(value)) snprintf(number, sizeof number, "%.17g", value);
-  const int n = snprintf(member, sizeof member, ",\"%s.%s\":%s", plugin, name, number);
-  if (n > 0 && (size_t)n < sizeof member) phx__progress_add(arg, member);
-}
-
-/* Keeps the whole lines of steps up to `last`; written beside and renamed.  No file is fine. */
-static phx_status cut_metrics(const char *path, int64_t last, phx_error *err) {
-  char part[4300], *line = NULL;
-  size_t room = 0;
-  int64_t step = 0;
-  phx_status status = PHX_OK;
-  FILE *in = fopen(path, "re");
-  if (!in) return errno == ENOENT ? PHX_OK : phx__fail_errno(err, PHX_IO, errno, "cannot read %s", path);
-  snprintf(part, sizeof part, "%s.part", path);
-  FILE *out = fopen(part, "we");
-  for (ssize_t n; out && (n = getline(&line, &room, in)) > 0;)
-    if (line[n - 1] == '\n' && sscanf(line, "{\"step\":%" SCNd64, &step) == 1 && step <= last) fputs(line, out);
-  if (!out || ferror(in) || fflush(out) || fsync(fileno(out)) || phx__sys.rename(part, path))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-  if (out) fclose(out);
-  fclose(in);
-  free(line);
-  return status;
+  const bool whole = snprintf(both, sizeof both, "%s.%s", plugin, name) < (int)sizeof both &&
+                     phx__json_quote(both, quoted, sizeof quoted) > 0 &&
+                     snprintf(member, sizeof member, ",%s:%s", quoted, number) < (int)sizeof member;
+  if ((whole && phx__progress_add(p, member)) || p->left_out) return;
+  p->left_out = true;
+  snprintf(member, sizeof member,
+           "metric %.200s is left out of metrics.jsonl: a name has %zu bytes at most, all of a step %zu; others may follow",
+           name, sizeof both - 1, sizeof p->extra - 1);
+  phx__log(0, plugin, PHX_LOG_WARN, member);
 }
 
 phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err) {
@@ -83,12 +75,10 @@ phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first,
   if (rt->job->rank != 0) return PHX_OK;
   rt->strategy_host.metric = keep_metric;
   rt->strategy_host.metric_arg = p;
+  p->mine = true;
   p->terminal = isatty(STDOUT_FILENO);
   snprintf(path, sizeof path, "%s/metrics.jsonl", rt->config->s.run.out);
-  phx_status status = first > 0 ? cut_metrics(path, first, err) : PHX_OK;
-  if (status) return status;
-  p->metrics = fopen(path, first > 0 ? "ae" : "we");
-  return p->metrics ? PHX_OK : phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  return phx__metrics_open(&p->metrics, path, first, err);
 }
 
 static void say(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, double valid_loss) {
@@ -116,48 +106,68 @@ static void say(phx__progress *p, int64_t step, const phx__step_result *r, doubl
          p->open_line ? "" : "\n");
 }
 
-/* JSON has no infinity. */
-static void put_real(FILE *f, const char *name, double value) {
-  if (isfinite(value)) fprintf(f, ",\"%s\":%.17g", name, value);
-  else fprintf(f, ",\"%s\":null", name);
+/* ---- a line of metrics.jsonl ---- */
+typedef struct line {
+  char text[PHX__METRICS_LINE]; /* every part is bounded, and extra is half of it: it always fits */
+  size_t n;
+} line;
+
+static void put(line *l, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void put(line *l, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  const int n = vsnprintf(l->text + l->n, sizeof l->text - l->n, format, args);
+  va_end(args);
+  l->n += (size_t)n;
 }
 
-phx_status phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds,
-                              int64_t bytes_sent, double valid_loss, const char *hash, phx_error *err) {
+/* JSON has no infinity. */
+static void put_real(line *l, const char *name, double value) {
+  if (isfinite(value)) put(l, ",\"%s\":%.17g", name, value);
+  else put(l, ",\"%s\":null", name);
+}
+
+void phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, int64_t bytes_sent,
+                        double valid_loss, const char *hash) {
   const phx__settings *s = &p->rt->config->s;
-  if (!p->metrics) return PHX_OK;
-  FILE *f = p->metrics;
-  fprintf(f, "{\"step\":%" PRId64, step);
-  put_real(f, "loss", r->loss);
-  put_real(f, "grad_norm", r->grad_norm);
-  fprintf(f, ",\"lr\":%.17g,\"tokens_per_s\":%.6g,\"step_ms\":%.6g,\"bytes\":{", r->lr,
-          (double)p->tokens_per_step / seconds, 1e3 * seconds);
+  line l = {.n = 0};
+  if (!p->mine) return;
+  put(&l, "{\"step\":%" PRId64, step);
+  put_real(&l, "loss", r->loss);
+  put_real(&l, "grad_norm", r->grad_norm);
+  put(&l, ",\"lr\":%.17g,\"tokens_per_s\":%.6g,\"step_ms\":%.6g,\"bytes\":{", r->lr,
+      (double)p->tokens_per_step / seconds, 1e3 * seconds);
   for (int32_t k = 0; k < PHX_MEM_KINDS; k++)
-    fprintf(f, "%s\"%s\":%" PRId64, k ? "," : "", phx__memory_name(k), p->rt->book.now[k]);
-  fprintf(f, "},\"bytes_sent\":%" PRId64, bytes_sent);
-  if (!isnan(valid_loss)) put_real(f, "valid_loss", valid_loss);
-  if (r->skipped) fprintf(f, ",\"skipped\":true");
-  if (hash) fprintf(f, ",\"state_hash\":\"%s\"", hash);
-  fprintf(f, "%s}\n", p->extra);
+    put(&l, "%s\"%s\":%" PRId64, k ? "," : "", phx__memory_name(k), p->rt->book.now[k]);
+  put(&l, "},\"bytes_sent\":%" PRId64, bytes_sent);
+  if (!isnan(valid_loss)) put_real(&l, "valid_loss", valid_loss);
+  if (r->skipped) put(&l, ",\"skipped\":true");
+  if (hash) put(&l, ",\"state_hash\":\"%s\"", hash);
+  put(&l, "%s}\n", p->extra);
+  phx__metrics_line(&p->metrics, l.text, l.n, step);
   p->extra[0] = 0;
   p->holds_save = false;
   p->last = step;
-  if (fflush(f) || ferror(f)) return phx__fail_errno(err, PHX_IO, errno, "cannot write %s/metrics.jsonl", s->run.out);
   if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || !isnan(valid_loss) ||
       r->skipped) {
     say(p, step, r, seconds, valid_loss);
     fflush(stdout);
   }
-  return PHX_OK;
+}
+
+phx_status phx__progress_flush(phx__progress *p, phx_error *err) {
+  write_rest(p);
+  return p->mine ? phx__metrics_flush(&p->metrics, err) : PHX_OK;
 }
 
 void phx__progress_close(phx__progress *p) {
+  phx_error why = PHX_ERROR_INIT;
   if (p->open_line) {
     putchar('\n');
     fflush(stdout);
   }
   p->open_line = false;
-  write_rest(p);
-  if (p->metrics) fclose(p->metrics);
-  p->metrics = NULL;
+  if (phx__progress_flush(p, &why)) phx__log(0, "core", PHX_LOG_WARN, why.message);
+  phx__metrics_close(&p->metrics);
+  p->mine = false;
 }

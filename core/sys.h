@@ -6,6 +6,7 @@
 #define PHX__SYS_H
 #include <stddef.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/types.h>
 
 typedef struct phx__sys_table {
@@ -31,6 +32,7 @@ typedef struct phx__sys_table {
   int (*unlinkat)(int dir, const char *name, int flags);
   int (*rmdir)(const char *path);
   int (*direct)(int fd, int on); /* sets or clears O_DIRECT */
+  int (*statvfs)(const char *path, struct statvfs *out);
   int (*lock)(int fd);           /* the whole file, for writing, by its open file description; does not wait */
   int (*link)(const char *from, const char *to);
 } phx__sys_table;

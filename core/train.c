@@ -10,6 +10,7 @@
 
 #include "checkpoint_run.h"
 #include "cpus.h"
+#include "disk_room.h"
 #include "drift.h"
 #include "launcher.h"
 #include "memory_watch.h"
@@ -51,7 +52,7 @@ typedef struct run {
   phx__resumed resumed; /* at.step 0: a new run */
   int64_t step;         /* the last whole one */
   int stopped;          /* the signal that ended it before its last step, or 0 */
-  phx_status unsaved;   /* why the save that ends the run failed: what can still be written comes first */
+  phx_status unsaved;   /* why saves that end the run failed: what can still be written comes first */
   phx_error unsaved_why;
   int failed_exit;      /* the exit status if it fails */
   phx__run_dir *dir;    /* rank 0 under another launcher */
@@ -80,6 +81,7 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
     status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
     if (!status && rank == 0) status = open_data(config, p, &train, &valid, err);
     if (!status && config->s.run.drift_every > 0) status = phx__drift_supported(p, err);
+    if (!status && rank == 0) status = phx__disk_room_at_start(config, p->model, err);
     phx__data_close(train);
     phx__data_close(valid);
     phx__prepared_free(p);
@@ -206,11 +208,9 @@ static phx_status save(run *r, bool last, phx_error *err) {
 
 /* The save that ends the run may fail, and what else there is to write is written. */
 static phx_status save_at_end(run *r, phx_error *err) {
-  phx_error why = PHX_ERROR_INIT;
-  const phx_status status = save(r, true, &why);
-  if (status == PHX_COMM) return phx__fail(err, status, "%s", why.message);
+  const phx_status status = save(r, true, &r->unsaved_why);
+  if (status == PHX_COMM) return phx__fail(err, status, "%s", r->unsaved_why.message);
   r->unsaved = status;
-  r->unsaved_why = why;
   return PHX_OK;
 }
 
@@ -218,16 +218,21 @@ static phx_status save_at_end(run *r, phx_error *err) {
 static phx_status heed(run *r, phx_error *err) {
   if (r->config->s.checkpoint.every == 0 || r->step == r->config->s.run.steps) return PHX_OK;
   const phx_status status = phx__checkpoints_meet(&r->checkpoints, &r->stopped, err);
-  return status || !r->stopped ? status : save_at_end(r, err);
+  if (status) return status;
+  if (r->stopped) return save_at_end(r, err);
+  r->unsaved = phx__checkpoints_given_up(&r->checkpoints, &r->unsaved_why);
+  return PHX_OK;
 }
 
 /* After a whole step, before anything else that takes long. */
 static phx_status save_due(run *r, phx_error *err) {
   const phx__settings *s = &r->config->s;
   if (s->checkpoint.every > 0 && r->step == s->run.steps) return save_at_end(r, err);
-  const phx_status status = heed(r, err);
-  if (status || r->stopped || s->checkpoint.every == 0 || r->step % s->checkpoint.every) return status;
-  return save(r, false, err);
+  phx_status status = heed(r, err);
+  if (status || r->stopped || r->unsaved || s->checkpoint.every == 0 || r->step % s->checkpoint.every) return status;
+  status = save(r, false, err);
+  if (!status) r->unsaved = phx__checkpoints_given_up(&r->checkpoints, &r->unsaved_why);
+  return status;
 }
 
 /* Held-out loss and hash where they are due, and the step's line.  Who is to stop does not wait for an evaluation; who
@@ -253,8 +258,8 @@ static phx_status tell_step(run *r, phx_error *err) {
     r->result.valid_loss = valid_loss;
     memcpy(r->result.state_hash, hash, sizeof hash);
   }
-  status = phx__progress_step(&r->progress, step, &r->done, r->seconds, r->sent, valid_loss, hashed ? hash : NULL, err);
-  return status || !validated ? status : heed(r, err);
+  phx__progress_step(&r->progress, step, &r->done, r->seconds, r->sent, valid_loss, hashed ? hash : NULL);
+  return validated ? heed(r, err) : PHX_OK;
 }
 
 /* Of the steps that this process did, without its first. */
@@ -305,7 +310,8 @@ static phx_status finish(run *r, phx_error *err) {
   r->result.tokens_per_s = median > 0 ? (double)r->progress.tokens_per_step / median : 0;
   say_device_memory(r);
   phx__plan_differences(&r->result, say_difference, r);
-  return phx__run_json_write(r->rt, &r->result, NULL, err);
+  status = phx__run_json_write(r->rt, &r->result, NULL, err);
+  return status ? status : phx__progress_flush(&r->progress, err);
 }
 
 /* The step that was not finite was stopped on all ranks before its update: what there is is the step before, whole. */
@@ -339,6 +345,8 @@ static phx_status finish_last(run *r, phx_error *err) {
   const bool no_step = r->step == r->resumed.at.step; /* a fork from a last step has no checkpoint of its own yet */
   phx_status status = no_step && r->config->s.checkpoint.every > 0 ? save_at_end(r, err) : PHX_OK;
   if (!status) status = finish(r, err);
+  if (status && r->unsaved)
+    return phx__fail_in(err, status, "; nor was the last step's checkpoint: %.200s", r->unsaved_why.message);
   if (status || !r->unsaved) return status;
   return phx__fail(err, r->unsaved, "the last step's checkpoint was not saved: %.400s", r->unsaved_why.message);
 }
@@ -393,7 +401,8 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   if (!status && r->job->rank == 0 && foreign()) {
-    status = phx__run_dir_open(r->config, &r->dir, err);
+    status = phx__disk_room_at_start(r->config, r->prepared->model, err);
+    if (!status) status = phx__run_dir_open(r->config, &r->dir, err);
     if (!status) status = phx__run_dir_begin(r->dir, r->config, r->asked && r->resume.continues, err);
     if (!status) say_start(r->config, r->job->local_size);
   }
@@ -444,7 +453,7 @@ static phx_status run_steps(run *r, phx_error *err) {
   if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, r->asked ? &r->resumed : NULL, err);
   r->step_seconds = phx__calloc((size_t)r->config->s.run.steps, sizeof(double));
   if (!status && !r->step_seconds) status = phx__fail(err, PHX_NOMEM, "no memory for the step times");
-  while (!status && r->step < r->config->s.run.steps && !r->stopped) {
+  while (!status && r->step < r->config->s.run.steps && !r->stopped && !r->unsaved) {
     status = train_step(r, r->step + 1, err);
     if (status) save_before_failing(r);
     if (status) break;
@@ -454,12 +463,14 @@ static phx_status run_steps(run *r, phx_error *err) {
     if (!status) status = tell_step(r, err);
   }
   if (status) return status;
-  return r->stopped ? finish_stopped(r, err) : finish_last(r, err);
+  if (r->stopped) return finish_stopped(r, err);
+  if (r->unsaved && r->step < r->config->s.run.steps) return phx__fail(err, r->unsaved, "%s", r->unsaved_why.message);
+  return finish_last(r, err);
 }
 
 static phx__stop_watch who_watches(void) {
   if (getenv("PHALANX_RANK")) return PHX__STOP_LAUNCHED;
-  return phx__job_is_rank() ? PHX__STOP_FOREIGN : PHX__STOP_ALONE;
+  return foreign() ? PHX__STOP_FOREIGN : PHX__STOP_ALONE;
 }
 
 int phx__train_rank(const phx__config *config, const char *resume) {

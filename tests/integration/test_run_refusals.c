@@ -212,7 +212,6 @@ static void run_with_full(const char *name, const char *ranks, int expected, con
 Test(runs, a_full_disk_stops_the_run_and_leaves_no_half_file) {
   for (int n = 1; n <= 2; n++) {
     const char *ranks = n == 1 ? "1" : "2";
-    run_with_full("metrics.jsonl", ranks, 3, "cannot write out/metrics.jsonl");
     run_with_full("run.json.part", ranks, 3, "cannot write out/run.json");
     run_with_full("weights.safetensors.part", ranks, 3, "cannot write out/weights.safetensors");
     run_with_full("config.ini.part", ranks, 2, "cannot write out/config.ini");

@@ -234,8 +234,10 @@ static metrics read_metrics(const char *dir, const char *name) {
   for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
     cJSON *json = cJSON_Parse(line);
     const cJSON *hash = training_get(json, "state_hash"), *save = training_get(json, "checkpoint");
-    const int step = (int)training_get(json, "step")->valuedouble;
-    cr_assert((hash || save) && step >= 1 && step <= STEPS);
+    const cJSON *at = training_get(json, hash ? "step" : "after_step");
+    cr_assert((hash || save) && at, "neither of a step nor of a save: %s", line);
+    const int step = (int)at->valuedouble;
+    cr_assert(step >= 1 && step <= STEPS);
     if (hash) snprintf(m.hashes[step], 33, "%s", hash->valuestring);
     m.lines += hash != NULL;
     if (save) {

@@ -64,6 +64,10 @@ static int my_fstat(int fd, struct stat *out) {
   return reading("fstat") ? -1 : real.fstat(fd, out);
 }
 
+static int my_statvfs(const char *path, struct statvfs *out) {
+  return reading("statvfs") ? -1 : real.statvfs(path, out);
+}
+
 /* A mapping keeps the number of a file that is removed from becoming another's. */
 static void remember(int fd, const struct stat *st) {
   char path[32];
@@ -122,7 +126,7 @@ void fault_install(void) {
   phx__sys.write = my_write, phx__sys.pwrite = my_pwrite, phx__sys.ftruncate = my_ftruncate, phx__sys.mmap = my_mmap;
   phx__sys.unlink = my_unlink, phx__sys.unlinkat = my_unlinkat, phx__sys.rmdir = my_rmdir, phx__sys.fstat = my_fstat;
   phx__sys.read = my_read, phx__sys.pread = my_pread, phx__sys.calloc = my_calloc, phx__sys.realloc = my_realloc;
-  phx__sys.openat = my_openat;
+  phx__sys.openat = my_openat, phx__sys.statvfs = my_statvfs;
 }
 
 void fault_begin(fault_kind kind, int error, long turn) {

@@ -9,7 +9,7 @@
 typedef enum fault_kind {
   FAULT_WRITING, /* open, openat, mkdir, rename, fsync, write, pwrite, ftruncate, unlink, unlinkat, rmdir, mmap:
                     with `error` */
-  FAULT_READING, /* open, openat, read, pread, fstat, mmap: with `error` */
+  FAULT_READING, /* open, openat, read, pread, fstat, statvfs, mmap: with `error` */
   FAULT_SHORT,   /* write, pwrite, read, pread: half of it, and no error */
   FAULT_MEMORY   /* calloc, realloc */
 } fault_kind;
