@@ -229,6 +229,7 @@ static void listen(struct watcher *w, uint64_t now) {
 static bool is_quiet(const struct watcher *w, uint64_t now, uint64_t limit) {
   const uint64_t quiet = now - w->quiet_ns;
   if (quiet < limit) return false;
+  if (w->failed_ns && w->job->size > 1) return true; /* what it does is of no use any more */
   const used use = use_now();
   const bool busy = use.cpu_ns - w->at_quiet.cpu_ns >= quiet / 50 || use.blocks != w->at_quiet.blocks;
   return !busy || quiet / BUSY >= limit;
@@ -262,7 +263,8 @@ static void judge_main(struct watcher *w, uint64_t now) {
 
 /* The job has failed: [main] hears of it in its next collective, if it comes to one. */
 static void judge_failed(struct watcher *w, uint64_t now) {
-  if (!__atomic_load_n(&w->segment->failed, __ATOMIC_ACQUIRE)) return;
+  const uint32_t failed = __atomic_load_n(&w->segment->failed, __ATOMIC_ACQUIRE);
+  if (!failed) return;
   if (!w->failed_ns) {
     w->failed_ns = now;
     heard(w, now);
@@ -270,6 +272,9 @@ static void judge_failed(struct watcher *w, uint64_t now) {
   const bool asked = phx__stop_asked() && now - w->failed_ns >= GRACE_NS / 10;
   if (!asked && !is_quiet(w, now, GRACE_NS)) return;
   if (!asked && is_debugged()) return;
+  if (failed <= (uint32_t)w->job->size)
+    say("phalanx: rank %d: rank %u failed: %.500s", w->job->rank, failed - 1,
+        w->segment->pages[failed - 1].alive.message);
   say("phalanx: rank %d: the job has failed, and [main] does not come back: the process ends", w->job->rank);
   end_process();
 }

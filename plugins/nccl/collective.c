@@ -19,13 +19,13 @@ phx_status ncx_copy(const ncx_call *call, void *dst, const void *src, int64_t by
 
 /* One NCCL call, or a group: between the two the communicator cannot be aborted. */
 static int enter(ncx_comm *c) {
-  pthread_mutex_lock(&c->world->lock);
+  pthread_mutex_lock(&c->world->calls);
   if (c->nccl) return 1;
-  pthread_mutex_unlock(&c->world->lock);
+  pthread_mutex_unlock(&c->world->calls);
   return 0;
 }
 static phx_status leave(const ncx_call *call, ncclResult_t r, phx_error *err) {
-  pthread_mutex_unlock(&call->comm->world->lock);
+  pthread_mutex_unlock(&call->comm->world->calls);
   return ncx_settle(call->comm, &call->shown, r, err);
 }
 static phx_status gone(const ncx_call *call, phx_error *err) { return ncx_check_alive(call->comm, err); }

@@ -4,9 +4,11 @@
  * taken once at create(), and a lane in the job's shared pages, where its rank says which calls it has begun (only
  * when all ranks share a host; else there are no lanes, and disagreement is found by the deadline).
  *
- * Every NCCL call is made under world.lock, on a communicator that is not aborted: ncclCommAbort frees the handle,
+ * Every NCCL call is made under world.calls, on a communicator that is not aborted: ncclCommAbort frees the handle,
  * and the watchdog may call it while [main] is between two calls.  Communicators are non-blocking, so that no call
- * under the lock waits for a peer. */
+ * should wait for a peer; but one may (a launch behind a full queue), and so the watchdog never waits for world.calls
+ * without a bound.  What it reads lies under world.lock, which nobody holds while NCCL or CUDA is called; world.calls
+ * is taken first where both are. */
 #ifndef COMM_NCCL_H
 #define COMM_NCCL_H
 #include <cuda_runtime_api.h>
@@ -56,7 +58,9 @@ typedef struct ncx_call {
   cudaEvent_t begin, end; /* of its place among the pending */
 } ncx_call;
 
-typedef struct ncx_pending { /* a call on its way; written by [main], read by the watchdog, under world.lock */
+/* A call on its way; written by [main], read by the watchdog, under world.lock.  Its events are made once, and the
+ * watchdog asks them without the lock. */
+typedef struct ncx_pending {
   ncx_call call;
   uint64_t flight;
   cudaEvent_t begin, end; /* made once */
@@ -80,19 +84,20 @@ typedef struct ncx_world {
   double ms[PHX_OPS]; /* timed: between a call's events, those of all communicators; under the lock */
   int64_t ended[PHX_OPS];
   /* between threads */
-  pthread_mutex_t lock;
+  pthread_mutex_t calls, lock;
+  int64_t main_ns; /* atomic: when [main] looked last, in a wait of its own */
   pthread_cond_t changed;
   pthread_t watchdog;
   int32_t watched, stop, busy,
       looking;                 /* the thread runs; shall end; [main] is in a call; it looks.  Under the lock. */
-  uint32_t aborted, reserved0; /* atomic: all communicators */
+  uint32_t aborted, stuck;     /* atomic: all communicators; it was said that they cannot be aborted */
 } ncx_world;
 
 struct ncx_comm {
   phx_comm table; /* first: a phx_comm * is a ncx_comm * */
   ncx_world *world;
   ncx_comm *next;
-  ncclComm_t nccl; /* NULL: aborted; under the lock */
+  ncclComm_t nccl; /* NULL: aborted; under world.calls */
   void *handle;    /* of the registered arena */
   uint64_t id;
   int32_t slot, n, me, unit;

@@ -75,9 +75,9 @@ phx_status ncx_comm_register(ncx_comm *c, phx_error *err) {
   ncx_world *w = c->world;
   ncclResult_t r = ncclSuccess;
   if (!w->config.registered || c->n == 1) return PHX_OK;
-  pthread_mutex_lock(&w->lock);
+  pthread_mutex_lock(&w->calls);
   if (c->nccl) r = ncclCommRegister(c->nccl, w->arena, (size_t)w->arena_bytes, &c->handle);
-  pthread_mutex_unlock(&w->lock);
+  pthread_mutex_unlock(&w->calls);
   if (r == ncclSuccess || r == ncclInProgress) return ncx_settle(c, NULL, r, err);
   nccl_fail(err, r, "the arena cannot be registered; [nccl] registered = no goes without");
   return PHX_COMM;
@@ -88,16 +88,16 @@ static void leave_nccl(ncx_comm *c) {
   ncx_world *w = c->world;
   phx_error err = {.struct_size = sizeof err};
   int32_t failed = ncx_check_alive(c, &err) != PHX_OK || ncx_drain(c, c->head, &err) != PHX_OK;
-  pthread_mutex_lock(&w->lock);
+  pthread_mutex_lock(&w->calls);
   ncclResult_t r = ncclSuccess;
   if (!failed && c->nccl && c->handle) (void)ncclCommDeregister(c->nccl, c->handle);
   if (!failed && c->nccl) r = ncclCommFinalize(c->nccl);
-  pthread_mutex_unlock(&w->lock);
+  pthread_mutex_unlock(&w->calls);
   if (!failed && c->nccl) failed = ncx_settle(c, NULL, r, &err) != PHX_OK;
-  pthread_mutex_lock(&w->lock);
+  pthread_mutex_lock(&w->calls);
   if (c->nccl) (void)(failed ? ncclCommAbort(c->nccl) : ncclCommDestroy(c->nccl));
   c->nccl = NULL;
-  pthread_mutex_unlock(&w->lock);
+  pthread_mutex_unlock(&w->calls);
 }
 
 void ncx_comm_free(ncx_comm *c) {
@@ -227,9 +227,9 @@ static phx_status join(ncx_world *w, const ncclUniqueId *id, phx_error *err) {
   c->me = w->job->rank;
   for (int32_t r = 0; r < c->n; r++) c->ranks[r] = r;
   ncx_comm_table(c);
-  pthread_mutex_lock(&w->lock);
+  pthread_mutex_lock(&w->calls);
   const ncclResult_t r = ncclCommInitRankConfig(&c->nccl, c->n, *id, c->me, &config);
-  pthread_mutex_unlock(&w->lock);
+  pthread_mutex_unlock(&w->calls);
   return ncx_settle(c, NULL, r, err);
 }
 
@@ -262,6 +262,7 @@ phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes, phx_error *err) {
   phx_error own = {.struct_size = sizeof own};
   ncclUniqueId id;
   if (!err) err = &own;
+  pthread_mutex_init(&w->calls, NULL);
   pthread_mutex_init(&w->lock, NULL);
   pthread_cond_init(&w->changed, NULL);
   NCX_TRY(check_host(w, err));
@@ -284,5 +285,6 @@ void ncx_world_close(ncx_world *w) {
   if (w->arena) (void)ncclMemFree(w->arena);
   pthread_cond_destroy(&w->changed);
   pthread_mutex_destroy(&w->lock);
+  pthread_mutex_destroy(&w->calls);
   free(w);
 }

@@ -43,9 +43,9 @@ static phx_status join(const ncx_call *call, int32_t color, int32_t key, ncclCom
   ncx_comm *c = call->comm;
   ncclConfig_t config = ncx_nccl_config();
   ncclResult_t r = ncclInvalidUsage;
-  pthread_mutex_lock(&c->world->lock);
+  pthread_mutex_lock(&c->world->calls);
   if (c->nccl) r = ncclCommSplit(c->nccl, color < 0 ? NCCL_SPLIT_NOCOLOR : color, key, nccl, &config);
-  pthread_mutex_unlock(&c->world->lock);
+  pthread_mutex_unlock(&c->world->calls);
   NCX_TRY(ncx_check_alive(c, err));
   return ncx_settle(c, &call->shown, r, err); /* the parent's state says when the child is there */
 }
@@ -88,9 +88,9 @@ phx_status ncx_split(ncx_call *call, int32_t color, int32_t key, phx_comm **out,
   if (status == PHX_OK) {
     while (all[lowest].color != color) lowest++;
     child->id = id + lowest;
-    pthread_mutex_lock(&w->lock);
+    pthread_mutex_lock(&w->calls);
     child->nccl = nccl;
-    pthread_mutex_unlock(&w->lock);
+    pthread_mutex_unlock(&w->calls);
     const int32_t n = members_of(all, c->n, color, local);
     fill(child, c, all, local, n);
     status = ncx_settle(child, &call->shown, ncclInProgress, err);

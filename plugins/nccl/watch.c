@@ -4,13 +4,15 @@
  * event was seen to have passed: compute that the stream must do first is nobody's absence.  [main] looks while it
  * waits (memory of the host, a full ring, split); the watchdog looks at everything else, every LOOK_NS while
  * something is pending and not at all while nothing is: ends are stamped into the flight record, NCCL is asked for
- * asynchronous errors, the job's failed word and abort() are obeyed, and who is absent is named.  Time in which this
- * process did not run moves the deadline.
+ * asynchronous errors, the job's failed word and abort() are obeyed, and who is absent is named.  That holds for a
+ * call whose launch does not return, too.  Time in which this process did not run moves the deadline.
  *
  * The first failure ends the job (job->fail) and aborts every communicator, which ends NCCL's kernels: whoever
- * waits for a stream comes back, and the next call on a communicator returns PHX_COMM.  If [main] holds the lock
- * because a CUDA call blocks behind a kernel that hangs, the abort is given up after LOCK_S and the process is left
- * to its launcher.
+ * waits for a stream comes back, and the next call on a communicator returns PHX_COMM.  If [main] is in a call of
+ * NCCL that does not return, the abort is given up after LOCK_S, and the core ends the process.
+ *
+ * Invariant: the watchdog waits for nothing that [main] may hold while it is blocked.  It asks NCCL only when nobody is
+ * in a call of it, and takes world.lock, under which nothing blocks.
  *
  * Threads: [main] and the watchdog; ncx_is_aborted, and storing the aborted words, [any]. */
 #include <errno.h>
@@ -38,12 +40,13 @@ static void clock_start(const ncx_world *w, clock_of *k, int64_t now) {
   if (w->job->timeout_s > 0 && !k->deadline) k->deadline = now + (int64_t)(w->job->timeout_s * 1e9);
 }
 /* 1: the deadline is over. */
-static int clock_look(const ncx_world *w, clock_of *k) {
+static int clock_look(ncx_world *w, clock_of *k) {
   const int64_t now = phx_kit_now_ns();
   if (now - k->last > SUSPENDED_NS && k->deadline) k->deadline += now - k->last;
   if (now - k->last > SUSPENDED_NS) k->begin += now - k->last;
   k->last = now;
   __atomic_store_n(&w->job->mine->heartbeat_ns, (uint64_t)now, __ATOMIC_RELAXED);
+  __atomic_store_n(&w->main_ns, now, __ATOMIC_RELAXED);
   return k->deadline && now >= k->deadline;
 }
 
@@ -56,25 +59,37 @@ static int must_give_up(const ncx_comm *c) {
   return __atomic_load_n(c->world->job->failed, __ATOMIC_ACQUIRE) != 0 || ncx_is_aborted(c);
 }
 
-static int lock_within(ncx_world *w) {
+static int enter_within(ncx_world *w) {
   struct timespec until;
   clock_gettime(CLOCK_REALTIME, &until);
   until.tv_sec += LOCK_S;
-  return pthread_mutex_timedlock(&w->lock, &until) == 0;
+  return pthread_mutex_timedlock(&w->calls, &until) == 0;
+}
+
+/* All that are alive.  They stay so: [main] frees one only when the watchdog does not look, and [main] is here. */
+static int list_comms(ncx_world *w, ncx_comm *list[NCX_COMMS_MAX]) {
+  int n = 0;
+  pthread_mutex_lock(&w->lock);
+  for (ncx_comm *c = w->comms; c && n < NCX_COMMS_MAX; c = c->next) list[n++] = c;
+  pthread_mutex_unlock(&w->lock);
+  return n;
 }
 
 void ncx_abort_now(ncx_world *w) {
-  if (!lock_within(w)) {
+  ncx_comm *list[NCX_COMMS_MAX];
+  if (!enter_within(w)) {
+    if (__atomic_exchange_n(&w->stuck, 1, __ATOMIC_ACQ_REL)) return; /* said before */
     w->host->log(w->host->ctx, PHX_LOG_ERROR, "cannot abort NCCL: [main] is in a call that does not return");
     return;
   }
-  for (ncx_comm *c = w->comms; c; c = c->next) {
-    ncclComm_t nccl = c->nccl;
-    if (!nccl || !ncx_is_aborted(c)) continue;
-    c->nccl = NULL;
+  const int n = list_comms(w, list);
+  for (int i = 0; i < n; i++) {
+    ncclComm_t nccl = list[i]->nccl;
+    if (!nccl || !ncx_is_aborted(list[i])) continue;
+    list[i]->nccl = NULL;
     (void)ncclCommAbort(nccl); /* what it says changes nothing any more */
   }
-  pthread_mutex_unlock(&w->lock);
+  pthread_mutex_unlock(&w->calls);
 }
 
 phx_status ncx_end_job(ncx_world *w, phx_error *err, const char *message) {
@@ -145,11 +160,12 @@ static phx_status report_cuda(ncx_comm *c, const phx_kit_call *shown, cudaError_
 /* ---- asynchronous errors ---- */
 
 /* NCCL's state of c; text: its last message when that is an error.  ncclSuccess when it was aborted: see must_give_up.
- */
-static ncclResult_t ask(ncx_comm *c, char *text, size_t size) {
+ * The watchdog does not wait for who is in a call: it is told that all is on its way. */
+static ncclResult_t ask(ncx_comm *c, int is_main, char *text, size_t size) {
   ncclResult_t state = ncclSuccess;
   text[0] = 0;
-  pthread_mutex_lock(&c->world->lock);
+  if (is_main) pthread_mutex_lock(&c->world->calls);
+  else if (pthread_mutex_trylock(&c->world->calls) != 0) return ncclInProgress;
   if (c->nccl) {
     const ncclResult_t r = ncclCommGetAsyncError(c->nccl, &state);
     if (r != ncclSuccess) state = r;
@@ -158,7 +174,7 @@ static ncclResult_t ask(ncx_comm *c, char *text, size_t size) {
       snprintf(text, size, "%s", more ? more : "");
     }
   }
-  pthread_mutex_unlock(&c->world->lock);
+  pthread_mutex_unlock(&c->world->calls);
   return state;
 }
 
@@ -169,7 +185,7 @@ phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, ph
   clock_start(c->world, &k, k.begin);
   while (r == ncclInProgress) {
     if (must_give_up(c)) return report_given_up(c, shown, err);
-    r = ask(c, text, sizeof text);
+    r = ask(c, 1, text, sizeof text);
     if (r != ncclInProgress) break;
     if (clock_look(c->world, &k)) {
       char message[496];
@@ -185,7 +201,7 @@ phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, ph
     nap(&k);
   }
   if (r == ncclSuccess) return must_give_up(c) ? report_given_up(c, shown, err) : PHX_OK;
-  if (!text[0]) (void)ask(c, text, sizeof text);
+  if (!text[0]) (void)ask(c, 1, text, sizeof text);
   return report_nccl(c, shown, r, text, err);
 }
 
@@ -204,7 +220,7 @@ static phx_status await(const ncx_call *call, cudaEvent_t begin, cudaEvent_t end
     if (i < 50) continue;
     if (!k.deadline && cudaEventQuery(begin) == cudaSuccess) clock_start(c->world, &k, phx_kit_now_ns());
     const int over = clock_look(c->world, &k);
-    const ncclResult_t state = ask(c, text, sizeof text);
+    const ncclResult_t state = ask(c, 1, text, sizeof text);
     if (must_give_up(c))
       status = report_given_up(c, &call->shown, err);
     else if (state != ncclSuccess && state != ncclInProgress)
@@ -225,22 +241,25 @@ phx_status ncx_wait(const ncx_call *call, phx_error *err) {
   return await(call, call->begin, call->end, err);
 }
 
-static void count_time(ncx_world *w, const ncx_pending *p) {
-  float ms = 0;
-  if (cudaEventElapsedTime(&ms, p->begin, p->end) != cudaSuccess) {
-    (void)cudaGetLastError(); /* it would stay for the next call; what failed is found elsewhere */
-    return;
-  }
-  w->ms[p->call.op] += (double)ms;
-  w->ended[p->call.op]++;
+/* Milliseconds between a call's events; less than 0: not known. */
+static float time_of(const ncx_world *w, cudaEvent_t begin, cudaEvent_t end) {
+  float ms = -1;
+  if (!w->timed || cudaEventElapsedTime(&ms, begin, end) == cudaSuccess) return ms;
+  (void)cudaGetLastError(); /* it would stay for the next call; what failed is found elsewhere */
+  return -1;
 }
 
-/* Under the lock: pending[tail] is over. */
-static void retire(ncx_comm *c) {
-  const ncx_pending *p = &c->pending[c->tail % NCX_PENDING];
-  phx_kit_flight_end(c->world->job, p->flight);
-  if (c->world->timed) count_time(c->world, p);
-  c->tail++;
+/* pending[at] is over; it may have been retired by the other thread meanwhile. */
+static void retire(ncx_comm *c, uint64_t at, float ms) {
+  ncx_world *w = c->world;
+  pthread_mutex_lock(&w->lock);
+  const ncx_pending *p = &c->pending[at % NCX_PENDING];
+  if (c->tail == at) {
+    phx_kit_flight_end(w->job, p->flight);
+    if (ms >= 0) w->ms[p->call.op] += (double)ms, w->ended[p->call.op]++;
+    c->tail++;
+  }
+  pthread_mutex_unlock(&w->lock);
 }
 
 phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err) {
@@ -253,57 +272,82 @@ phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err) {
     pthread_mutex_unlock(&w->lock);
     if (at >= upto) return PHX_OK;
     NCX_TRY(await(&call, call.begin, call.end, err));
-    pthread_mutex_lock(&w->lock);
-    if (c->tail == at) retire(c);
-    pthread_mutex_unlock(&w->lock);
+    retire(c, at, time_of(w, call.begin, call.end));
   }
 }
 
 /* ---- the watchdog ---- */
 
-/* Under the lock: retires what is over.  1: the oldest pending call is to be looked at, and is copied. */
-static int oldest(ncx_comm *c, ncx_call *out, int64_t *began_ns, cudaError_t *code) {
-  while (c->tail < c->head) {
-    ncx_pending *p = &c->pending[c->tail % NCX_PENDING];
-    if (!p->launched) return 0; /* [main] looks itself */
-    *code = cudaEventQuery(p->end);
+typedef struct glance { /* at the oldest pending call */
+  uint64_t at;
+  ncx_call call;
+  int64_t began_ns;
+  int32_t launched;
+} glance;
+
+static int oldest(ncx_comm *c, glance *g) {
+  pthread_mutex_lock(&c->world->lock);
+  const ncx_pending *p = &c->pending[c->tail % NCX_PENDING];
+  const int any = c->tail < c->head;
+  if (any) *g = (glance){c->tail, p->call, p->began_ns, p->launched};
+  pthread_mutex_unlock(&c->world->lock);
+  return any;
+}
+
+/* Its work has begun on the device. */
+static void note_begin(ncx_comm *c, glance *g) {
+  pthread_mutex_lock(&c->world->lock);
+  ncx_pending *p = &c->pending[g->at % NCX_PENDING];
+  if (c->tail == g->at && !p->began_ns) {
+    p->began_ns = phx_kit_now_ns();
+    phx_kit_flight_started(c->world->job, p->flight, p->began_ns);
+  }
+  g->began_ns = p->began_ns;
+  pthread_mutex_unlock(&c->world->lock);
+}
+
+/* Retires what is over.  1: *g is the oldest call that is not, and *code what its end event said. */
+static int find_pending(ncx_comm *c, glance *g, cudaError_t *code) {
+  while (oldest(c, g)) {
+    *code = g->launched ? cudaEventQuery(g->call.end) : cudaErrorNotReady;
     if (*code == cudaSuccess) {
-      retire(c);
+      retire(c, g->at, time_of(c->world, g->call.begin, g->call.end));
       continue;
     }
-    if (!p->began_ns && cudaEventQuery(p->begin) == cudaSuccess) {
-      p->began_ns = phx_kit_now_ns();
-      phx_kit_flight_started(c->world->job, p->flight, p->began_ns);
-    }
-    *out = p->call;
-    *began_ns = p->began_ns;
+    if (!g->began_ns && cudaEventQuery(g->call.begin) == cudaSuccess) note_begin(c, g);
     return 1;
   }
   return 0;
 }
 
+/* Time in which this process did not run is nobody's absence. */
+static void put_off(ncx_comm *c, int64_t asleep_ns) {
+  pthread_mutex_lock(&c->world->lock);
+  for (uint64_t k = c->tail; k < c->head; k++)
+    if (c->pending[k % NCX_PENDING].began_ns) c->pending[k % NCX_PENDING].began_ns += asleep_ns;
+  pthread_mutex_unlock(&c->world->lock);
+}
+
 /* One communicator; 1: a failure was found and the job is ended.  asleep_ns: how long this process did not run. */
 static int look_at(ncx_comm *c, int64_t asleep_ns) {
   ncx_world *w = c->world;
-  ncx_call call;
-  int64_t began = 0;
+  glance g;
   char text[256];
-  pthread_mutex_lock(&w->lock);
-  if (asleep_ns)
-    for (uint64_t k = c->tail; k < c->head; k++)
-      if (c->pending[k % NCX_PENDING].began_ns) c->pending[k % NCX_PENDING].began_ns += asleep_ns;
   cudaError_t code = cudaSuccess;
-  const int pending = oldest(c, &call, &began, &code);
-  pthread_mutex_unlock(&w->lock);
-  if (!pending) return 0;
-  const ncclResult_t state = ask(c, text, sizeof text);
+  if (asleep_ns) put_off(c, asleep_ns);
+  if (!find_pending(c, &g, &code)) return 0;
+  const ncclResult_t state = ask(c, 0, text, sizeof text);
   if (must_give_up(c)) return 0; /* the caller sees to it */
-  if (state != ncclSuccess && state != ncclInProgress) return report_nccl(c, &call.shown, state, text, NULL) != PHX_OK;
-  if (code != cudaErrorNotReady) return report_cuda(c, &call.shown, code, NULL) != PHX_OK;
-  const int64_t now = phx_kit_now_ns();
+  if (state != ncclSuccess && state != ncclInProgress)
+    return report_nccl(c, &g.call.shown, state, text, NULL) != PHX_OK;
+  if (code != cudaErrorNotReady) return report_cuda(c, &g.call.shown, code, NULL) != PHX_OK;
+  if (!g.began_ns) return 0; /* work of this rank comes first, and has no deadline: no heartbeat either */
+  const int64_t now = phx_kit_now_ns(), main_ns = __atomic_load_n(&w->main_ns, __ATOMIC_RELAXED);
+  /* before it is launched [main] may be in waits of its own, each with a deadline */
+  const int64_t since = !g.launched && main_ns > g.began_ns ? main_ns : g.began_ns;
   __atomic_store_n(&w->job->mine->heartbeat_ns, (uint64_t)now, __ATOMIC_RELAXED);
-  if (!began || w->job->timeout_s <= 0 || now - began < (int64_t)(w->job->timeout_s * 1e9)) return 0;
-  return report_absent(&call, now - began, NULL) != PHX_OK;
+  if (w->job->timeout_s <= 0 || now - since < (int64_t)(w->job->timeout_s * 1e9)) return 0;
+  return report_absent(&g.call, now - g.began_ns, NULL) != PHX_OK;
 }
 
 /* Under the lock. */
@@ -331,11 +375,10 @@ static void *watch(void *arg) {
       continue;
     }
     ncx_comm *list[NCX_COMMS_MAX];
-    int n = 0, give_up = 0;
-    /* Communicators are freed by [main] only after it has stopped looking at them here: see ncx_comm_free. */
-    for (ncx_comm *c = w->comms; c && n < NCX_COMMS_MAX; c = c->next) list[n++] = c;
-    w->looking = 1;
+    int give_up = 0;
+    w->looking = 1; /* [main] frees none meanwhile: see ncx_comm_free */
     pthread_mutex_unlock(&w->lock);
+    const int n = list_comms(w, list);
     const int64_t now = phx_kit_now_ns(), asleep = now - last > SUSPENDED_NS ? now - last : 0;
     last = now;
     for (int i = 0; i < n && !give_up; i++) give_up = look_at(list[i], asleep);

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "foreign.h"
+#include "root.h"
 #include "training.h"
 
 #define FAULTS "--set", "plugins.path=" PHX_TEST_ONLY_PLUGINS, "--set", "comm.plugin=fault"
@@ -87,35 +88,53 @@ Test(lost_ranks, a_call_that_computes_for_long_is_no_failure, .timeout = 60) {
 
 /* ---- ranks of another launcher ---- */
 
-/* Waits until the run has written `steps` lines. */
-static void reach(foreign *f, const char *out, int steps) {
-  char name[128];
-  snprintf(name, sizeof name, "%s/metrics.jsonl", out);
-  for (double end = now() + 30; now() < end; usleep(5000)) {
-    char *metrics = command_read_file(f->dir, name);
-    int lines = 0;
-    for (const char *at = metrics; at && (at = strchr(at, '\n')); at++) lines++;
-    free(metrics);
-    if (lines >= steps) return;
+/* Waits until rank 0 has written that: the ranks have met then. */
+static void reach(foreign *f, const char *text) {
+  char *log = NULL;
+  for (double end = now() + 40; now() < end; usleep(5000)) {
+    free(log);
+    log = foreign_log(f, 0);
+    if (log && strstr(log, text)) {
+      free(log);
+      return;
+    }
   }
-  char *log = foreign_log(f, 0);
   foreign_end(f);
-  cr_assert_fail("the run did not come to step %d:\n%s", steps, log ? log : "");
+  cr_assert_fail("rank 0 did not come to '%s':\n%s", text, log ? log : "");
 }
 
 #define LONG_RUN "train", "run.ini", "--strategy", "ddp", SET("model.layers=1"), "--steps", "1000000", \
                  SET("run.log_every=100000"), SET("run.timeout=60"), SET("checkpoint.every=500000")
 
-static void lose_one(const char *dir, int kind, int number, double limit_s, const char *says) {
+/* Both of a GPU, and of its communicator: the doubles lie in one folder. */
+static char doubles[160];
+static void use_doubles(const char *dir) {
+  char command[600], path[128];
+  snprintf(command, sizeof command, "mkdir -m 755 %s/doubles && cp %s %s %s/doubles/", dir,
+           test_path("lib/phalanx-emulated/phx_device_cuda.so"), test_path("lib/phalanx-test/phx_comm_nccl_double.so"),
+           dir);
+  cr_assert_eq(system(command), 0);
+  snprintf(path, sizeof path, "%s/double-memory", dir);
+  snprintf(doubles, sizeof doubles, "plugins.path=%s/doubles", dir);
+  setenv("NCCL_DOUBLE_MEMORY", path, 1);
+  setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 1);
+}
+static const char *const on_shm[] = {"comm.plugin=shm", "run.seed=1", "run.seed=1"};
+static const char *const on_nccl[] = {"comm.plugin=nccl_double", "device.plugin=cuda", doubles};
+
+static void lose_one(const char *dir, int kind, const char *const *comm, int number, double limit_s,
+                     const char *says) {
   char text[160], out[64];
   snprintf(out, sizeof out, "run.out=out-%s-%d", foreign_names[kind], number);
-  foreign f = FOREIGN(dir, kind, 3, LONG_RUN, "-n", "3", SET(out));
-  reach(&f, out + 8, 5);
+  const int n = comm == on_nccl ? 2 : 3; /* the doubles are slow */
+  foreign f = FOREIGN(dir, kind, n, LONG_RUN, "-n", n == 2 ? "2" : "3", SET(out), SET(comm[0]), SET(comm[1]), SET(comm[2]),
+                      comm == on_nccl ? "--set" : NULL, "cuda.share=yes");
+  reach(&f, n == 2 ? "] NCCL " : "step    1/");
   const pid_t victim = f.pids[1];
   const double began = now();
   kill(victim, number);
   snprintf(text, sizeof text, says, (int)victim);
-  for (int r = 0; r < 3; r += 2) {
+  for (int r = 0; r < n; r += 2) {
     const int status = foreign_status(&f, r, 30);
     char *log = foreign_log(&f, r);
     cr_expect_eq(status, 3, "%s, signal %d: rank %d ended with %d\n%s", foreign_names[kind], number, r, status, log);
@@ -131,7 +150,7 @@ Test(lost_ranks, ranks_of_another_launcher_find_a_dead_one, .timeout = 120) {
   char *dir = command_temp_dir();
   training_files(dir, training_odd_model);
   for (int kind = 0; kind < FOREIGN_KINDS; kind++)
-    lose_one(dir, kind, kind == FOREIGN_MPIRUN ? SIGSEGV : SIGKILL, 10,
+    lose_one(dir, kind, on_shm, kind == FOREIGN_MPIRUN ? SIGSEGV : SIGKILL, 10,
              kind == FOREIGN_MPIRUN ? "rank 1 failed: crashed: SIGSEGV"
                                     : "its process has ended without saying that it is done (pid %d), in step ");
   command_remove_dir(dir);
@@ -140,6 +159,14 @@ Test(lost_ranks, ranks_of_another_launcher_find_a_dead_one, .timeout = 120) {
 Test(lost_ranks, ranks_of_another_launcher_find_a_stopped_one, .timeout = 120) {
   char *dir = command_temp_dir();
   training_files(dir, training_odd_model);
-  lose_one(dir, FOREIGN_SRUN, SIGSTOP, 20, "s (pid %d), in step ");
+  lose_one(dir, FOREIGN_SRUN, on_shm, SIGSTOP, 20, "s (pid %d), in step ");
+  command_remove_dir(dir);
+}
+
+Test(lost_ranks, a_stopped_one_is_found_with_nccl, .timeout = 120) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  use_doubles(dir);
+  lose_one(dir, FOREIGN_TORCHRUN, on_nccl, SIGSTOP, 25, "s (pid %d), in step ");
   command_remove_dir(dir);
 }

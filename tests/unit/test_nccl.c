@@ -358,6 +358,51 @@ Test(nccl, hangs_and_asynchronous_errors_end_the_job_by_name, .timeout = 60) {
   }
 }
 
+typedef struct seen { /* when the job failed */
+  const uint32_t *failed;
+  int64_t ns;
+} seen;
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+static void *look_for_failure(void *arg) {
+  seen *s = arg;
+  for (int k = 0; k < 10000 && !__atomic_load_n(s->failed, __ATOMIC_ACQUIRE); k++)
+    nanosleep(&(struct timespec){0, 1000000}, NULL);
+  s->ns = now_ns();
+  return NULL;
+}
+/* [main] of all ranks is in a call of NCCL that does not return for 5 s, as behind a full queue; the timeout is 1 s. */
+static void blocks(fake_rank *rank) {
+  rig g;
+  pthread_t thread;
+  seen s = {rank->job.failed, 0};
+  if (!comm_suite_rig_open(&g, rank, 4096)) return;
+  phx_comm *c = g.comm;
+  FAKE_CHECK(rank, c->barrier(c->ctx, NULL, &g.err) == PHX_OK, "%s", g.err.message);
+  const int64_t begin = now_ns();
+  pthread_create(&thread, NULL, look_for_failure, &s);
+  const phx_status status = c->all_reduce(c->ctx, g.arena, g.arena, 8, PHX_I32, PHX_SUM, NULL, &g.err);
+  pthread_join(thread, NULL);
+  FAKE_CHECK(rank, status == PHX_COMM, "%d", status);
+  FAKE_CHECK(rank, s.ns - begin < INT64_C(3500000000), "found after %.1f s", (double)(s.ns - begin) * 1e-9);
+  comm_suite_rig_close(&g);
+}
+Test(nccl, a_call_that_blocks_does_not_stop_the_watchdog, .timeout = 60) {
+  static fake_result result;
+  load();
+  control->fault = DOUBLE_CALL_BLOCKS;
+  control->rank = DOUBLE_RANKS;
+  control->at = 2;
+  control->seconds = 5;
+  run_limited(2, 1, 30, blocks, NULL, &result);
+  const char *report = fake_job_report(&result, 2);
+  cr_expect_eq(result.late, 0);
+  cr_expect_eq(report[0], 0, "%s", report);
+}
+
 static void split_fails(fake_rank *rank) {
   rig g;
   phx_comm *half = NULL;

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "inner.h"
@@ -20,7 +21,9 @@ static __thread int operations;
 
 #define CONTROL (&double_shared->control)
 #define COUNT(field, by) __atomic_fetch_add(&CONTROL->field, by, __ATOMIC_RELAXED)
-static int has_fault(int fault) { return CONTROL->fault == fault && CONTROL->rank == double_rank; }
+static int has_fault(int fault) {
+  return CONTROL->fault == fault && (CONTROL->rank == double_rank || CONTROL->rank == DOUBLE_RANKS);
+}
 
 double_control *double_setup(void) {
   if (double_shared) munmap(double_shared, sizeof *double_shared);
@@ -270,6 +273,11 @@ static ncclResult_t launch(work *w, cudaStream_t s) {
   if (number == CONTROL->at && has_fault(DOUBLE_CALL_FAILS)) {
     double_drop(w);
     return ncclUnhandledCudaError;
+  }
+  if (number == CONTROL->at && has_fault(DOUBLE_CALL_BLOCKS)) {
+    for (const time_t end = time(NULL) + CONTROL->seconds; time(NULL) < end;) usleep(20000);
+    double_drop(w);
+    return ncclSystemError;
   }
   cuda_double_submit(s, double_run, double_drop, w);
   return ncclInProgress;

@@ -22,12 +22,14 @@ enum double_fault {
   DOUBLE_ID_FAILS,     /* ncclGetUniqueId */
   DOUBLE_REGISTER_FAILS,
   DOUBLE_OTHER_VERSION, /* ncclGetVersion of this rank */
-  DOUBLE_CUT            /* from now on no operation of any rank ends */
+  DOUBLE_CUT,           /* from now on no operation of any rank ends */
+  DOUBLE_CALL_BLOCKS    /* the call of operation number `at` returns after `seconds`, with ncclSystemError */
 };
 typedef struct double_control { /* shared by all ranks; set after double_setup(), before the fork */
   int version;         /* NCCL's code */
   int one_gpu;         /* all ranks have the same */
-  int fault, rank, at; /* at: from 1, operations of the rank on any communicator */
+  int fault, rank, at; /* at: from 1, operations of the rank on any communicator; rank DOUBLE_RANKS: all */
+  int seconds;
   /* read afterwards; of all ranks */
   int live_comms, live_registrations, live_memory;
   int aborts, splits, groups, operations, late_operations; /* late: on a communicator that was aborted */
