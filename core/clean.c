@@ -23,7 +23,7 @@ void phx__clean(char *text, size_t bytes) {
   unsigned char *s = (unsigned char *)text;
   for (size_t i = 0; i < bytes && s[i];) {
     const size_t n = character(s + i, bytes - i);
-    if (n == 0) s[i] = '?';
+    if (n == 0) s[i] = s[i] == '\n' || s[i] == '\r' || s[i] == '\t' ? ' ' : '?';
     i += n ? n : 1;
   }
 }

@@ -3,6 +3,7 @@
 #define PHX__CLEAN_H
 #include <stddef.h>
 
-/* In place, up to the zero or `bytes`: control characters, and bytes that are no UTF-8, become '?'. */
+/* In place, up to the zero or `bytes`: control characters, and bytes that are no UTF-8, become '?',
+ * ends of lines and tabs a space. */
 void phx__clean(char *text, size_t bytes);
 #endif

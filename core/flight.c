@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "clean.h"
 #include "sys.h"
 #include "where.h"
 
@@ -156,8 +157,7 @@ static void put_message(text *t, const phx__flight_report *report, int32_t r, co
   char message[sizeof report->pages[r].message];
   memcpy(message, report->pages[r].message, sizeof message);
   message[sizeof message - 1] = 0;
-  for (char *c = message; *c; c++)
-    if ((unsigned char)*c < ' ') *c = ' ';
+  phx__clean(message, sizeof message);
   if (message[0]) put(t, "  %s: rank %d: %s\n", label, r, message);
 }
 

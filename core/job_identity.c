@@ -12,6 +12,7 @@
 #include <xxhash.h>
 
 #include "job_segment.h"
+#include "slurm_list.h"
 #include "status.h"
 #include "tcp_store.h"
 
@@ -39,15 +40,6 @@ static phx_status read_local(phx__identity *me, const char *rank, const char *si
   return status == PHX_OK ? read_number(rank, 0, me->local_size - 1, &me->local_rank, err) : status;
 }
 
-/* The first name of a Slurm list: "node[07-09,12],gpu1" is node07. */
-static bool first_host(const char *list, char *out, size_t bytes) {
-  size_t n = strcspn(list, "[,");
-  int used = snprintf(out, bytes, "%.*s", (int)n, list);
-  const char *in = list + n + 1; /* behind the bracket */
-  if (list[n] == '[') used = snprintf(out, bytes, "%.*s%.*s", (int)n, list, (int)strcspn(in, "-,]"), in);
-  return used > 0 && (size_t)used < bytes;
-}
-
 /* Where the ranks of several machines meet. */
 static phx_status read_meeting(phx__identity *me, phx_error *err) {
   const char *address = getenv("MASTER_ADDR"), *agent = getenv("TORCHELASTIC_USE_AGENT_STORE");
@@ -55,7 +47,7 @@ static phx_status read_meeting(phx__identity *me, phx_error *err) {
   int32_t port = atoi(PHX__STORE_PORT);
   me->several = true;
   if (address && *address ? snprintf(me->address, sizeof me->address, "%s", address) >= (int)sizeof me->address
-                          : !list || !first_host(list, me->address, sizeof me->address))
+                          : !list || !phx__slurm_first_host(list, me->address, sizeof me->address))
     return phx__fail(err, PHX_INVALID,
                      "MASTER_ADDR is not set, and %d of %d ranks are on this machine: set it on every machine to the "
                      "address of the one where rank 0 runs (mpirun: -x MASTER_ADDR=...)", me->local_size, me->size);
@@ -138,24 +130,6 @@ done:
   return status;
 }
 
-/* The number for `node` in a list of Slurm's: "2(x3),1" is 2, 2, 2, 1.  0: there is none. */
-static int32_t tasks_of_node(const char *list, int32_t node) {
-  while (*list >= '0' && *list <= '9') {
-    char *end = NULL;
-    const long tasks = strtol(list, &end, 10);
-    long times = 1;
-    if (end[0] == '(' && end[1] == 'x') {
-      times = strtol(end + 2, &end, 10);
-      if (*end++ != ')') return 0;
-    }
-    if (node < times) return tasks > 0 && tasks <= PHX_RANKS_MAX ? (int32_t)tasks : 0;
-    node -= (int32_t)times;
-    if (*end != ',') return 0;
-    list = end + 1;
-  }
-  return 0;
-}
-
 /* Under srun: how many ranks this machine has. */
 static phx_status read_srun_local(phx__identity *me, phx_error *err) {
   const char *step = getenv("SLURM_STEP_NUM_NODES"), *list = getenv("SLURM_STEP_TASKS_PER_NODE");
@@ -166,7 +140,7 @@ static phx_status read_srun_local(phx__identity *me, phx_error *err) {
     PHX__TRY(read_number(step ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", 1, INT_MAX, &hosts, err));
   if (hosts == 1) return PHX_OK;
   PHX__TRY(read_number("SLURM_NODEID", 0, hosts - 1, &node, err));
-  me->local_size = list ? tasks_of_node(list, node) : 0;
+  me->local_size = list ? phx__slurm_tasks(list, node, PHX_RANKS_MAX) : 0;
   if (me->local_size < 1 || me->local_size > me->size)
     status = phx__fail(err, PHX_INVALID,
                        "the environment has SLURM_STEP_TASKS_PER_NODE=%s, which does not say how many of %d ranks "

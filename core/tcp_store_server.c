@@ -236,10 +236,8 @@ static void take_stranger(phx__store_server *s, peer *p) {
     refuse(s, p, NULL);
 }
 
-static void accept_one(phx__store_server *s) {
+static void take_connection(phx__store_server *s, int fd) {
   int oldest = 0;
-  const int fd = accept4(s->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-  if (fd < 0) return;
   for (int i = 0; i < STRANGERS; i++) {
     if (s->strangers[i].wire.fd < 0) {
       oldest = i;
@@ -253,6 +251,11 @@ static void accept_one(phx__store_server *s) {
   *p = (peer){.wire = {.fd = fd, .limit = PHX__WIRE_HELLO_BYTES, .body = s->hellos[oldest]},
               .since_ns = s->last_ns,
               .claim = {.rank = -1}};
+}
+
+static void accept_one(phx__store_server *s) {
+  const int fd = accept4(s->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (fd >= 0) take_connection(s, fd);
 }
 
 static void read_stranger(phx__store_server *s, peer *p) {
@@ -309,7 +312,10 @@ static void take_frame(phx__store_server *s, int32_t r) {
   peer *p = &s->ranks[r];
   const phx__frame *f = &p->wire.frame;
   if (f->kind == PHX__WIRE_FAILED && f->session == s->session) {
-    fail(s, r, "%.*s", (int)f->bytes, (const char *)p->wire.body);
+    if (f->bytes > 0 && p->wire.body[0])
+      fail(s, r, "%.*s", (int)f->bytes, (const char *)p->wire.body);
+    else
+      fail(s, r, "rank %d (%s) has failed and does not say why", r, p->place);
   } else if (f->kind == PHX__WIRE_LEAVE) {
     p->left = true;
   } else if (f->kind == PHX__WIRE_EXCHANGE && f->session == s->session) {
@@ -378,33 +384,36 @@ static bool is_over(phx__store_server *s) {
   return s->failed ? waited >= (double)TOLD_NS : s->place.timeout_s > 0 && waited >= s->place.timeout_s * 1e9;
 }
 
+/* Whatever is there to be read, written or timed out; waits for it at most wait_ms. */
+static void turn(phx__store_server *s, int wait_ms) {
+  struct pollfd fds[2 + STRANGERS + PHX_RANKS_MAX];
+  fds[0] = (struct pollfd){.fd = s->wake, .events = POLLIN};
+  fds[1] = (struct pollfd){.fd = s->listener, .events = POLLIN}; /* -1 is passed over */
+  struct pollfd *strangers = fds + 2, *ranks = strangers + STRANGERS;
+  for (int i = 0; i < STRANGERS; i++)
+    strangers[i] = (struct pollfd){.fd = s->strangers[i].wire.fd, .events = POLLIN};
+  for (int32_t r = 0; r < s->place.size; r++) {
+    const peer *p = &s->ranks[r];
+    const bool writes = p->out_left > 0 || (s->failed && !p->told);
+    ranks[r] = (struct pollfd){.fd = p->wire.fd, .events = (short)(POLLIN | (writes ? POLLOUT : 0))};
+  }
+  uint64_t woken;
+  const int n = poll(fds, (nfds_t)(2 + STRANGERS + s->place.size), wait_ms);
+  look_at_clocks(s);
+  if (n <= 0) return;
+  if (fds[0].revents && phx__sys.read(s->wake, &woken, sizeof woken) < 0) return;
+  for (int32_t r = 0; r < s->place.size; r++) {
+    if (ranks[r].revents & ~POLLOUT) read_rank(s, r);
+    if ((ranks[r].revents & POLLOUT) && s->ranks[r].wire.fd >= 0) write_rank(s, &s->ranks[r]);
+  }
+  for (int i = 0; i < STRANGERS; i++)
+    if (strangers[i].revents && s->strangers[i].wire.fd >= 0) read_stranger(s, &s->strangers[i]);
+  if (fds[1].revents && s->listener >= 0) accept_one(s);
+}
+
 static void *serve(void *arg) {
   phx__store_server *s = arg;
-  struct pollfd fds[2 + STRANGERS + PHX_RANKS_MAX];
-  while (!is_over(s)) {
-    fds[0] = (struct pollfd){.fd = s->wake, .events = POLLIN};
-    fds[1] = (struct pollfd){.fd = s->listener, .events = POLLIN}; /* -1 is passed over */
-    struct pollfd *strangers = fds + 2, *ranks = strangers + STRANGERS;
-    for (int i = 0; i < STRANGERS; i++)
-      strangers[i] = (struct pollfd){.fd = s->strangers[i].wire.fd, .events = POLLIN};
-    for (int32_t r = 0; r < s->place.size; r++) {
-      const peer *p = &s->ranks[r];
-      const bool writes = p->out_left > 0 || (s->failed && !p->told);
-      ranks[r] = (struct pollfd){.fd = p->wire.fd, .events = (short)(POLLIN | (writes ? POLLOUT : 0))};
-    }
-    uint64_t woken;
-    const int n = poll(fds, (nfds_t)(2 + STRANGERS + s->place.size), LOOK_MS);
-    look_at_clocks(s);
-    if (n <= 0) continue;
-    if (fds[0].revents && phx__sys.read(s->wake, &woken, sizeof woken) < 0) continue;
-    for (int32_t r = 0; r < s->place.size; r++) {
-      if (ranks[r].revents & ~POLLOUT) read_rank(s, r);
-      if ((ranks[r].revents & POLLOUT) && s->ranks[r].wire.fd >= 0) write_rank(s, &s->ranks[r]);
-    }
-    for (int i = 0; i < STRANGERS; i++)
-      if (strangers[i].revents && s->strangers[i].wire.fd >= 0) read_stranger(s, &s->strangers[i]);
-    if (fds[1].revents && s->listener >= 0) accept_one(s);
-  }
+  while (!is_over(s)) turn(s, LOOK_MS);
   return NULL;
 }
 
@@ -448,20 +457,32 @@ static phx_status listen_at(phx__store_server *s, phx_error *err) {
   return s->listener < 0 ? fail_listen(place, why, err) : PHX_OK;
 }
 
-phx_status phx__store_serve(const phx__store_place *place, phx__store_server **out, phx_error *err) {
-  phx__store_server *s = phx__calloc(1, sizeof *s);
-  phx_status status = PHX_OK;
-  sigset_t all, before;
-  if (!s) return phx__fail(err, PHX_NOMEM, "no memory for the store of %d ranks, %zu bytes", place->size, sizeof *s);
+static void set_up(phx__store_server *s, const phx__store_place *place) {
   s->place = *place;
   s->place.secret = NULL; /* it lasts no longer than this call */
   if (place->secret) s->secret = *place->secret;
-  s->listener = -1;
+  s->listener = s->wake = -1;
   s->round = 1;
   s->started_ns = s->last_ns = phx__now_ns();
   for (int i = 0; i < STRANGERS; i++) s->strangers[i].wire.fd = -1;
   for (int32_t r = 0; r < PHX_RANKS_MAX; r++)
     s->ranks[r].wire = (phx__wire){.fd = -1, .limit = PHX__WIRE_TO_STORE, .body = s->bodies[r]};
+}
+
+static void free_server(phx__store_server *s) {
+  for (int i = 0; i < STRANGERS; i++) hang_up(&s->strangers[i]);
+  for (int32_t r = 0; r < PHX_RANKS_MAX; r++) hang_up(&s->ranks[r]);
+  if (s->listener >= 0) phx__sys.close(s->listener);
+  if (s->wake >= 0) phx__sys.close(s->wake);
+  phx__free(s);
+}
+
+phx_status phx__store_serve(const phx__store_place *place, phx__store_server **out, phx_error *err) {
+  phx__store_server *s = phx__calloc(1, sizeof *s);
+  phx_status status = PHX_OK;
+  sigset_t all, before;
+  if (!s) return phx__fail(err, PHX_NOMEM, "no memory for the store of %d ranks, %zu bytes", place->size, sizeof *s);
+  set_up(s, place);
   if (getrandom(&s->session, sizeof s->session, GRND_NONBLOCK) < 0) s->session = s->started_ns;
   s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (s->wake < 0) {
@@ -480,9 +501,7 @@ phx_status phx__store_serve(const phx__store_place *place, phx__store_server **o
   *out = s;
   return PHX_OK;
 done:
-  if (s->listener >= 0) phx__sys.close(s->listener);
-  if (s->wake >= 0) phx__sys.close(s->wake);
-  phx__free(s);
+  free_server(s);
   return status;
 }
 
@@ -492,9 +511,5 @@ void phx__store_serve_end(phx__store_server *s) {
   __atomic_store_n(&s->closing, 1, __ATOMIC_RELEASE);
   (void)phx__sys.write(s->wake, &one, sizeof one); /* else it looks by itself, LOOK_MS later */
   pthread_join(s->thread, NULL);
-  for (int i = 0; i < STRANGERS; i++) hang_up(&s->strangers[i]);
-  for (int32_t r = 0; r < PHX_RANKS_MAX; r++) hang_up(&s->ranks[r]);
-  if (s->listener >= 0) phx__sys.close(s->listener);
-  phx__sys.close(s->wake);
-  phx__free(s);
+  free_server(s);
 }

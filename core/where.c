@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#include "clean.h"
+
 void (*phx__where_watch)(int32_t kind);
 
 typedef struct text {
@@ -15,7 +17,7 @@ typedef struct text {
 } text;
 
 static void put(text *t, const char *s, size_t most) {
-  for (; most > 0 && *s && t->left > 1; s++, most--, t->left--) *t->at++ = (unsigned char)*s < ' ' ? ' ' : *s;
+  for (; most > 0 && *s && t->left > 1; s++, most--, t->left--) *t->at++ = *s;
   *t->at = 0;
 }
 
@@ -51,5 +53,6 @@ bool phx__where_text(const phx_liveness *page, char *out, size_t bytes) {
     put(&t, ", stage ", 8);
     put_number(&t, stage);
   }
+  phx__clean(out, bytes);
   return true;
 }

@@ -110,7 +110,9 @@ Test(job, several_machines_need_clear_variables, .timeout = 20) {
               {"SLURM_STEP_ID=0 SLURM_LOCALID=0 SLURM_NNODES=2", "SLURM_NODEID"},
               {"SLURM_NODEID=1", "SLURM_STEP_TASKS_PER_NODE=(nothing)"},
               {"SLURM_STEP_TASKS_PER_NODE=4", "SLURM_STEP_TASKS_PER_NODE=4"},
-              {"SLURM_STEP_TASKS_PER_NODE=2(x2)", "MASTER_ADDR is not set"}};
+              {"SLURM_STEP_TASKS_PER_NODE=1(x-3),2(x4)", "which does not say how many"},
+              {"SLURM_STEP_TASKS_PER_NODE=2(x2)", "MASTER_ADDR is not set"},
+              {"SLURM_STEP_NODELIST=node[-", "MASTER_ADDR is not set"}};
   for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
     const phx_job *job = NULL;
     phx_error err = PHX_ERROR_INIT;
@@ -133,6 +135,7 @@ Test(job, where_machines_meet, .timeout = 20) {
                "SLURM_NODEID=2 SLURM_STEP_TASKS_PER_NODE=2(x2),1,2 SLURM_STEP_NODELIST=node[07-09,12],gpu1",
                "node07", "29500", 1},
               {"SLURM_NODEID=3 SLURM_STEP_NODELIST=gpu1,gpu2", "gpu1", "29500", 2},
+              {"SLURM_STEP_NODELIST=rack[1-2]node[30,4]-ib,x", "rack1node30-ib", "29500", 2},
               {"MASTER_ADDR=10.0.0.9 MASTER_PORT=1234", "10.0.0.9", "1234", 2},
               {"RANK=1 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=3", "10.0.0.9", "1234", 3},
               /* torchrun itself listens at MASTER_PORT */
