@@ -22,6 +22,7 @@
 #include "manifest.h"
 #include "run_lock.h"
 #include "state_io.h"
+#include "state_visit.h"
 #include "status.h"
 #include "sys.h"
 
@@ -101,10 +102,6 @@ static phx_status name_slice(const phx__save *s, const phx_slice *slice, char na
 static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   phx__save *s = ctx;
   if (phx__state_derived(slice)) return PHX_OK;
-  if (slice->kind < 0 || slice->kind > PHX_STATE_PRIVATE ||
-      (slice->kind == PHX_STATE_OPTIM && slice->state_index >= s->rt->optim.table.n_states))
-    return phx__fail(err, PHX_INTERNAL, "the strategy names a state of kind %d, index %u", slice->kind,
-                     slice->state_index);
   phx_status status = s->n == s->room ? grow(s, err) : PHX_OK;
   if (!status) status = name_slice(s, slice, s->names[s->n], s->private_names[s->n], err);
   if (status) return status;
@@ -150,11 +147,10 @@ static phx_status name_part(phx__save *s, uint64_t nonce, phx_error *err) {
 
 static phx_status create_file(phx__save *s, phx_error *err) {
   char path[PHX__CHECKPOINT_PATH], step[24];
-  const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = s, .slice = add_slice};
   snprintf(s->file, sizeof s->file, "rank-%05d.safetensors", s->rt->job->rank);
   snprintf(step, sizeof step, "%" PRId64, s->at.step);
   const char *const metadata[] = {"format", "phalanx-checkpoint", "step", step, NULL};
-  phx_status status = s->rt->prepared->strategy->visit_state(s->rt->strategy, &visitor, err);
+  phx_status status = phx__state_visit(s->rt, add_slice, s, err);
   if (!status) status = make_tensors(s, err);
   if (!status) status = phx__path_join(path, s->part, s->file, err);
   if (!status)
@@ -466,10 +462,9 @@ phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx
                                 const phx__retention *retention, int64_t *bytes, phx_error *err) {
   save_walk walk = {0};
   phx_error why = PHX_ERROR_INIT;
-  const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = save_slice};
   phx_status status = phx__save_begin(rt, run_dir, at, &walk.save, err);
   if (status) return status;
-  status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, &why);
+  status = phx__state_visit(rt, save_slice, &walk, &why);
   note(walk.save, status, &why, NULL); /* commit tells the others */
   phx__save_flush(walk.save, NULL);
   status = phx__save_gather(walk.save, err);

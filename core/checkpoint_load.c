@@ -16,8 +16,10 @@
 #include "checkpoint_dir.h"
 #include "manifest.h"
 #include "state_io.h"
+#include "state_visit.h"
 #include "status.h"
 #include "sys.h"
+#include "where.h"
 
 /* ---- does it fit? ---- */
 static bool same_optimizer(const phx__manifest *m, const phx_optim *now) {
@@ -257,7 +259,6 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   phx_error why = PHX_ERROR_INIT;
   phx__verdict verdict = {0};
   char hash[33];
-  const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = load_slice};
   const phx_strategy_table *strategy = rt->prepared->strategy;
   phx_status status = phx__checkpoint_reader_open(path, &walk.reader, &why);
   const phx__manifest *m = status ? NULL : walk.reader->manifest;
@@ -270,7 +271,7 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   walk.private_fits = saved_by && strcmp(saved_by->id, rt->config->strategy.plugin->descriptor->id) == 0 &&
                       m->ranks == rt->job->size;
   status = phx__optim_state_changes(&rt->optim, &why);
-  if (!status) status = strategy->visit_state(rt->strategy, &visitor, &why);
+  if (!status) status = phx__state_visit(rt, load_slice, &walk, &why);
   verdict.hash = walk.hash;
   PHX__TRY(phx__agree(rt, status, &why, &verdict, err));
   phx__state_hash_text(verdict.sum, hash);
@@ -279,7 +280,7 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
                        m->state_hash);
     goto done;
   }
-  PHX__TRY(strategy->state_changed(rt->strategy, err));
+  PHX__TRY(PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err)));
   if (rt->job->rank == 0) say_all(&walk, path);
   out->at = (phx__position){.step = m->step, .samples = m->samples};
   snprintf(out->path, sizeof out->path, "%s", path);

@@ -80,6 +80,7 @@ static size_t variant_overrides(const phx__compare_plan *plan, const variant *v,
                                 phx__override out[PHX__OVERRIDES_MOST]) {
   size_t n = 0;
   for (; n < plan->n_overrides; n++) out[n] = plan->overrides[n];
+  if (plan->checks) out[n++] = (phx__override){"run.checked=yes", "compare"};
   out[n++] = (phx__override){v->choice, "--strategies"};
   for (int i = 0; i < v->n_sets; i++) out[n++] = (phx__override){v->sets[i], "--set"};
   out[n++] = (phx__override){v->out, "--set"};
@@ -93,7 +94,7 @@ static int check_variant(const phx__compare_plan *plan, const variant *v) {
   phx_error err = PHX_ERROR_INIT;
   char *text = NULL;
   size_t bytes = 0;
-  if (plan->n_overrides + (size_t)v->n_sets + 2 > PHX__OVERRIDES_MOST) {
+  if (plan->n_overrides + (size_t)v->n_sets + 3 > PHX__OVERRIDES_MOST) {
     fprintf(stderr, "phalanx: --strategies: %s makes more than %d flags\n", v->label, PHX__OVERRIDES_MOST);
     return 0;
   }
@@ -361,14 +362,19 @@ static int run_all(const phx__compare_plan *plan, const phx__config *base, varia
   return (!same && base->s.run.deterministic) || !kept ? 1 : PHX__EXIT_OK;
 }
 
-int phx__compare(const phx__compare_plan *plan) {
+int phx__compare(const phx__compare_plan *given) {
+  enum { AUTO = 2 };
+  phx__compare_plan with_checks = *given;
+  const phx__compare_plan *plan = &with_checks;
   int n = 0, status = PHX__EXIT_REFUSED;
   phx__config *base = NULL;
   variant *v = phx__calloc(VARIANTS_MAX, sizeof *v);
   if (!v) fprintf(stderr, "phalanx: no memory to compare\n");
   if (v && parse_variants(v, plan->variants, &n) &&
-      phx__config_load(plan->file, plan->overrides, plan->n_overrides, stderr, &base) == PHX_OK)
+      phx__config_load(plan->file, plan->overrides, plan->n_overrides, stderr, &base) == PHX_OK) {
+    with_checks.checks = base->s.run.checked == AUTO;
     status = run_all(plan, base, v, n);
+  }
   phx__run_lock_release();
   phx__config_free(base);
   for (int i = 0; v && i < n; i++) {

@@ -10,6 +10,7 @@ typedef struct phx__compare_plan {
   const char *variants; /* "ddp,fsdp.sharding=grad_op,/opt/mine.so": a strategy, and for it alone keys joined by '+' */
   const phx__override *overrides; /* what every run gets */
   size_t n_overrides;
+  bool checks;          /* [run] checked = auto: every run is checked; filled by phx__compare */
 } phx__compare_plan;
 
 /* Exit status: 0; 1 when deterministic runs differ in their bits, or a run did not keep its plan; 2 when any of the

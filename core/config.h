@@ -24,6 +24,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t max_restarts;
     int32_t elastic;
     int32_t overcommit;
+    int32_t checked;     /* 0 no, 1 yes; 2 auto, which is no here: compare asks for yes */
     int32_t stopped_status; /* 0: status 5, 1: status 0 */
   } run;
   struct {

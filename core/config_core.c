@@ -24,6 +24,7 @@
   { #f, doc, dflt, NULL, NULL, 0, 0, 0, 0, PHX_OPT_STRING, flags, AT(section, f) }
 
 static const char *const deterministic_choices[] = {"no", "yes", "auto", NULL};
+static const char *const checked_choices[] = {"no", "yes", "auto", NULL};
 static const char *const pin_choices[] = {"auto", "yes", "no", NULL};
 static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
 static const char *const stopped_choices[] = {"5", "0", NULL};
@@ -62,6 +63,9 @@ static const phx_option run_options[] = {
     BOOL(run, elastic, "no",
          "A restart goes on without the ranks that were lost; batch.accumulate rises to keep the global batch."),
     BOOL(run, overcommit, "no", "Start a run whose plan takes more memory than is available; no: it is refused."),
+    ENUM(run, checked, "auto", checked_choices, 0,
+         "Compare gradients, weights and memory that the strategy hands over with what the ranks computed; auto: yes "
+         "in compare, no in train."),
     ENUM(run, stopped_status, "5", stopped_choices, 0,
          "Exit status of a run that a signal stopped and whose state is saved; 0 makes it look like one that is done."),
 };

@@ -12,6 +12,7 @@
 #define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
 
+#include "handed.h"
 #include "state_io.h"
 #include "status.h"
 #include "sys.h"
@@ -86,6 +87,7 @@ static phx_status hash_stage(phx__drift *d, uint32_t stage, phx_error *err) {
       PHX__IN_STRATEGY(rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
                        strategy->acquire(rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
   phx__job_heartbeat(rt->job);
+  if (!status) status = phx__handed_view(rt, stage, PHX_PASS_EVALUATE, view, err);
   if (!status && view->ready) status = device->stream_wait(device->ctx, NULL, view->ready, err);
   if (!status) status = hash_view(d, view, err);
   if (status) return status;

@@ -8,6 +8,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "handed.h"
 #include "status.h"
 #include "sys.h"
 #include "where.h"
@@ -55,6 +56,12 @@ phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *er
     status = phx__fail(err, PHX_NOMEM, "no memory for the engine");
     goto done;
   }
+  PHX__TRY(phx__step_check_open(rt, &e->check, err));
+  e->sums = phx__calloc((size_t)(PHX__SUM_WORDS + phx__step_check_size(&e->check)), sizeof *e->sums);
+  if (!e->sums) {
+    status = phx__fail(err, PHX_NOMEM, "no memory for the engine");
+    goto done;
+  }
   PHX__TRY(take(rt, PHX_MEM_BUFFER, p->token_bytes, &tokens, err));
   e->tokens = tokens;
   PHX__TRY(take_pinned(rt, p->token_bytes, &host_tokens, err));
@@ -88,6 +95,8 @@ void phx__engine_destroy(phx__engine *e) {
   host->release(host->ctx, e->losses);
   host->release(host->ctx, e->host_tokens);
   host->release(host->ctx, e->tokens);
+  phx__step_check_close(&e->check);
+  phx__free(e->sums);
   phx__free(e->gradients);
   phx__free(e->saved);
   phx__free(e->outputs);
@@ -156,8 +165,12 @@ static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs
   if (call->view->ready) status = d->stream_wait(d->ctx, NULL, call->view->ready, err);
   if (status) return status;
   const int backward = call->pass == PHX_PASS_BACKWARD;
+  phx__gradient_check *check = backward ? e->check.gradients : NULL;
+  if (check) status = phx__gradient_check_before(check, call->view, err);
+  if (status) return status;
   status = PHX__IN(e->rt->job, PHX_KIND_MODEL, backward ? PHX_IN_BACKWARD : PHX_IN_FORWARD, (int32_t)call->stage,
                    backward ? model->backward(e->rt->model, call, err) : model->forward(e->rt->model, call, err));
+  if (!status && check) status = phx__gradient_check_after(check, call->view, err);
   if (!status && e->at_stage) e->at_stage(e->at_stage_arg);
   return status;
 }
@@ -170,6 +183,7 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
   phx_status status =
       PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
                        p->strategy->acquire(e->rt->strategy, stage, pass, micro_batch, NULL, &view, err));
+  if (!status) status = phx__handed_view(e->rt, stage, pass, view, err);
   if (status) return failed_in(e, stage, pass, status, err);
   const int runs = pass == PHX_PASS_EVALUATE || stage_runs(e, stage, micro_batch);
   phx_stage_call call = override ? *override : stage_call(e, stage, pass, micro_batch, 0, view);
@@ -201,7 +215,8 @@ static void *executor_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t 
 
 /* A stage within run_step: the strategy's call goes on after it. */
 static phx_status run_inside(phx__engine *e, const phx_stage_call *call, int32_t micro_batch, phx_error *err) {
-  const phx_status status = run_stage(e, call, stage_runs(e, call->stage, micro_batch), err);
+  phx_status status = phx__handed_view(e->rt, call->stage, call->pass, call->view, err);
+  if (!status) status = run_stage(e, call, stage_runs(e, call->stage, micro_batch), err);
   if (status) return failed_in(e, call->stage, call->pass, status, err);
   phx__enter(e->rt->job, PHX_KIND_STRATEGY, PHX_IN_RUN_STEP, -1);
   return PHX_OK;
@@ -272,20 +287,22 @@ static phx_status combine_loss(phx__engine *e, int32_t micro_batches, double *ou
   return PHX_OK;
 }
 
+static phx__exact_sum *norm_of(phx__engine *e) { return (phx__exact_sum *)(void *)e->sums; }
+
 /* Sums of squares, exactly.  Where bits may depend on the order anyway, sums of many go in instead: the device is idle
  * meanwhile, and a model of 1558M has 1.5 million of them. */
 static void norm_take(phx__engine *e, const double *sums, int64_t n) {
   enum { LANES = 8 };
   double lane[LANES] = {0};
   if (e->rt->config->s.run.deterministic) {
-    for (int64_t i = 0; i < n; i++) phx__exact_sum_add(&e->norm, sums[i]);
+    for (int64_t i = 0; i < n; i++) phx__exact_sum_add(norm_of(e), sums[i]);
     return;
   }
   int64_t at = 0;
   for (; at + LANES <= n; at += LANES)
     for (int k = 0; k < LANES; k++) lane[k] += sums[at + k];
   for (; at < n; at++) lane[0] += sums[at];
-  for (int k = 0; k < LANES; k++) phx__exact_sum_add(&e->norm, lane[k]);
+  for (int k = 0; k < LANES; k++) phx__exact_sum_add(norm_of(e), lane[k]);
 }
 
 static phx_status norm_add(void *ctx, uint32_t unit, int64_t first_block, int64_t blocks, const float *gradient,
@@ -293,30 +310,32 @@ static phx_status norm_add(void *ctx, uint32_t unit, int64_t first_block, int64_
   phx__engine *e = ctx;
   const phx_device *d = e->rt->device;
   const int64_t most = e->rt->prepared->norm_blocks;
-  (void)unit;
-  (void)first_block;
-  for (int64_t done = 0; done < blocks; done += most) {
+  phx_status status = phx__step_check_norm(&e->check, unit, first_block, blocks, gradient, stream, err);
+  for (int64_t done = 0; done < blocks && !status; done += most) {
     const int64_t n = blocks - done < most ? blocks - done : most;
-    phx_status status =
+    status =
         e->rt->ops->block_norms(e->rt->ops->ctx, e->norm_blocks, gradient + done * PHX_BLOCK, n, stream, err);
     if (!status) status = d->stream_synchronize(d->ctx, stream, err);
-    if (status) return status;
-    norm_take(e, e->norm_blocks, n);
+    if (!status) norm_take(e, e->norm_blocks, n);
   }
-  return PHX_OK;
+  return status;
 }
 
 /* The norm of the unscaled sum over ranks and micro-batches. */
 static phx_status gradient_norm(phx__engine *e, double *out, phx_error *err) {
   const phx_accumulator acc = {.struct_size = sizeof acc, .ctx = e, .add = norm_add};
-  memset(&e->norm, 0, sizeof e->norm);
+  const int64_t n_counts = phx__step_check_size(&e->check);
+  memset(norm_of(e), 0, sizeof(phx__exact_sum));
+  phx__cover_clear(&e->check.norm);
   phx_status status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_NORM, -1,
                                        e->rt->prepared->strategy->gradient_norm(e->rt->strategy, &acc, err));
   if (status) return status;
-  status = PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, &e->norm, &e->norm, PHX__SUM_WORDS,
-                                                            PHX_I64, PHX_SUM, NULL, err));
+  phx__step_check_words(&e->check, e->sums + PHX__SUM_WORDS);
+  status = PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, e->sums, e->sums,
+                                                            PHX__SUM_WORDS + n_counts, PHX_I64, PHX_SUM, NULL, err));
+  if (!status) status = phx__step_check_judge(&e->check, e->sums + PHX__SUM_WORDS, err);
   if (status) return status;
-  *out = sqrt(phx__exact_sum_value(&e->norm));
+  *out = sqrt(phx__exact_sum_value(norm_of(e)));
   return PHX_OK;
 }
 
@@ -359,11 +378,13 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
   phx__step_result result = {.lr = phx__optim_lr(settings, step)};
   e->step = step;
   phx__job_state(job, 2, step);
+  if (e->check.gradients) phx__gradient_check_begin(e->check.gradients, step);
 
   PHX__TRY(load_batch(e, data, err));
   if (PHX_HAS(strategy, phx_strategy_table, run_step) && strategy->run_step) PHX__TRY(run_own_schedule(e, err));
   else PHX__TRY(run_micro_batches(e, err));
   PHX__TRY(PHX__IN_STRATEGY(job, PHX_IN_FINISH, -1, strategy->finish_gradients(e->rt->strategy, err)));
+  if (e->check.gradients) PHX__TRY(phx__gradient_check_sum(e->check.gradients, err));
   PHX__TRY(combine_loss(e, e->rt->prepared->topology.accumulate, &result.loss, err));
 
   double norm = 0;
@@ -379,12 +400,18 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
   const double factor = clip > 0 && result.grad_norm > clip ? clip / result.grad_norm : 1.0;
   e->rt->optim.step = step;
   e->rt->optim.lr = result.lr;
-  PHX__TRY(PHX__IN_STRATEGY(job, PHX_IN_UPDATE, -1,
-                            strategy->update(e->rt->strategy, step, (float)(factor / terms), err)));
+  const float scale = (float)(factor / terms);
+  phx__step_check_update(&e->check, scale);
+  PHX__TRY(PHX__IN_STRATEGY(job, PHX_IN_UPDATE, -1, strategy->update(e->rt->strategy, step, scale, err)));
+  PHX__TRY(phx__step_check_updated(&e->check, err));
   *out = result;
 done:
   e->rt->optim.step = 0;
   return status;
+}
+
+phx_status phx__engine_updated(phx__engine *e, phx_error *err) {
+  return phx__step_check_last(&e->check, e->sums + PHX__SUM_WORDS, err);
 }
 
 /* ---- evaluation ---- */

@@ -7,6 +7,7 @@
 #include "data.h"
 #include "norm.h"
 #include "runtime.h"
+#include "step_check.h"
 
 typedef struct phx__step_result {
   double loss;      /* mean over the global batch, nats per token */
@@ -24,7 +25,8 @@ typedef struct phx__engine {
   double *losses;      /* (max(accumulate, micro)) of this rank; pinned, complete when the stream is synchronized */
   double *norm_blocks; /* sums of squares on their way from the device; pinned */
   float *logits;       /* (vocabulary), pinned; NULL before the first phx__engine_logits */
-  phx__exact_sum norm;
+  int64_t *sums;       /* the norm, then the counts of the step check */
+  phx__step_check check;
   int64_t step;                  /* in progress, from 1 */
   bool not_finite;               /* the step was stopped before its update, on all ranks (run.on_nonfinite = stop) */
   int64_t samples_ahead;         /* step k begins with sample (k - 1) * global batch + this: not 0 after a resume with
@@ -39,6 +41,8 @@ void phx__engine_destroy(phx__engine *e);
 int64_t phx__engine_samples(const phx__engine *e, int64_t steps);
 /* One optimizer step on the batch of `step` (from 1). */
 phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__step_result *out, phx_error *err);
+/* [collective] after the last step: was everything updated? */
+phx_status phx__engine_updated(phx__engine *e, phx_error *err);
 /* Mean loss over the tokens of the first `windows` windows of held-out data, or of all where that is 0 or more than
  * there are: the same digits however ranks and micro-batches divide them.  INFINITY: a loss was not finite. */
 phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows, double *loss, phx_error *err);

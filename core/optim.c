@@ -70,7 +70,10 @@ static phx_status warn_reader(const phx__optim *o, const phx_ticket *t, phx_erro
 
 static phx_status optim_update(void *ctx, const phx_ticket *t, float scale, phx_error *err) {
   const phx__optim *o = ctx;
-  if (o->step < 1) return phx__fail(err, PHX_STATE, "optimizer ticket for unit %u outside update()", t->unit);
+  phx_status status = PHX_OK;
+  if (o->step < 1) return phx__fail(err, PHX_STATE, "an optimizer ticket came outside update()");
+  if (o->on_ticket) status = o->on_ticket(o->on_ticket_arg, t, scale, err);
+  if (status) return status;
   if (t->gradient_dtype != PHX_F32 || (!t->master && t->weight_dtype != PHX_F32))
     return phx__fail(err, PHX_UNSUPPORTED, "%s needs fp32 gradients and fp32 weights or masters (unit %u)",
                      o->table.name, t->unit);
@@ -78,7 +81,7 @@ static phx_status optim_update(void *ctx, const phx_ticket *t, float scale, phx_
       t->first + t->numel > phx_model_unit(o->model, t->unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK)
     return phx__fail(err, PHX_INVALID, "optimizer ticket for unit %u, elements %lld + %lld: out of range", t->unit,
                      (long long)t->first, (long long)t->numel);
-  phx_status status = warn_reader(o, t, err);
+  status = warn_reader(o, t, err);
   if (status) return status;
   phx__range range = {0};
   while (phx__layout_next(o->model, t->unit, PHX_FLAT_TRAINABLE, t->first, t->numel, &range)) {

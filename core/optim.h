@@ -18,6 +18,10 @@ typedef struct phx__optim {
    * core/saver.c. */
   phx_status (*before_change)(void *arg, const void *p, int64_t bytes, phx_error *err);
   void *before_change_arg;
+  float scale; /* of the update in progress */
+  /* Looks at a ticket before it is used; NULL: nobody does.  core/step_check.c. */
+  phx_status (*on_ticket)(void *arg, const phx_ticket *ticket, float scale, phx_error *err);
+  void *on_ticket_arg;
 } phx__optim;
 
 /* States and name, before any device exists: for the topology. */

@@ -5,10 +5,12 @@
 #include <string.h>
 
 #include "cpus.h"
+#include "handed.h"
 #include "layout.h"
 #include "memory_watch.h"
 #include "rng.h"
 #include "state_io.h"
+#include "state_visit.h"
 #include "status.h"
 #include "sys.h"
 #include "where.h"
@@ -30,11 +32,14 @@ static phx_status open_device(phx__runtime *rt, phx_error *err) {
   if (status) return status;
   status = PHX__IN(rt->job, PHX_KIND_DEVICE, PHX_IN_CREATE, -1,
                    table->create(&rt->device_host.table, c->device.config, threads, &rt->device_self, err));
+  if (!status) status = phx__handed_self(rt->device_self, "device", c->device.plugin->descriptor, err);
   if (status) return status;
   rt->book.device_table = table;
   rt->book.device_self = rt->device_self;
   rt->device = table->device(rt->device_self);
   rt->ops = table->ops(rt->device_self);
+  status = phx__handed_device(rt->device, rt->ops, c->device.plugin->descriptor, err);
+  if (status) return status;
   rt->prepared->planned[PHX_MEM_WORKSPACE] += phx_align_bytes(rt->ops->scratch_bytes);
   phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, PHX_SPACE_DEVICE,
                         phx_align_bytes(rt->ops->scratch_bytes));
@@ -54,6 +59,7 @@ static phx_status open_comm(phx__runtime *rt, phx_error *err) {
   rt->comm_host.device = rt->device;
   status = PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
                    rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err));
+  if (!status) status = phx__handed_comm(rt->world, rt->job, rt->config->comm.plugin->descriptor, err);
   if (status) return status;
   phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER, PHX_SPACE_HOST,
                         rt->prepared->comm->buffer_bytes(rt->config->comm.config, rt->job->size));
@@ -65,9 +71,11 @@ static phx_status open_comm(phx__runtime *rt, phx_error *err) {
 static phx_status open_model(phx__runtime *rt, phx_error *err) {
   rt->model_host.device = rt->device;
   rt->model_host.ops = rt->ops;
-  return PHX__IN(rt->job, PHX_KIND_MODEL, PHX_IN_CREATE, -1,
-                 rt->prepared->model_table->create(&rt->model_host.table, rt->config->model.config,
-                                                   rt->prepared->model, &rt->prepared->shape, &rt->model, err));
+  const phx_status status =
+      PHX__IN(rt->job, PHX_KIND_MODEL, PHX_IN_CREATE, -1,
+              rt->prepared->model_table->create(&rt->model_host.table, rt->config->model.config, rt->prepared->model,
+                                                &rt->prepared->shape, &rt->model, err));
+  return status ? status : phx__handed_self(rt->model, "model", rt->config->model.plugin->descriptor, err);
 }
 
 static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
@@ -80,11 +88,17 @@ static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
     if (!rt->strategy_host.table.extension(&rt->strategy_host, *wanted))
       return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs the host extension %s, which this core does not have",
                        rt->config->strategy.plugin->descriptor->id, *wanted);
+  phx_status status = phx__cover_open(rt->prepared->model, 1 + rt->optim.table.n_states, &rt->state_cover, err);
+  if (status) return status;
+  rt->state_cover.frozen = true;
+  rt->state_words = phx__calloc((size_t)phx__cover_size(&rt->state_cover), sizeof *rt->state_words);
+  if (!rt->state_words) return phx__fail(err, PHX_NOMEM, "no memory to count the state");
   phx__memory_watch_begin(&rt->book);
-  return PHX__IN_STRATEGY(rt->job, PHX_IN_CREATE, -1,
-                          rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
-                                                         &rt->prepared->topology, rt->prepared->model, &rt->strategy,
-                                                         err));
+  status = PHX__IN_STRATEGY(rt->job, PHX_IN_CREATE, -1,
+                            rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
+                                                           &rt->prepared->topology, rt->prepared->model,
+                                                           &rt->strategy, err));
+  return status ? status : phx__handed_self(rt->strategy, "strategy", rt->config->strategy.plugin->descriptor, err);
 }
 
 static void name_plugins(const phx__config *c, const phx_job *job) {
@@ -150,6 +164,8 @@ void phx__runtime_close(phx__runtime *rt) {
   enter_destroy(rt, PHX_KIND_DEVICE);
   if (rt->device_self) rt->prepared->device->destroy(rt->device_self);
   if (rt->job->mine->in_call == PHX_IN_DESTROY) phx__leave(rt->job, PHX_OK);
+  phx__cover_close(&rt->state_cover);
+  phx__free(rt->state_words);
   phx__prepared_free(rt->prepared);
   phx__free(rt);
 }
@@ -206,11 +222,10 @@ static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error 
 
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err) {
   state_walk walk = {.rt = rt};
-  phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = initialise_slice};
   const phx_strategy_table *strategy = rt->prepared->strategy;
   phx_status status = phx__optim_state_changes(&rt->optim, err);
-  if (status) return status;
-  status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->visit_state(rt->strategy, &visitor, err));
+  if (!status) status = phx__state_visit(rt, initialise_slice, &walk, err);
+  if (!status) status = phx__state_covered(rt, err);
   if (status) return status;
   return PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err));
 }
@@ -234,9 +249,8 @@ static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) 
 phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err) {
   state_walk walk = {.rt = rt};
   phx__state_hash all[PHX_RANKS_MAX];
-  phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = hash_slice};
-  phx_status status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
-                                       rt->prepared->strategy->visit_state(rt->strategy, &visitor, err));
+  phx_status status = phx__state_visit(rt, hash_slice, &walk, err);
+  if (!status) status = phx__state_covered(rt, err);
   if (status) return status;
   status = PHX__IN_COMM(rt->job, rt->core->all_gather(rt->core->ctx, &walk.hash, all, 2, PHX_U64, NULL, err));
   if (status) return status;

@@ -3,6 +3,7 @@
  * Opened in this order, closed in reverse.  The ranks have agreed on the configuration before (train.c). */
 #ifndef PHX__RUNTIME_H
 #define PHX__RUNTIME_H
+#include "cover.h"
 #include "host.h"
 #include "job.h"
 #include "optim.h"
@@ -24,6 +25,8 @@ typedef struct phx__runtime {
   phx__optim optim;
   phx_model_self *model;
   phx_strategy *strategy;
+  phx__cover state_cover; /* what the last visit of the state named */
+  int64_t *state_words;   /* its sums over the ranks */
 } phx__runtime;
 
 /* Takes prepared over (freed by close, also on failure). */

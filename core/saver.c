@@ -23,6 +23,8 @@
 
 #include "manifest.h"
 #include "progress.h"
+#include "handed.h"
+#include "state_visit.h"
 #include "status.h"
 #include "sys.h"
 #include "where.h"
@@ -261,9 +263,7 @@ static phx_status add_size(void *ctx, const phx_slice *slice, phx_error *err) {
 static phx_status take_pool(phx__saver *v, int64_t copy, phx_error *err) {
   phx__runtime *rt = v->rt;
   sizes s = {0};
-  const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &s, .slice = add_size};
-  phx_status status =
-      PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, rt->prepared->strategy->visit_state(rt->strategy, &visitor, err));
+  phx_status status = phx__state_visit(rt, add_size, &s, err);
   if (status) return status;
   v->place_for_each = copy < 0 || copy >= s.all;
   v->pool_bytes = phx__copy_pool(copy, s.all, &v->chunk_bytes);
@@ -355,10 +355,11 @@ static phx_status map_all(phx__saver *v, phx_error *err) {
   if (!v->mapped || !v->chunks || !v->by_address)
     return phx__fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's chunks");
   for (; v->n_mapped < n; v->n_mapped++) {
-    const phx_status status =
-        PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
-                         rt->prepared->strategy->map(rt->strategy, phx__save_slice(v->save, v->n_mapped), PHX_MAP_READ,
-                                                     &v->mapped[v->n_mapped], err));
+    const phx_slice *slice = phx__save_slice(v->save, v->n_mapped);
+    void **out = &v->mapped[v->n_mapped];
+    phx_status status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
+                                         rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_READ, out, err));
+    if (!status) status = phx__handed_map(rt, slice, *out, err);
     if (status) return status;
     cut_slice(v, v->n_mapped, &at);
   }

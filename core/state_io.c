@@ -5,7 +5,9 @@
  * open. */
 #include "state_io.h"
 
+#include "handed.h"
 #include "job.h"
+#include "where.h"
 
 int64_t phx__state_io_bytes(const phx_device *device) {
   return device->caps & PHX_DEVICE_HOST_MEMORY ? 0 : PHX__STATE_CHUNK;
@@ -48,14 +50,21 @@ static int64_t slice_bytes(const phx_slice *slice) {
 static phx_status unmap(phx__runtime *rt, const phx_slice *slice, int32_t mode, void *data, phx_status status,
                         phx_error *err) {
   const phx_status unmapped =
-      rt->prepared->strategy->unmap(rt->strategy, slice, mode, data, status ? NULL : err);
+      PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
+                       rt->prepared->strategy->unmap(rt->strategy, slice, mode, data, status ? NULL : err));
   return status ? status : unmapped;
+}
+
+static phx_status map(phx__runtime *rt, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
+  const phx_status status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
+                                             rt->prepared->strategy->map(rt->strategy, slice, mode, out, err));
+  return status ? status : phx__handed_map(rt, slice, *out, err);
 }
 
 phx_status phx__slice_read(phx__runtime *rt, const phx_slice *slice, phx__state_use *use, void *ctx, phx_error *err) {
   void *data = NULL;
   phx__job_heartbeat(rt->job); /* within one call of the strategy, visit_state */
-  phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_READ, &data, err);
+  phx_status status = map(rt, slice, PHX_MAP_READ, &data, err);
   if (status) return status;
   status = phx__state_read(rt, slice->place, data, slice_bytes(slice), use, ctx, err);
   return unmap(rt, slice, PHX_MAP_READ, data, status, err);
@@ -65,7 +74,7 @@ phx_status phx__slice_write(phx__runtime *rt, const phx_slice *slice, phx__state
                             phx_error *err) {
   void *data = NULL;
   phx__job_heartbeat(rt->job);
-  phx_status status = rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_WRITE, &data, err);
+  phx_status status = map(rt, slice, PHX_MAP_WRITE, &data, err);
   if (status) return status;
   status = phx__state_write(rt, slice->place, data, slice_bytes(slice), fill, ctx, err);
   return unmap(rt, slice, PHX_MAP_WRITE, data, status, err);

@@ -22,9 +22,11 @@
 #include "room.h"
 #include "run_dir.h"
 #include "run_lock.h"
+#include "state_visit.h"
 #include "status.h"
 #include "stop.h"
 #include "sys.h"
+#include "weight_check.h"
 #include "weights.h"
 #include "where.h"
 
@@ -117,15 +119,9 @@ static void strategy_traffic(const phx__runtime *rt, phx_comm_stats *out) {
   }
 }
 
-static phx_status no_slice(void *ctx, const phx_slice *slice, phx_error *err) {
-  (void)ctx, (void)slice, (void)err;
-  return PHX_OK;
-}
-
 /* Ends what a strategy leaves in flight between steps, so that it is counted with the step that began it. */
-static phx_status settle(const phx__runtime *rt, phx_error *err) {
-  const phx_visitor visitor = {.struct_size = sizeof visitor, .slice = no_slice};
-  phx_status status = rt->prepared->strategy->visit_state(rt->strategy, &visitor, err);
+static phx_status settle(phx__runtime *rt, phx_error *err) {
+  const phx_status status = phx__state_visit(rt, NULL, NULL, err);
   return status ? status : rt->device->stream_synchronize(rt->device->ctx, NULL, err);
 }
 
@@ -169,6 +165,13 @@ static void say_ruined(const run *r, int64_t step) {
 }
 
 /* ---- the loop ---- */
+/* What the last step left, before it is saved. */
+static phx_status check_last(run *r, phx_error *err) {
+  const phx_status status = phx__engine_updated(r->engine, err);
+  if (status || r->config->s.run.checked != 1) return status;
+  return phx__weight_check(r->rt, "after the last step", err);
+}
+
 static phx_status train_step(run *r, int64_t step, phx_error *err) {
   const phx__settings *s = &r->config->s;
   phx_comm_stats before, after;
@@ -196,6 +199,8 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   if (step > first + 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;
 
   r->result.skipped += r->done.skipped;
+  if (step == s->run.steps) status = check_last(r, err);
+  if (status) return status;
   if (!r->drift || (step != s->run.steps && step % s->run.drift_every != 0)) return PHX_OK;
   return phx__drift_check(r->drift, step, err);
 }
@@ -444,6 +449,7 @@ static phx_status run_steps(run *r, phx_error *err) {
   phx_status status = phx__runtime_open(r->config, r->job, prepared, &r->rt, err);
   if (!status) status = phx__engine_create(r->rt, &r->engine, err);
   if (!status) status = begin_state(r, err);
+  if (!status && r->config->s.run.checked == 1) status = phx__weight_check(r->rt, "at start", err);
   if (!status && r->config->s.run.drift_every > 0 && r->job->size > 1)
     status = phx__drift_open(r->rt, &r->drift, err);
   if (!status) status = phx__progress_open(&r->progress, r->rt, r->resumed.at.step, err);

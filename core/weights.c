@@ -13,6 +13,7 @@
 #include "run_lock.h"
 #include "safetensors.h"
 #include "state_io.h"
+#include "state_visit.h"
 #include "status.h"
 #include "sys.h"
 
@@ -68,8 +69,7 @@ static phx_status walk_slice(void *ctx, const phx_slice *slice, phx_error *err) 
 
 static phx_status walk_slices(const weights_file *f, bool out, phx_error *err) {
   slice_walk walk = {.file = f, .out = out};
-  const phx_visitor visitor = {.struct_size = sizeof visitor, .ctx = &walk, .slice = walk_slice};
-  return f->rt->prepared->strategy->visit_state(f->rt->strategy, &visitor, err);
+  return phx__state_visit(f->rt, walk_slice, &walk, err);
 }
 
 /* ---- writing ---- */

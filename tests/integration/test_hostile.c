@@ -102,3 +102,152 @@ static const misuse warned_plans[] = {
 Test(hostile, train_warns_of_a_plan_that_was_not_kept, .timeout = 120) {
   RUN_ALL("train", "hostile", "2", "2", warned_plans);
 }
+
+/* ---- state ---- */
+/* From here on messages are of the rank that is alone with its misuse, where replicas that are all wrong alike are not
+ * wrong: `rank` -1 is all ranks. */
+static const misuse wrong_state[] = {
+    {"none", 0, NULL},
+    {"visit_nothing", 3, "visit_state: the ranks together named 0 of 8192 elements of the weights of unit 0 (wte)"},
+    {"visit_missing", 3, "visit_state: the ranks together named 0 of 8192 elements of v of unit 0 (wte)"},
+    {"visit_twice", 3, "visit_state: this rank names blocks of unit 0 (wte), state 2, more than once"},
+    {"visit_moved rank=1", 3, "visit_state: this rank names blocks of unit 3 (h.1), state 0, more than once"},
+    {"visit_beyond", 3, "visit_state: 1008 blocks from 0 on, of unit 0 (wte), which has 8"},
+    {"visit_before", 3, "visit_state: 8 blocks from -1 on, of unit 0 (wte), which has 8"},
+    {"visit_unit", 3, "visit_state: unit 9999; the model has 5"},
+    {"visit_flat", 3, "visit_state: optimizer state of flat 7"},
+    {"visit_kind", 3, "visit_state: state of kind 99"},
+    {"visit_index", 3, "visit_state: optimizer state 9; adamw has 2"},
+    {"visit_dtype", 3, "visit_state: state of kind 2 has dtype 99; expected 1"},
+    {"visit_place", 3, "visit_state: place 9 is no PHX_SPACE_*"},
+    {"visit_empty", 3, "visit_state: 0 blocks from 0 on, of unit 0 (wte)"},
+    {"visit_size", 3, "visit_state: a slice's struct_size is 8; expected 64 or more"},
+    {"visit_null", 3, "visit_state named no slice (NULL)"},
+    {"visit_nameless", 3, "visit_state: private state without a name"},
+    {"map_null", 3, "map: the memory of state 0 of unit 0 (wte) is NULL"},
+    {"map_unaligned", 3, "1, which is no multiple of 4 bytes"},
+    {"map_beyond", 3, "unit 4 (ln_f) takes 4096 bytes, and the allocation that it begins in ends before"},
+    {"changed_nothing", 3, "acquire: at start this rank computes with another 'h.0.mlp.c_proj.weight' than the state"},
+    {"changed_one rank=1", 3, "acquire: at start this rank computes with another 'wte.weight' than the state"},
+};
+Test(hostile, wrong_state_is_found, .timeout = 120) { RUN_ALL("train", "hostile", "2", "1", wrong_state); }
+
+static const misuse wrong_shards[] = {
+    {"none", 0, NULL},
+    {"visit_nothing", 3, "visit_state: the ranks together named 0 of 8192 elements of the weights of unit 0 (wte)"},
+    {"visit_missing", 3, "visit_state: the ranks together named 0 of 8192 elements of v of unit 0 (wte)"},
+    {"visit_twice", 3, "visit_state: the ranks together named 16384 of 8192 elements of m of unit 0 (wte)"},
+    {"visit_unit", 3, "visit_state: unit 9999; the model has 5"},
+    {"view_stale", 3, "this rank computes with another 'wpe.weight' than the state"},
+    {"view_write", 3, "gradient_norm: the gradient of wte.weight, element 0, is 0; what the ranks computed adds up to"},
+    {"view_gradient", 3, "acquire, stage 3: the gradient of wte.weight is NULL; in stage 3 (head), backward"},
+    {"reduce_nothing", 3, "gradient_norm: the gradient of wte.weight, element 0, is"},
+    {"norm_missing", 3, "gradient_norm: the ranks together added 0 of 8192 elements of the gradients of unit 0 (wte)"},
+    {"norm_twice", 3, "gradient_norm: the ranks together added 16384 of 8192 elements of the gradients of unit 0"},
+    {"norm_other rank=1", 3, "gradient_norm: the gradient of wte.weight, element"},
+    {"ticket_missing", 3, "update: the ranks together updated 0 of 7710 elements of the weights of unit 0 (wte)"},
+    {"ticket_missing rank=1", 3, "update: the ranks together updated 4096 of 7710 elements of the weights of unit 0"},
+    {"ticket_twice", 3, "update: this rank updates element 0 of unit 0 (wte) more than once"},
+    {"ticket_other rank=1", 3, "update: the gradient of wte.weight, element"},
+};
+Test(hostile, wrong_shards_are_found, .timeout = 120) { RUN_ALL("train", "hostile_shard", "2", "1", wrong_shards); }
+
+/* ---- views, gradients, the norm, tickets ---- */
+static const misuse wrong_views[] = {
+    {"view_null", 3, "acquire, stage 0 gave no view (NULL) and PHX_OK"},
+    {"view_size", 3, "acquire, stage 0: the view's struct_size is 8; expected 32 or more"},
+    {"view_params", 3, "acquire, stage 0: the view has 2 parameters at (nil); expected 2"},
+    {"view_count", 3, "acquire, stage 0: the view has 1 parameters at"},
+    {"view_stride", 3, "acquire, stage 0: the view's param_stride is 4; expected 32"},
+    {"view_param", 3, "acquire, stage 0: the view has parameter 9999 where 1 (wpe.weight) is expected"},
+    {"view_weight", 3, "acquire, stage 0: the weight of wpe.weight is NULL"},
+    {"view_dtype", 3, "acquire, stage 0: the weight of wpe.weight has dtype 4; expected 1"},
+    {"view_gradient", 3, "acquire, stage 3: the gradient of wte.weight is NULL; in stage 3 (head), backward"},
+    {"view_gradient_dtype", 3, "acquire, stage 3: the gradient of wte.weight has dtype 3; expected 1"},
+    {"view_mode", 3, "acquire, stage 3: the gradient of wte.weight has mode 9: neither write nor add"},
+    {"view_unaligned", 3, "2, which is no multiple of 256 bytes"},
+    {"view_beyond", 3, "the weight of wte.weight takes 30840 bytes, and the allocation that it begins in ends before"},
+    {"view_write", 3, "gradient_norm: the gradient of wte.weight, element 0, is 0; what the ranks computed adds up to"},
+    {"view_stale step=1", 3, "after the last step this rank computes with another 'wpe.weight' than the state"},
+};
+Test(hostile, wrong_views_are_found, .timeout = 120) { RUN_ALL("train", "hostile", "2", "1", wrong_views); }
+
+static const misuse wrong_gradients[] = {
+    {"reduce_nothing", 3, "gradient_norm: the gradient of wte.weight, element 0, is"},
+    {"reduce_nothing step=2", 3, "gradient_norm: the gradient of wte.weight, element 0, is"},
+    {"reduce_half", 3, "gradient_norm: the gradient of"},
+    {"norm_nothing", 3, "gradient_norm: the ranks together added 0 of 8192 elements of the gradients of unit 0 (wte)"},
+    {"norm_missing", 3, "gradient_norm: the ranks together added 0 of 8192 elements of the gradients of unit 0 (wte)"},
+    {"norm_twice", 3, "gradient_norm: this rank adds blocks of unit 0 (wte) more than once"},
+    {"norm_beyond", 3, "gradient_norm: 8 blocks from 1000 on, of unit 0 (wte), which has 8"},
+    {"norm_before", 3, "gradient_norm: 8 blocks from -1 on, of unit 0 (wte), which has 8"},
+    {"norm_unit", 3, "gradient_norm: unit 9999; the model has 5"},
+    {"norm_empty", 3, "gradient_norm: 0 blocks from 0 on, of unit 0 (wte), which has 8"},
+    {"norm_null", 3, "gradient_norm: the gradient of unit 0 (wte) is NULL"},
+    {"norm_unaligned", 3, "1, which is no multiple of 4 bytes"},
+    {"norm_other rank=0", 3, "gradient_norm: the gradient of wte.weight, element 7, is"},
+};
+Test(hostile, wrong_gradients_are_found, .timeout = 120) { RUN_ALL("train", "hostile", "2", "2", wrong_gradients); }
+
+static const misuse wrong_tickets[] = {
+    {"ticket_nothing", 3, "update: the ranks together updated 0 of 7710 elements of the weights of unit 0 (wte)"},
+    {"ticket_missing", 3, "update: the ranks together updated 0 of 7710 elements of the weights of unit 0 (wte)"},
+    {"ticket_twice", 3, "update: this rank updates element 0 of unit 0 (wte) more than once"},
+    {"ticket_beyond", 3, "ticket for unit 0 (wte), 1032192 elements from 0 on: out of range, it has 8192"},
+    {"ticket_before", 3, "ticket for unit 0 (wte), 8192 elements from -4 on: out of range, it has 8192"},
+    {"ticket_negative", 3, "ticket for unit 0 (wte), -9223372036854775808 elements from 0 on: out of range"},
+    {"ticket_unit", 3, "update: ticket for unit 9999; the model has 5"},
+    {"ticket_size", 3, "update: a ticket's struct_size is 8; expected 104 or more"},
+    {"ticket_null", 3, "update: no ticket (NULL)"},
+    {"ticket_weight", 3, "update: the weight of unit 0 (wte) is NULL"},
+    {"ticket_gradient", 3, "update: the gradient of unit 0 (wte) is NULL"},
+    {"ticket_state", 3, "update: the v of unit 0 (wte) is NULL"},
+    {"ticket_dtype", 3, "update: the weight of unit 0 (wte) has dtype 99"},
+    {"ticket_place", 3, "update: place 9 is no PHX_SPACE_*"},
+    {"ticket_unaligned", 3, "1, which is no multiple of 4 bytes"},
+    {"ticket_overrun", 3, "update: the m of unit 4 (ln_f) takes 4096 bytes, and the allocation that it begins in ends"},
+    {"ticket_other", 3, "update: the gradient of wte.weight, element 7, is"},
+    {"ticket_scale", 3, "update: a ticket's scale is"},
+    {"weights_drift rank=1", 3, "after the last step this rank computes with another 'wte.weight' than the state"},
+};
+Test(hostile, wrong_tickets_are_found, .timeout = 120) { RUN_ALL("train", "hostile", "2", "1", wrong_tickets); }
+
+/* What costs nothing is looked at in every run, without [run] checked: nothing is written out of bounds, and coverage
+ * counts. */
+static const misuse always_found[] = {
+    {"visit_unit", 3, "visit_state: unit 9999; the model has 5"},
+    {"visit_nothing", 3, "visit_state: the ranks together named 0 of 8192 elements of the weights of unit 0 (wte)"},
+    {"view_weight", 3, "acquire, stage 0: the weight of wpe.weight is NULL"},
+    {"norm_missing", 3, "gradient_norm: the ranks together added 0 of 8192 elements of the gradients of unit 0 (wte)"},
+    {"ticket_missing", 3, "update: the ranks together updated 0 of 7710 elements of the weights of unit 0 (wte)"},
+    {"ticket_gradient", 3, "update: the gradient of unit 0 (wte) is NULL"},
+};
+Test(hostile, what_costs_nothing_is_always_found, .timeout = 120) {
+  char *dir = hostile_dir();
+  for (size_t i = 0; i < sizeof always_found / sizeof *always_found; i++) {
+    char texts[4][96];
+    const char *options[8], *argv[32] = {"phalanx", "train", "run.ini", "-n", "2", "--steps", "1", "--strategy",
+                                         "hostile", "--set", "run.checked=no"};
+    const misuse *m = &always_found[i];
+    memcpy(argv + 11, options, options_of("hostile", m->name, texts, options) * sizeof *options);
+    command_result r = command_run(dir, 60, argv);
+    cr_expect(r.status == m->status && strstr(r.out, m->says), "%s: status %d:\n%s", m->name, r.status, r.out);
+    command_free(&r);
+  }
+  command_remove_dir(dir);
+}
+
+/* compare checks by itself, and train does not: the same misuse, which only [run] checked finds. */
+Test(hostile, compare_is_checked_and_train_is_not, .timeout = 120) {
+  static const misuse in_compare = {"ticket_other rank=1", 3, "update: the gradient of wte.weight, element"};
+  static const misuse in_train = {"ticket_other rank=1", 0, NULL};
+  char *dir = hostile_dir(), *ini = command_read_file(dir, "run.ini");
+  char *line = strstr(ini, "checked = yes");
+  cr_assert_not_null(line);
+  memcpy(line, "checked =auto", 13);
+  command_write_file(dir, "run.ini", ini, strlen(ini));
+  free(ini);
+  run_one(dir, "train", "hostile", "2", "1", &in_train);
+  run_one(dir, "compare", "hostile", "2", "1", &in_compare);
+  command_remove_dir(dir);
+}

@@ -33,8 +33,8 @@ static phx_status meddle(void *ctx, const phx_slice *slice, phx_error *err) {
     if (is(HOSTILE_visit_size)) s.struct_size = 8;
     if (is(HOSTILE_visit_null)) return inner->slice(inner->ctx, NULL, err);
     if (is(HOSTILE_visit_nameless)) s.kind = PHX_STATE_PRIVATE;
-    if (is(HOSTILE_visit_moved)) s.unit = s.unit ? 0 : 1; /* one unit twice, one never */
   }
+  if (is(HOSTILE_visit_moved) && s.unit == 2) s.unit = 3; /* of equal size: one twice, one never */
   return inner->slice(inner->ctx, &s, err);
 }
 
@@ -50,7 +50,8 @@ static phx_status map(phx_strategy *self, const phx_slice *slice, int32_t mode, 
   if (status != PHX_OK) return status;
   if (is(HOSTILE_map_null) && once()) *out = NULL;
   if (is(HOSTILE_map_unaligned) && once()) *out = (char *)*out + 1;
-  if (is(HOSTILE_map_beyond) && once()) *out = (char *)*out + 4 * PHX_BLOCK * slice->blocks - 4;
+  const bool last = slice->unit == hostile.model->n_units - 1; /* behind it ends the memory */
+  if (is(HOSTILE_map_beyond) && last && once()) *out = (char *)*out + 4 * PHX_BLOCK * slice->blocks - 4;
   return PHX_OK;
 }
 
