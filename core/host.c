@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "clean.h"
+#include "screen.h"
 #include "status.h"
 #include "sys.h"
 
@@ -37,6 +38,7 @@ void phx__log(int32_t rank, const char *who, int32_t level, const char *message)
   char line[LOG_LINE];
   snprintf(line, sizeof line, "[%02d:%02d:%02d.%03ld rank %d %s] %s%s%s", tm.tm_hour, tm.tm_min, tm.tm_sec,
            now.tv_nsec / 1000000, rank, who, problem ? names[level] : "", problem ? ": " : "", message);
+  phx__screen_clear();
   phx__clean(line, sizeof line); /* a plugin's text, or a name of a file, moves no cursor */
   fprintf(stderr, "%s\n", line);
 }

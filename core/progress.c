@@ -7,9 +7,9 @@
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "output.h"
+#include "screen.h"
 #include "status.h"
 
 double phx__now(void) {
@@ -76,34 +76,21 @@ phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first,
   rt->strategy_host.metric = keep_metric;
   rt->strategy_host.metric_arg = p;
   p->mine = true;
-  p->terminal = isatty(STDOUT_FILENO);
+  p->bar = phx__screen_has_bar();
   snprintf(path, sizeof path, "%s/metrics.jsonl", rt->config->s.run.out);
   return phx__metrics_open(&p->metrics, path, first, err);
 }
 
 static void say(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, double valid_loss) {
   const int64_t steps = p->rt->config->s.run.steps;
-  char memory[24], valid[40] = "";
-  phx__bytes_text(p->rt->book.now_all, memory);
-  if (isfinite(valid_loss)) snprintf(valid, sizeof valid, " | held-out %.4f", valid_loss);
-  else if (!isnan(valid_loss)) snprintf(valid, sizeof valid, " | held-out not finite");
-  if (r->skipped) snprintf(valid, sizeof valid, " | not finite: skipped");
-  const double rate = (double)p->tokens_per_step / seconds;
-  if (!p->terminal) {
-    printf("step %*" PRId64 "/%" PRId64 " | loss %.6f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s | %s%s\n", 4, step,
-           steps, r->loss, r->grad_norm, r->lr, 1e3 * seconds, rate, memory, valid);
-    return;
-  }
-  enum { WIDTH = 24 };
-  char bar[WIDTH + 1];
-  const int64_t full = step * WIDTH / steps;
-  const double left = fmin((phx__now() - p->started) / (double)(step - p->first) * (double)(steps - step), 1e8);
-  for (int64_t i = 0; i < WIDTH; i++) bar[i] = i < full ? '#' : '.';
-  bar[WIDTH] = 0;
-  p->open_line = !valid[0] && step != steps;
-  printf("\r\033[K[%s] %" PRId64 "/%" PRId64 " loss %.4f norm %.3f %.0f tok/s %s ETA %d:%02d%s%s", bar, step, steps,
-         r->loss, r->grad_norm, rate, memory, (int)left / 60, (int)left % 60, valid,
-         p->open_line ? "" : "\n");
+  phx__screen_line l = {.step = step, .steps = steps, .loss = r->loss, .norm = r->grad_norm, .lr = r->lr,
+                        .seconds = seconds, .rate = (double)p->tokens_per_step / seconds};
+  phx__bytes_text(p->rt->book.now_all, l.memory);
+  l.left = (phx__now() - p->started) / (double)(step - p->first) * (double)(steps - step);
+  if (isfinite(valid_loss)) snprintf(l.note, sizeof l.note, "held-out %.4f", valid_loss);
+  else if (!isnan(valid_loss)) snprintf(l.note, sizeof l.note, "held-out not finite");
+  if (r->skipped) snprintf(l.note, sizeof l.note, "not finite: skipped");
+  phx__screen_draw(&l, p->bar, l.note[0] || step == steps);
 }
 
 /* ---- a line of metrics.jsonl ---- */
@@ -151,7 +138,6 @@ void phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *
   if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || !isnan(valid_loss) ||
       r->skipped) {
     say(p, step, r, seconds, valid_loss);
-    fflush(stdout);
   }
 }
 
@@ -162,11 +148,7 @@ phx_status phx__progress_flush(phx__progress *p, phx_error *err) {
 
 void phx__progress_close(phx__progress *p) {
   phx_error why = PHX_ERROR_INIT;
-  if (p->open_line) {
-    putchar('\n');
-    fflush(stdout);
-  }
-  p->open_line = false;
+  phx__screen_end();
   if (phx__progress_flush(p, &why)) phx__log(0, "core", PHX_LOG_WARN, why.message);
   phx__metrics_close(&p->metrics);
   p->mine = false;

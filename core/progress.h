@@ -9,8 +9,7 @@ typedef struct phx__progress {
   const phx__runtime *rt; /* NULL: never opened */
   phx__metrics metrics;   /* of rank 0 */
   bool mine;              /* this is rank 0 */
-  bool terminal;
-  bool open_line;      /* the bar stands on a line that is not ended */
+  bool bar;               /* else plain lines */
   int64_t tokens_per_step, first, last; /* the step that this run began after; of the last line */
   double started;      /* seconds, monotonic */
   char extra[4096];    /* plugins' metrics of this step, as JSON members */

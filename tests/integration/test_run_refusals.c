@@ -1,17 +1,12 @@
 /* What a run refuses before anything is made: token files, batches, ranks, the run directory, the variants of compare.
- * Each is exit status 2, one clear message, nothing left on disk.  And what happens to a run whose disk fills up, and
- * what it shows on a terminal. */
+ * Each is exit status 2, one clear message, nothing left on disk.  And what happens to a run whose disk fills up. */
 #include <criterion/criterion.h>
 #include <dirent.h>
-#include <poll.h>
-#include <pty.h>
-#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "training.h"
@@ -228,52 +223,4 @@ Test(runs, no_room_for_the_jobs_memory) {
     cr_expect(r.status == 3 && strstr(r.out, "cannot size the job's shared memory"), "status %d\n%s", r.status, r.out);
     command_free(&r);
   }
-}
-
-/* ---- the screen ---- */
-static char *run_on_terminal(int *status) {
-  enum { MOST = 1 << 16 };
-  char *out = calloc(1, MOST);
-  size_t used = 0;
-  int master;
-  const pid_t pid = forkpty(&master, NULL, NULL, NULL);
-  cr_assert_geq(pid, 0);
-  if (pid == 0) {
-    if (chdir(dir)) _exit(126);
-    execl(PHX_TEST_COMMAND, "phalanx", "train", "run.ini", "--steps", "30", "-n", "2", (char *)NULL);
-    _exit(127);
-  }
-  for (;;) {
-    struct pollfd p = {.fd = master, .events = POLLIN};
-    if (poll(&p, 1, 60000) <= 0) break;
-    const ssize_t n = read(master, out + used, MOST - 1 - used);
-    if (n <= 0) break; /* EIO: the other end is closed */
-    used += (size_t)n;
-  }
-  kill(pid, SIGKILL); /* if the time was up; else it is a zombie already or on its way out */
-  cr_assert_eq(waitpid(pid, status, 0), pid);
-  close(master);
-  return out;
-}
-
-Test(runs, a_terminal_shows_a_bar) {
-  int status;
-  setenv("PHALANX_LOG", "warn", 1);
-  char *out = run_on_terminal(&status);
-  static const char *const parts[] = {"] 30/30 loss ", "norm ", " tok/s ", "iB ETA 0:", "[########################]",
-                                      "\r\033[K["};
-  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-    cr_expect(strstr(out, parts[i]), "no '%s' in\n%s", parts[i], out);
-  cr_expect_null(strstr(out, "step "), "a plain line on a terminal:\n%s", out);
-  cr_expect_eq(lines(out), 1, "%s", out);
-  free(out);
-}
-
-Test(runs, plain_lines_elsewhere) {
-  setenv("PHALANX_LOG", "warn", 1);
-  command_result r = RUN(dir, 60, "train", "run.ini", "--steps", "30", "--set", "run.log_every=10", "-n", "2");
-  cr_assert_eq(r.status, 0, "%s", r.out);
-  cr_expect_eq(lines(r.out), 4, "%s", r.out); /* the first, and every tenth */
-  cr_expect(strstr(r.out, "step   30/30 | loss ") && strstr(r.out, " tok/s | ") && !strchr(r.out, '\r'), "%s", r.out);
-  command_free(&r);
 }
