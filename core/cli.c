@@ -4,6 +4,7 @@
 #include "checkpoint.h"
 #include "cli.h"
 #include "commands.h"
+#include "complain.h"
 #include "nearest.h"
 #include "status.h"
 #include "sys.h"
@@ -15,28 +16,51 @@
 typedef struct command {
   const char *name, *arguments, *summary;
   int (*run)(int argc, char **argv);
+  const char *details; /* of its --help, behind the two above; NULL: the command answers by itself */
 } command;
+
+#define EVERY_RUN \
+  "  -n RANKS                   ranks on this machine (run.ranks)\n" \
+  "  --strategy NAME|PATH.so    how weights, gradients and states are spread (run.strategy)\n" \
+  "  --set section.key=value    any key of FILE.ini; the last one counts\n"
+#define STEPS "  --steps K                  training steps (run.steps)\n"
+#define SECTIONS "`phalanx help` lists the sections and plugins, `phalanx help NAME` their keys.\n"
 
 /* One row per command, in the order of --help. */
 static const command commands[] = {
     {"train", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K] [--resume [DIR]]",
      "one run, or (--resume) what is left of it; without another launcher it starts the ranks itself",
-     phx__command_train},
+     phx__command_train,
+     EVERY_RUN STEPS
+     "  --resume [DIR]             go on from the newest checkpoint of run.out, or of DIR: a run, or one checkpoint\n"
+     "\n" SECTIONS},
     {"compare", "FILE.ini --strategies ddp,fsdp.sharding=grad_op,zero.stage=1,... [-n RANKS] [--steps K] [--set ...]",
-     "the same run under several strategies: memory, speed, traffic, loss, equal bits", phx__command_compare},
+     "the same run under several strategies: memory, speed, traffic, loss, equal bits", phx__command_compare,
+     "  --strategies A,B.key=v,... what is compared: names, each with options of its own\n" EVERY_RUN STEPS
+     "\nExit status 1: the bits differ, or a run did not keep its plan.\n"},
     {"check", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]...",
-     "the effective configuration and where each value came from; no run", phx__command_check},
+     "the effective configuration and where each value came from; no run", phx__command_check, EVERY_RUN "\n" SECTIONS},
     {"plugins", "", "plugins found: kind, name, version, ABI, path, and whether they can run here",
-     phx__command_plugins},
+     phx__command_plugins, ""},
     {"help", "[NAME|PATH.so]", "options of a plugin or of one of the core's sections, as a table and as a sample",
-     phx__command_help},
+     phx__command_help, ""},
     {"data", "tokenize TEXT... -o OUT.bin [--valid FRACTION VALID.bin] [--force]", "token files from text (bytes)",
-     phx__command_data},
+     phx__command_data, NULL},
     {"sample", "RUNDIR [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",
-     "text from a run's final weights", phx__command_sample},
+     "text from a run's final weights", phx__command_sample,
+     "  --prompt TEXT              what the text begins with\n"
+     "  --tokens N                 how many tokens follow\n"
+     "  --temperature T            0 takes the likeliest token\n"
+     "  --top-k K                  only of the K likeliest; 0 of all\n"
+     "  --seed S                   the same seed gives the same text\n"},
     {"checkpoint", "ls RUN | verify CHECKPOINT | export CHECKPOINT OUTDIR | import DIR -o CHECKPOINT|RUN | diff A B",
      "what a run saved: a list, a check of every byte, from and to Hugging Face's GPT-2 files, differences",
-     phx__command_checkpoint},
+     phx__command_checkpoint,
+     "  ls RUN                     steps, strategy, ranks, bytes, age\n"
+     "  verify CHECKPOINT|RUN      every chunk's checksum, every block once, the state hash; status 4: damaged\n"
+     "  export CHECKPOINT OUTDIR   model.safetensors and config.json as Hugging Face publishes GPT-2\n"
+     "  import DIR -o RUN          the other way; `train FILE.ini --resume RUN` goes on from it\n"
+     "  diff A B [--weights]       the first tensor that differs; status 1: they differ\n"},
 };
 enum { COMMANDS = sizeof commands / sizeof commands[0] };
 
@@ -44,7 +68,7 @@ static void print_usage(FILE *out) {
   fprintf(out, "usage: phalanx COMMAND ...\n\n");
   for (int i = 0; i < COMMANDS; i++)
     fprintf(out, "  phalanx %s %s\n      %s\n", commands[i].name, commands[i].arguments, commands[i].summary);
-  fprintf(out, "  phalanx --version | --help\n\n"
+  fprintf(out, "  phalanx --version | --help; phalanx COMMAND --help\n\n"
                "Exit status: 0 done, 2 refused, 3 a rank failed or a file could not be written, 4 a checkpoint or a "
                "file of weights is damaged,\n5 stopped by a signal, with the state saved (run.stopped_status).\n");
 }
@@ -53,8 +77,23 @@ int phx__cli_unknown(const char *what, const char *word, const char *const *know
   char hint[80];
   phx__nearest nearest = {.word = word};
   for (; *known; known++) phx__nearest_offer(&nearest, *known);
-  fprintf(stderr, "phalanx: unknown %s '%s'%s\n", what, word, phx__nearest_hint(&nearest, hint, sizeof hint));
+  phx__complain("unknown %s '%s'%s", what, word, phx__nearest_hint(&nearest, hint, sizeof hint));
   return PHX__EXIT_REFUSED;
+}
+
+/* -h or --help anywhere, but where it is the text to go on from. */
+static bool asks_for_help(int argc, char **argv) {
+  for (int i = 2; i < argc; i++) {
+    const bool value = i > 2 && !strcmp(argv[i - 1], "--prompt");
+    if (!value && (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help"))) return true;
+  }
+  return false;
+}
+
+static int print_help(const command *c) {
+  printf("usage: phalanx %s%s%s\n\n%s%s%s%s", c->name, *c->arguments ? " " : "", c->arguments, c->summary, "\n",
+         *c->details ? "\n" : "", c->details);
+  return PHX__EXIT_OK;
 }
 
 int phx__cli_main(int argc, char **argv) {
@@ -72,7 +111,9 @@ int phx__cli_main(int argc, char **argv) {
     return PHX__EXIT_OK;
   }
   for (int i = 0; i < COMMANDS; i++) {
-    if (strcmp(argv[1], commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
+    if (strcmp(argv[1], commands[i].name) == 0)
+      return commands[i].details && asks_for_help(argc, argv) ? print_help(&commands[i])
+                                                              : commands[i].run(argc - 1, argv + 1);
     known[i + 2] = commands[i].name;
   }
   return phx__cli_unknown(argv[1][0] == '-' ? "flag" : "command", argv[1], known);
@@ -93,12 +134,12 @@ enum { FLAGS = sizeof flags / sizeof flags[0] };
 static bool add_override(phx__arguments *a, const flag_row *flag, const char *value) {
   size_t bytes = strlen(value) + (flag->key ? strlen(flag->key) + 1 : 0) + 1;
   if (a->n_overrides == PHX__OVERRIDES_MOST) {
-    fprintf(stderr, "phalanx: more than %d flags\n", PHX__OVERRIDES_MOST);
+    phx__complain("more than %d flags", PHX__OVERRIDES_MOST);
     return false;
   }
   char *text = phx__calloc(bytes, 1);
   if (!text) {
-    fprintf(stderr, "phalanx: out of memory\n");
+    phx__complain("out of memory");
     return false;
   }
   snprintf(text, bytes, "%s%s%s", flag->key ? flag->key : "", flag->key ? "=" : "", value);
@@ -135,7 +176,7 @@ static int take_resume(char **argv, phx__arguments *out) {
   const bool joined = argv[0][8] == '=';
   const bool taken = !joined && next && next[0] != '-' && next[0] && (out->file || is_directory(next));
   out->resume = joined ? argv[0] + 9 : taken ? next : "";
-  if (joined && !argv[0][9]) fprintf(stderr, "phalanx: --resume= needs a directory\n");
+  if (joined && !argv[0][9]) phx__complain("--resume= needs a directory");
   if (joined && !argv[0][9]) return 0;
   return taken ? 2 : 1;
 }
@@ -144,7 +185,7 @@ static int take_resume(char **argv, phx__arguments *out) {
 static int take(char **argv, unsigned accept, phx__arguments *out) {
   const char *word = argv[0], *value;
   if (word[0] != '-') {
-    if (out->file) fprintf(stderr, "phalanx: two files: '%s' and '%s'\n", out->file, word);
+    if (out->file) phx__complain("two files: '%s' and '%s'", out->file, word);
     if (out->file) return 0;
     out->file = word;
     return 1;
@@ -160,7 +201,7 @@ static int take(char **argv, unsigned accept, phx__arguments *out) {
   bool joined = word[length] == '=';
   value = joined ? word + length + 1 : argv[1];
   if (!value || !*value) {
-    fprintf(stderr, "phalanx: %s needs a value\n", flag->name);
+    phx__complain("%s needs a value", flag->name);
     return 0;
   }
   if (flag->accept == PHX__ACCEPT_STRATEGIES)
@@ -177,7 +218,7 @@ static bool file_of_run(phx__arguments *a) {
   phx_error err = PHX_ERROR_INIT;
   int64_t step;
   if (phx__checkpoint_locate(a->resume, run_dir, &step, &err)) {
-    fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__complain("%s", err.message);
     return false;
   }
   if (!run_dir[0]) return true; /* of no run: FILE.ini is asked for */
@@ -201,7 +242,7 @@ bool phx__arguments_parse(int argc, char **argv, unsigned accept, phx__arguments
   }
   if (!out->file && out->resume && out->resume[0] && !file_of_run(out)) goto refused;
   if (out->file) return true;
-  fprintf(stderr, "phalanx: %s needs a FILE.ini\n", argv[0]);
+  phx__complain("%s needs a FILE.ini", argv[0]);
 refused:
   phx__arguments_free(out);
   return false;

@@ -4,6 +4,7 @@
 
 #include "cli.h"
 #include "commands.h"
+#include "complain.h"
 #include "plan.h"
 #include "room.h"
 #include "status.h"
@@ -23,7 +24,7 @@ static phx_status print_all(const phx__config *config) {
   phx__room room;
   phx__room_read("", &room);
   if (!status) status = phx__room_check(config, &room, &err);
-  if (status) fprintf(stderr, "phalanx: %s\n", err.message);
+  if (status) phx__complain("%s", err.message);
   free(plan);
   return status;
 }

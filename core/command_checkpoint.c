@@ -14,6 +14,7 @@
 
 #include "cli.h"
 #include "commands.h"
+#include "complain.h"
 #include "manifest_inner.h"
 #include "state_hash.h"
 #include "status.h"
@@ -22,7 +23,7 @@
 phx_status phx__writing(phx_status status) { return status == PHX_IO ? PHX_STATE : status; }
 
 int phx__checkpoint_refuse(phx_status status, const phx_error *err) {
-  fprintf(stderr, "phalanx: %s\n", err->message);
+  phx__complain("%s", err->message);
   return status == PHX_IO ? PHX__EXIT_DAMAGED : status == PHX_STATE ? PHX__EXIT_RANK : PHX__EXIT_REFUSED;
 }
 
@@ -118,7 +119,7 @@ static int command_ls(int argc, char **argv) {
   snprintf(dir, sizeof dir, "%.4000s/checkpoints", argv[1]);
   DIR *d = opendir(dir);
   if (!d) {
-    fprintf(stderr, "phalanx: %s has no checkpoints: %s\n", argv[1], strerror(errno));
+    phx__complain("%s has no checkpoints: %s", argv[1], strerror(errno));
     return PHX__EXIT_REFUSED;
   }
   char **names = phx__calloc(MOST, sizeof *names);
@@ -161,7 +162,7 @@ typedef struct verification {
 
 static void complain(verification *v, const phx_error *err) {
   fflush(stdout);
-  fprintf(stderr, "phalanx: %s\n", err->message);
+  phx__complain("%s", err->message);
   v->damaged++;
 }
 

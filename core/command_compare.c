@@ -5,6 +5,7 @@
 #include "cli.h"
 #include "commands.h"
 #include "compare.h"
+#include "complain.h"
 #include "status.h"
 
 int phx__command_compare(int argc, char **argv) {
@@ -15,8 +16,8 @@ int phx__command_compare(int argc, char **argv) {
     return PHX__EXIT_REFUSED;
   const ssize_t length = readlink("/proc/self/exe", command, sizeof command - 1);
   if (length <= 0 || !arguments.strategies) {
-    fprintf(stderr, length <= 0 ? "phalanx: cannot find the path of this command\n"
-                                : "phalanx: compare needs --strategies, such as ddp,fsdp,zero.stage=2\n");
+    phx__complain("%s", length <= 0 ? "cannot find the path of this command"
+                                    : "compare needs --strategies, such as ddp,fsdp,zero.stage=2");
   } else {
     command[length] = 0;
     exit_status = phx__compare(&(phx__compare_plan){.command = command, .file = arguments.file,

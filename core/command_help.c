@@ -1,6 +1,7 @@
 /* core/command_help.c - `phalanx help [NAME|PATH.so]`: options from the tables, so that they cannot be out of date. */
 #include "cli.h"
 #include "commands.h"
+#include "complain.h"
 #include "config_core.h"
 #include "nearest.h"
 #include "status.h"
@@ -48,12 +49,12 @@ static int help_name(const char *name, const phx__found *found, size_t n) {
       help_plugin(plugin);
     } else {
       failed = true;
-      fprintf(stderr, "phalanx: %s\n", err.message);
+      phx__complain("%s", err.message);
     }
   }
   if (any) return failed ? PHX__EXIT_REFUSED : PHX__EXIT_OK;
   for (uint32_t i = 0; (table = phx__core_table_at(i)); i++) phx__nearest_offer(&nearest, table->section);
-  fprintf(stderr, "phalanx: there is no section or plugin '%s'%s\n", name,
+  phx__complain("there is no section or plugin '%s'%s", name,
           phx__nearest_hint(&nearest, hint, sizeof hint));
   return PHX__EXIT_REFUSED;
 }
@@ -65,7 +66,7 @@ int phx__command_help(int argc, char **argv) {
   size_t n = 0;
   int exit_status = PHX__EXIT_REFUSED;
   if (argc > 2) {
-    fprintf(stderr, "phalanx: help takes one NAME\n");
+    phx__complain("help takes one NAME");
     return PHX__EXIT_REFUSED;
   }
   if (argc == 2 && strchr(argv[1], '/')) {
@@ -78,6 +79,6 @@ int phx__command_help(int argc, char **argv) {
   phx__free(found);
   return exit_status;
 refused:
-  fprintf(stderr, "phalanx: %s\n", err.message);
+  phx__complain("%s", err.message);
   return exit_status;
 }

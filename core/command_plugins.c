@@ -4,6 +4,7 @@
  * or hangs is reported as such and does not take the lister down.  The child writes one fixed record into a pipe; its
  * output goes to /dev/null.  No child outlives the command.  [main], single-threaded. */
 #include "commands.h"
+#include "complain.h"
 #include "descriptor.h"
 #include "loader.h"
 #include "status.h"
@@ -139,17 +140,17 @@ int phx__command_plugins(int argc, char **argv) {
   phx__found *found;
   size_t n;
   if (argc > 1) {
-    fprintf(stderr, "phalanx: plugins takes no argument ('%s'); PHALANX_PLUGIN_PATH adds directories\n", argv[1]);
+    phx__complain("plugins takes no argument ('%s'); PHALANX_PLUGIN_PATH adds directories", argv[1]);
     return PHX__EXIT_REFUSED;
   }
   if (phx__loader_list(NULL, &found, &n, &err) != PHX_OK) {
-    fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__complain("%s", err.message);
     return PHX__EXIT_REFUSED;
   }
   for (size_t i = 0; i < n; i++) print_found(&found[i]);
   phx__free(found);
   if (n > 0) return PHX__EXIT_OK;
-  fprintf(stderr, "phalanx: no plugins found beside the command (../lib/phalanx, ../lib64/phalanx) nor in %s: set "
-          "PHALANX_PLUGIN_PATH to the directory where they are\n", PHX__PLUGIN_DIR);
+  phx__complain("no plugins found beside the command (../lib/phalanx, ../lib64/phalanx) nor in %s: set "
+          "PHALANX_PLUGIN_PATH to the directory where they are", PHX__PLUGIN_DIR);
   return PHX__EXIT_REFUSED;
 }

@@ -7,6 +7,7 @@
 
 #include "cli.h"
 #include "commands.h"
+#include "complain.h"
 #include "sample.h"
 #include "status.h"
 
@@ -17,7 +18,7 @@ static int parse_whole(const char *flag, const char *text, int64_t low, int64_t 
   errno = 0;
   const long long value = strtoll(text, &end, 10);
   if (errno || end == text || *end || value < low || value > high) {
-    fprintf(stderr, "phalanx: %s = %s: must be a whole number from %lld to %lld\n", flag, text, (long long)low,
+    phx__complain("%s = %s: must be a whole number from %lld to %lld", flag, text, (long long)low,
             (long long)high);
     return 0;
   }
@@ -30,7 +31,7 @@ static int parse_temperature(const char *text, double *out) {
   errno = 0;
   const double value = strtod(text, &end);
   if (errno || end == text || *end || !(value >= 0 && value <= 100)) {
-    fprintf(stderr, "phalanx: --temperature = %s: must be a number from 0 to 100\n", text);
+    phx__complain("--temperature = %s: must be a number from 0 to 100", text);
     return 0;
   }
   *out = value;
@@ -42,7 +43,7 @@ int phx__command_sample(int argc, char **argv) {
   for (int i = 1; i < argc; i++) {
     if (argv[i][0] != '-') {
       if (o.run_dir) {
-        fprintf(stderr, "phalanx: two run directories: '%s' and '%s'\n", o.run_dir, argv[i]);
+        phx__complain("two run directories: '%s' and '%s'", o.run_dir, argv[i]);
         return PHX__EXIT_REFUSED;
       }
       o.run_dir = argv[i];
@@ -53,7 +54,7 @@ int phx__command_sample(int argc, char **argv) {
     if (!known[flag]) return phx__cli_unknown("flag", argv[i], known);
     const char *value = argv[++i];
     if (!value) {
-      fprintf(stderr, "phalanx: %s needs a value\n", known[flag]);
+      phx__complain("%s needs a value", known[flag]);
       return PHX__EXIT_REFUSED;
     }
     int ok = 1;
@@ -67,7 +68,7 @@ int phx__command_sample(int argc, char **argv) {
     if (!ok) return PHX__EXIT_REFUSED;
   }
   if (!o.run_dir) {
-    fprintf(stderr, "phalanx: sample needs a run directory (run.out of a finished run)\n");
+    phx__complain("sample needs a run directory (run.out of a finished run)");
     return PHX__EXIT_REFUSED;
   }
   return phx__sample(&o);

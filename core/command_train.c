@@ -6,6 +6,7 @@
 
 #include "cli.h"
 #include "commands.h"
+#include "complain.h"
 #include "job.h"
 #include "status.h"
 #include "sys.h"
@@ -34,7 +35,7 @@ int phx__command_train(int argc, char **argv) {
   char **again = phx__calloc((size_t)argc + 2, sizeof *again);
   const ssize_t length = readlink("/proc/self/exe", command, sizeof command - 1);
   if (!again || length <= 0) {
-    fprintf(stderr, "phalanx: cannot find the path of this command\n");
+    phx__complain("cannot find the path of this command");
     goto done;
   }
   command[length] = 0;

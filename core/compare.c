@@ -17,6 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "complain.h"
 #include "output.h"
 #include "progress.h"
 #include "report.h"
@@ -71,7 +72,7 @@ static int parse_variants(variant *v, const char *text, int *n) {
     }
     text += length + (text[length] == ',');
   }
-  if (*n == 0) fprintf(stderr, "phalanx: compare needs --strategies, such as ddp,fsdp,zero.stage=2\n");
+  if (*n == 0) phx__complain("compare needs --strategies, such as ddp,fsdp,zero.stage=2");
   return *n > 0;
 }
 
@@ -95,7 +96,7 @@ static int check_variant(const phx__compare_plan *plan, const variant *v) {
   char *text = NULL;
   size_t bytes = 0;
   if (plan->n_overrides + (size_t)v->n_sets + 3 > PHX__OVERRIDES_MOST) {
-    fprintf(stderr, "phalanx: --strategies: %s makes more than %d flags\n", v->label, PHX__OVERRIDES_MOST);
+    phx__complain("--strategies: %s makes more than %d flags", v->label, PHX__OVERRIDES_MOST);
     return 0;
   }
   FILE *report = open_memstream(&text, &bytes); /* warnings come from the run itself */
@@ -104,7 +105,7 @@ static int check_variant(const phx__compare_plan *plan, const variant *v) {
   if (report) fclose(report);
   if (status && text) fputs(text, stderr);
   if (!status && (status = phx__train_check(config, &err)))
-    fprintf(stderr, "phalanx: %s: %s\n", v->label, err.message);
+    phx__complain("%s: %s", v->label, err.message);
   phx__config_free(config);
   free(text);
   return status == PHX_OK;
@@ -127,7 +128,7 @@ static int run_variant(const phx__compare_plan *plan, variant *v) {
   const pid_t parent = getpid();
   const pid_t pid = fork();
   if (pid < 0) {
-    fprintf(stderr, "phalanx: cannot start a run: %s\n", strerror(errno));
+    phx__complain("cannot start a run: %s", strerror(errno));
     return PHX__EXIT_RANK;
   }
   if (pid == 0) {
@@ -138,7 +139,7 @@ static int run_variant(const phx__compare_plan *plan, variant *v) {
       if (null >= 0) dup2(null, STDOUT_FILENO);
     }
     execv(plan->command, (char *const *)(uintptr_t)args);
-    fprintf(stderr, "phalanx: cannot start %s: %s\n", plan->command, strerror(errno));
+    phx__complain("cannot start %s: %s", plan->command, strerror(errno));
     _exit(127);
   }
   int status;
@@ -199,7 +200,7 @@ static int read_results(variant *v) {
   text = read_text(path);
   const int ok = cJSON_GetObjectItemCaseSensitive(v->run, "result") && text && keep_losses(v, text);
   phx__free(text);
-  if (!ok) fprintf(stderr, "phalanx: %s: the run left no complete run.json and metrics.jsonl\n", v->dir);
+  if (!ok) phx__complain("%s: the run left no complete run.json and metrics.jsonl", v->dir);
   return ok;
 }
 
@@ -332,7 +333,7 @@ static int place_run(variant *v, const char *base, int index) {
   if (snprintf(v->out, sizeof v->out, "run.out=%s/compare/%02d-%s", base, index + 1, slash ? slash + 1 : v->strategy) <
       (int)sizeof v->out)
     return 1;
-  fprintf(stderr, "phalanx: run.out = %s is too long for a path\n", base);
+  phx__complain("run.out = %s is too long for a path", base);
   return 0;
 }
 
@@ -342,7 +343,7 @@ static int run_all(const phx__compare_plan *plan, const phx__config *base, varia
   for (int i = 0; i < n; i++)
     if (!place_run(&v[i], out, i) || !check_variant(plan, &v[i])) return PHX__EXIT_REFUSED;
   if (phx__run_dir_create(base, &err)) {
-    fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__complain("%s", err.message);
     return PHX__EXIT_REFUSED;
   }
   for (int i = 0; i < n; i++) {
@@ -350,13 +351,13 @@ static int run_all(const phx__compare_plan *plan, const phx__config *base, varia
     int status = run_variant(plan, &v[i]);
     if (!status && !read_results(&v[i])) status = PHX__EXIT_RANK;
     if (!status) continue;
-    fprintf(stderr, "phalanx: compare stopped: %s ended with status %d\n", v[i].label, status);
+    phx__complain("compare stopped: %s ended with status %d", v[i].label, status);
     return status;
   }
   print_table(v, n);
   const int same = print_verdict(v, n), kept = print_plans(v, n);
   if (write_json(v, n, same, kept, out, &err)) {
-    fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__complain("%s", err.message);
     return PHX__EXIT_RANK;
   }
   return (!same && base->s.run.deterministic) || !kept ? 1 : PHX__EXIT_OK;
@@ -369,7 +370,7 @@ int phx__compare(const phx__compare_plan *given) {
   int n = 0, status = PHX__EXIT_REFUSED;
   phx__config *base = NULL;
   variant *v = phx__calloc(VARIANTS_MAX, sizeof *v);
-  if (!v) fprintf(stderr, "phalanx: no memory to compare\n");
+  if (!v) phx__complain("no memory to compare");
   if (v && parse_variants(v, plan->variants, &n) &&
       phx__config_load(plan->file, plan->overrides, plan->n_overrides, stderr, &base) == PHX_OK) {
     with_checks.checks = base->s.run.checked == AUTO;

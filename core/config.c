@@ -318,7 +318,7 @@ static phx_status load(const char *path, const phx__override *overrides, size_t 
   phx__config *config = phx__calloc(1, sizeof *config);
   store *p = config ? phx__calloc(1, sizeof *p) : NULL;
   if (!p) {
-    fprintf(report, "%s: out of memory\n", path);
+    fprintf(report, "phalanx: %s: out of memory\n", path);
     goto done;
   }
   config->priv = p;
@@ -326,7 +326,7 @@ static phx_status load(const char *path, const phx__override *overrides, size_t 
   if (p->path) {
     status = phx__config_add_file(p, &err);
     if (status != PHX_OK) {
-      fprintf(report, "%s\n", err.message);
+      fprintf(report, "phalanx: %s\n", err.message);
       goto done;
     }
     for (size_t i = 0; i < n && !p->oom; i++) phx__config_add_override(p, &overrides[i]);

@@ -89,8 +89,8 @@ void phx__config_warn(store *p, const phx__entry *at, const char *format, ...) {
 
 void phx__config_report(const store *p, FILE *report) {
   for (const phx__problem *problem = p->problems; problem; problem = problem->next)
-    fprintf(report, "%s\n", problem->text);
-  if (p->oom) fprintf(report, "%s: out of memory\n", p->path ? p->path : "configuration");
+    fprintf(report, "phalanx: %s\n", problem->text);
+  if (p->oom) fprintf(report, "phalanx: %s: out of memory\n", p->path ? p->path : "configuration");
 }
 
 /* ---- entries ---- */

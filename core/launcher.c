@@ -21,6 +21,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "clean.h"
+#include "complain.h"
 #include "flight.h"
 #include "job.h"
 #include "job_segment.h"
@@ -243,8 +245,9 @@ static void judge_progress(struct launch *l, uint64_t now) {
   }
   if (l->asked->timeout_s <= 0 || left < 0 || waiting < 0) return;
   if (now - moved > (uint64_t)((l->asked->timeout_s + 1) * 1e9))
-    set_cause(l, -1, "rank %d (pid %d) has left with status %d, and rank %d (pid %d) makes no progress for %.1f s", left,
-              (int)l->ranks[left].pid, l->ranks[left].end.number, waiting, (int)l->ranks[waiting].pid, (double)(now - moved) * 1e-9);
+    set_cause(l, -1, "rank %d (pid %d) has left with status %d, and rank %d (pid %d) makes no progress for %.1f s",
+              left, (int)l->ranks[left].pid, l->ranks[left].end.number, waiting, (int)l->ranks[waiting].pid,
+              (double)(now - moved) * 1e-9);
 }
 
 /* ---- starting and ending ---- */
@@ -299,7 +302,7 @@ static void end_all(struct launch *l) {
   }
   for (int32_t r = 0; r < l->started; r++)
     if (l->ranks[r].running)
-      fprintf(stderr, "phalanx: rank %d (pid %d) does not end even when killed: it is stuck inside the kernel\n", r,
+      phx__complain("rank %d (pid %d) does not end even when killed: it is stuck inside the kernel", r,
               (int)l->ranks[r].pid);
 }
 
@@ -370,6 +373,7 @@ static void report(struct launch *l) {
     const phx_liveness *page = &l->segment->pages[i].alive;
     if (!phx__flight_is_in(&l->pages[i])) memcpy(&l->pages[i], page, sizeof *page);
     memcpy(l->pages[i].message, page->message, sizeof page->message);
+    phx__clean(l->pages[i].message, sizeof page->message); /* a plugin's words, perhaps */
   }
   phx__flight_report flight = {.size = l->asked->ranks,
                                .ends = l->ends,
@@ -391,14 +395,14 @@ static int finish(struct launch *l) {
   const struct rank *cause = l->cause_rank >= 0 ? &l->ranks[l->cause_rank] : NULL;
   /* Ctrl-C reaches the ranks too, and may be seen there first.  One that comes after a failure hides no report. */
   if (l->interrupt && l->interrupt_ns < l->failed_ns + 50 * MS) {
-    fprintf(stderr, "phalanx: stopped by %s; all ranks have ended\n",
+    phx__complain("stopped by %s; all ranks have ended",
             phx__signal_name(l->interrupt, name, sizeof name));
     return PHX__EXIT_RANK;
   }
   if (cause && !cause->running && cause->end.condition == PHX__RANK_EXITED &&
       (cause->end.number == PHX__EXIT_REFUSED || cause->end.number == PHX__EXIT_DAMAGED)) {
     if (l->ranks[0].running || l->ranks[0].end.number != cause->end.number) /* else rank 0 has said it on stderr */
-      fprintf(stderr, "phalanx: rank %d exited with status %d; its reason is in %s/rank-%d.log\n", l->cause_rank,
+      phx__complain("rank %d exited with status %d; its reason is in %s/rank-%d.log", l->cause_rank,
               cause->end.number, l->asked->run_dir, l->cause_rank);
     return cause->end.number;
   }
@@ -461,7 +465,7 @@ int phx__launch_run(const phx__launch *asked) {
   sigemptyset(&before);
   if (status == PHX_OK) status = take_signals(&l, &before, &err);
   if (status != PHX_OK) {
-    fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__complain("%s", err.message);
     result = status == PHX_INVALID ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
     goto done;
   }
@@ -484,7 +488,7 @@ int phx__launch_run(const phx__launch *asked) {
   } else {
     set_cause(&l, -1, "%s", err.message);
     end_all(&l);
-    fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__complain("%s", err.message);
     result = status == PHX_IO ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
   }
   sigaction(SIGCHLD, &child_before, NULL);

@@ -11,6 +11,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "complain.h"
 #include "cpus.h"
 #include "status.h"
 
@@ -55,7 +56,7 @@ int phx__process_end(int status, bool prints) {
   const int cause = errno;
   if (!before && !now) return status;
   if (cause == EPIPE || reader_is_gone()) return status;
-  fprintf(stderr, "phalanx: standard output could not be written%s%s\n", cause ? ": " : "",
+  phx__complain("standard output could not be written%s%s", cause ? ": " : "",
           cause ? strerror(cause) : "");
   return prints && status == PHX__EXIT_OK ? PHX__EXIT_RANK : status;
 }

@@ -62,8 +62,8 @@ static void keep_metric(void *arg, const char *plugin, const char *name, double 
   if ((whole && phx__progress_add(p, member)) || p->left_out) return;
   p->left_out = true;
   snprintf(member, sizeof member,
-           "metric %.200s is left out of metrics.jsonl: a name has %zu bytes at most, all of a step %zu; others may follow",
-           name, sizeof both - 1, sizeof p->extra - 1);
+           "metric %.200s is left out of metrics.jsonl: a name has %zu bytes at most, all of a step %zu; others may "
+           "follow", name, sizeof both - 1, sizeof p->extra - 1);
   phx__log(0, plugin, PHX_LOG_WARN, member);
 }
 

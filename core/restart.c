@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "checkpoint.h"
+#include "complain.h"
 #include "cpus.h"
 #include "launcher.h"
 #include "run_lock.h"
@@ -114,13 +115,12 @@ int phx__restart_run(const phx__config *config, char *const *argv, bool *restart
     restarts++;
     char from[48] = "the beginning";
     if (a.from > 0) snprintf(from, sizeof from, "the checkpoint of step %" PRId64, a.from);
-    fprintf(stderr,
-            "phalanx: restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from %s\n",
+    phx__complain("restart %" PRId64 " of at most %" PRId64 ", on %d rank%s, accumulate %" PRId64 ", from %s",
             restarts, config->s.run.max_restarts, a.ranks, a.ranks == 1 ? "" : "s", a.accumulate, from);
   }
-  if (status) fprintf(stderr, "phalanx: %s%s\n", first.failed ? "no restart: " : "", err.message);
+  if (status) phx__complain("%s%s", first.failed ? "no restart: " : "", err.message);
   if (restarts > 0)
-    fprintf(stderr, "phalanx: %s %" PRId64 " restart%s; the first failure was: %s\n",
+    phx__complain("%s %" PRId64 " restart%s; the first failure was: %s",
             how_it_ended(result), restarts, restarts == 1 ? "" : "s", first.cause);
   phx__free(a.argv);
   *restarted = restarts > 0;

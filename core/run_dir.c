@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "checkpoint_dir.h"
+#include "complain.h"
 #include "output.h"
 #include "run_lock.h"
 #include "status.h"
@@ -166,7 +167,7 @@ static phx_status move_aside(phx__run_dir *d, phx_error *err) {
     return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", d->dir);
   status = flush_parent(d->dir, err);
   if (!status) status = phx__run_lock_move(d->dir, name, err);
-  if (!status) fprintf(stderr, "%s holds an earlier run: it is now %s\n", d->dir, name);
+  if (!status) phx__complain("%s holds an earlier run: it is now %s", d->dir, name);
   return status;
 }
 
@@ -256,18 +257,18 @@ void phx__run_dir_undo(phx__run_dir *d) {
     log_path(d, r, path);
     if (fresh || d->logs[r] < 0) phx__sys.unlink(path);
     else if (!stat(path, &st) && st.st_size > d->logs[r] && truncate(path, d->logs[r]))
-      fprintf(stderr, "phalanx: %s could not be cut to what it was: %s\n", path, strerror(errno));
+      phx__complain("%s could not be cut to what it was: %s", path, strerror(errno));
   }
   snprintf(path, sizeof path, "%s/config.ini", d->dir);
   if (fresh || !d->config) phx__sys.unlink(path);
   else if (phx__text_write(path, d->config, NULL))
-    fprintf(stderr, "phalanx: %s could not be written back\n", path);
+    phx__complain("%s could not be written back", path);
   if (!d->aside[0]) return; /* close takes new directories back */
   phx__run_lock_release();
   unmake_dirs(d->dir, d->made);
   d->made = 0;
-  if (!phx__sys.rename(d->aside, d->dir)) fprintf(stderr, "%s is %s again\n", d->aside, d->dir);
-  else fprintf(stderr, "phalanx: cannot move %s back to %s: %s\n", d->aside, d->dir, strerror(errno));
+  if (!phx__sys.rename(d->aside, d->dir)) phx__complain("%s is %s again", d->aside, d->dir);
+  else phx__complain("cannot move %s back to %s: %s", d->aside, d->dir, strerror(errno));
 }
 
 void phx__run_dir_close(phx__run_dir *d) {

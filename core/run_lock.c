@@ -24,6 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "complain.h"
 #include "status.h"
 #include "sys.h"
 
@@ -128,9 +129,8 @@ static bool seems_alive(const char *path, const holder *h, uint64_t start) {
   uint64_t ignored;
   place_of_this(place);
   if (!strcmp(place, h->place)) return (!kill((pid_t)h->pid, 0) || errno == EPERM) && start_of(h->pid) == start;
-  fprintf(stderr,
-          "phalanx: %s is of process %ld on host %s, of which nothing more is known here: waiting %.1f s for a sign of "
-          "life\n", path, h->pid, h->host, 1e-3 * phx__run_lock_patience_ms);
+  phx__complain("%s is of process %ld on host %s, of which nothing more is known here: waiting %.1f s for a sign of "
+          "life", path, h->pid, h->host, 1e-3 * phx__run_lock_patience_ms);
   for (int ms = 0; ms < phx__run_lock_patience_ms; ms += 250) {
     nanosleep(&(struct timespec){0, 250000000}, NULL);
     const reading r = read_holder(path, &again, &ignored);

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "complain.h"
 #include "engine.h"
 #include "rng.h"
 #include "status.h"
@@ -128,6 +129,6 @@ int phx__sample(const phx__sample_options *o) {
   if (phx__config_load_found(path, one_rank, sizeof one_rank / sizeof *one_rank, stderr, &config)) return PHX__EXIT_REFUSED;
   const int exit_status = open_and_generate(config, o, &err);
   phx__config_free(config);
-  if (exit_status) fprintf(stderr, "phalanx: %s\n", err.message);
+  if (exit_status) phx__complain("%s", err.message);
   return exit_status;
 }

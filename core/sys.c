@@ -27,8 +27,8 @@ phx__sys_table phx__sys = {
     .calloc = calloc, .realloc = realloc, .free = free, .open = sys_open, .close = close, .read = read, .write = write,
     .pwrite = pwrite, .fsync = fsync, .rename = rename, .ftruncate = ftruncate, .mkdir = mkdir, .mmap = mmap,
     .munmap = munmap, .memfd_create = memfd_create, .pread = pread, .fstat = fstat, .unlink = unlink,
-    .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct, .openat = sys_openat, .statvfs = statvfs, .lock = sys_lock,
-    .link = link,
+    .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct, .openat = sys_openat, .lock = sys_lock,
+    .link = link, .statvfs = statvfs,
 };
 
 void *phx__calloc(size_t n, size_t bytes) { return phx__sys.calloc(n ? n : 1, bytes ? bytes : 1); }

@@ -4,6 +4,7 @@
  * when complete, so a reader never sees half a file.  Invariant: on failure no output was made or changed, but for the
  * first of two when the rename of the second fails, which the message says.  [main] only. */
 #include "commands.h"
+#include "complain.h"
 #include "data.h"
 
 #include <errno.h>
@@ -268,8 +269,8 @@ int phx__command_data(int argc, char **argv) {
     return PHX__EXIT_OK;
   }
   if (argc < 2 || strcmp(argv[1], "tokenize")) {
-    fprintf(stderr, "phalanx data: %s%s\n%s", argc < 2 ? "what is to be done?" : "there is no command ",
-            argc < 2 ? "" : argv[1], usage);
+    phx__complain("data: %s%s", argc < 2 ? "what is to be done?" : "there is no command ", argc < 2 ? "" : argv[1]);
+    fputs(usage, stderr);
     return PHX__EXIT_REFUSED;
   }
   phx_status status = parse(argc - 2, argv + 2, &a, &err);
@@ -279,6 +280,6 @@ int phx__command_data(int argc, char **argv) {
   }
   if (status == PHX_OK) status = tokenize(&a, &err);
   if (status == PHX_OK) return PHX__EXIT_OK;
-  fprintf(stderr, "phalanx data tokenize: %s\n", err.message);
+  phx__complain("data tokenize: %s", err.message);
   return PHX__EXIT_REFUSED;
 }

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "checkpoint_run.h"
+#include "complain.h"
 #include "cpus.h"
 #include "disk_room.h"
 #include "drift.h"
@@ -186,6 +187,7 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   strategy_traffic(r->rt, &before);
   const double begin = phx__now();
   status = phx__engine_step(r->engine, r->train, step, &r->done, err);
+  r->engine->at_stage = NULL; /* not in an evaluation, which has many more */
   if (status) return status;
   r->seconds = phx__now() - begin - r->sampling;
   if (measured) status = settle(r->rt, err);
@@ -494,7 +496,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   if (refused && resume) phx__run_dir_undo(r.dir);
   phx__progress_close(&r.progress);
   if (status) {
-    fprintf(stderr, "phalanx: rank %d: %s\n", r.job ? r.job->rank : 0, err.message);
+    phx__complain("rank %d: %s", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
       phx__job_state(r.job, 4, r.engine ? r.engine->step : 0);
       phx__job_ends(r.job, r.failed_exit);
@@ -542,7 +544,7 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
   }
   if (!status) status = phx__run_dir_begin(dir, config, resume && found.continues, &err);
   if (status) {
-    fprintf(stderr, "phalanx: %s\n", err.message);
+    phx__complain("%s", err.message);
     phx__run_dir_close(dir);
     return refusal;
   }

@@ -35,6 +35,7 @@ static void expect_result(command_result r, const char *what, const char *messag
   cr_expect_eq(r.status, 2, "%s: status %d: %s", what, r.status, r.out);
   cr_expect(strstr(r.out, message), "%s: '%s' lacks '%s'", what, r.out, message);
   cr_expect_eq(lines(r.out), 1, "%s: %s", what, r.out);
+  cr_expect_eq(strncmp(r.out, "phalanx: ", 9), 0, "%s: %s", what, r.out);
   cr_expect_leq(files(), 1, "%s left files behind", what);
   command_free(&r);
 }
@@ -147,6 +148,29 @@ Test(refusals, command_line) {
   expect_result(RUN(dir, 20, "plugins", "x"), "plugins", "plugins takes no argument");
   command_result r = RUN(dir, 20, "--help");
   cr_expect(r.status == 0 && strstr(r.out, "usage: phalanx") == r.out);
+  command_free(&r);
+}
+
+/* Of every command, wherever it stands; nothing is opened or made. */
+Test(commands, help_of_each) {
+  static const char *const names[] = {"train", "compare", "check", "plugins", "help", "data", "sample", "checkpoint"};
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+    for (int k = 0; k < 4; k++) {
+      const char *flag = k % 2 ? "-h" : "--help";
+      command_result r = k < 2 ? RUN(dir, 20, names[i], flag) : RUN(dir, 20, names[i], "tokenize", "--resume", flag);
+      char usage[64];
+      snprintf(usage, sizeof usage, "usage: phalanx %s", names[i]);
+      if (k < 2 || strcmp(names[i], "data")) /* which has flags of its own */
+        cr_expect(r.status == 0 && strstr(r.out, usage) == r.out, "%s %s: status %d: %s", names[i], flag, r.status,
+                  r.out);
+      cr_expect_eq(files(), 0);
+      command_free(&r);
+    }
+  command_result r = RUN(dir, 20, "train", "-h");
+  cr_expect(strstr(r.out, "--resume [DIR]") && strstr(r.out, "--set section.key=value"), "%s", r.out);
+  command_free(&r);
+  r = RUN(dir, 20, "sample", "nowhere", "--prompt", "-h"); /* a text to go on from */
+  cr_expect_eq(r.status, 2, "%s", r.out);
   command_free(&r);
 }
 

@@ -44,6 +44,7 @@ static void expect_refused(const char *message, const char *const *argv) {
   cr_expect_eq(r.status, 2, "%s: status %d\n%s", message, r.status, r.out);
   cr_expect(strstr(r.out, message), "'%s' lacks '%s'", r.out, message);
   cr_expect_eq(lines(r.out), 1, "%s: more than one message:\n%s", message, r.out);
+  cr_expect_eq(strncmp(r.out, "phalanx: ", 9), 0, "%s", r.out);
   cr_expect_eq(entries(dir), before, "%s: something was left on disk", message);
   command_free(&r);
 }

@@ -54,6 +54,8 @@ static phx_status load(const char *ini, const phx__override *overrides, size_t n
     if (!strstr(line, "is not used")) {
       size_t used = strlen(report);
       cut_found(line);
+      cr_expect_eq(strncmp(line, "phalanx: ", 9), 0, "%s", line);
+      line += 9;
       const char *short_line = strncmp(line, file, strlen(file)) == 0 ? line + strlen(file) : line;
       snprintf(report + used, sizeof report - used, "%s\n", short_line);
     }
@@ -292,7 +294,7 @@ Test(config, missing_file) {
   FILE *to = open_memstream(&text, &bytes);
   cr_assert_eq(phx__config_load("/nonexistent.ini", NULL, 0, to, &c), PHX_INVALID);
   fclose(to);
-  cr_assert_str_eq(text, "/nonexistent.ini: No such file or directory\n");
+  cr_assert_str_eq(text, "phalanx: /nonexistent.ini: No such file or directory\n");
   free(text);
 }
 
