@@ -68,13 +68,11 @@ typedef struct hierarchy {
 } hierarchy;
 
 static bool find_hierarchy(const char *base, const char *controller, hierarchy *out) {
-  char path[PATH], group[PATH], root[PATH], mount[PATH], *text = phx__calloc(1, TEXT);
-  bool found = text != NULL;
+  char path[PATH], group[PATH], root[PATH], mount[PATH], text[TEXT];
   snprintf(path, sizeof path, "%s/proc/self/cgroup", base);
-  found = found && read_text(path, text, TEXT) && find_group(text, controller, group);
+  bool found = read_text(path, text, TEXT) && find_group(text, controller, group);
   snprintf(path, sizeof path, "%s/proc/self/mountinfo", base);
   found = found && read_text(path, text, TEXT) && find_mount(text, controller, root, mount);
-  phx__free(text);
   if (!found) return false;
   const size_t length = strcmp(root, "/") ? strlen(root) : 0;
   const char *below = group;
@@ -126,13 +124,12 @@ static bool quota_v1(const hierarchy *h, double *cpus) {
 
 /* A line "NAME number" of memory.stat. */
 static int64_t stat_of(const hierarchy *h, const char *name) {
-  char *text = phx__calloc(1, TEXT);
+  char text[TEXT];
   int64_t value = 0;
   const size_t length = strlen(name);
-  if (text && read_file(h, "memory.stat", text, TEXT))
+  if (read_file(h, "memory.stat", text, TEXT))
     for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n')
       if (strncmp(line, name, length) == 0 && line[length] == ' ') value = strtoll(line + length, NULL, 10);
-  phx__free(text);
   return value;
 }
 
@@ -161,11 +158,9 @@ static void look(hierarchy *h, bool v2, bool cpu, bool memory, phx__cgroup *out)
 }
 
 void phx__cgroup_read(const char *root, phx__cgroup *out) {
-  hierarchy *h = phx__calloc(1, sizeof *h);
+  hierarchy h;
   *out = (phx__cgroup){0};
-  if (!h) return;
-  if (find_hierarchy(root, NULL, h)) look(h, true, true, true, out);
-  if (find_hierarchy(root, "cpu", h)) look(h, false, true, false, out);
-  if (find_hierarchy(root, "memory", h)) look(h, false, false, true, out);
-  phx__free(h);
+  if (find_hierarchy(root, NULL, &h)) look(&h, true, true, true, out);
+  if (find_hierarchy(root, "cpu", &h)) look(&h, false, true, false, out);
+  if (find_hierarchy(root, "memory", &h)) look(&h, false, false, true, out);
 }
