@@ -10,6 +10,25 @@
 #include "status.h"
 #include "sys.h"
 
+/* Names the first element that is no number. */
+static phx_status check_finite(const char *path, const char *name, const int64_t *shape, uint32_t ndim,
+                               int64_t first, int64_t numel, const float *values, phx_error *err) {
+  char at[PHX__TENSOR_DIMS * 22 + 1] = "";
+  int64_t i = 0, below = 1;
+  int used = 0;
+  while (i < numel && isfinite(values[i])) i++;
+  if (i == numel) return PHX_OK;
+  for (uint32_t d = 0; d < ndim; d++) below *= shape[d];
+  int64_t rest = first + i;
+  for (uint32_t d = 0; d < ndim; d++) {
+    below /= shape[d];
+    used += snprintf(at + used, sizeof at - (size_t)used, "%s%lld", d ? ", " : "", (long long)(rest / below));
+    rest %= below;
+  }
+  return phx__fail(err, PHX_INVALID, "%s: tensor %s: element [%s] is %g, and weights must be finite", path, name, at,
+                   (double)values[i]);
+}
+
 phx_status phx__param_elements(void *param_source, int64_t first, int64_t numel, float *out, phx_error *err) {
   phx__param_source *s = param_source;
   const phx__manifest_param *p = s->param;
@@ -28,6 +47,8 @@ phx_status phx__param_elements(void *param_source, int64_t first, int64_t numel,
       return status;
     }
     memcpy(out, s->blocks + inside, (size_t)part * sizeof *out);
+    if (s->finite) status = check_finite(s->reader->dir, p->name, p->shape, p->ndim, first, part, out, err);
+    if (status) return status;
     out += part;
     first += part;
     numel -= part;
@@ -50,25 +71,6 @@ static float from_half(uint16_t h) {
   return sign ? -small : small;
 }
 
-/* Names the first element that is no number. */
-static phx_status check_finite(const phx__tensor_source *s, int64_t first, int64_t numel, const float *values,
-                               phx_error *err) {
-  char at[PHX__TENSOR_DIMS * 22 + 1];
-  int64_t i = 0;
-  int used = 0;
-  while (i < numel && isfinite(values[i])) i++;
-  if (i == numel) return PHX_OK;
-  int64_t rest = first + i, below = s->tensor->numel;
-  for (uint32_t d = 0; d < s->tensor->ndim; d++) {
-    below /= s->tensor->shape[d];
-    used += snprintf(at + used, sizeof at - (size_t)used, "%s%lld", d ? ", " : "", (long long)(rest / below));
-    rest %= below;
-  }
-  at[used] = 0;
-  return phx__fail(err, PHX_INVALID, "%s: tensor %s: element [%s] is %g, and weights must be finite", s->file->path,
-                   s->tensor->name, at, (double)values[i]);
-}
-
 phx_status phx__tensor_elements(void *tensor_source, int64_t first, int64_t numel, float *out, phx_error *err) {
   phx__tensor_source *s = tensor_source;
   const int64_t width = (int64_t)phx_dtype_bytes(s->tensor->dtype);
@@ -85,7 +87,9 @@ phx_status phx__tensor_elements(void *tensor_source, int64_t first, int64_t nume
       out[i] = s->tensor->dtype == PHX_F16 ? from_half(bits) : from_bits((uint32_t)bits << 16);
     }
     if (width == 4) memcpy(out, s->raw, (size_t)part * 4);
-    if (s->finite && (status = check_finite(s, first, part, out, err))) return status;
+    const phx__tensor *t = s->tensor;
+    if (s->finite) status = check_finite(s->file->path, t->name, t->shape, t->ndim, first, part, out, err);
+    if (status) return status;
     out += part;
     first += part;
     numel -= part;

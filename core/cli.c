@@ -46,20 +46,23 @@ static const command commands[] = {
      phx__command_help, ""},
     {"data", "tokenize TEXT... -o OUT.bin [--valid FRACTION VALID.bin] [--force]", "token files from text (bytes)",
      phx__command_data, NULL},
-    {"sample", "RUNDIR [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",
-     "text from a run's final weights", phx__command_sample,
+    {"sample", "FROM [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",
+     "text from a model", phx__command_sample,
+     "  FROM                       a run, a checkpoint, or a folder with model.safetensors and config.json\n"
      "  --prompt TEXT              what the text begins with\n"
      "  --tokens N                 how many tokens follow\n"
      "  --temperature T            0 takes the likeliest token\n"
      "  --top-k K                  only of the K likeliest; 0 of all\n"
      "  --seed S                   the same seed gives the same text\n"},
-    {"checkpoint", "ls RUN | verify CHECKPOINT | export CHECKPOINT OUTDIR | import DIR -o CHECKPOINT|RUN | diff A B",
+    {"checkpoint", "ls FROM | verify FROM | export FROM OUTDIR | import FROM -o CHECKPOINT|RUN | diff A B",
      "what a run saved: a list, a check of every byte, from and to Hugging Face's GPT-2 files, differences",
      phx__command_checkpoint,
-     "  ls RUN                     steps, strategy, ranks, bytes, age\n"
-     "  verify CHECKPOINT|RUN      every chunk's checksum, every block once, the state hash; status 4: damaged\n"
-     "  export CHECKPOINT OUTDIR   model.safetensors and config.json as Hugging Face publishes GPT-2\n"
-     "  import DIR -o RUN          the other way; `train FILE.ini --resume RUN` goes on from it\n"
+     "  FROM, A, B                 a run (the newer of its latest checkpoint and its final weights), a checkpoint, or a\n"
+     "                             folder with model.safetensors and config.json\n"
+     "  ls FROM                    steps, strategy, ranks, bytes, age\n"
+     "  verify FROM                every chunk's checksum, every block once, the state hash; status 4: damaged\n"
+     "  export FROM OUTDIR         model.safetensors and config.json as Hugging Face publishes GPT-2\n"
+     "  import FROM -o RUN         the other way; `train FILE.ini --resume RUN` goes on from it\n"
      "  diff A B [--weights]       the first tensor that differs; status 1: they differ\n"},
 };
 enum { COMMANDS = sizeof commands / sizeof commands[0] };

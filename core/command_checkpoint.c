@@ -16,6 +16,7 @@
 #include "commands.h"
 #include "complain.h"
 #include "manifest_inner.h"
+#include "model_source.h"
 #include "state_hash.h"
 #include "status.h"
 #include "sys.h"
@@ -44,12 +45,16 @@ static bool step_name(const char *name) {
          strlen(name) < 32;
 }
 
+static bool is_checkpoint(const char *path) {
+  const char *slash = strrchr(path, '/');
+  return exists(path, PHX__MANIFEST_NAME) || step_name(slash ? slash + 1 : path);
+}
+
 phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], phx_error *err) {
   char latest[PHX__TOOL_PATH], name[64] = "";
   int fd = -1;
   int64_t bytes = 0;
-  const char *slash = strrchr(path, '/');
-  if (exists(path, PHX__MANIFEST_NAME) || step_name(slash ? slash + 1 : path)) {
+  if (is_checkpoint(path)) {
     if (snprintf(out, PHX__TOOL_PATH, "%s", path) >= PHX__TOOL_PATH)
       return phx__fail(err, PHX_INVALID, "a path is too long");
     return PHX_OK;
@@ -109,15 +114,52 @@ static int list_one(const char *dir, const char *name, bool latest) {
   return PHX__EXIT_OK;
 }
 
+/* The final weights of a run, or a folder's. */
+static int list_folder(const char *dir) {
+  phx_error err = PHX_ERROR_INIT;
+  phx__source *s = NULL;
+  char age[32], step[24] = "-";
+  struct stat st = {0};
+  int64_t bytes = 0;
+  const phx_status status = phx__source_open_folder(dir, &s, &err);
+  if (status) {
+    fflush(stdout);
+    return phx__checkpoint_refuse(status, &err);
+  }
+  for (uint32_t i = 0; i < s->files->n_files; i++) bytes += s->files->files[i]->file_bytes;
+  if (s->step >= 0) snprintf(step, sizeof step, "%" PRId64, s->step);
+  stat(s->files->path, &st);
+  printf("%10s  %-10s %5s  %14" PRId64 "  %10s  weights, in %s\n", step, "-", "-", bytes,
+         age_text((int64_t)time(NULL) - st.st_mtime, age), s->files->path);
+  phx__source_close(s);
+  return PHX__EXIT_OK;
+}
+
+static void list_head(void) { printf("%10s  %-10s %5s  %14s  %10s\n", "step", "strategy", "ranks", "bytes", "age"); }
+
+static int list_checkpoint(const char *path) {
+  char parent[PHX__TOOL_PATH];
+  const char *slash = strrchr(path, '/');
+  snprintf(parent, sizeof parent, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
+  list_head();
+  return list_one(parent, slash ? slash + 1 : path, false);
+}
+
 static int command_ls(int argc, char **argv) {
   enum { MOST = 1 << 16 };
   char dir[PHX__TOOL_PATH], latest[PHX__TOOL_PATH] = "";
   phx_error err = PHX_ERROR_INIT;
   int worst = PHX__EXIT_OK, parts = 0;
   size_t n = 0;
-  if (argc != 2) return phx__checkpoint_usage("ls RUN");
+  if (argc != 2) return phx__checkpoint_usage("ls RUN|CHECKPOINT|FOLDER");
+  if (is_checkpoint(argv[1])) return list_checkpoint(argv[1]);
+  const bool weights = phx__source_is_folder(argv[1]);
   snprintf(dir, sizeof dir, "%.4000s/checkpoints", argv[1]);
   DIR *d = opendir(dir);
+  if (!d && weights) {
+    list_head();
+    return list_folder(argv[1]);
+  }
   if (!d) {
     phx__complain("%s has no checkpoints: %s", argv[1], strerror(errno));
     return PHX__EXIT_REFUSED;
@@ -131,12 +173,14 @@ static int command_ls(int argc, char **argv) {
   closedir(d);
   if (phx__checkpoint_resolve(argv[1], latest, &err)) latest[0] = 0;
   if (n) qsort(names, n, sizeof *names, by_name);
-  printf("%10s  %-10s %5s  %14s  %10s\n", "step", "strategy", "ranks", "bytes", "age");
+  list_head();
   for (size_t i = 0; i < n; i++) {
     const char *slash = strrchr(latest, '/');
     const int one = list_one(dir, names[i], slash && !strcmp(slash + 1, names[i]));
     if (one > worst) worst = one;
   }
+  const int of_weights = weights ? list_folder(argv[1]) : PHX__EXIT_OK;
+  if (of_weights > worst) worst = of_weights;
   if (parts) printf("and %d unfinished, of saves that go on or were cut off\n", parts);
   for (size_t i = 0; i < n; i++) phx__free(names[i]);
   phx__free(names);
@@ -298,12 +342,35 @@ static phx_status verify_hash(const verification *v, phx_error *err) {
                    m->state_hash, text);
 }
 
-static int command_verify(int argc, char **argv) {
+/* A folder has no checksums: its header, its sizes, and that every weight is a number. */
+static int verify_folder(const char *dir) {
+  phx_error err = PHX_ERROR_INIT;
+  phx__source *s = NULL;
+  phx__source_param p;
+  phx_status status = phx__source_open_folder(dir, &s, &err);
+  float *part = phx__calloc(PHX__TOOL_PART, sizeof *part);
+  if (!status && !part) status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
+  if (!status) s->finite = true;
+  for (uint32_t i = 0; !status && i < phx__source_n(s); i++)
+    for (int64_t at = 0; phx__source_at(s, i, &p) && !status && at < p.numel; at += PHX__TOOL_PART) {
+      const int64_t n = p.numel - at < PHX__TOOL_PART ? p.numel - at : PHX__TOOL_PART;
+      status = phx__source_read_stored(s, &p, at, n, part, &err);
+    }
+  if (!status)
+    printf("%s: whole as far as it tells: %" PRIu32 " tensors%s, every weight is a number (it has no checksums)\n",
+           s->files->path, s->files->n, s->has_config ? " that fit " PHX__GPT2_CONFIG : "");
+  phx__free(part);
+  phx__source_close(s);
+  if (!status) return PHX__EXIT_OK;
+  phx__checkpoint_refuse(status, &err);
+  return status == PHX_NOMEM ? PHX__EXIT_REFUSED : PHX__EXIT_DAMAGED;
+}
+
+static int verify_checkpoint(const char *path) {
   char dir[PHX__TOOL_PATH];
   phx_error err = PHX_ERROR_INIT;
   verification v = {0};
-  if (argc != 2) return phx__checkpoint_usage("verify CHECKPOINT|RUN");
-  phx_status status = phx__checkpoint_resolve(argv[1], dir, &err);
+  phx_status status = phx__checkpoint_resolve(path, dir, &err);
   if (!status) status = phx__checkpoint_reader_open(dir, &v.reader, &err);
   if (status) return phx__checkpoint_refuse(status, &err);
   const phx__manifest *m = v.reader->manifest;
@@ -324,6 +391,15 @@ static int command_verify(int argc, char **argv) {
   return v.damaged ? PHX__EXIT_DAMAGED : PHX__EXIT_OK;
 }
 
+/* Of a run both: its latest checkpoint, and its final weights. */
+static int command_verify(int argc, char **argv) {
+  if (argc != 2) return phx__checkpoint_usage("verify CHECKPOINT|RUN|FOLDER");
+  const bool weights = !is_checkpoint(argv[1]) && phx__source_is_folder(argv[1]);
+  const int one = weights && !exists(argv[1], "checkpoints/latest") ? PHX__EXIT_OK : verify_checkpoint(argv[1]);
+  const int other = weights ? verify_folder(argv[1]) : PHX__EXIT_OK;
+  return one > other ? one : other;
+}
+
 /* ---- dispatch ---- */
 static const struct {
   const char *name;
@@ -337,8 +413,9 @@ enum { PARTS = sizeof parts / sizeof parts[0] };
 
 int phx__command_checkpoint(int argc, char **argv) {
   const char *known[PARTS + 1] = {NULL};
-  if (argc < 2) return phx__checkpoint_usage("ls RUN | verify CHECKPOINT | export CHECKPOINT OUTDIR | import DIR -o "
-                                             "CHECKPOINT|RUN | diff A B");
+  if (argc < 2) return phx__checkpoint_usage("ls FROM | verify FROM | export FROM OUTDIR | import FROM -o "
+                                             "CHECKPOINT|RUN | diff A B; FROM, A, B: a run, a checkpoint, or a folder "
+                                             "with model.safetensors");
   for (int i = 0; i < PARTS; i++) {
     if (!strcmp(argv[1], parts[i].name)) return parts[i].run(argc - 1, argv + 1);
     known[i] = parts[i].name;

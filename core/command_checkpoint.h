@@ -32,6 +32,7 @@ typedef struct phx__param_source { /* a parameter's weights, or one of its optim
   int32_t kind;
   uint32_t index;
   float *blocks; /* (PHX__TOOL_PART + 2 * PHX_BLOCK) scratch of the caller */
+  bool finite;   /* NaN and infinity are refused by name: PHX_INVALID */
 } phx__param_source;
 phx_status phx__param_elements(void *param_source, int64_t first, int64_t numel, float *out, phx_error *err);
 

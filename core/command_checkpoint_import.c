@@ -1,27 +1,25 @@
 /* core/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint of
  * step 0.
  *
- * DIR holds config.json and model.safetensors, or several files and their index, as Hugging Face writes them for GPT-2;
- * names with or without "transformer.".  lm_head.weight may be there if it equals wte.weight, since our head is tied;
- * masks (h.N.attn.bias, h.N.attn.masked_bias) carry nothing and are passed over; anything else is refused by name, and
- * so is a weight that is no finite number.  Optimizer states are zero.  The checkpoint is written beside its place and
+ * From a folder with config.json and model.safetensors, or several files and their index, as Hugging Face writes them
+ * for GPT-2 (model_source.c checks it whole); or from a run or a checkpoint of ours, whose weights alone are taken.  A
+ * weight that is no finite number is refused. Optimizer states are zero.  The checkpoint is written beside its place and
  * renamed when it is whole.  The model's layout is the plugin's own, asked through a configuration. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "checkpoint_dir.h"
 #include "command_checkpoint.h"
 #include "layout.h"
+#include "model_config.h"
 #include "optim.h"
 #include "prepare.h"
 #include "state_hash.h"
 #include "status.h"
 #include "sys.h"
-#include "tensor_files.h"
 
 #define SHARD "rank-00000.safetensors"
 enum { UNITS_PART = PHX__TOOL_PART / PHX_BLOCK }; /* blocks written at once */
@@ -29,16 +27,14 @@ enum { UNITS_PART = PHX__TOOL_PART / PHX_BLOCK }; /* blocks written at once */
 typedef struct import {
   char target[PHX__TOOL_PATH], part[PHX__TOOL_PATH], parent[PHX__TOOL_PATH]; /* the checkpoint; beside it; above it */
   char run[PHX__TOOL_PATH];                                                  /* "" when a checkpoint was named */
-  phx__tensor_files *files;
+  phx__source *source;
   phx__gpt2 gpt2;
   phx__config *config;
   phx__prepared *prepared;
   phx__manifest *manifest;
   phx_optim optim;
-  phx__transposer *turned; /* (n_params) of the matrices; one at a time has memory */
-  phx__tensor_source *sources; /* (n_params) */
-  float *data, *part_data;
-  unsigned char *raw;
+  phx__source_param *params; /* (n_params) */
+  float *data;
   phx__state_hash hash;
 } import;
 
@@ -71,45 +67,28 @@ static phx_status fill_manifest(import *in, phx_error *err) {
   phx__manifest *m = in->manifest = phx__manifest_create();
   if (!m) return phx__fail(err, PHX_NOMEM, "no memory for a manifest");
   phx_status status = phx__checkpoint_describe(m, in->config, &in->optim, in->prepared->model, 1, err);
-  snprintf(text, sizeof text, "%" PRIu32, in->files->n);
+  snprintf(text, sizeof text, "%" PRIu32, phx__source_n(in->source));
   if (!status) status = phx__manifest_add_identity(m, "imported_tensors", text, err);
   return status;
 }
 
 /* ---- the model: config.json's; a configuration of the target's run must say the same ---- */
-static phx_status load(import *in, const char *path, phx_error *err) { /* either names no code of its own */
+static phx_status open_model(import *in, phx_error *err) {
   static const phx__override one_rank[] = {{"run.ranks=1", "import"}, {"batch.total=0", "import"}};
-  const phx_status status = phx__config_load_found(path, one_rank, 2, stderr, &in->config);
-  return status ? phx__fail(err, status, "the model cannot be laid out: see above") : PHX_OK;
-}
-
-static phx_status load_made(import *in, phx_error *err) {
-  char model[PHX__GPT2_INI], ini[PHX__GPT2_INI + 64], path[64];
-  phx__gpt2_ini(&in->gpt2, model);
-  snprintf(ini, sizeof ini, "[run]\nstrategy = ddp\n[data]\ntrain = imported\n%s", model);
-  const int fd = phx__sys.memfd_create("config.ini", MFD_CLOEXEC);
-  if (fd < 0) return phx__fail_errno(err, PHX_NOMEM, errno, "no memory for a configuration");
-  phx_status status = phx__file_write(fd, "a configuration in memory", ini, (int64_t)strlen(ini), 0, err);
-  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-  if (!status) status = load(in, path, err);
-  phx__sys.close(fd);
-  return status;
-}
-
-static phx_status open_model(import *in, const char *dir, phx_error *err) {
   char path[PHX__TOOL_PATH];
   phx_status status = PHX_OK;
-  PHX__TRY(phx__gpt2_read(dir, &in->gpt2, err));
+  PHX__TRY(phx__source_gpt2(in->source, &in->gpt2, err));
   snprintf(path, sizeof path, "%.4000s/config.ini", in->run);
   const bool made = !in->run[0] || access(path, F_OK);
-  PHX__TRY(made ? load_made(in, err) : load(in, path, err));
+  PHX__TRY(phx__model_config(in->source, made ? "" : path, one_rank, 2, &in->config, err));
   PHX__TRY(phx__prepare(in->config, 0, 1, 0, 1, 0, 0, &in->prepared, err));
   phx__optim_states(&in->config->s, &in->optim);
   PHX__TRY(fill_manifest(in, err));
   if (!made) {
     phx__gpt2 own;
     char theirs[PHX__TOOL_PATH];
-    snprintf(theirs, sizeof theirs, "%.4000s/" PHX__GPT2_CONFIG, dir);
+    snprintf(theirs, sizeof theirs, "%.4000s/%s", in->source->path,
+             in->source->has_config ? PHX__GPT2_CONFIG : PHX__MANIFEST_NAME);
     PHX__TRY(phx__gpt2_of_manifest(path, in->manifest, &own, err));
     PHX__TRY(phx__gpt2_same(theirs, &in->gpt2, path, &own, err));
   }
@@ -117,63 +96,22 @@ done:
   return status;
 }
 
-/* ---- what stands where in the file that is read ---- */
-static phx_status check_head(import *in, const phx__tensor_place *at_head, const phx__tensor_source *wte,
-                             phx_error *err) {
-  const phx__tensor *head = at_head->tensor;
-  phx__tensor_source a = {at_head->file, head, in->raw, true}, b = *wte;
-  if (head->numel != b.tensor->numel)
-    return phx__fail(err, PHX_UNSUPPORTED, "%s: %s is not wte.weight: our head is tied", a.file->path, head->name);
-  for (int64_t at = 0; at < head->numel; at += PHX__TOOL_PART) {
-    const int64_t n = head->numel - at < PHX__TOOL_PART ? head->numel - at : PHX__TOOL_PART;
-    phx_status status = phx__tensor_elements(&a, at, n, in->data, err);
-    if (!status) status = phx__tensor_elements(&b, at, n, in->part_data, err);
-    if (status) return status;
-    if (memcmp(in->data, in->part_data, (size_t)n * 4))
-      return phx__fail(err, PHX_UNSUPPORTED, "%s: %s differs from wte.weight, and our head is tied", a.file->path,
-                       head->name);
+/* The source has every parameter in its shape. */
+static phx_status find_params(import *in, phx_error *err) {
+  const phx_model *model = in->prepared->model;
+  in->params = phx__calloc(model->n_params, sizeof *in->params);
+  if (!in->params) return phx__fail(err, PHX_NOMEM, "no memory to import %s", in->source->path);
+  for (uint32_t i = 0; i < model->n_params; i++) {
+    const phx_param *p = phx_model_param(model, i);
+    if (!phx__source_find(in->source, p->name, &in->params[i]))
+      return phx__fail(err, PHX_INVALID, "%s has no tensor %s", in->source->path, p->name);
+    bool same = in->params[i].ndim == p->ndim;
+    for (uint32_t d = 0; same && d < p->ndim; d++) same = in->params[i].shape[d] == p->shape[d];
+    if (!same)
+      return phx__fail(err, PHX_INVALID, "%s: tensor %s has another shape than in this model", in->source->path,
+                       p->name);
   }
   return PHX_OK;
-}
-
-static phx_status find_tensor(import *in, const phx__tensor_place *place, phx_error *err) {
-  const phx_model *model = in->prepared->model;
-  const phx__tensor *tensor = place->tensor;
-  const char *name = phx__gpt2_bare(tensor->name), *path = place->file->path;
-  uint32_t i = 0;
-  while (i < model->n_params && strcmp(phx_model_param(model, i)->name, name)) i++;
-  if (i == model->n_params)
-    return phx__fail(err, PHX_INVALID, "%s: tensor %.200s is none of this model's", path, tensor->name);
-  if (in->sources[i].tensor)
-    return phx__fail(err, PHX_INVALID, "%s: tensor %.200s is there with and without 'transformer.'", path, name);
-  const phx_param *p = phx_model_param(model, i);
-  const bool turned = phx__gpt2_transposed(p->name);
-  bool same = tensor->ndim == p->ndim;
-  for (uint32_t d = 0; same && d < p->ndim; d++) same = tensor->shape[d] == p->shape[turned ? 1 - d : d];
-  if (!same)
-    return phx__fail(err, PHX_INVALID, "%s: tensor %.200s has another shape than in this model", path, tensor->name);
-  in->sources[i] = (phx__tensor_source){place->file, tensor, in->raw, true};
-  return PHX_OK;
-}
-
-static phx_status find_tensors(import *in, phx_error *err) {
-  const phx_model *model = in->prepared->model;
-  const phx__tensor_place *head = NULL;
-  for (uint32_t t = 0; t < in->files->n; t++) {
-    const phx__tensor_place *place = &in->files->places[t];
-    const char *name = phx__gpt2_bare(place->tensor->name);
-    if (phx__gpt2_mask(name)) continue;
-    if (!strcmp(name, "lm_head.weight") && !head) {
-      head = place;
-      continue;
-    }
-    const phx_status status = find_tensor(in, place, err);
-    if (status) return status;
-  }
-  for (uint32_t i = 0; i < model->n_params; i++)
-    if (!in->sources[i].tensor)
-      return phx__fail(err, PHX_INVALID, "%s has no tensor %s", in->files->path, phx_model_param(model, i)->name);
-  return head ? check_head(in, head, &in->sources[0], err) : PHX_OK;
 }
 
 /* ---- the checkpoint ---- */
@@ -205,19 +143,7 @@ static phx_status fill_part(import *in, const phx__manifest_slice *s, int64_t bl
   while (phx__layout_next(model, s->unit, s->flat, block * PHX_BLOCK, blocks * PHX_BLOCK, &r)) {
     const size_t i = (size_t)(r.param - phx_model_param(model, 0));
     float *at = in->data + (r.first - block * PHX_BLOCK);
-    phx__transposer *turn = &in->turned[i];
-    phx_status status = PHX_OK;
-    if (!phx__gpt2_transposed(r.param->name)) {
-      status = phx__tensor_elements(&in->sources[i], r.in_param, r.numel, at, err);
-    } else {
-      if (!turn->band) {
-        *turn = (phx__transposer){.read = phx__tensor_elements, .ctx = &in->sources[i], .rows = r.param->shape[1],
-                                  .columns = r.param->shape[0]};
-        status = phx__transposer_open(turn, err);
-      }
-      if (!status) status = phx__transposed_elements(turn, r.in_param, r.numel, at, err);
-      if (r.in_param + r.numel == r.param->numel) phx__transposer_close(turn);
-    }
+    const phx_status status = phx__source_read(in->source, &in->params[i], r.in_param, r.numel, at, err);
     if (status) return status;
   }
   return PHX_OK;
@@ -311,27 +237,22 @@ done:
   return status;
 }
 
-static phx_status run_import(import *in, const char *dir, const char *out, phx_error *err) {
+static phx_status run_import(import *in, const char *from, const char *out, phx_error *err) {
   phx_status status = choose_target(in, out, err);
-  if (!status) status = phx__tensor_files_open(dir, &in->files, err);
-  if (!status) status = open_model(in, dir, err);
+  if (!status) status = phx__source_open(from, &in->source, err);
+  if (!status) status = open_model(in, err);
   if (status) return status;
-  const uint32_t n = in->prepared->model->n_params;
-  in->turned = phx__calloc(n, sizeof *in->turned);
-  in->sources = phx__calloc(n, sizeof *in->sources);
+  in->source->finite = true;
   in->data = phx__calloc(PHX__TOOL_PART, sizeof *in->data);
-  in->part_data = phx__calloc(PHX__TOOL_PART, sizeof *in->part_data);
-  in->raw = phx__calloc(PHX__TOOL_PART, 4);
-  if (!in->turned || !in->sources || !in->data || !in->part_data || !in->raw)
-    return phx__fail(err, PHX_NOMEM, "no memory to import %s", dir);
-  status = find_tensors(in, err);
+  if (!in->data) return phx__fail(err, PHX_NOMEM, "no memory to import %s", from);
+  status = find_params(in, err);
   if (!status) status = add_slices(in, err);
   return status ? status : commit(in, err);
 }
 
 int phx__checkpoint_import(int argc, char **argv) {
   phx_error err = PHX_ERROR_INIT;
-  if (argc != 4 || strcmp(argv[2], "-o")) return phx__checkpoint_usage("import DIR -o CHECKPOINT|RUN");
+  if (argc != 4 || strcmp(argv[2], "-o")) return phx__checkpoint_usage("import FOLDER|CHECKPOINT|RUN -o CHECKPOINT|RUN");
   import *in = phx__calloc(1, sizeof *in);
   if (!in) return phx__checkpoint_refuse(phx__fail(&err, PHX_NOMEM, "no memory to import"), &err);
   phx_status status = run_import(in, argv[1], argv[3], &err);
@@ -339,17 +260,12 @@ int phx__checkpoint_import(int argc, char **argv) {
   if (!status && in->gpt2.dropout[0])
     printf("%s was trained with dropout (%s): the model is the same, and is trained on without it\n", argv[1],
            in->gpt2.dropout);
-  if (in->turned)
-    for (uint32_t i = 0; i < in->prepared->model->n_params; i++) phx__transposer_close(&in->turned[i]);
-  phx__free(in->turned);
-  phx__free(in->sources);
+  phx__free(in->params);
   phx__free(in->data);
-  phx__free(in->part_data);
-  phx__free(in->raw);
   phx__manifest_free(in->manifest);
   phx__prepared_free(in->prepared);
   phx__config_free(in->config);
-  phx__tensor_files_close(in->files);
+  phx__source_close(in->source);
   phx__free(in);
   return status ? phx__checkpoint_refuse(status, &err) : PHX__EXIT_OK;
 }

@@ -1,4 +1,4 @@
-/* core/command_sample.c - `phalanx sample RUNDIR`: text from a run's final weights.  [main] only. */
+/* core/command_sample.c - `phalanx sample RUN|CHECKPOINT|FOLDER`: text from a model.  [main] only. */
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -42,11 +42,11 @@ int phx__command_sample(int argc, char **argv) {
   phx__sample_options o = {.prompt = "", .tokens = 256, .temperature = 0.8, .top_k = 40, .seed = 1337};
   for (int i = 1; i < argc; i++) {
     if (argv[i][0] != '-') {
-      if (o.run_dir) {
-        phx__complain("two run directories: '%s' and '%s'", o.run_dir, argv[i]);
+      if (o.from) {
+        phx__complain("two models: '%s' and '%s'", o.from, argv[i]);
         return PHX__EXIT_REFUSED;
       }
-      o.run_dir = argv[i];
+      o.from = argv[i];
       continue;
     }
     int flag = 0;
@@ -67,8 +67,8 @@ int phx__command_sample(int argc, char **argv) {
     }
     if (!ok) return PHX__EXIT_REFUSED;
   }
-  if (!o.run_dir) {
-    phx__complain("sample needs a run directory (run.out of a finished run)");
+  if (!o.from) {
+    phx__complain("sample needs a run (its run.out), a checkpoint, or an exported folder");
     return PHX__EXIT_REFUSED;
   }
   return phx__sample(&o);

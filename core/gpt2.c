@@ -31,6 +31,28 @@ bool phx__gpt2_mask(const char *bare_name) {
   return rest > bare_name + 2 && (!strcmp(rest, ".attn.bias") || !strcmp(rest, ".attn.masked_bias"));
 }
 
+uint32_t phx__gpt2_n_params(const phx__gpt2 *g) { return (uint32_t)(4 + 12 * g->layers); }
+
+phx__gpt2_param phx__gpt2_param_at(const phx__gpt2 *g, uint32_t i) {
+  static const struct {
+    const char *name;
+    int rows, columns; /* in units of the width; 0 columns: a vector */
+  } block[12] = {{"ln_1.weight", 1, 0},        {"ln_1.bias", 1, 0},        {"attn.c_attn.weight", 1, 3},
+                 {"attn.c_attn.bias", 3, 0},   {"attn.c_proj.weight", 1, 1}, {"attn.c_proj.bias", 1, 0},
+                 {"ln_2.weight", 1, 0},        {"ln_2.bias", 1, 0},        {"mlp.c_fc.weight", 1, 4},
+                 {"mlp.c_fc.bias", 4, 0},      {"mlp.c_proj.weight", 4, 1}, {"mlp.c_proj.bias", 1, 0}};
+  const int64_t c = g->width;
+  const uint32_t last = phx__gpt2_n_params(g) - 2;
+  if (i == 0) return (phx__gpt2_param){"wte.weight", 2, {g->vocab, c}};
+  if (i == 1) return (phx__gpt2_param){"wpe.weight", 2, {g->context, c}};
+  if (i == last) return (phx__gpt2_param){"ln_f.weight", 1, {c, 1}};
+  if (i > last) return (phx__gpt2_param){"ln_f.bias", 1, {c, 1}};
+  const uint32_t k = (i - 2) % 12;
+  phx__gpt2_param p = {"", block[k].columns ? 2 : 1, {block[k].rows * c, block[k].columns ? block[k].columns * c : 1}};
+  snprintf(p.name, sizeof p.name, "h.%" PRIu32 ".%s", (i - 2) / 12, block[k].name);
+  return p;
+}
+
 /* ---- the model of a manifest ---- */
 static const phx__manifest_param *param_of(const phx__manifest *m, const char *name) {
   for (uint32_t i = 0; i < m->n_params; i++)

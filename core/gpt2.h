@@ -36,6 +36,15 @@ phx_status phx__gpt2_same(const char *a_path, const phx__gpt2 *a, const char *b_
 /* A [model] section, and [batch] sequence. */
 void phx__gpt2_ini(const phx__gpt2 *gpt2, char ini[PHX__GPT2_INI]);
 
+/* The parameters, as the format keeps them: wte, wpe, 12 of each block, ln_f. */
+typedef struct phx__gpt2_param {
+  char name[48];
+  uint32_t ndim;
+  int64_t shape[2];
+} phx__gpt2_param;
+uint32_t phx__gpt2_n_params(const phx__gpt2 *gpt2);
+phx__gpt2_param phx__gpt2_param_at(const phx__gpt2 *gpt2, uint32_t i);
+
 /* Is this parameter's matrix kept as (in, out)? */
 bool phx__gpt2_transposed(const char *name);
 /* The name without "transformer.". */

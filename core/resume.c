@@ -8,6 +8,7 @@
 
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
+#include "model_source.h"
 #include "status.h"
 
 phx_status phx__resume_locate(const phx__config *config, const char *asked, phx__resume *out, phx_error *err) {
@@ -21,6 +22,15 @@ phx_status phx__resume_locate(const phx__config *config, const char *asked, phx_
   return PHX_OK;
 }
 
+static phx_status nothing_to_resume(const char *dir, phx_error *err) {
+  if (phx__source_is_folder(dir))
+    return phx__fail(err, PHX_INVALID,
+                     "%s has no checkpoint to go on from, but weights: phalanx checkpoint import %s -o RUN makes a "
+                     "checkpoint of them, without optimizer states, and train --resume RUN goes on from that", dir,
+                     dir);
+  return phx__fail(err, PHX_INVALID, "%s has no checkpoint to go on from: start without --resume", dir);
+}
+
 phx_status phx__resume_check(const phx__resume *resume, const phx__config *config, const phx__prepared *prepared,
                              phx_error *err) {
   char run_dir[PHX__CHECKPOINT_PATH], path[PHX__CHECKPOINT_PATH], text[PHX__CHECKPOINT_PATH + 600];
@@ -32,7 +42,7 @@ phx_status phx__resume_check(const phx__resume *resume, const phx__config *confi
   if (step >= 0) return phx__checkpoint_fits(resume->dir, config, prepared, &at, err);
   status = phx__checkpoint_newest(run_dir, INT64_MAX, &step, &found, err);
   if (!status && !found)
-    status = phx__fail(err, PHX_INVALID, "%s has no checkpoint to go on from: start without --resume", run_dir);
+    status = nothing_to_resume(run_dir, err);
   if (!status) status = phx__checkpoint_path(run_dir, step, path, err);
   if (!status) status = phx__checkpoint_fits(path, config, prepared, &at, err);
   if (status) return status;

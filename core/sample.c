@@ -13,12 +13,14 @@
 
 #include "complain.h"
 #include "engine.h"
+#include "model_config.h"
 #include "rng.h"
 #include "status.h"
 #include "sys.h"
 #include "weights.h"
 
 enum { END_OF_TEXT = 256, BYTE_VOCABULARY = 257 };
+enum { GPT2_END_OF_TEXT = 50256, GPT2_VOCABULARY = 50257 };
 
 typedef struct candidate {
   float logit;
@@ -50,6 +52,12 @@ static void show(int32_t token, bool bytes) {
   else putchar('\n');
 }
 
+/* End of text stands before every text. */
+static int32_t first_token(int64_t vocabulary) {
+  if (vocabulary == BYTE_VOCABULARY) return END_OF_TEXT;
+  return vocabulary == GPT2_VOCABULARY ? GPT2_END_OF_TEXT : 0;
+}
+
 static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_error *err) {
   phx_status status = PHX_OK;
   const int64_t vocabulary = e->rt->prepared->facts.vocabulary, context = e->rt->prepared->shape.sequence;
@@ -65,11 +73,12 @@ static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_err
   }
   if (!bytes && prompt) {
     status = phx__fail(err, PHX_UNSUPPORTED,
-                       "--prompt: the model's vocabulary of %" PRId64 " is not the byte tokenizer's %d", vocabulary,
-                       BYTE_VOCABULARY);
+                       "--prompt: the model's vocabulary of %" PRId64 " is not the byte tokenizer's %d, and no other "
+                       "tokenizer is known: without a prompt the numbers of tokens are printed",
+                       vocabulary, BYTE_VOCABULARY);
     goto done;
   }
-  tokens[n++] = bytes ? END_OF_TEXT : 0;
+  tokens[n++] = first_token(vocabulary);
   for (int64_t i = 0; i < prompt; i++) tokens[n++] = (unsigned char)o->prompt[i];
   fputs(o->prompt, stdout);
   for (int64_t i = 0; i < o->tokens; i++) {
@@ -89,13 +98,13 @@ done:
 }
 
 /* What the caller of the command can tell apart: refused (2), failed here (3), damaged weights (4). */
-static int exit_of_weights(phx_status status) {
-  if (status == PHX_INVALID) return PHX__EXIT_REFUSED; /* cannot be opened */
+static int exit_of(phx_status status) {
+  if (status == PHX_INVALID || status == PHX_UNSUPPORTED) return PHX__EXIT_REFUSED;
   return status == PHX_IO ? PHX__EXIT_DAMAGED : PHX__EXIT_RANK;
 }
 
-static int open_and_generate(const phx__config *config, const phx__sample_options *o, phx_error *err) {
-  char path[4200];
+static int open_and_generate(const phx__config *config, phx__source *source, const phx__sample_options *o,
+                             phx_error *err) {
   int exit_status = PHX__EXIT_REFUSED;
   const phx_job *job = NULL;
   phx__prepared *prepared = NULL;
@@ -107,8 +116,7 @@ static int open_and_generate(const phx__config *config, const phx__sample_option
   status = phx__runtime_open(config, job, prepared, &rt, err);
   if (!status) status = phx__engine_create(rt, &engine, err);
   exit_status = status ? PHX__EXIT_RANK : PHX__EXIT_OK;
-  snprintf(path, sizeof path, "%s/weights.safetensors", o->run_dir);
-  if (!status && (status = phx__weights_read(rt, path, err))) exit_status = exit_of_weights(status);
+  if (!status && (status = phx__weights_fill(rt, source, err))) exit_status = exit_of(status);
   if (!status && (status = generate(engine, o, err)))
     exit_status = status == PHX_UNSUPPORTED ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
   phx__engine_destroy(engine);
@@ -116,19 +124,30 @@ static int open_and_generate(const phx__config *config, const phx__sample_option
   return exit_status;
 }
 
-int phx__sample(const phx__sample_options *o) {
+static phx_status load_config(const phx__source *source, phx__config **out, phx_error *err) {
   static const phx__override one_rank[] = {{"run.ranks=1", "sample"},
                                            {"run.strategy=ddp", "sample"},
                                            {"precision.reduce=fp32", "sample"}, /* nothing is reduced, or announced */
                                            {"batch.total=0", "sample"}};
-  char path[4200];
+  char ini[PHX__TOOL_PATH] = "";
+  if (source->run[0]) snprintf(ini, sizeof ini, "%.4000s/config.ini", source->run);
+  return phx__model_config(source, ini, one_rank, sizeof one_rank / sizeof *one_rank, out, err);
+}
+
+int phx__sample(const phx__sample_options *o) {
   phx_error err = PHX_ERROR_INIT;
   phx__config *config = NULL;
+  phx__source *source = NULL;
   setenv("PHALANX_LOG", "warn", 0); /* the text is what is wanted */
-  snprintf(path, sizeof path, "%s/config.ini", o->run_dir);
-  if (phx__config_load_found(path, one_rank, sizeof one_rank / sizeof *one_rank, stderr, &config)) return PHX__EXIT_REFUSED;
-  const int exit_status = open_and_generate(config, o, &err);
+  phx_status status = phx__source_open(o->from, &source, &err);
+  int exit_status = status ? exit_of(status) : PHX__EXIT_OK;
+  if (!status) {
+    source->finite = true;
+    status = load_config(source, &config, &err);
+    exit_status = status ? PHX__EXIT_REFUSED : open_and_generate(config, source, o, &err);
+  }
   phx__config_free(config);
+  phx__source_close(source);
   if (exit_status) phx__complain("%s", err.message);
   return exit_status;
 }

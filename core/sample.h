@@ -1,10 +1,10 @@
-/* core/sample.h - text from a run's final weights.  [main] */
+/* core/sample.h - text from a run, a checkpoint or an exported folder (model_source.h).  [main] */
 #ifndef PHX__SAMPLE_H
 #define PHX__SAMPLE_H
 #include <phalanx/base.h>
 
 typedef struct phx__sample_options {
-  const char *run_dir;
+  const char *from;
   const char *prompt;
   int64_t tokens;      /* to generate */
   double temperature;  /* 0: the most likely token */

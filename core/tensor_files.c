@@ -33,8 +33,10 @@ static phx_status list(phx__tensor_files *t, phx_error *err) {
   t->places = phx__calloc(n, sizeof *t->places);
   if (!t->places) return no_memory(t, err);
   for (uint32_t f = 0; f < t->n_files; f++)
-    for (uint32_t i = 0; i < t->files[f]->n; i++)
-      t->places[t->n++] = (phx__tensor_place){t->files[f], &t->files[f]->tensors[i]};
+    for (uint32_t i = 0; i < t->files[f]->n; i++) {
+      t->places[t->n] = (phx__tensor_place){t->files[f], &t->files[f]->tensors[i], t->n};
+      t->n++;
+    }
   return PHX_OK;
 }
 
@@ -158,11 +160,14 @@ void phx__tensor_files_close(phx__tensor_files *t) {
 }
 
 bool phx__tensor_files_find(const phx__tensor_files *t, const char *name, phx__tensor_place *out) {
+  uint32_t before = 0;
   for (uint32_t f = 0; f < t->n_files; f++) {
     const phx__tensor *tensor = phx__safetensors_find(t->files[f], name);
-    if (!tensor) continue;
-    *out = (phx__tensor_place){t->files[f], tensor};
-    return true;
+    if (tensor) {
+      *out = t->places[before + (uint32_t)(tensor - t->files[f]->tensors)];
+      return true;
+    }
+    before += t->files[f]->n;
   }
   return false;
 }

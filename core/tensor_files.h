@@ -12,6 +12,7 @@
 typedef struct phx__tensor_place {
   const phx__safetensors *file; /* [borrow] */
   const phx__tensor *tensor;    /* [borrow] */
+  uint32_t index;               /* in `places` */
 } phx__tensor_place;
 
 typedef struct phx__tensor_files { /* read only */

@@ -299,15 +299,13 @@ static void say_difference(void *arg, const char *line) {
 }
 
 static phx_status finish(run *r, phx_error *err) {
-  char path[4200];
   phx__state_hash sum;
   phx_status status = PHX_OK;
-  snprintf(path, sizeof path, "%s/weights.safetensors", r->config->s.run.out);
   if (!r->result.state_hash[0]) { /* resumed behind the last step: nothing was left to do */
     status = phx__runtime_state_hash(r->rt, &sum, err);
     if (!status) phx__state_hash_text(sum, r->result.state_hash);
   }
-  if (!status) status = phx__weights_write(r->rt, path, err);
+  if (!status) status = phx__weights_write(r->rt, r->config->s.run.out, r->step, err);
   if (!status) status = gather_reports(r, err);
   if (status || r->job->rank != 0) return status;
   const double median = median_seconds(r);

@@ -100,7 +100,7 @@ Test(far_device, weights_and_samples_are_equal, .timeout = 200) {
   PHALANX(dir, 60, "train", "run.ini", "-n", "2", "--set", "run.steps=3", "--set", "run.out=cpu");
   PHALANX(dir, 60, "train", "run.ini", "-n", "2", "--strategy", "fsdp", "--set", "run.steps=3", "--set", "run.out=far",
           FAR);
-  PHALANX(dir, 60, "checkpoint", "diff", "cpu/weights.safetensors", "far/weights.safetensors");
+  PHALANX(dir, 60, "checkpoint", "diff", "cpu/model.safetensors", "far/model.safetensors");
   command_result a = RUN(dir, 60, "sample", "cpu", "--tokens", "12", "--prompt", "abc");
   command_result b = RUN(dir, 60, "sample", "far", "--tokens", "12", "--prompt", "abc");
   cr_assert_eq(a.status, 0, "%s", a.out);

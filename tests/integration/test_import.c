@@ -243,8 +243,32 @@ Test(import, weights_must_be_finite) {
     cr_expect_neq(access(at("bad"), F_OK), 0, "a refused import left something");
     *x = kept;
   }
-  snprintf(hf_find(&f, "ln_f.bias")->name, 96, "ln_f.bias2");
+  hf_free(&f);
+}
+
+Test(import, tensors_are_the_models_and_no_others) {
+  hf_file f = hf_read(at("hf/model.safetensors"));
+  f.tensors = realloc(f.tensors, (size_t)(f.n + 1) * sizeof *f.tensors);
+  f.tensors[f.n] = *hf_find(&f, "ln_f.bias");
+  static const char *const cases[][2] = {
+      {"ln_f.bias2", "tensor ln_f.bias2 is none of this model's"},
+      {"transformer.ln_f.bias", "tensor ln_f.bias is there with and without 'transformer.'"},
+      {"lm_head.bias", "tensor lm_head.bias is none of this model's"},
+      {"lm_head.weight", "lm_head.weight differs from wte.weight"},
+      {"h.x.attn.bias", "tensor h.x.attn.bias is none"},
+      {"h.0.attn.bias", NULL},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    snprintf(f.tensors[f.n].name, sizeof f.tensors[f.n].name, "%s", cases[i][0]);
+    hf_write(&f, 0, f.n + 1, at("hf/model.safetensors"));
+    if (cases[i][1]) EXPECT(2, cases[i][1], "import", "hf", "-o", "bad");
+    else EXPECT(0, "28 parameters", "import", "hf", "-o", "good");
+  }
+  hf_find(&f, "wte.weight")->shape[0]--;
+  hf_find(&f, "wte.weight")->numel -= 12;
   hf_write(&f, 0, f.n, at("hf/model.safetensors"));
-  EXPECT(2, "tensor ln_f.bias2 is none of this model's", "import", "hf", "-o", "bad");
+  EXPECT(2, "tensor wte.weight has another shape", "import", "hf", "-o", "bad");
+  hf_write(&f, 1, f.n, at("hf/model.safetensors"));
+  EXPECT(2, "has no tensor wte.weight", "import", "hf", "-o", "bad");
   hf_free(&f);
 }

@@ -175,7 +175,7 @@ Test(precision, checkpoints_go_from_one_to_the_other, .timeout = 300) {
   EXPECT(dir, 0, "tensors of step 5", "checkpoint", "export", "low", "hf");
   EXPECT(dir, 0, "tensors of step 5", "checkpoint", "export", "there", "hf32");
   EXPECT(dir, 0, "equal:", "checkpoint", "diff", "hf/model.safetensors", "hf32/model.safetensors");
-  EXPECT(dir, 0, "equal:", "checkpoint", "diff", "low/weights.safetensors", "low", "--weights");
+  EXPECT(dir, 0, "equal:", "checkpoint", "diff", "low/model.safetensors", "low", "--weights");
   EXPECT(dir, 0, "\n", "sample", "low", "--tokens", "3");
   command_remove_dir(dir);
 }

@@ -135,7 +135,7 @@ static void check_lost(const char *dir, pid_t live) {
   char *said = command_read_file(dir, "live");
   cr_assert_eq(status, PHX__EXIT_RANK, "status %d: %s", status, said);
   cr_assert(strstr(said, "lock is gone: another run may be in this directory"), "%s", said);
-  cr_assert(!exists(dir, "out/weights.safetensors"));
+  cr_assert(!exists(dir, "out/model.safetensors"));
   free(said);
 }
 
@@ -193,7 +193,7 @@ Test(run_dir, of_many_that_start_at_once_one_runs, .timeout = 120) {
       done++;
     }
   cr_assert_eq(done, 1);
-  cr_assert(exists(dir, "out.1/weights.safetensors") && !exists(dir, "out.2"));
+  cr_assert(exists(dir, "out.1/model.safetensors") && !exists(dir, "out.2"));
   command_remove_dir(dir);
 }
 
@@ -225,7 +225,7 @@ Test(run_dir, the_working_directory_and_a_mount_point, .timeout = 60) {
                                    "--set data.valid=../valid.bin";
   cr_assert_eq(finish(begin(inner, "said", "%s", words)), 0);
   expect_refused(inner, begin(inner, "said", "%s", words), "said", "is the directory you work in");
-  cr_assert(exists(inner, "weights.safetensors") && !exists(dir, "inner.1"));
+  cr_assert(exists(inner, "model.safetensors") && !exists(dir, "inner.1"));
 
   char line[2048];
   snprintf(line, sizeof line,

@@ -194,7 +194,7 @@ static void run_with_full(const char *name, const char *ranks, int expected, con
   command_result r = RUN(dir, 60, "train", "run.ini", "-n", ranks, "--steps", "3");
   cr_expect_eq(r.status, expected, "%s: status %d\n%s", name, r.status, r.out);
   cr_expect(strstr(r.out, message) && strstr(r.out, "No space left on device"), "'%s' lacks '%s'", r.out, message);
-  cr_expect(!has("out/weights.safetensors") && !has("out/weights.safetensors.part") && !has("out/run.json.part"),
+  cr_expect(!has("out/model.safetensors") && !has("out/model.safetensors.part") && !has("out/run.json.part"),
             "%s: a half file was left", name);
   cJSON *json = training_json(dir, "out/run.json");
   cr_expect_null(training_get(json, "result"), "%s: run.json says that the run ended well", name);
@@ -209,7 +209,7 @@ Test(runs, a_full_disk_stops_the_run_and_leaves_no_half_file) {
   for (int n = 1; n <= 2; n++) {
     const char *ranks = n == 1 ? "1" : "2";
     run_with_full("run.json.part", ranks, 3, "cannot write out/run.json");
-    run_with_full("weights.safetensors.part", ranks, 3, "cannot write out/weights.safetensors");
+    run_with_full("model.safetensors.part", ranks, 3, "cannot write out/model.safetensors");
     run_with_full("config.ini.part", ranks, 2, "cannot write out/config.ini");
   }
 }
