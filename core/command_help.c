@@ -1,7 +1,9 @@
-/* core/command_help.c - `phalanx help [NAME|PATH.so]`: options from the tables, so that they cannot be out of date. */
+/* core/command_help.c - `phalanx help [NAME|PATH.so] [FILE.ini]`: options from the tables, so that they are
+ * never out of date. */
 #include "cli.h"
 #include "commands.h"
 #include "complain.h"
+#include "config.h"
 #include "config_core.h"
 #include "nearest.h"
 #include "status.h"
@@ -59,26 +61,44 @@ static int help_name(const char *name, const phx__found *found, size_t n) {
   return PHX__EXIT_REFUSED;
 }
 
+/* NAME and FILE.ini, in either order; 0: refused. */
+static int take(int argc, char **argv, const char **name, const char **file) {
+  for (int i = 1; i < argc; i++) {
+    const size_t length = strlen(argv[i]);
+    const bool ini = length > 4 && strcmp(argv[i] + length - 4, ".ini") == 0;
+    const char **place = ini ? file : name;
+    if (*place || argv[i][0] == '-') {
+      phx__complain("help takes a NAME or PATH.so, and a FILE.ini whose [plugins] path is searched ('%s')", argv[i]);
+      return 0;
+    }
+    *place = argv[i];
+  }
+  return 1;
+}
+
 int phx__command_help(int argc, char **argv) {
   phx_error err = PHX_ERROR_INIT;
   const phx__plugin *plugin;
+  const char *name = NULL, *file = NULL;
+  char *search = NULL;
   phx__found *found = NULL;
   size_t n = 0;
   int exit_status = PHX__EXIT_REFUSED;
-  if (argc > 2) {
-    phx__complain("help takes one NAME");
-    return PHX__EXIT_REFUSED;
-  }
-  if (argc == 2 && strchr(argv[1], '/')) {
-    if (phx__loader_open(NULL, PHX_KIND_STRATEGY, argv[1], &plugin, &err) != PHX_OK) goto refused;
+  if (!take(argc, argv, &name, &file)) return PHX__EXIT_REFUSED;
+  if (file && phx__config_plugin_path(file, &search, &err) != PHX_OK) goto refused;
+  if (name && strchr(name, '/')) {
+    if (phx__loader_open(search, PHX_KIND_STRATEGY, name, &plugin, &err) != PHX_OK) goto refused;
     help_plugin(plugin);
-    return PHX__EXIT_OK;
+    exit_status = PHX__EXIT_OK;
+    goto done;
   }
-  if (phx__loader_list(NULL, &found, &n, &err) != PHX_OK) goto refused;
-  exit_status = argc == 1 ? help_index(found, n) : help_name(argv[1], found, n);
-  phx__free(found);
-  return exit_status;
+  if (phx__loader_list(search, &found, &n, &err) != PHX_OK) goto refused;
+  exit_status = name ? help_name(name, found, n) : help_index(found, n);
+  goto done;
 refused:
   phx__complain("%s", err.message);
+done:
+  phx__free(found);
+  phx__free(search);
   return exit_status;
 }

@@ -5,9 +5,11 @@
  * output goes to /dev/null.  No child outlives the command.  [main], single-threaded. */
 #include "commands.h"
 #include "complain.h"
+#include "config.h"
 #include "descriptor.h"
 #include "loader.h"
 #include "status.h"
+#include "suspect.h"
 #include "sys.h"
 
 #include <errno.h>
@@ -57,6 +59,7 @@ static void child(const phx__found *found, int out, pid_t parent) {
   if (getppid() != parent) _exit(1); /* the parent died before it could be watched */
   int nothing = open("/dev/null", O_RDWR);
   if (nothing < 0 || dup2(nothing, 0) < 0 || dup2(nothing, 1) < 0 || dup2(nothing, 2) < 0) _exit(1);
+  phx__suspect_off(); /* the parent says how this process ended */
   look(found, &result);
   _exit(write(out, &result, sizeof result) == (ssize_t)sizeof result ? 0 : 1); /* below PIPE_BUF: whole or not */
 }
@@ -139,11 +142,16 @@ int phx__command_plugins(int argc, char **argv) {
   phx_error err = PHX_ERROR_INIT;
   phx__found *found;
   size_t n;
-  if (argc > 1) {
-    phx__complain("plugins takes no argument ('%s'); PHALANX_PLUGIN_PATH adds directories", argv[1]);
+  char *search = NULL;
+  if (argc > 2 || (argc == 2 && argv[1][0] == '-')) {
+    fprintf(stderr, "phalanx: plugins takes a FILE.ini at most, whose [plugins] path is searched ('%s'); "
+            "PHALANX_PLUGIN_PATH adds directories, too\n", argv[argc - 1]);
     return PHX__EXIT_REFUSED;
   }
-  if (phx__loader_list(NULL, &found, &n, &err) != PHX_OK) {
+  phx_status status = argc == 2 ? phx__config_plugin_path(argv[1], &search, &err) : PHX_OK;
+  if (status == PHX_OK) status = phx__loader_list(search, &found, &n, &err);
+  phx__free(search);
+  if (status != PHX_OK) {
     phx__complain("%s", err.message);
     return PHX__EXIT_REFUSED;
   }

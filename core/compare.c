@@ -34,6 +34,7 @@ typedef struct variant {
   char strategy[512];
   char sets[SETS_MAX][SET_BYTES]; /* "fsdp.sharding=grad_op" */
   int n_sets;
+  const char *keys;      /* in label: what becomes sets; NULL: none */
   char choice[540], out[4300];    /* "run.strategy=...", "run.out=..." */
   const char *dir;                /* in out */
   cJSON *run;            /* run.json */
@@ -41,19 +42,50 @@ typedef struct variant {
   size_t n_losses;
 } variant;
 
+/* Where the keys begin: behind NAME at '.', or behind PATH.so at ':'; the end when there are none. */
+static size_t end_of_name(const char *label, bool is_path) {
+  if (!is_path) return strcspn(label, ".");
+  for (const char *so = strstr(label, ".so"); so; so = strstr(so + 1, ".so"))
+    if (so[3] == ':' || !so[3]) return (size_t)(so + 3 - label);
+  return strlen(label);
+}
+
 static int parse_variant(variant *v, const char *text, size_t length) {
   if (length == 0 || length >= sizeof v->label) return 0;
   memcpy(v->label, text, length);
-  const int is_path = memchr(v->label, '/', strcspn(v->label, "=")) != NULL; /* a value may hold a path, too */
-  const size_t name = is_path ? length : strcspn(v->label, ".");
+  const bool is_path = memchr(v->label, '/', strcspn(v->label, "=")) != NULL; /* a value may hold a path, too */
+  const size_t name = end_of_name(v->label, is_path);
   snprintf(v->strategy, sizeof v->strategy, "%.*s", (int)name, v->label);
   snprintf(v->choice, sizeof v->choice, "run.strategy=%s", v->strategy);
-  if (name == 0) return 0;
+  if (name == 0 || (is_path && (name < 3 || strncmp(v->label + name - 3, ".so", 3)))) return 0;
   if (!v->label[name]) return 1;
-  for (const char *at = v->label + name + 1; at[-1];) {
+  v->keys = v->label + name + 1;
+  for (const char *at = v->keys; at[-1]; at += strcspn(at, "+") + 1)
+    if (!memchr(at, '=', strcspn(at, "+"))) return 0;
+  return 1;
+}
+
+/* "key=value+key=value" become settings of the strategy's section, which is its id. */
+static int take_keys(variant *v, const char *search) {
+  phx_error err = PHX_ERROR_INIT;
+  const phx__plugin *plugin = NULL;
+  const char *section = v->strategy;
+  if (!v->keys) return 1;
+  if (strchr(section, '/')) {
+    if (phx__loader_open(search, PHX_KIND_STRATEGY, section, &plugin, &err)) {
+      fprintf(stderr, "phalanx: --strategies: %s\n", err.message);
+      return 0;
+    }
+    section = plugin->descriptor->id;
+  }
+  for (const char *at = v->keys; at[-1];) {
     const size_t part = strcspn(at, "+");
-    if (v->n_sets == SETS_MAX || !memchr(at, '=', part)) return 0;
-    if (snprintf(v->sets[v->n_sets++], SET_BYTES, "%s.%.*s", v->strategy, (int)part, at) >= SET_BYTES) return 0;
+    if (v->n_sets == SETS_MAX ||
+        snprintf(v->sets[v->n_sets++], SET_BYTES, "%s.%.*s", section, (int)part, at) >= SET_BYTES) {
+      fprintf(stderr, "phalanx: --strategies: '%s': more than %d keys, or one of more than %d characters\n", v->label,
+              SETS_MAX, SET_BYTES - 1);
+      return 0;
+    }
     at += part + 1;
   }
   return 1;
@@ -65,8 +97,8 @@ static int parse_variants(variant *v, const char *text, int *n) {
     if (*n == VARIANTS_MAX || !parse_variant(&v[*n], text, length)) {
       fprintf(
           stderr,
-          "phalanx: --strategies: '%.*s' is not NAME, NAME.key=value[+key=value] or the path of a .so (at most %d of "
-          "them)\n",
+          "phalanx: --strategies: '%.*s' is not NAME, NAME.key=value[+key=value], PATH.so or "
+          "PATH.so:key=value[+key=value] (at most %d of them)\n",
           (int)length, text, VARIANTS_MAX);
       return 0;
     }
@@ -247,6 +279,23 @@ static size_t first_difference(const variant *a, const variant *b) {
 }
 
 /* ---- the table ---- */
+/* A path's last part, unless another row has the same; then all of it, and, where one is there twice, its number. */
+static void name_row(const variant *v, int n, int i, char *out, size_t bytes) {
+  int same_part = 0, same_label = 0, number = 1;
+  const char *slash = strrchr(v[i].strategy, '/');
+  const char *part = slash ? v[i].label + (slash + 1 - v[i].strategy) : v[i].label;
+  for (int k = 0; k < n; k++) {
+    const char *other = strrchr(v[k].strategy, '/');
+    other = other ? v[k].label + (other + 1 - v[k].strategy) : v[k].label;
+    same_part += !strcmp(other, part);
+    same_label += !strcmp(v[k].label, v[i].label);
+    number += k < i && !strcmp(v[k].label, v[i].label);
+  }
+  snprintf(out, bytes, "%s", same_part > same_label ? v[i].label : part);
+  const size_t used = strlen(out);
+  if (same_label > 1) snprintf(out + used, bytes - used, " (%d)", number);
+}
+
 static void print_table(const variant *v, int n) {
   printf("\n%-24s %10s %10s %10s %10s %11s %11s %9s %10s  %s\n", "strategy", "weights", "gradients", "optimizer",
          "gathered", "planned", "peak Pss", "tok/s", "sent/step", "loss / state hash");
@@ -261,8 +310,9 @@ static void print_table(const variant *v, int n) {
     phx__bytes_text((int64_t)total_of(&v[i], "bytes", "planned"), text[4]);
     phx__bytes_text((int64_t)array_max(cJSON_GetObjectItemCaseSensitive(result_of(&v[i]), "peak_pss")), text[5]);
     phx__bytes_text((int64_t)total_of(&v[i], "sent", "measured"), text[6]);
-    const char *slash = strrchr(v[i].strategy, '/');
-    printf("%-24s %10s %10s %10s %10s %11s %11s %9.0f %10s  %.17g\n%-24s %99s%s\n", slash ? slash + 1 : v[i].label,
+    char name[540];
+    name_row(v, n, i, name, sizeof name);
+    printf("%-24s %10s %10s %10s %10s %11s %11s %9.0f %10s  %.17g\n%-24s %99s%s\n", name,
            text[0], text[1], text[2], text[3], text[4], text[5], number_of(&v[i], "tokens_per_s"), text[6],
            number_of(&v[i], "loss"), "", "", hash_of(&v[i]));
   }
@@ -341,7 +391,7 @@ static int run_all(const phx__compare_plan *plan, const phx__config *base, varia
   const char *out = base->s.run.out;
   phx_error err = PHX_ERROR_INIT;
   for (int i = 0; i < n; i++)
-    if (!place_run(&v[i], out, i) || !check_variant(plan, &v[i])) return PHX__EXIT_REFUSED;
+    if (!take_keys(&v[i], base->s.plugins.path[0] ? base->s.plugins.path : NULL) || !place_run(&v[i], out, i) || !check_variant(plan, &v[i])) return PHX__EXIT_REFUSED;
   if (phx__run_dir_create(base, &err)) {
     phx__complain("%s", err.message);
     return PHX__EXIT_REFUSED;

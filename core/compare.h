@@ -7,7 +7,8 @@
 typedef struct phx__compare_plan {
   const char *command;  /* the path of this command */
   const char *file;     /* FILE.ini */
-  const char *variants; /* "ddp,fsdp.sharding=grad_op,/opt/mine.so": a strategy, and for it alone keys joined by '+' */
+  const char *variants; /* "ddp,fsdp.sharding=grad_op,/opt/mine.so:x=1": a strategy, and for it alone keys joined by
+                           '+', behind a name at '.', behind a path at ':' */
   const phx__override *overrides; /* what every run gets */
   size_t n_overrides;
   bool checks;          /* [run] checked = auto: every run is checked; filled by phx__compare */

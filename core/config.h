@@ -94,6 +94,8 @@ phx_status phx__config_load(const char *path, const phx__override *overrides, si
 phx_status phx__config_load_found(const char *path, const phx__override *overrides, size_t n, FILE *report,
                                   phx__config **out);
 void phx__config_free(phx__config *config);
+/* [plugins] path of a file, NULL where it has none; nothing else of it is judged.  Freed with phx__free. */
+phx_status phx__config_plugin_path(const char *file, char **out, phx_error *err);
 /* 64-bit hash of everything that must be equal on all ranks: values not PER_RANK, plugin ids, versions, file hashes. */
 uint64_t phx__config_hash(const phx__config *config);
 /* The effective configuration as an INI; sources: a comment behind each value says where it came from. */

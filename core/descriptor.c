@@ -8,6 +8,7 @@
 #include "loader.h"
 #include "option.h"
 #include "status.h"
+#include "suspect.h"
 
 #include <phalanx/provider.h>
 #include <string.h>
@@ -88,12 +89,18 @@ static phx_status check_id(const phx_plugin *d, const char *name, phx_error *err
 
 phx_status phx__descriptor_check(const phx_plugin *d, uint32_t kind, const char *name, phx_error *err) {
   phx_status status;
-  if (!d || d->struct_size < offsetof(phx_plugin, table) + sizeof d->table || d->struct_size > TABLE_LARGEST)
+  if (!d || d->struct_size < offsetof(phx_plugin, table) + sizeof d->table)
     return phx__fail(err, PHX_INVALID, "its descriptor is missing or shorter than version 1 (%zu bytes, expected %zu)",
                      d ? d->struct_size : 0, sizeof *d);
+  if (d->struct_size > TABLE_LARGEST)
+    return phx__fail(err, PHX_INVALID, "its descriptor says it has %zu bytes: not plausible (expected %zu, at most %d)",
+                     d->struct_size, sizeof *d, TABLE_LARGEST);
   if (d->table_major != PHX_ABI_MAJOR)
     return phx__fail(err, PHX_UNSUPPORTED, "was built for ABI %u, this phalanx speaks ABI %d: build it again",
                      (unsigned)d->table_major, PHX_ABI_MAJOR);
+  if (d->kind < PHX_KIND_STRATEGY || d->kind > PHX_KIND_MODEL)
+    return phx__fail(err, PHX_INVALID, "says it is of kind %u, which this phalanx does not know; a %s was asked for",
+                     (unsigned)d->kind, phx__kind_name(kind));
   if (d->kind != kind)
     return phx__fail(err, PHX_INVALID, "is a %s plugin (kind %u), a %s was asked for", phx__kind_name(d->kind),
                      (unsigned)d->kind, phx__kind_name(kind));
@@ -108,7 +115,9 @@ done:
 }
 
 phx_status phx__descriptor_probe(const phx_plugin *d, phx_error *err) {
-  if (d->kind == PHX_KIND_DEVICE) return ((const phx_device_table *)d->table)->probe(err);
-  if (d->kind == PHX_KIND_COMM) return ((const phx_comm_table *)d->table)->probe(err);
+  if (d->kind == PHX_KIND_DEVICE)
+    return PHX__SUSPECT(d->id, "in probe", ((const phx_device_table *)d->table)->probe(err), err);
+  if (d->kind == PHX_KIND_COMM)
+    return PHX__SUSPECT(d->id, "in probe", ((const phx_comm_table *)d->table)->probe(err), err);
   return PHX_OK;
 }

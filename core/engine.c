@@ -152,6 +152,7 @@ static phx_status pass_on(phx__engine *e, const phx_stage_call *call, phx_error 
 static phx_status failed_in(const phx__engine *e, uint32_t stage, int32_t pass, phx_status status, phx_error *err) {
   const phx_model *m = e->rt->prepared->model;
   if (status == PHX_OK) return PHX_OK;
+  phx__where_reason(e->rt->job, status, err);
   return phx__fail_in(err, status, "; in stage %u (%s), %s", stage, phx_model_stage(m, stage)->name,
                       pass == PHX_PASS_BACKWARD ? "backward" : "forward");
 }

@@ -17,6 +17,7 @@
 #include "option.h"
 #include "sha256.h"
 #include "status.h"
+#include "suspect.h"
 #include "sys.h"
 
 #include <dlfcn.h>
@@ -191,7 +192,9 @@ static phx_status load(const char *path, uint32_t kind, const char *name, const 
   PHX__TRY(check_pin(mine, path, err));
   PHX__TRY(ltdl_start(err));
   snprintf(dlopen_error, sizeof dlopen_error, "libltdl gives no reason");
+  phx__suspect_begin(path, "while it was loaded");
   lt_dlhandle module = lt_dlopen(path);
+  phx__suspect_end(PHX_OK, NULL);
   if (!module) {
     status = phx__fail(err, PHX_INVALID, "%s cannot be loaded: %s", path, dlopen_error);
     goto done;
@@ -201,8 +204,9 @@ static phx_status load(const char *path, uint32_t kind, const char *name, const 
     goto done;
   }
   PHX__TRY(find_entry(module, path, &entry, err));
+  phx__suspect_begin(path, "while its descriptor was read");
   const phx_plugin *descriptor = entry();
-  PHX__TRY(check(descriptor, kind, name, path, err));
+  PHX__TRY(phx__suspect_end(check(descriptor, kind, name, path, err), err));
   mine->plugin.descriptor = descriptor;
   snprintf(mine->plugin.path, sizeof mine->plugin.path, "%s", path);
   mine->next = loaded;

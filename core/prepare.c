@@ -8,6 +8,7 @@
 #include "optim.h"
 #include "plan_kept.h"
 #include "status.h"
+#include "suspect.h"
 #include "sys.h"
 
 #define STEP_TOKENS_MAX (INT64_C(1) << 32) /* so that no size in bytes overflows */
@@ -15,7 +16,9 @@
 static phx_status prepare_model(phx__prepared *p, phx_error *err) {
   phx_model declared = {.struct_size = sizeof declared};
   p->facts.struct_size = sizeof p->facts;
-  phx_status status = p->model_table->declare(p->config->model.config, &declared, &p->facts, &p->shape, err);
+  phx_status status =
+      PHX__SUSPECT(p->config->model.plugin->path, "in declare",
+                   p->model_table->declare(p->config->model.config, &declared, &p->facts, &p->shape, err), err);
   if (status) return status;
   if (p->shape.sequence > p->facts.context)
     return phx__fail(err, PHX_INVALID,
@@ -57,7 +60,9 @@ static phx_status prepare_layout(phx__prepared *p, phx_error *err) {
   memset(l->stage_owned, 1, p->model->n_stages);
   memset(l->unit_owned, 1, p->model->n_units);
   if (!p->strategy->layout) return PHX_OK;
-  phx_status status = p->strategy->layout(p->config->strategy.config, &p->topology, p->model, l, err);
+  phx_status status =
+      PHX__SUSPECT(p->config->strategy.plugin->path, "in layout",
+                   p->strategy->layout(p->config->strategy.config, &p->topology, p->model, l, err), err);
   if (status) return status;
   return phx__plan_check_layout(p, err);
 }
@@ -73,7 +78,9 @@ static phx_status prepare_stages(phx__prepared *p, phx_error *err) {
   for (uint32_t s = 0; s < n; s++) {
     phx_stage_memory *memory = &p->stages[s].memory;
     memory->struct_size = sizeof *memory;
-    phx_status status = p->model_table->stage_memory(p->config->model.config, &p->shape, s, memory, err);
+    phx_status status =
+        PHX__SUSPECT(p->config->model.plugin->path, "in stage_memory",
+                     p->model_table->stage_memory(p->config->model.config, &p->shape, s, memory, err), err);
     if (!status) status = phx__plan_check_stage(p, s, err);
     if (status) return status;
     p->boundary[s] = memory->output;
@@ -165,8 +172,12 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   PHX__TRY(prepare_stages(p, err));
   PHX__TRY(prepare_layout(p, err));
   p->estimate.struct_size = sizeof p->estimate;
-  PHX__TRY(p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err));
+  PHX__TRY(PHX__SUSPECT(config->strategy.plugin->path, "in estimate",
+                        p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err),
+                        err));
+  phx__suspect_begin(config->comm.plugin->path, "in buffer_bytes");
   const int64_t comm_buffers = p->comm->buffer_bytes(config->comm.config, size);
+  phx__suspect_end(PHX_OK, NULL);
   PHX__TRY(phx__plan_check_estimate(p, comm_buffers, err));
   for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
   p->planned[PHX_MEM_BUFFER] += comm_buffers;

@@ -13,6 +13,7 @@
 #include "cpus.h"
 #include "disk_room.h"
 #include "drift.h"
+#include "job_segment.h"
 #include "launcher.h"
 #include "memory_watch.h"
 #include "plan_kept.h"
@@ -386,6 +387,7 @@ static void say_start(const phx__config *config, int32_t local_ranks) {
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
+  phx__crash_install(r->job); /* a rank alone says where it crashed, too */
   status = phx__job_watch(r->job, err);
   if (status) return status;
   status = phx__prepare(r->config, r->job->rank, r->job->size, r->job->local_rank, r->job->local_size, 0, 0,
@@ -494,6 +496,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   if (refused && resume) phx__run_dir_undo(r.dir);
   phx__progress_close(&r.progress);
   if (status) {
+    phx__where_reason(r.job, status, &err);
     phx__complain("rank %d: %s", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
       phx__job_state(r.job, 4, r.engine ? r.engine->step : 0);

@@ -113,42 +113,38 @@ static phx_status check_param(weight_check *c, const phx_param_view *v, phx_erro
                    c->rt->config->strategy.plugin->descriptor->id, c->when, w.param->name);
 }
 
-/* looks false: one was wrong, and the stage is acquired because that is collective. */
-static phx_status check_stage(weight_check *c, uint32_t stage, bool looks, phx_error *err) {
+/* *found: what is wrong with a weight, and then the stage is acquired only because that is collective.  Returns how the
+ * strategy's calls ended. */
+static phx_status check_stage(weight_check *c, uint32_t stage, phx_status *found, phx_error *err) {
   const phx__runtime *rt = c->rt;
   const phx_strategy_table *strategy = rt->prepared->strategy;
   const phx_view *view = NULL;
-  phx_status found = PHX_OK;
   phx_status status =
       PHX__IN_STRATEGY(rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
                        strategy->acquire(rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
   phx__job_heartbeat(rt->job);
   if (!status) status = phx__handed_view(rt, stage, PHX_PASS_EVALUATE, view, err);
   if (!status && view->ready) status = rt->device->stream_wait(rt->device->ctx, NULL, view->ready, err);
-  for (uint32_t i = 0; looks && !status && !found && i < view->n_params; i++) {
+  for (uint32_t i = 0; !status && !*found && i < view->n_params; i++) {
     const phx_param_view *v = (const void *)((const char *)view->params + (size_t)i * view->param_stride);
-    if (v->weight) found = check_param(c, v, err);
+    if (v->weight) *found = check_param(c, v, err);
   }
   if (status) return status;
-  status = PHX__IN_STRATEGY(rt->job, PHX_IN_RELEASE, (int32_t)stage,
-                            strategy->release(rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, found ? NULL : err));
-  return found ? found : status;
+  return PHX__IN_STRATEGY(rt->job, PHX_IN_RELEASE, (int32_t)stage,
+                          strategy->release(rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, *found ? NULL : err));
 }
 
 phx_status phx__weight_check(phx__runtime *rt, const char *when, phx_error *err) {
   const phx_model *m = rt->prepared->model;
   weight_check c = {.rt = rt, .when = when, .state = phx__calloc(m->n_params, sizeof *c.state)};
-  phx_status status = PHX_OK;
+  phx_status status = PHX_OK, found = PHX_OK;
   if (!c.state) return phx__fail(err, PHX_NOMEM, "no memory for the hashes of %u parameters", m->n_params);
   PHX__TRY(phx__state_visit(rt, hash_slice, &c, err));
   PHX__TRY(PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, c.state, c.state, m->n_params, PHX_U64, PHX_SUM,
                                                       NULL, err)));
   for (uint32_t s = 0; s < m->n_stages; s++)
-    if (rt->prepared->layout.stage_owned[s]) {
-      const phx_status one = check_stage(&c, s, !status, status ? NULL : err);
-      if (!status) status = one;
-    }
+    if (rt->prepared->layout.stage_owned[s]) PHX__TRY(check_stage(&c, s, &found, found ? NULL : err));
 done:
   phx__free(c.state);
-  return status;
+  return found ? found : status;
 }

@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#include "status.h"
+
 #include "clean.h"
 
 void (*phx__where_watch)(int32_t kind);
@@ -55,4 +57,14 @@ bool phx__where_text(const phx_liveness *page, char *out, size_t bytes) {
   }
   phx__clean(out, bytes);
   return true;
+}
+
+void phx__where_reason(const phx_job *job, phx_status status, phx_error *err) {
+  char where[160];
+  if (!err) return;
+  err->message[sizeof err->message - 1] = 0; /* a plugin may have filled it to the brim */
+  if (status == PHX_OK || err->message[0]) return;
+  const bool known = job && phx__where_text(job->mine, where, sizeof where);
+  phx__fail(err, status, "%s failed with %s (status %d) and gave no reason", known ? where : "a call",
+            phx__status_name(status), status);
 }

@@ -26,6 +26,8 @@ static inline phx_status phx__leave(const phx_job *job, phx_status status) {
 #define PHX__IN_STRATEGY(job, what, stage, call) PHX__IN(job, PHX_KIND_STRATEGY, what, stage, call)
 #define PHX__IN_COMM(job, call) PHX__IN(job, PHX_KIND_COMM, PHX_IN_COLLECTIVE, -1, call)
 
+/* A failure without a text gets one: the call that failed, and its status. */
+void phx__where_reason(const phx_job *job, phx_status status, phx_error *err);
 /* [any] "strategy fsdp: acquire, stage 3"; false and "" when the rank is in none.  Safe in a signal handler. */
 bool phx__where_text(const phx_liveness *page, char *out, size_t bytes);
 #endif

@@ -144,8 +144,8 @@ Test(refusals, command_line) {
   expect_result(RUN(dir, 20, "check", "none.ini"), "file", "none.ini: No such file or directory");
   expect_result(RUN(dir, 20, "check", "."), "file", ".: not a regular file");
   expect_result(RUN(dir, 20, "help", "fsdpp"), "help", "there is no section or plugin 'fsdpp': did you mean 'fsdp'?");
-  expect_result(RUN(dir, 20, "help", "a", "b"), "help", "help takes one NAME");
-  expect_result(RUN(dir, 20, "plugins", "x"), "plugins", "plugins takes no argument");
+  expect_result(RUN(dir, 20, "help", "a", "b"), "help", "help takes a NAME or PATH.so, and a FILE.ini");
+  expect_result(RUN(dir, 20, "plugins", "x", "y"), "plugins", "plugins takes a FILE.ini at most");
   command_result r = RUN(dir, 20, "--help");
   cr_expect(r.status == 0 && strstr(r.out, "usage: phalanx") == r.out);
   command_free(&r);

@@ -251,3 +251,121 @@ Test(hostile, compare_is_checked_and_train_is_not, .timeout = 120) {
   run_one(dir, "compare", "hostile", "2", "1", &in_compare);
   command_remove_dir(dir);
 }
+
+/* ---- how calls end ---- */
+static const misuse ends_of_calls[] = {
+    {"crash call=layout", 2, "phx_strategy_hostile.so crashed in layout: SIGSEGV, a bad memory access"},
+    {"crash call=estimate", 2, "phx_strategy_hostile.so crashed in estimate: SIGSEGV, a bad memory access"},
+    {"silent call=layout", 2, "phx_strategy_hostile.so failed in layout with COMM (status 4) and gave no reason"},
+    {"silent call=estimate", 2, "phx_strategy_hostile.so failed in estimate with COMM (status 4) and gave no reason"},
+    {"odd_code call=estimate", 2, "failed in estimate with unknown (status 77) and gave no reason"},
+    {"null_out", 3, "strategy hostile: create gave nothing (*out is NULL) and PHX_OK"},
+    {"silent call=create", 3, "strategy hostile: create failed with COMM (status 4) and gave no reason"},
+    {"silent call=visit_state", 3, "strategy hostile: visit_state, map or state_changed failed with COMM (status 4)"},
+    {"silent call=map", 3, "strategy hostile: visit_state, map or state_changed failed with COMM (status 4)"},
+    {"silent call=unmap", 3, "strategy hostile: visit_state, map or state_changed failed with COMM (status 4)"},
+    {"silent call=state_changed", 3, "strategy hostile: visit_state, map or state_changed failed with COMM (status 4)"},
+    {"silent call=begin_micro_batch", 3, "strategy hostile: begin_micro_batch failed with COMM (status 4)"},
+    {"silent call=acquire", 3, "strategy hostile: acquire, stage 0 failed with COMM (status 4) and gave no reason"},
+    {"silent call=release", 3, "strategy hostile: release, stage 0 failed with COMM (status 4) and gave no reason"},
+    {"silent call=finish_gradients", 3, "failed with COMM (status 4) and gave no reason"},
+    {"silent call=gradient_norm", 3, "strategy hostile: gradient_norm failed with COMM (status 4)"},
+    {"silent call=update", 3, "strategy hostile: update failed with COMM (status 4) and gave no reason"},
+    {"odd_code call=update", 3, "strategy hostile: update failed with unknown (status 77) and gave no reason"},
+};
+Test(hostile, a_failure_without_a_text_names_the_call, .timeout = 120) {
+  RUN_ALL("train", "hostile", "2", "1", ends_of_calls);
+}
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define HANDLERS 0 /* a sanitizer's own reports stand in for them */
+#else
+#define HANDLERS 1
+#endif
+
+/* On one rank, where the command is the rank, and on two. */
+static const misuse crashes[] = {
+    {"crash call=create", 3, "SIGSEGV, a bad memory access, in strategy hostile: create"},
+    {"crash call=map", 3, "SIGSEGV, a bad memory access, in strategy hostile: visit_state, map or state_changed"},
+    {"crash call=acquire", 3, "SIGSEGV, a bad memory access, in strategy hostile: acquire, stage 0"},
+    {"crash call=update", 3, "SIGSEGV, a bad memory access, in strategy hostile: update"},
+    {"crash call=destroy", 3, "SIGSEGV, a bad memory access, in strategy hostile: destroy"},
+};
+Test(hostile, a_crash_names_the_call, .timeout = 120, .disabled = !HANDLERS) {
+  misuse alone[sizeof crashes / sizeof *crashes];
+  memcpy(alone, crashes, sizeof crashes);
+  for (size_t i = 0; i < sizeof crashes / sizeof *crashes; i++) alone[i].status = 128 + 11;
+  RUN_ALL("train", "hostile", "2", "1", crashes);
+  RUN_ALL("train", "hostile", "1", "1", alone);
+}
+
+/* Before there is a configuration: train, check and help name the file and end with 2, like plugins. */
+Test(hostile, loading_is_not_trusted, .timeout = 120) {
+  static const struct {
+    const char *load, *says;
+    int by_handler;
+  } cases[] = {
+      {"constructor", "phx_strategy_hostile.so crashed while it was loaded: SIGSEGV, a bad memory access", 1},
+      {"descriptor", "phx_strategy_hostile.so crashed while its descriptor was read: SIGSEGV, a bad memory access", 1},
+      {"exit", "phx_strategy_hostile.so ended the process while it was loaded", 0},
+      {"giant", "its descriptor says it has 1073741824 bytes: not plausible", 0},
+      {"kind", "says it is of kind 77, which this phalanx does not know; a strategy was asked for", 0},
+  };
+  static const char plugin[] = PHX_TEST_ONLY_PLUGINS "/phx_strategy_hostile.so";
+  char *dir = hostile_dir();
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    if (cases[i].by_handler && !HANDLERS) continue;
+    setenv("PHX_HOSTILE_LOAD", cases[i].load, 1);
+    command_result r[] = {RUN(dir, 30, "train", "run.ini", "--strategy", plugin),
+                          RUN(dir, 30, "check", "run.ini", "--strategy", plugin), RUN(dir, 30, "help", plugin),
+                          RUN(dir, 30, "help", "hostile", "run.ini")};
+    for (size_t k = 0; k < sizeof r / sizeof *r; k++) {
+      cr_expect(r[k].status == 2 && strstr(r[k].out, cases[i].says), "%s, %zu: status %d:\n%s", cases[i].load, k,
+                r[k].status, r[k].out);
+      command_free(&r[k]);
+    }
+    unsetenv("PHX_HOSTILE_LOAD");
+  }
+  command_remove_dir(dir);
+}
+
+/* ---- finding plugins, and comparing those that are given by path ---- */
+Test(hostile, plugins_and_help_look_into_the_path_of_a_file, .timeout = 60) {
+  char *dir = hostile_dir();
+  command_result r = RUN(dir, 30, "plugins");
+  cr_expect(r.status == 0 && !strstr(r.out, "hostile_shard"), "%s", r.out);
+  command_free(&r);
+  r = RUN(dir, 30, "plugins", "run.ini");
+  cr_expect(r.status == 0 && strstr(r.out, "hostile_shard"), "%s", r.out);
+  command_free(&r);
+  r = RUN(dir, 30, "help", "hostile_shard");
+  cr_expect_eq(r.status, 2, "%s", r.out);
+  command_free(&r);
+  r = RUN(dir, 30, "help", "hostile_shard", "run.ini");
+  cr_expect(r.status == 0 && strstr(r.out, "misuse"), "%s", r.out);
+  command_free(&r);
+  command_remove_dir(dir);
+}
+
+/* A path's options stand behind ':', so that a name's '.' and a file's cannot be confused; rows of one file name are
+ * told apart, and so are rows of one label. */
+Test(hostile, compare_takes_options_of_a_path, .timeout = 60) {
+  static const char plugin[] = PHX_TEST_ONLY_PLUGINS "/phx_strategy_hostile.so";
+  char *dir = hostile_dir(), list[2048], row[1100];
+  command_result r;
+  snprintf(list, sizeof list, "mkdir -p %s/other && cp %s %s/other/", dir, plugin, dir);
+  cr_assert_eq(system(list), 0);
+  snprintf(list, sizeof list, "%s,other/phx_strategy_hostile.so,%s:misuse=plan_half+rank=0,ddp,ddp", plugin, plugin);
+  r = RUN(dir, 50, "compare", "run.ini", "-n", "1", "--steps", "1", "--strategies", list);
+  cr_expect_eq(r.status, 1, "status %d:\n%s", r.status, r.out);
+  snprintf(row, sizeof row, "\n%s ", plugin);
+  cr_expect(strstr(r.out, row), "%s is no row:\n%s", plugin, r.out);
+  cr_expect(strstr(r.out, "\nother/phx_strategy_hostile.so "), "%s", r.out);
+  cr_expect(strstr(r.out, "\nphx_strategy_hostile.so:misuse=plan_half+rank=0 "), "%s", r.out);
+  cr_expect(strstr(r.out, "\nddp (1) ") && strstr(r.out, "\nddp (2) "), "%s", r.out);
+  command_free(&r);
+  r = RUN(dir, 30, "compare", "run.ini", "--strategies", "./other/phx_strategy_hostile.so.rank=1");
+  cr_expect(r.status == 2 && strstr(r.out, "PATH.so:key=value[+key=value]"), "status %d:\n%s", r.status, r.out);
+  command_free(&r);
+  command_remove_dir(dir);
+}
