@@ -73,7 +73,7 @@ static int take_keys(variant *v, const char *search) {
   if (!v->keys) return 1;
   if (strchr(section, '/')) {
     if (phx__loader_open(search, PHX_KIND_STRATEGY, section, &plugin, &err)) {
-      fprintf(stderr, "phalanx: --strategies: %s\n", err.message);
+      phx__complain("--strategies: %s", err.message);
       return 0;
     }
     section = plugin->descriptor->id;
@@ -82,8 +82,8 @@ static int take_keys(variant *v, const char *search) {
     const size_t part = strcspn(at, "+");
     if (v->n_sets == SETS_MAX ||
         snprintf(v->sets[v->n_sets++], SET_BYTES, "%s.%.*s", section, (int)part, at) >= SET_BYTES) {
-      fprintf(stderr, "phalanx: --strategies: '%s': more than %d keys, or one of more than %d characters\n", v->label,
-              SETS_MAX, SET_BYTES - 1);
+      phx__complain("--strategies: '%s': more than %d keys, or one of more than %d characters", v->label, SETS_MAX,
+                    SET_BYTES - 1);
       return 0;
     }
     at += part + 1;
@@ -95,10 +95,9 @@ static int parse_variants(variant *v, const char *text, int *n) {
   for (*n = 0; *text; (*n)++) {
     const size_t length = strcspn(text, ",");
     if (*n == VARIANTS_MAX || !parse_variant(&v[*n], text, length)) {
-      fprintf(
-          stderr,
-          "phalanx: --strategies: '%.*s' is not NAME, NAME.key=value[+key=value], PATH.so or "
-          "PATH.so:key=value[+key=value] (at most %d of them)\n",
+      phx__complain(
+          "--strategies: '%.*s' is not NAME, NAME.key=value[+key=value], PATH.so or PATH.so:key=value[+key=value] (at "
+          "most %d of them)",
           (int)length, text, VARIANTS_MAX);
       return 0;
     }
