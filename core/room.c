@@ -53,6 +53,9 @@ static int64_t bytes_of(const phx__prepared *p) {
   return sum;
 }
 
+/* What a rank's process takes that is in no plan: itself, its libraries, the device's scratch. */
+#define PROCESS_BYTES (INT64_C(32) << 20)
+
 /* All ranks together. */
 static phx_status needed(const phx__config *config, int64_t *out, phx_error *err) {
   const int32_t size = (int32_t)config->s.run.ranks;
@@ -61,7 +64,8 @@ static phx_status needed(const phx__config *config, int64_t *out, phx_error *err
     phx__prepared *p = NULL;
     const phx_status status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
     if (status) return status;
-    if (__builtin_add_overflow(*out, bytes_of(p), out)) *out = INT64_MAX;
+    if (__builtin_add_overflow(*out, bytes_of(p), out) || __builtin_add_overflow(*out, PROCESS_BYTES, out))
+      *out = INT64_MAX;
     phx__prepared_free(p);
   }
   return PHX_OK;
@@ -153,8 +157,8 @@ static phx_status refuse(const phx__config *config, int64_t bytes, const phx__ro
   char size[24], there[120], text[600];
   phx__bytes_text(bytes, size);
   say_room(room, there, sizeof there);
-  snprintf(text, sizeof text, "the plan of %d rank%s takes %s, and %s%s%s", ranks, ranks == 1 ? "" : "s", size, there,
-           *advice ? "; " : "", advice);
+  snprintf(text, sizeof text, "%d rank%s take%s %s (the plan, and 32 MiB for each process), and %s%s%s", ranks,
+           ranks == 1 ? "" : "s", ranks == 1 ? "s" : "", size, there, *advice ? "; " : "", advice);
   if (!config->s.run.overcommit)
     return phx__fail(err, PHX_INVALID, "%s (run.overcommit = yes starts it all the same)", text);
   phx__log(0, "core", PHX_LOG_WARN, text);
@@ -174,7 +178,9 @@ phx_status phx__room_check(const phx__config *config, const phx__room *room, phx
 phx_status phx__room_check_rank(const phx__prepared *mine, const phx__room *room, int32_t local_ranks, phx_error *err) {
   int64_t bytes = 0;
   if (!compares(mine->config) || room->total == 0) return PHX_OK;
-  if (__builtin_mul_overflow(bytes_of(mine), (int64_t)local_ranks, &bytes)) bytes = INT64_MAX;
+  if (__builtin_add_overflow(bytes_of(mine), PROCESS_BYTES, &bytes) ||
+      __builtin_mul_overflow(bytes, (int64_t)local_ranks, &bytes))
+    bytes = INT64_MAX;
   return bytes <= room->available ? PHX_OK : refuse(mine->config, bytes, room, local_ranks, "", err);
 }
 
@@ -187,7 +193,7 @@ phx_status phx__room_say(const phx__config *config, const phx__room *room, char 
   if (status) return status;
   phx__bytes_text(all, size);
   say_room(room, there, sizeof there);
-  snprintf(out, bytes, "%" PRId64 " rank%s take %s; %s: %s", config->s.run.ranks, config->s.run.ranks == 1 ? "" : "s",
-           size, there, all <= room->available ? "it fits" : "it does not fit");
+  snprintf(out, bytes, "%" PRId64 " rank%s: %s, with 32 MiB for each process; %s: %s", config->s.run.ranks,
+           config->s.run.ranks == 1 ? "" : "s", size, there, all <= room->available ? "it fits" : "it does not fit");
   return PHX_OK;
 }

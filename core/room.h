@@ -21,6 +21,6 @@ void phx__room_read(const char *root, phx__room *out);
 phx_status phx__room_check(const phx__config *config, const phx__room *room, phx_error *err);
 /* The same for a rank that another launcher started, with `local_ranks` like it on this machine; without the advice. */
 phx_status phx__room_check_rank(const phx__prepared *mine, const phx__room *room, int32_t local_ranks, phx_error *err);
-/* "takes ... together; ... of ... are available", or "" where nothing is compared. */
+/* What all ranks take and what is available, in a line; "" where nothing is compared. */
 phx_status phx__room_say(const phx__config *config, const phx__room *room, char *out, size_t bytes, phx_error *err);
 #endif

@@ -20,14 +20,14 @@ static void open_with(device_ops *d, const char *variable, const char *value) {
   cr_assert_eq(device_ops_open(d, ASKED, NULL, &err), PHX_OK, "%s", err.message);
 }
 
-/* Products alone, or every operation. */
+/* Products in fp32, or every operation in both dtypes. */
 static void check_operations(const device_ops *d, int every) {
   static const char *const products[] = {"linear", "linear_backward_input", "linear_backward_weight"};
   const ops_suite suite = {d->table, d->self, ops_suite_seed(), 1, 0};
   for (int i = 0; i < (every ? 1 : 3); i++) {
     if (!every) setenv("PHX_TEST_CASE", products[i], 1);
     cr_expect_eq(ops_suite_run(&suite, PHX_F32), 0, "see above");
-    cr_expect_eq(ops_suite_run(&suite, PHX_BF16), 0, "see above");
+    if (every) cr_expect_eq(ops_suite_run(&suite, PHX_BF16), 0, "see above");
   }
 }
 
