@@ -79,12 +79,15 @@ static phx_status open_data(const phx__config *c, const phx__prepared *p, phx__d
 phx_status phx__train_check(const phx__config *config, phx_error *err) {
   const int32_t size = (int32_t)config->s.run.ranks;
   phx_status status = PHX_OK;
+  phx__room room;
+  phx__room_read("", &room);
   for (int32_t rank = 0; rank < size && !status; rank++) {
     phx__prepared *p = NULL;
     phx__data *train = NULL, *valid = NULL;
     status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
     if (!status && rank == 0) status = open_data(config, p, &train, &valid, err);
     if (!status && config->s.run.drift_every > 0) status = phx__drift_supported(p, err);
+    if (!status && rank == 0) status = phx__room_check(config, &room, err);
     if (!status && rank == 0) status = phx__disk_room_at_start(config, p->model, err);
     phx__data_close(train);
     phx__data_close(valid);
@@ -94,9 +97,7 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
   if (!status && config->s.run.pin == 1 && threads * size > phx__cpus_count())
     status = phx__fail(err, PHX_INVALID, "run.pin = yes: %d ranks x %d threads need %d CPUs, and there are %d", size,
                        threads, threads * size, phx__cpus_count());
-  phx__room room;
-  phx__room_read("", &room);
-  return status ? status : phx__room_check(config, &room, err);
+  return status;
 }
 
 /* ---- measuring ---- */
