@@ -59,8 +59,8 @@ static const command commands[] = {
     {"checkpoint", "ls FROM | verify FROM | export FROM OUTDIR | import FROM -o CHECKPOINT|RUN | diff A B",
      "what a run saved: a list, a check of every byte, from and to Hugging Face's GPT-2 files, differences",
      phx__command_checkpoint,
-     "  FROM, A, B                 a run (the newer of its latest checkpoint and its final weights), a checkpoint, or a\n"
-     "                             folder with model.safetensors and config.json\n"
+     "  FROM, A, B                 a run (the newer of its latest checkpoint and its final weights), a checkpoint, or\n"
+     "                             a folder with model.safetensors and config.json\n"
      "  ls FROM                    steps, strategy, ranks, bytes, age\n"
      "  verify FROM                every chunk's checksum, every block once, the state hash; status 4: damaged\n"
      "  export FROM OUTDIR         model.safetensors and config.json as Hugging Face publishes GPT-2\n"

@@ -84,7 +84,7 @@ Test(full_disk, no_room_at_the_start_is_refused) {
   /* what a dead save left counts as free */
   r = on_disk("600k", "train --set checkpoint.every=5 --set run.steps=5 && mkdir disk/out/checkpoints/.step-9.part &&"
                       "head -c 200000 /dev/zero >disk/out/checkpoints/.step-9.part/rank-00000.safetensors &&"
-                      "rm disk/out/weights.safetensors && train --resume --set run.steps=6 --set checkpoint.keep=1");
+                      "rm disk/out/model.safetensors && train --resume --set run.steps=6 --set checkpoint.keep=1");
   EXPECT(r, 0);
   command_free(&r);
 }
@@ -136,7 +136,7 @@ Test(full_disk, to_the_end) {
                              "await said 'step 2 saved'; fill; end");
   EXPECT(r, 3);
   cr_expect_gt(times(r.out, "was not saved: "), 3, "%s", r.out);
-  SAYS(r, "weights.safetensors");
+  SAYS(r, "model.safetensors");
   SAYS(r, "; nor was the last step's checkpoint: ");
   cr_expect_eq(times(r.out, "metrics.jsonl cannot be written: its last lines"), 1, "%s", r.out);
   command_free(&r);
