@@ -488,9 +488,9 @@ static phx_status evaluate_windows(phx__engine *e, phx__data *data, int64_t firs
 
 typedef struct window_sum { /* of windows' mean losses: they all have as many tokens */
   phx__exact_sum losses;
-  int64_t windows;
+  int64_t windows, stop; /* stop: ranks that are asked to */
 } window_sum;
-enum { WINDOW_SUM_WORDS = PHX__SUM_WORDS + 1 };
+enum { WINDOW_SUM_WORDS = PHX__SUM_WORDS + 2 };
 _Static_assert(sizeof(window_sum) == WINDOW_SUM_WORDS * sizeof(int64_t), "travels as int64");
 
 /* Ranks take groups of windows in turn, and meet after each: none waits longer than a group takes.  The sum is exact, so
@@ -501,11 +501,11 @@ phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows
   const int64_t all = phx__data_windows(data), group = windows_at_once(p), turn = group * p->layout.data_size;
   const int64_t wanted = windows > 0 && windows < all ? windows : all;
   window_sum sum = {.windows = 0};
-  for (int64_t at = 0; at < wanted && !status; at += turn) {
+  for (int64_t at = 0; at < wanted && !status && !sum.stop; at += turn) {
     const int64_t first = at + p->layout.data_rank * group, left = wanted - first;
     const int64_t rows = left < group ? (left > 0 ? left : 0) : group;
     status = evaluate_windows(e, data, first, rows, err);
-    window_sum part = {.windows = rows};
+    window_sum part = {.windows = rows, .stop = e->stop_asked && e->stop_asked()};
     for (int64_t row = 0; row < rows && !status; row++) phx__exact_sum_add(&part.losses, e->losses[row]);
     if (!status)
       status = PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, &part, &part, WINDOW_SUM_WORDS,
@@ -513,8 +513,10 @@ phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows
     for (int i = 0; i < PHX__SUM_LIMBS; i++) sum.losses.limbs[i] += part.losses.limbs[i];
     sum.losses.not_finite += part.losses.not_finite;
     sum.windows += part.windows;
+    sum.stop = part.stop;
   }
-  if (status) return status;
+  *loss = NAN;
+  if (status || sum.stop) return status;
   if (sum.windows % wanted) /* more than once where ranks share their data */
     return phx__fail(err, PHX_INTERNAL, "%lld of %lld windows of the held-out data were evaluated",
                      (long long)sum.windows, (long long)wanted);

@@ -33,6 +33,7 @@ typedef struct phx__engine {
                                   * another batch size */
   void (*at_stage)(void *arg);   /* called at every stage boundary, or NULL */
   void *at_stage_arg;
+  int (*stop_asked)(void); /* not 0 on any rank: a validation ends; or NULL */
 } phx__engine;
 
 phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *err);
@@ -44,7 +45,8 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
 /* [collective] after the last step: was everything updated? */
 phx_status phx__engine_updated(phx__engine *e, phx_error *err);
 /* Mean loss over the tokens of the first `windows` windows of held-out data, or of all where that is 0 or more than
- * there are: the same digits however ranks and micro-batches divide them.  INFINITY: a loss was not finite. */
+ * there are: the same digits however ranks and micro-batches divide them.  INFINITY: a loss was not finite.
+ * NAN: e->stop_asked ended it, at the same window on all ranks. */
 phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows, double *loss, phx_error *err);
 /* One sequence of `length` tokens forward; logits (vocabulary) of the last position, the engine's until the next call.
  */

@@ -244,8 +244,8 @@ static phx_status save_due(run *r, phx_error *err) {
   return status;
 }
 
-/* Held-out loss and hash where they are due, and the step's line.  Who is to stop does not wait for an evaluation; who
- * hears of it meanwhile stops after it, not after another step. */
+/* Held-out loss and hash where they are due, and the step's line.  Who is to stop does not begin an evaluation; who
+ * hears of it meanwhile does not end it, but that of the last step. */
 static phx_status tell_step(run *r, phx_error *err) {
   const phx__settings *s = &r->config->s;
   const int64_t step = r->step;
@@ -257,6 +257,8 @@ static phx_status tell_step(run *r, phx_error *err) {
   char hash[33];
   phx__state_hash sum;
   phx_status status = PHX_OK;
+  const bool may_end = s->checkpoint.every > 0 && !last; /* the last one has no other time */
+  r->engine->stop_asked = may_end ? phx__stop_asked : NULL;
   if (validated) status = phx__engine_validate(r->engine, r->valid, s->run.valid_windows, &valid_loss, err);
   if (!status && isinf(valid_loss)) say_ruined(r, step);
   if (!status && hashed) status = phx__runtime_state_hash(r->rt, &sum, err);

@@ -425,7 +425,7 @@ Test(saver, a_save_comes_before_evaluation_and_hash, .timeout = 60) {
   command_remove_dir(dir);
 }
 
-/* Who hears of it during an evaluation stops at that step; who heard of it before does not begin one. */
+/* Who hears of it during an evaluation ends it and stops at that step; who heard of it before does not begin one. */
 Test(saver, a_stop_waits_for_no_evaluation, .timeout = 60) {
   char *dir = begin();
   plan = (disk){.watched = 1, .stop_in = 5};
@@ -434,6 +434,9 @@ Test(saver, a_stop_waits_for_no_evaluation, .timeout = 60) {
   metrics m = read_metrics(dir, "out/metrics.jsonl");
   cr_expect_eq(m.lines, 5, "stopped after step %d, not 5", m.lines);
   cr_assert_eq(check_saved(dir, &m, "stopped"), 1, "%s", o.said);
+  char *text = command_read_file(dir, "out/metrics.jsonl");
+  cr_expect(strstr(text, "{\"step\":5,") && !strstr(text, "valid_loss"), "the evaluation went on: %s", text);
+  free(text);
   free(o.said);
   clean(dir);
   plan = (disk){.watched = 1, .stop_step = 5};
