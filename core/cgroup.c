@@ -122,15 +122,21 @@ static bool quota_v1(const hierarchy *h, double *cpus) {
 
 /* ---- memory ---- */
 
-/* A line "NAME number" of memory.stat. */
-static int64_t stat_of(const hierarchy *h, const char *name) {
-  char text[TEXT];
-  int64_t value = 0;
+/* A line "NAME number" of a text; `missing` where there is none. */
+static int64_t line_of(const char *text, const char *name, int64_t missing) {
   const size_t length = strlen(name);
-  if (read_file(h, "memory.stat", text, TEXT))
-    for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n')
-      if (strncmp(line, name, length) == 0 && line[length] == ' ') value = strtoll(line + length, NULL, 10);
-  return value;
+  for (const char *line = text; *line; line += strcspn(line, "\n"), line += *line == '\n')
+    if (strncmp(line, name, length) == 0 && line[length] == ' ') return strtoll(line + length, NULL, 10);
+  return missing;
+}
+
+static int64_t number_in(const hierarchy *h, const char *file, const char *name, int64_t missing) {
+  char text[TEXT];
+  return read_file(h, file, text, TEXT) ? line_of(text, name, missing) : missing;
+}
+
+static int64_t stat_of(const hierarchy *h, const char *name) {
+  return number_in(h, "memory.stat", name, 0);
 }
 
 /* Version 1 has no word for "none": its limit is then about 2^63. */
@@ -146,6 +152,9 @@ static bool memory_limit(const hierarchy *h, bool v2, int64_t *limit, int64_t *f
 }
 
 static void look(hierarchy *h, bool v2, bool cpu, bool memory, phx__cgroup *out) {
+  /* the group itself counts its own, whoever's limit it was */
+  if (memory && out->oom_kills < 0)
+    out->oom_kills = number_in(h, v2 ? "memory.events" : "memory.oom_control", "oom_kill", -1);
   do {
     double cpus = 0;
     int64_t limit = 0, free_bytes = 0;
@@ -159,8 +168,17 @@ static void look(hierarchy *h, bool v2, bool cpu, bool memory, phx__cgroup *out)
 
 void phx__cgroup_read(const char *root, phx__cgroup *out) {
   hierarchy h;
-  *out = (phx__cgroup){0};
+  *out = (phx__cgroup){.oom_kills = -1};
   if (find_hierarchy(root, NULL, &h)) look(&h, true, true, true, out);
   if (find_hierarchy(root, "cpu", &h)) look(&h, false, true, false, out);
   if (find_hierarchy(root, "memory", &h)) look(&h, false, false, true, out);
+}
+
+int64_t phx__oom_kills(const char *root) {
+  phx__cgroup group;
+  char path[PATH], text[TEXT];
+  phx__cgroup_read(root, &group);
+  snprintf(path, sizeof path, "%s/proc/vmstat", root);
+  if (group.oom_kills < 0 && read_text(path, text, TEXT)) group.oom_kills = line_of(text, "oom_kill", -1);
+  return group.oom_kills;
 }

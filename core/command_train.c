@@ -12,6 +12,15 @@
 #include "sys.h"
 #include "train.h"
 
+/* Another launcher knows how many ranks it has started: -n need not say it again. */
+static void add_ranks(phx__arguments *a, char text[32]) {
+  const char *launcher = NULL;
+  const int32_t size = phx__job_foreign_size(&launcher);
+  if (size == 0 || a->n_overrides == PHX__OVERRIDES_MOST) return;
+  snprintf(text, 32, "?run.ranks=%d", size); /* weaker than the file and -n */
+  a->overrides[a->n_overrides++] = (phx__override){.text = text, .flag = launcher};
+}
+
 /* What one process says for all, the others say only when it made them fail. */
 static phx_status load(const phx__arguments *a, phx__config **config) {
   char *text = NULL;
@@ -31,7 +40,7 @@ int phx__command_train(int argc, char **argv) {
   phx__config *config = NULL;
   if (!phx__arguments_parse(argc, argv, PHX__ACCEPT_STEPS | PHX__ACCEPT_RESUME, &arguments)) return PHX__EXIT_REFUSED;
   int exit_status = PHX__EXIT_REFUSED;
-  char command[4096];
+  char command[4096], ranks[32];
   char **again = phx__calloc((size_t)argc + 2, sizeof *again);
   const ssize_t length = readlink("/proc/self/exe", command, sizeof command - 1);
   if (!again || length <= 0) {
@@ -41,6 +50,7 @@ int phx__command_train(int argc, char **argv) {
   command[length] = 0;
   again[0] = command;
   for (int i = 0; i < argc; i++) again[i + 1] = argv[i];
+  add_ranks(&arguments, ranks);
   if (load(&arguments, &config)) goto done;
   exit_status = phx__job_is_rank() ? phx__train_rank(config, arguments.resume)
                                    : phx__train_launch(config, arguments.resume, again);

@@ -81,7 +81,7 @@ typedef struct phx__config {
 
 /* One `--set section.key=value`, or what -n and --strategy stand for. */
 typedef struct phx__override {
-  const char *text; /* "section.key=value" */
+  const char *text; /* "section.key=value"; with "?" before it, it counts only where nothing before it gives the key */
   const char *flag; /* shown as the source: "--set", "-n", "--strategy" */
 } phx__override;
 

@@ -154,16 +154,19 @@ phx_status phx__config_add_file(store *p, phx_error *err) {
 
 void phx__config_add_override(store *p, const phx__override *override) {
   char section[PHX__INI_NAME_LONGEST + 1], key[PHX__INI_NAME_LONGEST + 1];
-  const char *equals = strchr(override->text, '='), *dot = memchr(override->text, '.', strcspn(override->text, "="));
-  size_t section_bytes = dot ? (size_t)(dot - override->text) : 0;
+  const bool weak = override->text[0] == '?';
+  const char *text = override->text + weak, *equals = strchr(text, '='), *dot = memchr(text, '.', strcspn(text, "="));
+  size_t section_bytes = dot ? (size_t)(dot - text) : 0;
   size_t key_bytes = dot && equals ? (size_t)(equals - dot) - 1 : 0;
   if (!section_bytes || !key_bytes || section_bytes >= sizeof section || key_bytes >= sizeof key) {
     phx__entry at = {.section = "", .key = "", .value = override->text, .flag = override->flag};
     phx__config_error(p, &at, "expected section.key=value");
     return;
   }
-  snprintf(section, sizeof section, "%.*s", (int)section_bytes, override->text);
+  snprintf(section, sizeof section, "%.*s", (int)section_bytes, text);
   snprintf(key, sizeof key, "%.*s", (int)key_bytes, dot + 1);
+  for (const phx__entry *e = weak ? p->entries : NULL; e; e = e->next)
+    if (strcmp(e->section, section) == 0 && strcmp(e->key, key) == 0) return;
   add_entry(p, section, key, equals + 1, override->flag, 0);
 }
 

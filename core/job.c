@@ -158,6 +158,16 @@ static void fill_shown(struct job *job, const phx__identity *me, double timeout_
   job->member.may_spin = job->shown.may_spin;
 }
 
+int32_t phx__job_foreign_size(const char **launcher) {
+  static const char *const names[] = {[PHX__BY_TORCHRUN] = "torchrun", [PHX__BY_MPIRUN] = "mpirun",
+                                      [PHX__BY_SRUN] = "srun"};
+  phx__identity me;
+  const int32_t kind = phx__identity_kind();
+  if (kind == PHX__ALONE || kind == PHX__BY_PHALANX || phx__identity_read(&me, NULL) != PHX_OK) return 0;
+  *launcher = names[kind];
+  return me.size;
+}
+
 int32_t phx__job_local_size(int32_t ranks) {
   phx__identity me;
   return phx__job_is_rank() && phx__identity_read(&me, NULL) == PHX_OK ? me.local_size : ranks;

@@ -161,12 +161,18 @@ done:
   return status;
 }
 
+static bool is_only_task(void) {
+  const char *tasks = getenv("SLURM_STEP_NUM_TASKS");
+  return tasks && strcmp(tasks, "1") == 0;
+}
+
 int32_t phx__identity_kind(void) {
   if (getenv("PHALANX_RANK") || getenv("PHALANX_JOB_FD") || getenv("PHALANX_WORLD_SIZE")) return PHX__BY_PHALANX;
   if (getenv("OMPI_COMM_WORLD_RANK")) return PHX__BY_MPIRUN;
   if (getenv("RANK") && (getenv("WORLD_SIZE") || getenv("MASTER_PORT"))) return PHX__BY_TORCHRUN;
-  /* A batch script also has SLURM_PROCID, but is no step: only srun's children are ranks. */
-  if (getenv("SLURM_PROCID") && getenv("SLURM_STEP_ID")) return PHX__BY_SRUN;
+  /* A batch script also has SLURM_PROCID, but is no step: only srun's children are ranks.  The only task of a step (a
+   * shell under srun --pty) is no rank of many, and may start some. */
+  if (getenv("SLURM_PROCID") && getenv("SLURM_STEP_ID") && !is_only_task()) return PHX__BY_SRUN;
   return PHX__ALONE;
 }
 

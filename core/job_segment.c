@@ -4,7 +4,7 @@
  * It has no name in the file system, so that kill -9 of everything leaves nothing behind.
  * What it does not do: find out who this process is (job_identity.c), meet (job_exchange.c), watch (launcher.c).
  * Invariant: rank 0 alone grows the file, and only between two exchanges, so all ranks know the same parts in the same
- * order; a share() that fails on one rank fails on all, and leaves the file as it was.
+ * order; a share() that fails on one rank fails on all, and its pages go back.  The file is sealed: nobody can cut it.
  * Threads: [main], but phx__segment_fail, the futex calls and the clock are [any]. */
 #include "job_segment.h"
 
@@ -67,7 +67,7 @@ int phx__job_create_segment(int32_t size, phx_error *err) {
     phx__fail(err, PHX_INVALID, "a job has 1 to %d ranks, not %d", PHX_RANKS_MAX, size);
     return -1;
   }
-  int fd = phx__sys.memfd_create("phalanx-job", MFD_CLOEXEC);
+  int fd = phx__sys.memfd_create("phalanx-job", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd < 0) {
     phx__fail_errno(err, PHX_NOMEM, errno, "cannot create the job's shared memory (memfd_create)");
     return -1;
@@ -76,6 +76,9 @@ int phx__job_create_segment(int32_t size, phx_error *err) {
     phx__fail_errno(err, PHX_NOMEM, errno, "cannot size the job's shared memory to %zu bytes (ftruncate)", bytes);
     goto failed;
   }
+  /* Cut by anybody, it would end every rank by SIGBUS.  It grows with every share(), so that stays allowed; no other
+   * seal can follow.  A kernel that cannot seal goes without. */
+  fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL);
   segment = phx__sys.mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (segment == MAP_FAILED) {
     phx__fail_errno(err, PHX_NOMEM, errno, "cannot map the job's shared memory, %zu bytes (mmap)", bytes);
@@ -230,7 +233,7 @@ phx_status phx__segment_share(phx__member *me, const char *name, int64_t bytes, 
   if (status != PHX_OK) {
     if (base != MAP_FAILED) phx__sys.munmap(base, (size_t)whole);
     /* Nobody uses the part: its pages go back.  A failure here only keeps memory until the job ends, which is now. */
-    if (me->rank == 0 && phx__sys.ftruncate(me->fd, at) != 0) return status;
+    if (me->rank == 0) fallocate(me->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, whole);
     return status;
   }
   if (me->rank == 0) {

@@ -28,6 +28,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "cgroup.h"
 #include "job.h"
 #include "job_segment.h"
 #include "status.h"
@@ -63,6 +64,7 @@ static struct watcher {
   int32_t call, stage, state;
   used at_quiet;
   uint64_t failed_ns;
+  int64_t oom_kills; /* at the start; -1: not known */
 } watcher;
 
 /* ---- saying ---- */
@@ -116,7 +118,10 @@ static void found_dead(struct watcher *w, int32_t rank) {
   w->gone[rank] = true;
   if (w->pidfds[rank] >= 0) phx__sys.close(w->pidfds[rank]);
   w->pidfds[rank] = -1;
-  if (state != DONE) lose(w, rank, "its process has ended without saying that it is done");
+  if (state == DONE) return;
+  const bool no_memory = w->oom_kills >= 0 && phx__oom_kills("") > w->oom_kills;
+  lose(w, rank, no_memory ? "its process has ended, out of memory by the kernel's count"
+                          : "its process has ended without saying that it is done");
 }
 
 /* Whether the rank is one of ours to watch: it has come, and its pid means the same here as there. */
@@ -320,6 +325,7 @@ phx_status phx__watch_start(const phx_job *job, phx__segment *segment, phx_error
   if (watcher.job) return PHX_OK;
   watcher = (struct watcher){.job = job, .segment = segment, .pid = getpid(), .stopped = -1, .last_ns = now};
   for (int32_t r = 0; r < PHX_RANKS_MAX; r++) watcher.pidfds[r] = -1;
+  watcher.oom_kills = phx__oom_kills("");
   heard(&watcher, now);
   if (on_exit(on_ending, &watcher) != 0) {
     watcher.job = NULL;

@@ -21,6 +21,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "cgroup.h"
 #include "clean.h"
 #include "complain.h"
 #include "flight.h"
@@ -62,6 +63,8 @@ struct launch {
   int32_t cause_rank; /* -1: none */
   char cause[400];    /* "": nothing is wrong; else what, unless cause_rank's own end says it better */
   uint64_t started_ns, last_ns, failed_ns, interrupt_ns;
+  int64_t oom_kills;  /* at the start; -1: not known */
+  bool no_memory;     /* somebody was killed for lack of it meanwhile */
   uint64_t announced_ns, term_ns; /* when the first Ctrl-C was answered, the first SIGTERM passed on; or 0 */
   phx_liveness *pages; /* (ranks) as they were at failed_ns */
   phx__rank_end *ends;
@@ -339,8 +342,14 @@ static void final_cause(struct launch *l, char *cause, size_t bytes) {
   l->ends[r] = l->ranks[r].end;
   l->ends[r].pid = (int32_t)l->ranks[r].pid;
   phx__rank_end_text(&l->ends[r], end, sizeof end);
-  snprintf(cause, bytes, "rank %d (pid %d) %s%s", r, (int)l->ranks[r].pid, end,
-           left_early(l, r) ? " before it was done" : "");
+  const int used = snprintf(cause, bytes, "rank %d (pid %d) %s%s", r, (int)l->ranks[r].pid, end,
+                            left_early(l, r) ? " before it was done" : "");
+  l->no_memory = l->ends[r].condition == PHX__RANK_KILLED && l->ends[r].number == SIGKILL && l->oom_kills >= 0 &&
+                 phx__oom_kills("") > l->oom_kills;
+  if (!l->no_memory || used <= 0 || (size_t)used >= bytes) return;
+  const char *plan = l->asked->memory;
+  snprintf(cause + used, bytes - (size_t)used, ", out of memory by the kernel's count%s%s%s",
+           plan ? " (before the start: " : "", plan ? plan : "", plan ? ")" : "");
 }
 
 static void fill_outcome(const struct launch *l, const char *cause) {
@@ -348,7 +357,7 @@ static void fill_outcome(const struct launch *l, const char *cause) {
   char where[160];
   const int32_t r = l->cause_rank;
   if (!out) return;
-  *out = (phx__outcome){.failed = true};
+  *out = (phx__outcome){.failed = true, .no_memory = l->no_memory};
   for (int32_t i = 0; i < l->started; i++) {
     const struct rank *rank = &l->ranks[i];
     out->lost += rank->lost || (!rank->running && !rank->was_asked && rank->end.condition == PHX__RANK_KILLED);
@@ -364,7 +373,7 @@ static void fill_outcome(const struct launch *l, const char *cause) {
 }
 
 static void report(struct launch *l) {
-  char cause[sizeof l->cause + 96];
+  char cause[sizeof l->cause + 400];
   int32_t r = l->cause_rank;
   final_cause(l, cause, sizeof cause);
   /* A rank that computed when the job failed has since come to the collective where it missed the others; what the
@@ -481,6 +490,7 @@ int phx__launch_run(const phx__launch *asked) {
   spawn.cpus = asked->threads > 0 && asked->threads <= cpus.count / asked->ranks ? &cpus : NULL;
   l.segment->pinned = spawn.cpus != NULL;
   l.started_ns = l.last_ns = phx__now_ns();
+  l.oom_kills = phx__oom_kills("");
   status = start(&l, &spawn, &err);
   if (status == PHX_OK) {
     watch(&l);

@@ -8,7 +8,8 @@
 typedef struct phx__outcome {
   bool failed;     /* a rank failed: a restart may help.  Not set when the user ended the job or it was refused */
   int32_t lost;    /* ranks that were killed, stopped for too long, or never came, before the job was ended */
-  char cause[1024]; /* one line: what failed first, and where */
+  bool no_memory;  /* a rank was killed, and the kernel has counted a kill for lack of memory */
+  char cause[1400]; /* one line: what failed first, and where */
 } phx__outcome;
 
 typedef struct phx__launch {
@@ -16,6 +17,7 @@ typedef struct phx__launch {
   int32_t threads;         /* per rank, for pinning; 0: do not pin */
   double timeout_s;
   const char *run_dir;     /* rank r > 0 writes stdout and stderr to run_dir/rank-R.log; rank 0 inherits */
+  const char *memory;      /* what the plan takes and what there was at the start, as text, or NULL */
   char *const *argv;       /* of a rank: argv[0] is the command's own path */
   phx__outcome *outcome;   /* filled in, or NULL */
   int32_t saves; /* 1: SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to the ranks, which save and stop; a second

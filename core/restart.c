@@ -4,7 +4,8 @@
  * the next.  An attempt goes on from what the one before has committed, or from the beginning when it has committed
  * nothing.  The first failure is kept, and told again at the end: later ones are often only its echo.
  * Not restarted: what the user ended, what a signal stopped (status 5), and what was refused (2) or found damaged (4),
- * which a second try meets again.  Threads: [main]. */
+ * which a second try meets again.  So does a lack of memory, as a rule: one restart is tried, since others may have had
+ * it, and a second kill for it in a row is the last.  Threads: [main]. */
 #include "restart.h"
 
 #include <inttypes.h>
@@ -15,6 +16,7 @@
 #include "complain.h"
 #include "cpus.h"
 #include "launcher.h"
+#include "room.h"
 #include "run_lock.h"
 #include "status.h"
 #include "sys.h"
@@ -83,10 +85,18 @@ static phx_status prepare_next(attempt *a, const phx__config *config, int32_t lo
 }
 
 static int launch(const attempt *a, const phx__config *config, phx__outcome *outcome) {
+  char memory[256] = "";
+  phx__room room;
+  phx__config now = *config; /* a copy of the values; the rest stays the caller's */
+  now.s.run.ranks = a->ranks;
+  now.s.batch.accumulate = a->accumulate;
+  phx__room_read("", &room);
+  if (phx__room_say(&now, &room, memory, sizeof memory, NULL)) memory[0] = 0;
   const phx__launch launch = {.ranks = a->ranks,
                               .threads = config->s.run.pin == 2 ? 0 : phx__threads(config, a->ranks),
                               .timeout_s = config->s.run.timeout,
                               .run_dir = config->s.run.out,
+                              .memory = memory[0] ? memory : NULL,
                               .argv = a->argv,
                               .saves = config->s.checkpoint.every > 0,
                               .outcome = outcome};
@@ -103,12 +113,19 @@ int phx__restart_run(const phx__config *config, char *const *argv, bool *restart
   attempt a = {.ranks = (int32_t)config->s.run.ranks, .accumulate = config->s.batch.accumulate};
   phx__outcome outcome = {0}, first = {0};
   int64_t restarts = 0;
+  bool no_memory = false; /* the attempt before ended so */
   int result = PHX__EXIT_RANK;
   phx_status status = make_argv(&a, config, argv, &err);
   while (!status) {
     result = launch(&a, config, &outcome);
     if (outcome.failed && !first.failed) first = outcome;
     if (!outcome.failed || restarts == config->s.run.max_restarts) break;
+    if (outcome.no_memory && no_memory) {
+      fputs("phalanx: no restart: ranks were killed for lack of memory twice in a row; give the job more, or lower "
+            "batch.micro, run.ranks or the model\n", stderr);
+      break;
+    }
+    no_memory = outcome.no_memory;
     status = prepare_next(&a, config, outcome.lost, &err);
     if (!status) status = make_argv(&a, config, argv, &err);
     if (status) break;

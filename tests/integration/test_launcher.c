@@ -24,6 +24,8 @@
 #include "status.h"
 #include "sys.h"
 #include "sys_faults.h"
+#include "train.h"
+#include "training.h"
 
 /* ---- the rank: --rank DIR MODE WHO STEPS PAUSE_US ---- */
 
@@ -503,6 +505,90 @@ Test(launcher, ranks_of_a_real_mpirun_meet, .timeout = 60) {
   EXPECT_SAYS(&t, "out", "rank 0 of 3 speaks");
   EXPECT_SAYS(&t, "out", "rank 2 of 3 speaks");
   clean(&t);
+}
+
+/* ---- killed for lack of memory ---- */
+
+static int (*open_really)(const char *path, int flags, mode_t mode);
+static char group_dir[64];
+static void write_group(const char *name, const char *text) {
+  char path[160];
+  snprintf(path, sizeof path, "%s/%s", group_dir, name);
+  const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  if (fd < 0 || write(fd, text, strlen(text)) != (ssize_t)strlen(text)) _exit(98);
+  close(fd);
+}
+/* This process's group is one of the test's, and the kernel kills between the first look at its count and the second. */
+static int open_in_group(const char *path, int flags, mode_t mode) {
+  static int looks;
+  char other[160], count[64];
+  const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+  if (strcmp(path, "/proc/self/cgroup") && strcmp(path, "/proc/self/mountinfo") && strcmp(name, "memory.events"))
+    return open_really(path, flags, mode);
+  if (strcmp(name, "memory.events") == 0) {
+    snprintf(count, sizeof count, "low 0\nhigh 0\noom 3\noom_kill %d\n", 7 + looks++);
+    write_group(name, count);
+  }
+  snprintf(other, sizeof other, "%s/%s", group_dir, name);
+  return open_really(other, flags, mode);
+}
+static void be_in_group(void) {
+  snprintf(group_dir, sizeof group_dir, "/tmp/phx-group-XXXXXX");
+  char text[160];
+  if (!mkdtemp(group_dir)) _exit(98);
+  write_group("cgroup", "0::/\n");
+  snprintf(text, sizeof text, "31 30 0:27 / %s rw - cgroup2 cgroup2 rw\n", group_dir);
+  write_group("mountinfo", text);
+  open_really = phx__sys.open;
+  phx__sys.open = open_in_group;
+}
+Test(launcher, a_kill_for_lack_of_memory_is_said, .timeout = 60) {
+  for (int in_group = 0; in_group < 2; in_group++) {
+    struct trial t = launch((struct plan){.ranks = 2, .timeout = 20, .mode = "run", .who = -1, .steps = 100000,
+                                          .pause_us = 300, .prepare = in_group ? be_in_group : NULL});
+    kill(pid_of(&t, 1), SIGKILL);
+    cr_expect_eq(wait_for(&t, 10), 3);
+    EXPECT_SAYS(&t, "err", in_group ? "was killed by SIGKILL, out of memory by the kernel's count\n"
+                                    : "was killed by SIGKILL\n");
+    clean(&t);
+  }
+  cr_expect_eq(system("rm -rf /tmp/phx-group-??????"), 0);
+}
+
+/* In a process of its own: a run whose rank 1 is killed in step 5 of every attempt. */
+static _Noreturn void be_killed_again_and_again(const char *dir) {
+  char *argv[] = {(char *)PHX_TEST_COMMAND, (char *)"train", (char *)"run.ini", (char *)"-n", (char *)"2",
+                  (char *)"--set", (char *)"plugins.path=" PHX_TEST_ONLY_PLUGINS, (char *)"--set",
+                  (char *)"comm.plugin=fault", (char *)"--set", (char *)"fault.what=kill", NULL};
+  const phx__override overrides[] = {{argv[6], "--set"}, {argv[8], "--set"}, {argv[10], "--set"},
+                                     {"run.ranks=2", "-n"}, {"run.max_restarts=5", "--set"}};
+  phx__config *config = NULL;
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  const int out = chdir(dir) ? -1 : open("said", O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  if (out < 0 || dup2(out, 1) < 0 || dup2(out, 2) < 0) _exit(98);
+  if (phx__config_load("run.ini", overrides, sizeof overrides / sizeof *overrides, stderr, &config)) _exit(97);
+  be_in_group();
+  const int status = phx__train_launch(config, NULL, argv);
+  fflush(NULL);
+  _exit(status);
+}
+
+Test(launcher, a_second_kill_for_lack_of_memory_in_a_row_is_the_last, .timeout = 60) {
+  char *dir = command_temp_dir();
+  int status = 0;
+  training_files(dir, training_odd_model);
+  const pid_t pid = fork();
+  if (pid == 0) be_killed_again_and_again(dir);
+  cr_assert_eq(waitpid(pid, &status, 0), pid);
+  char *said = command_read_file(dir, "said");
+  cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 3, "%x: %s", status, said);
+  cr_expect(strstr(said, "killed by SIGKILL, out of memory by the kernel's count (before the start: 2 ranks take "), "%s",
+            said);
+  cr_expect(strstr(said, "restart 1 of at most 5") && !strstr(said, "restart 2 of"), "%s", said);
+  cr_expect(strstr(said, "no restart: ranks were killed for lack of memory twice in a row"), "%s", said);
+  free(said);
+  command_remove_dir(dir);
+  cr_expect_eq(system("rm -rf /tmp/phx-group-??????"), 0);
 }
 
 /* ---- what cannot be started ---- */

@@ -441,6 +441,18 @@ Test(job, a_missing_rank_0_of_torchrun_is_named, .timeout = 60) {
   job_ranks_run(2, no_leader);
 }
 
+Test(job, nobody_can_cut_the_jobs_memory, .timeout = 20) {
+  phx_error err = PHX_ERROR_INIT;
+  struct stat info;
+  const int fd = phx__job_create_segment(2, &err);
+  cr_assert_geq(fd, 0, "%s", err.message);
+  cr_assert_eq(fstat(fd, &info), 0);
+  cr_expect(ftruncate(fd, 4096) == -1 && errno == EPERM, "it was cut");
+  cr_expect_eq(ftruncate(fd, info.st_size + 4096), 0); /* share() appends */
+  cr_expect(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_GROW) == -1 && errno == EPERM, "another seal was set");
+  close(fd);
+}
+
 /* ---- failing system calls ---- */
 
 static void *fail_calloc(size_t n, size_t bytes) {

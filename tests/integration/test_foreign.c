@@ -1,0 +1,60 @@
+/* Ranks that torchrun, mpirun or srun start: how many they are is taken from the launcher, and -n may only say the same. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "foreign.h"
+#include "training.h"
+
+#define SMALL "train", "run.ini", "--strategy", "ddp", "--set", "model.layers=1", "--steps", "2"
+#define SET(pair) "--set", pair
+
+static void expect(foreign *f, int kind, int status, const char *says) {
+  for (int r = 0; r < f->n; r++) {
+    const int ended = foreign_status(f, r, 60);
+    char *log = foreign_log(f, r);
+    cr_expect_eq(ended, status, "%s: rank %d ended with %d:\n%s", foreign_names[kind], r, ended, log);
+    if (says && r == 0) cr_expect(log && strstr(log, says), "no '%s' in:\n%s", says, log);
+    free(log);
+  }
+  foreign_end(f);
+}
+
+Test(foreign, the_number_of_ranks_comes_from_the_launcher, .timeout = 120) {
+  char *dir = command_temp_dir(), out[40], file[40];
+  training_files(dir, training_odd_model);
+  for (int kind = 0; kind < FOREIGN_KINDS; kind++) {
+    snprintf(out, sizeof out, "run.out=%s", foreign_names[kind]);
+    foreign f = FOREIGN(dir, kind, 2, SMALL, SET(out));
+    expect(&f, kind, 0, "step    2/2");
+    snprintf(file, sizeof file, "%s/run.json", foreign_names[kind]);
+    cJSON *json = training_json(dir, file);
+    cr_assert_not_null(json, "%s", file);
+    cr_expect_eq(training_get(json, "ranks")->valueint, 2);
+    cJSON_Delete(json);
+  }
+  command_remove_dir(dir);
+}
+
+Test(foreign, another_number_is_refused, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  foreign f = FOREIGN(dir, FOREIGN_TORCHRUN, 2, SMALL, "-n", "3");
+  expect(&f, FOREIGN_TORCHRUN, 2,
+         "run.ranks = 3, but the launcher started 2 ranks: leave -n and [run] ranks out, which takes what it started, "
+         "or give -n 2");
+  command_remove_dir(dir);
+}
+
+/* A shell under `srun --pty` is the only task of its step: -n starts ranks there, as anywhere. */
+Test(foreign, the_only_task_of_a_step_starts_ranks, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  foreign f = FOREIGN(dir, FOREIGN_SRUN, 1, SMALL, "-n", "2");
+  expect(&f, FOREIGN_SRUN, 0, "step    2/2");
+  char *log = command_read_file(dir, "out/rank-1.log");
+  cr_expect_not_null(log, "rank 1 was not started");
+  free(log);
+  command_remove_dir(dir);
+}
