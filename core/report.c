@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "balance.h"
 #include "output.h"
 #include "plan_kept.h"
 #include "run_lock.h"
@@ -94,6 +95,21 @@ static void add_saves(cJSON *parent, const phx__save_totals *t) {
   cJSON_AddNumberToObject(o, "seconds", t->seconds);
 }
 
+/* Milliseconds of a step, of every rank. */
+static void add_balance(cJSON *parent, const phx__run_result *r) {
+  double ratio = 1;
+  const int32_t slowest = phx__balance_slowest(r->ranks, r->n_ranks, &ratio);
+  if (slowest < 0) return;
+  cJSON *o = cJSON_AddObjectToObject(parent, "balance");
+  cJSON_AddNumberToObject(o, "slowest", slowest);
+  cJSON_AddNumberToObject(o, "ratio", ratio);
+  cJSON *own = cJSON_AddArrayToObject(o, "own_ms"), *wait = cJSON_AddArrayToObject(o, "wait_ms");
+  for (int32_t i = 0; i < r->n_ranks; i++) {
+    phx__json_append(own, cJSON_CreateNumber(1e-6 * (double)r->ranks[i].own_ns));
+    phx__json_append(wait, cJSON_CreateNumber(1e-6 * (double)r->ranks[i].wait_ns));
+  }
+}
+
 static void add_difference(void *arg, const char *line) { phx__json_append(arg, cJSON_CreateString(line)); }
 
 static void add_plan(cJSON *parent, const phx__run_result *r) {
@@ -115,6 +131,7 @@ static void add_result(cJSON *root, const phx__run_result *r) {
   cJSON_AddNumberToObject(o, "tokens_per_s", r->tokens_per_s);
   cJSON_AddNumberToObject(o, "step_ms", r->step_ms);
   add_saves(o, &r->saves);
+  add_balance(o, r);
   add_ranks(o, "peak_pss", r, offsetof(phx__rank_report, peak_pss));
   add_ranks(o, "steady_allocator_calls", r, offsetof(phx__rank_report, steady_calls));
   add_ranks(o, "hidden_memory", r, offsetof(phx__rank_report, hidden_bytes));

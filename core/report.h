@@ -15,6 +15,7 @@ typedef struct phx__rank_report {
   int64_t steady_calls;     /* of the host's allocator during steps after the first */
   int64_t hidden_bytes, hidden_allowed; /* that the strategy took beside the host, until the first step was over */
   int64_t later_bytes, later_allowed;   /* that the process took after the first step */
+  int64_t own_ns, wait_ns;  /* a step: without waiting for peers, and the waiting; see balance.h */
   int64_t traffic_counts;   /* 1: traffic was measured in a whole steady step, so that it can be compared */
 } phx__rank_report;
 

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "balance.h"
 #include "checkpoint_run.h"
 #include "complain.h"
 #include "cpus.h"
@@ -51,6 +52,7 @@ typedef struct run {
   double seconds;
   int64_t sent;
   phx__rank_report mine;
+  phx__balance balance;
   const char *asked;    /* --resume's directory; NULL: a new run */
   phx__resume resume;   /* with asked */
   phx__resumed resumed; /* at.step 0: a new run */
@@ -153,6 +155,7 @@ static phx_status gather_reports(run *r, phx_error *err) {
   memcpy(mine->planned, rt->prepared->planned, sizeof mine->planned);
   memcpy(mine->measured, rt->book.peak, sizeof mine->measured);
   memcpy(mine->peak_in, rt->book.peak_in, sizeof mine->peak_in);
+  phx__balance_report(&r->balance, mine);
   mine->driver_bytes = phx__driver_bytes(rt);
   memcpy(mine->sent_planned, rt->prepared->estimate.sent, sizeof mine->sent_planned);
   memcpy(mine->calls_planned, rt->prepared->estimate.calls, sizeof mine->calls_planned);
@@ -201,6 +204,8 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   if (measured) keep_traffic(r, &before, &after);
   if (measured) r->mine.traffic_counts = !r->done.skipped;
   if (step > first + 1) r->mine.steady_calls += r->rt->book.calls - allocator_calls;
+  status = phx__balance_step(&r->balance, r->rt, &r->progress, step, r->seconds, after.wait_ns - before.wait_ns, err);
+  if (status) return status;
 
   r->result.skipped += r->done.skipped;
   if (step == s->run.steps) status = check_last(r, err);
@@ -318,6 +323,7 @@ static phx_status finish(run *r, phx_error *err) {
   r->result.step_ms = 1e3 * median;
   r->result.tokens_per_s = median > 0 ? (double)r->progress.tokens_per_step / median : 0;
   say_device_memory(r);
+  phx__balance_say(&r->result, r->balance.all_steps);
   phx__plan_differences(&r->result, say_difference, r);
   status = phx__run_json_write(r->rt, &r->result, NULL, err);
   return status ? status : phx__progress_flush(&r->progress, err);

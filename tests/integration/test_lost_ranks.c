@@ -86,6 +86,33 @@ Test(lost_ranks, a_call_that_computes_for_long_is_no_failure, .timeout = 60) {
   command_remove_dir(dir);
 }
 
+/* ---- slow, and not lost ---- */
+
+/* Rank 1 computes for a second more in step 2; the others wait for it. */
+Test(lost_ranks, the_slowest_rank_is_named_by_its_own_time, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  command_result r = RUN(dir, 60, SMALL, "-n", "3", SET("fault.what=busy"), SET("fault.seconds=1"),
+                         SET("fault.step=2"), "--steps", "3", SET("run.balance_every=3"));
+  cr_assert_eq(r.status, 0, "status %d\n%s", r.status, r.out);
+  EXPECT(r.out, "steps 1 to 3: rank 1 is the slowest with "); /* the line of three steps, and the last one */
+  cJSON *json = training_json(dir, "out/run.json");
+  const cJSON *own = training_get(json, "result.balance.own_ms"), *wait = training_get(json, "result.balance.wait_ms");
+  cr_assert(own && wait && cJSON_GetArraySize(own) == 3 && cJSON_GetArraySize(wait) == 3);
+  cr_expect_eq(training_get(json, "result.balance.slowest")->valueint, 1);
+  cr_expect_gt(training_get(json, "result.balance.ratio")->valuedouble, 1.5);
+  for (int i = 0; i < 3; i += 2) { /* of steps 2 and 3: half a second each */
+    cr_expect_gt(cJSON_GetArrayItem(own, 1)->valuedouble, cJSON_GetArrayItem(own, i)->valuedouble + 250);
+    cr_expect_gt(cJSON_GetArrayItem(wait, i)->valuedouble, 250);
+  }
+  cJSON_Delete(json);
+  char *metrics = command_read_file(dir, "out/metrics.jsonl");
+  EXPECT(strstr(metrics, "{\"step\":3,"), "\"balance\":{\"from\":1,\"slowest\":1,\"own_ms\":[");
+  free(metrics);
+  command_free(&r);
+  command_remove_dir(dir);
+}
+
 /* ---- ranks of another launcher ---- */
 
 /* Waits until rank 0 has written that: the ranks have met then. */
