@@ -78,6 +78,12 @@ static void job_failed(void *ctx, int32_t who, const char *message) {
   phx__segment_fail(job->member.segment, 1 + (uint32_t)who);
 }
 
+/* Around a wait with a deadline of its own, within which nobody is late: see job_watch.c. */
+static void meet(struct job *job, uint32_t begins) {
+  __atomic_store_n(&job->member.segment->pages[job->shown.rank].meets, begins, __ATOMIC_RELEASE);
+  phx__job_heartbeat(&job->shown);
+}
+
 static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **bases, phx_error *err) {
   struct job *job = ctx;
   void *found[PHX_RANKS_MAX];
@@ -85,18 +91,20 @@ static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **b
     return phx__fail(err, PHX_UNSUPPORTED,
                      "shared memory '%s': the ranks are on several machines; choose a [comm] plugin that joins "
                      "machines, such as nccl", name);
+  meet(job, 1);
   phx_status status = phx__segment_share(&job->member, name, bytes, found, err);
+  meet(job, 0);
   if (status == PHX_OK) memcpy(bases, found, (size_t)job->shown.size * sizeof *found);
-  phx__job_heartbeat(&job->shown);
   return status;
 }
 
 static phx_status job_exchange(void *ctx, const char *name, const void *mine, int64_t bytes, void *all,
                                phx_error *err) {
   struct job *job = ctx;
+  meet(job, 1);
   const phx_status status = job->store ? phx__store_exchange(job->store, name, mine, bytes, all, err)
                                        : phx__segment_exchange(&job->member, name, mine, bytes, all, err);
-  phx__job_heartbeat(&job->shown);
+  meet(job, 0);
   return status;
 }
 
@@ -270,6 +278,7 @@ void phx__job_leave(const phx_job *shown) {
     nanosleep(&(struct timespec){0, 1000000}, NULL);
     state = 0;
   }
+  meet(job, 1); /* and stays: the process ends now */
   phx__store_close(job->store);
   job->store = NULL;
 }

@@ -37,7 +37,7 @@ typedef struct phx__page {
   phx_liveness alive;
   uint64_t pid_space; /* of its rank: where its pid means this process; 0: not known */
   uint32_t claim;     /* nonzero: another rank has found this one lost, and writes its page */
-  uint32_t reserved0;
+  uint32_t meets;     /* nonzero: [main] waits for others with a deadline of that wait's own */
   char pad[4096 - sizeof(phx_liveness) - 16];
 } phx__page;
 

@@ -10,7 +10,8 @@
  *   - When the job has failed and [main] does not come back, the process ends: at once when it was asked to (SIGTERM).
  *   - exit() in the middle of a run, which is a plugin's, is a failure, whatever its status says.
  * What it does not do: wait, or take a lock that [main] or a plugin holds.  It reads pages and /proc only.
- * Never counted: time in which this process did not run (Ctrl-Z), in which somebody debugs it, timeout = 0.
+ * Never counted: time in which this process did not run (Ctrl-Z), in which somebody debugs it, in which it meets the
+ * other ranks (that wait has a deadline), timeout = 0.
  * Invariant: the page of another rank is written here only after that rank's end, and by one rank only: see claim.
  * Threads: one per process, from phx__watch_start until the process ends; the exit handler runs in whoever exits. */
 #include "job_watch.h"
@@ -222,7 +223,8 @@ static void listen(struct watcher *w, uint64_t now) {
       __atomic_load_n(&mine->heartbeat_ns, __ATOMIC_RELAXED) + __atomic_load_n(&mine->n_flights, __ATOMIC_RELAXED);
   const int32_t call = __atomic_load_n(&mine->in_call, __ATOMIC_RELAXED);
   const int32_t stage = __atomic_load_n(&mine->in_stage, __ATOMIC_RELAXED), state = state_of(mine);
-  if (beat != w->beat || call != w->call || stage != w->stage || state != w->state) heard(w, now);
+  const bool meets = __atomic_load_n(&w->segment->pages[w->job->rank].meets, __ATOMIC_ACQUIRE) != 0 && !w->failed_ns;
+  if (meets || beat != w->beat || call != w->call || stage != w->stage || state != w->state) heard(w, now);
   else if (now - w->last_ns > LATE_NS) w->quiet_ns += now - w->last_ns;
   w->beat = beat;
   w->call = call;
