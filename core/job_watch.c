@@ -30,6 +30,7 @@
 #include <unistd.h>
 
 #include "cgroup.h"
+#include "clean.h"
 #include "job.h"
 #include "job_segment.h"
 #include "status.h"
@@ -79,6 +80,7 @@ static void say(const char *format, ...) { /* stdio may be locked by [main], for
   va_end(args);
   if (n > (int)sizeof line - 2) n = (int)sizeof line - 2;
   if (n < 0) return;
+  phx__clean(line, (size_t)n);
   line[n++] = '\n';
   if (phx__sys.write(STDERR_FILENO, line, (size_t)n) < 0) return; /* nobody is left to be told */
 }

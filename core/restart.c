@@ -121,8 +121,8 @@ int phx__restart_run(const phx__config *config, char *const *argv, bool *restart
     if (outcome.failed && !first.failed) first = outcome;
     if (!outcome.failed || restarts == config->s.run.max_restarts) break;
     if (outcome.no_memory && no_memory) {
-      fputs("phalanx: no restart: ranks were killed for lack of memory twice in a row; give the job more, or lower "
-            "batch.micro, run.ranks or the model\n", stderr);
+      phx__complain("no restart: ranks were killed for lack of memory twice in a row; give the job more, or lower "
+                    "batch.micro, run.ranks or the model");
       break;
     }
     no_memory = outcome.no_memory;
