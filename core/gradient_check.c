@@ -154,7 +154,7 @@ static phx_status compare(phx__gradient_check *c, const char *call, int64_t i, c
   const int64_t from = r->first - c->samples[i].first;
   for (int64_t k = 0; k < r->numel; k++) {
     const float expected = c->sums[i][from + k], scale = c->sums[c->n + i][from + k], given = c->part[i][from + k];
-    if (!isfinite(expected) || !isfinite(scale)) continue; /* such a step is stopped, or passed over */
+    if (!isfinite(expected) || !isfinite(scale) || !isfinite(given)) continue; /* [run] on_nonfinite's business */
     if (fabs((double)given - (double)expected) <= c->tolerance * (double)scale + 1e-30) continue;
     return phx__fail(err, PHX_INTERNAL,
                      "strategy %s: %s: the gradient of %s, element %lld, is %.9g; what the ranks computed adds up to "
