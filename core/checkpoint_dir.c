@@ -71,8 +71,14 @@ phx_status phx__dir_flush(const char *path, phx_error *err) {
 }
 
 phx_status phx__dir_make(const char *path, phx_error *err) {
-  if (!phx__sys.mkdir(path, 0755) || errno == EEXIST) return PHX_OK;
-  return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s", path);
+  struct stat st;
+  if (!phx__sys.mkdir(path, 0755)) return PHX_OK;
+  if (errno != EEXIST || lstat(path, &st))
+    return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s", path);
+  if (S_ISLNK(st.st_mode) && st.st_uid != geteuid() && st.st_uid != 0)
+    return phx__fail(err, PHX_IO, "%s is a link that user %ld made: not followed", path, (long)st.st_uid);
+  if (!stat(path, &st) && S_ISDIR(st.st_mode)) return PHX_OK;
+  return phx__fail(err, PHX_IO, "%s is there, and is not a directory", path);
 }
 
 static phx_status remove_entry(int dir, const char *path, const char *name, int depth, phx_error *err);

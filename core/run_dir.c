@@ -79,6 +79,19 @@ static void unmake_dirs(const char *path, int made) {
 
 static bool is_ours(const struct stat *st) { return st->st_uid == geteuid() || st->st_uid == 0; }
 
+/* On some file systems (FAT, shares of other systems) all files are of one user: one that we make there, too. */
+static bool has_no_owners(const char *dir, const struct stat *st) {
+  char path[RUN_DIR_MAX + 64];
+  struct stat made;
+  snprintf(path, sizeof path, "%s/.owner-%ld.part", dir, (long)getpid());
+  const int fd = phx__sys.open(path, O_WRONLY | O_CREAT | O_EXCL, 0600);
+  if (fd < 0) return false;
+  const bool same = !phx__sys.fstat(fd, &made) && made.st_uid == st->st_uid;
+  phx__sys.close(fd);
+  phx__sys.unlink(path);
+  return same;
+}
+
 static bool has_no_name(const char *path) {
   const char *slash = strrchr(path, '/'), *leaf = slash ? slash + 1 : path;
   return !strcmp(leaf, ".") || !strcmp(leaf, "..");
@@ -104,7 +117,7 @@ static phx_status resolve(const phx__config *config, char dir[RUN_DIR_MAX], phx_
     return phx__fail_errno(err, PHX_INVALID, errno, "run.out = %s", asked);
   }
   if (!S_ISDIR(st.st_mode)) return phx__fail(err, PHX_INVALID, "run.out = %s is not a directory", asked);
-  if (!is_ours(&st))
+  if (!is_ours(&st) && !has_no_owners(asked, &st))
     return phx__fail(err, PHX_INVALID,
                      "run.out = %s belongs to user %ld, neither to you nor to root: name a directory of your own, or a "
                      "new one in it", asked, (long)st.st_uid);

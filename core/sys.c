@@ -1,6 +1,7 @@
 /* core/sys.c - see sys.h. */
 #include "sys.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +15,17 @@ static int sys_direct(int fd, int on) {
   return flags < 0 ? -1 : fcntl(fd, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT);
 }
 
-static int sys_open(const char *path, int flags, mode_t mode) { return open(path, flags | O_CLOEXEC, mode); }
+/* What is written is a file of its own: where somebody else has put a link or a pipe of that name, it is neither
+ * followed (ELOOP) nor waited for. */
+static int sys_open(const char *path, int flags, mode_t mode) {
+  struct stat st;
+  if (!(flags & O_CREAT)) return open(path, flags | O_CLOEXEC, mode);
+  const int fd = open(path, flags | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, mode);
+  if (fd < 0 || fstat(fd, &st) || S_ISREG(st.st_mode)) return fd;
+  close(fd);
+  errno = EPERM;
+  return -1;
+}
 
 static int sys_openat(int dir, const char *name, int flags) { return openat(dir, name, flags | O_CLOEXEC); }
 

@@ -13,7 +13,7 @@ typedef struct phx__sys_table {
   void *(*calloc)(size_t n, size_t bytes);
   void *(*realloc)(void *p, size_t bytes);
   void (*free)(void *p);
-  int (*open)(const char *path, int flags, mode_t mode);
+  int (*open)(const char *path, int flags, mode_t mode); /* with O_CREAT: no link is followed */
   int (*openat)(int dir, const char *name, int flags);
   int (*close)(int fd);
   ssize_t (*read)(int fd, void *buffer, size_t bytes);

@@ -167,7 +167,7 @@ phx_status phx__weights_write(phx__runtime *rt, const char *dir, int64_t step, p
   }
   if (first) PHX__TRY(phx__file_write(f.fd, part, head, head_bytes, 0, err));
   PHX__TRY(barrier(rt, err));
-  if (!first && (f.fd = phx__sys.open(part, O_RDWR, 0)) < 0) {
+  if (!first && (f.fd = phx__sys.open(part, O_RDWR | O_NOFOLLOW, 0)) < 0) {
     status = phx__fail_errno(err, PHX_IO, errno, "cannot open %s", part);
     goto done;
   }

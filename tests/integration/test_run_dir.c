@@ -243,3 +243,52 @@ Test(run_dir, the_working_directory_and_a_mount_point, .timeout = 60) {
   command_remove_dir(dir);
   if (!can) cr_skip("no mount namespaces here");
 }
+
+/* ---- what somebody else has prepared ---- */
+/* Each file that a run writes is a link to one of ours before: it is not written through. */
+Test(run_dir, no_link_is_written_through, .timeout = 60) {
+  static const char *const names[] = {"config.ini.part", "run.json.part", "weights.safetensors.part",
+                                      "model.safetensors.part", "metrics.jsonl", "rank-1.log", "lock", "config.ini"};
+  char *dir = command_temp_dir(), path[512];
+  training_files(dir, tiny);
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    snprintf(path, sizeof path, "%s/out%zu", dir, i);
+    cr_assert_eq(mkdir(path, 0755), 0);
+    command_write_file(dir, "victim", "kept", 4);
+    snprintf(path, sizeof path, "%s/out%zu/%s", dir, i, names[i]);
+    cr_assert_eq(symlink("../victim", path), 0);
+    const int status = finish(begin(dir, "said", "train run.ini -n 2 --set run.out=out%zu --set run.steps=2", i));
+    char *said = command_read_file(dir, "said"), *kept = command_read_file(dir, "victim");
+    cr_assert_str_eq(kept, "kept", "%s: status %d: %s", names[i], status, said);
+    cr_assert(status == PHX__EXIT_OK || status == PHX__EXIT_REFUSED || status == PHX__EXIT_RANK, "%s: status %d: %s",
+              names[i], status, said);
+    cr_assert(status == PHX__EXIT_OK || strstr(said, "symbolic link") || strstr(said, "a link"), "%s: %s", names[i],
+              said);
+    free(said);
+    free(kept);
+  }
+  command_remove_dir(dir);
+}
+
+Test(run_dir, of_another_user, .timeout = 60) {
+  if (geteuid() != 0) cr_skip("only root can give a directory away");
+  char *dir = command_temp_dir(), path[512];
+  training_files(dir, tiny);
+  snprintf(path, sizeof path, "%s/out", dir);
+  cr_assert_eq(mkdir(path, 0777), 0);
+  cr_assert_eq(chown(path, 12345, 12345), 0);
+  expect_refused(dir, begin(dir, "said", "train run.ini"), "said", "belongs to user 12345");
+  cr_assert(!exists(dir, "out/config.ini") && !exists(dir, "out/lock"));
+  snprintf(path, sizeof path, "%s/theirs", dir);
+  cr_assert_eq(symlink("mine", path), 0);
+  cr_assert_eq(lchown(path, 12345, 12345), 0);
+  expect_refused(dir, begin(dir, "said", "train run.ini --set run.out=theirs"), "said", "is a link that user 12345 made");
+  cr_assert_eq(finish(begin(dir, "said", "train run.ini -n 1 --set run.out=mine --set run.steps=2")), 0);
+  snprintf(path, sizeof path, "cd %s && mv mine/checkpoints elsewhere && ln -s ../elsewhere mine/checkpoints && "
+           "chown -h 12345 mine/checkpoints", dir);
+  cr_assert_eq(system(path), 0);
+  cr_assert_eq(finish(begin(dir, "said", "train run.ini -n 1 --resume --set run.out=mine --set run.steps=4")),
+               PHX__EXIT_RANK);
+  cr_assert(!exists(dir, "elsewhere/step-00000004"), "nothing is saved through it");
+  command_remove_dir(dir);
+}
