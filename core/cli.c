@@ -6,6 +6,7 @@
 #include "commands.h"
 #include "complain.h"
 #include "nearest.h"
+#include "resume.h"
 #include "status.h"
 #include "sys.h"
 
@@ -28,11 +29,13 @@ typedef struct command {
 
 /* One row per command, in the order of --help. */
 static const command commands[] = {
-    {"train", "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K] [--resume [DIR]]",
+    {"train",
+     "FILE.ini [-n RANKS] [--strategy NAME|PATH.so] [--set section.key=value]... [--steps K] [--resume [DIR|if-any]]",
      "one run, or (--resume) what is left of it; without another launcher it starts the ranks itself",
      phx__command_train,
      EVERY_RUN STEPS
      "  --resume [DIR]             go on from the newest checkpoint of run.out, or of DIR: a run, or one checkpoint\n"
+     "  --resume=if-any            the same of run.out, or a new run where it holds no checkpoint\n"
      "\n" SECTIONS},
     {"compare", "FILE.ini --strategies ddp,fsdp.sharding=grad_op,zero.stage=1,... [-n RANKS] [--steps K] [--set ...]",
      "the same run under several strategies: memory, speed, traffic, loss, equal bits", phx__command_compare,
@@ -179,9 +182,10 @@ static bool is_directory(const char *path) {
 static int take_resume(char **argv, phx__arguments *out) {
   const char *next = argv[1];
   const bool joined = argv[0][8] == '=';
-  const bool taken = !joined && next && next[0] != '-' && next[0] && (out->file || is_directory(next));
+  const bool taken = !joined && next && next[0] != '-' && next[0] &&
+                     (out->file || is_directory(next) || !strcmp(next, PHX__RESUME_IF_ANY));
   out->resume = joined ? argv[0] + 9 : taken ? next : "";
-  if (joined && !argv[0][9]) phx__complain("--resume= needs a directory");
+  if (joined && !argv[0][9]) phx__complain("--resume= needs a directory, or " PHX__RESUME_IF_ANY);
   if (joined && !argv[0][9]) return 0;
   return taken ? 2 : 1;
 }
@@ -245,7 +249,8 @@ bool phx__arguments_parse(int argc, char **argv, unsigned accept, phx__arguments
     if (!used) goto refused;
     i += used;
   }
-  if (!out->file && out->resume && out->resume[0] && !file_of_run(out)) goto refused;
+  const bool of_run = out->resume && out->resume[0] && strcmp(out->resume, PHX__RESUME_IF_ANY) != 0;
+  if (!out->file && of_run && !file_of_run(out)) goto refused;
   if (out->file) return true;
   phx__complain("%s needs a FILE.ini", argv[0]);
 refused:

@@ -9,13 +9,13 @@ int phx__cli_main(int argc, char **argv);
 enum {
   PHX__ACCEPT_STEPS = 1u << 0,     /* --steps K */
   PHX__ACCEPT_STRATEGIES = 1u << 1, /* --strategies A,B.key=value,... */
-  PHX__ACCEPT_RESUME = 1u << 2     /* --resume [DIR] */
+  PHX__ACCEPT_RESUME = 1u << 2     /* --resume [DIR|if-any] */
 };
 enum { PHX__OVERRIDES_MOST = 64 };
 
 typedef struct phx__arguments {
   const char *file;         /* FILE.ini; with --resume DIR alone, that run's config.ini, and run.out is DIR */
-  const char *resume;       /* --resume's DIR, "" without one; NULL: no --resume */
+  const char *resume;       /* --resume's DIR or `if-any`, "" without one; NULL: no --resume */
   const char *strategies;   /* --strategies, or NULL; --strategy, -n, --set and --steps became overrides */
   phx__override overrides[PHX__OVERRIDES_MOST]; /* in order; later ones win */
   size_t n_overrides;

@@ -11,6 +11,17 @@
 #include "model_source.h"
 #include "status.h"
 
+phx_status phx__resume_decide(const phx__config *config, bool *any, phx_error *err) {
+  char text[PHX__CHECKPOINT_PATH + 100];
+  int64_t step = -1;
+  const phx_status status = phx__checkpoint_newest(config->s.run.out, INT64_MAX, &step, any, err);
+  if (status || *any) return status;
+  snprintf(text, sizeof text, "%.4000s holds no checkpoint: a new run begins (--resume=" PHX__RESUME_IF_ANY ")",
+           config->s.run.out);
+  phx__log(0, "checkpoint", PHX_LOG_INFO, text);
+  return PHX_OK;
+}
+
 phx_status phx__resume_locate(const phx__config *config, const char *asked, phx__resume *out, phx_error *err) {
   char run_dir[PHX__CHECKPOINT_PATH], own[PHX__CHECKPOINT_PATH];
   int64_t step = -1;

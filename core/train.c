@@ -393,6 +393,22 @@ static void say_start(const phx__config *config, int32_t local_ranks) {
   phx__cpus_say(config, local_ranks);
 }
 
+static bool is_if_any(const char *asked) { return asked && !strcmp(asked, PHX__RESUME_IF_ANY); }
+
+/* Rank 0 looks, for all: the others might see an older state of the directory. */
+static phx_status decide_resume(run *r, phx_error *err) {
+  uint64_t mine = 0, all[PHX_RANKS_MAX];
+  bool any = false;
+  phx_status status = r->job->rank == 0 ? phx__resume_decide(r->config, &any, err) : PHX_OK;
+  if (status == PHX_IO) r->failed_exit = PHX__EXIT_DAMAGED;
+  if (status) return status;
+  mine = any;
+  status = r->job->exchange(r->job->ctx, "--resume=" PHX__RESUME_IF_ANY, &mine, sizeof mine, all, err);
+  if (status) return status;
+  r->asked = all[0] ? "" : NULL;
+  return r->asked ? phx__resume_locate(r->config, r->asked, &r->resume, err) : PHX_OK;
+}
+
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
@@ -417,10 +433,12 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status && foreign()) status = phx__room_check_rank(r->prepared, &room, r->job->local_size, err);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
-  if (!status && r->job->rank == 0 && foreign()) {
-    status = phx__disk_room_at_start(r->config, r->prepared->model, err);
-    if (!status) status = phx__run_dir_open(r->config, &r->dir, err);
-    if (!status) status = phx__run_dir_begin(r->dir, r->config, r->asked && r->resume.continues, err);
+  const bool makes = r->job->rank == 0 && foreign();
+  if (!status && makes) status = phx__disk_room_at_start(r->config, r->prepared->model, err);
+  if (!status && makes) status = phx__run_dir_open(r->config, &r->dir, err);
+  if (!status && is_if_any(r->asked)) status = decide_resume(r, err);
+  if (!status && makes) {
+    status = phx__run_dir_begin(r->dir, r->config, r->asked && r->resume.continues, err);
     if (!status) say_start(r->config, r->job->local_size);
   }
   if (!status && r->job->rank == 0) status = phx__run_dir_inherit(r->config, err);
@@ -496,14 +514,15 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   run r = {.config = config, .asked = resume, .failed_exit = PHX__EXIT_REFUSED};
   r.result.loss = r.result.valid_loss = NAN;
   if (config->s.checkpoint.every > 0) phx__stop_install(who_watches());
-  phx_status status = resume ? phx__resume_locate(config, resume, &r.resume, &err) : PHX_OK;
+  phx_status status = PHX_OK;
+  if (resume && !is_if_any(resume)) status = phx__resume_locate(config, resume, &r.resume, &err);
   if (!status) status = open_run(&r, &err);
   if (!status) {
     r.failed_exit = PHX__EXIT_RANK;
     status = run_steps(&r, &err);
   }
   const bool refused = status && r.failed_exit != PHX__EXIT_RANK;
-  if (refused && resume) phx__run_dir_undo(r.dir);
+  if (refused && r.asked) phx__run_dir_undo(r.dir);
   phx__progress_close(&r.progress);
   if (status) {
     phx__where_reason(r.job, status, &err);
@@ -549,10 +568,11 @@ int phx__train_launch(const phx__config *config, const char *resume, char *const
   phx__run_dir *dir = NULL;
   phx_status status = phx__train_check(config, &err);
   if (!status) status = phx__run_dir_open(config, &dir, &err);
-  if (!status && resume) {
-    status = check_resume(config, resume, &found, &err);
-    if (status == PHX_IO) refusal = PHX__EXIT_DAMAGED;
-  }
+  bool any = resume && !is_if_any(resume);
+  if (!status && is_if_any(resume)) status = phx__resume_decide(config, &any, &err);
+  if (is_if_any(resume)) resume = any ? "" : NULL;
+  if (!status && resume) status = check_resume(config, resume, &found, &err);
+  if (status == PHX_IO && dir) refusal = PHX__EXIT_DAMAGED;
   if (!status) status = phx__run_dir_begin(dir, config, resume && found.continues, &err);
   if (status) {
     phx__complain("%s", err.message);
