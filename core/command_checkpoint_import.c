@@ -3,8 +3,8 @@
  *
  * From a folder with config.json and model.safetensors, or several files and their index, as Hugging Face writes them
  * for GPT-2 (model_source.c checks it whole); or from a run or a checkpoint of ours, whose weights alone are taken.  A
- * weight that is no finite number is refused. Optimizer states are zero.  The checkpoint is written beside its place and
- * renamed when it is whole.  The model's layout is the plugin's own, asked through a configuration. */
+ * weight that is no finite number is refused.  Optimizer states are zero.  The checkpoint is written beside its place
+ * and renamed when it is whole.  The model's layout is the plugin's own, asked through a configuration. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -252,7 +252,8 @@ static phx_status run_import(import *in, const char *from, const char *out, phx_
 
 int phx__checkpoint_import(int argc, char **argv) {
   phx_error err = PHX_ERROR_INIT;
-  if (argc != 4 || strcmp(argv[2], "-o")) return phx__checkpoint_usage("import FOLDER|CHECKPOINT|RUN -o CHECKPOINT|RUN");
+  if (argc != 4 || strcmp(argv[2], "-o"))
+    return phx__checkpoint_usage("import FOLDER|CHECKPOINT|RUN -o CHECKPOINT|RUN");
   import *in = phx__calloc(1, sizeof *in);
   if (!in) return phx__checkpoint_refuse(phx__fail(&err, PHX_NOMEM, "no memory to import"), &err);
   phx_status status = run_import(in, argv[1], argv[3], &err);

@@ -1,9 +1,9 @@
 /* plugins/gpt/plugin.c - the descriptor and options of the GPT-2 model.  Constant data; any thread.
  *
  * The architecture is GPT-2's exactly (Radford et al. 2019): learned positions, biases everywhere, pre-norm blocks,
- * layer norm 1e-5 (norm_eps), GELU with tanh, the head tied to the token embedding.  Weights of linear layers are stored (out,
- * in), as in torch's Linear and llm.c, not (in, out) as in Hugging Face's Conv1D; names are Hugging Face's without
- * "transformer.". */
+ * layer norm 1e-5 (norm_eps), GELU with tanh, the head tied to the token embedding.  Weights of linear layers are
+ * stored (out, in), as in torch's Linear and llm.c, not (in, out) as in Hugging Face's Conv1D; names are Hugging Face's
+ * without "transformer.". */
 #include "gpt.h"
 
 static const char *const size_choices[] = {"none", "tiny", "124M", "355M", "774M", "1558M", NULL};

@@ -36,8 +36,8 @@ TestSuite(model_folders, .init = set_up, .fini = tear_down, .timeout = 120);
 
 static char *expect(int status, const char *says, const char *const *argv) {
   command_result r = command_run(dir, 60, argv);
-  cr_assert(r.status == status && strstr(r.out, says), "%s %s %s: status %d, not %d, or not '%s':\n%s", argv[1], argv[2],
-            argv[3] ? argv[3] : "", r.status, status, says, r.out);
+  cr_assert(r.status == status && strstr(r.out, says), "%s %s %s: status %d, not %d, or not '%s':\n%s", argv[1],
+            argv[2], argv[3] ? argv[3] : "", r.status, status, says, r.out);
   return r.out; /* kept until the test ends */
 }
 #define EXPECT(status, says, ...) expect(status, says, (const char *const[]){"phalanx", __VA_ARGS__, NULL})
