@@ -179,32 +179,6 @@ static int run_variant(const phx__compare_plan *plan, variant *v) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : PHX__EXIT_RANK;
 }
 
-static char *read_text(const char *path) {
-  FILE *f = fopen(path, "re");
-  char *text = NULL;
-  size_t used = 0, room = 0, n;
-  int whole = f != NULL;
-  if (!f) return NULL;
-  do {
-    if (used + 65536 > room) {
-      char *more = phx__sys.realloc(text, room = used + (1 << 20));
-      if (!more) {
-        whole = 0;
-        break;
-      }
-      text = more;
-    }
-    n = fread(text + used, 1, 65535, f);
-    used += n;
-  } while (n > 0);
-  if (ferror(f)) whole = 0;
-  fclose(f);
-  if (whole) text[used] = 0;
-  if (whole) return text;
-  phx__free(text);
-  return NULL;
-}
-
 static int keep_losses(variant *v, char *text) {
   for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
     const char *begin = strstr(line, "\"loss\":"), *end = strstr(line, ",\"lr\":");
@@ -224,11 +198,11 @@ static int keep_losses(variant *v, char *text) {
 static int read_results(variant *v) {
   char path[4300];
   snprintf(path, sizeof path, "%s/run.json", v->dir);
-  char *text = read_text(path);
+  char *text = phx__file_text(path);
   v->run = text ? cJSON_Parse(text) : NULL;
   phx__free(text);
   snprintf(path, sizeof path, "%s/metrics.jsonl", v->dir);
-  text = read_text(path);
+  text = phx__file_text(path);
   const int ok = cJSON_GetObjectItemCaseSensitive(v->run, "result") && text && keep_losses(v, text);
   phx__free(text);
   if (!ok) phx__complain("%s: the run left no complete run.json and metrics.jsonl", v->dir);

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "clean.h"
+#include "json.h"
 #include "status.h"
 #include "sys.h"
 
@@ -34,6 +35,42 @@ phx_status phx__text_write(const char *path, const char *text, phx_error *err) {
     status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
   if (status) phx__sys.unlink(part);
   return status;
+}
+
+/* ---- text in memory ---- */
+static ssize_t keep_bytes(void *cookie, const char *bytes, size_t n) {
+  phx__text *t = cookie;
+  phx__text_bytes(t, bytes, n);
+  if (!t->failed) return (ssize_t)n;
+  errno = ENOMEM;
+  return 0;
+}
+
+FILE *phx__text_stream(phx__text *t) {
+  *t = (phx__text){.bytes = 0};
+  return fopencookie(t, "w", (cookie_io_functions_t){.write = keep_bytes});
+}
+
+char *phx__file_text(const char *path) {
+  enum { PIECE = 1 << 16 };
+  phx__text t = {.bytes = 0};
+  const int fd = phx__sys.open(path, O_RDONLY, 0);
+  if (fd < 0) return NULL;
+  char *piece = phx__calloc(1, PIECE);
+  ssize_t n = piece ? 1 : -1;
+  int cause = ENOMEM;
+  while (n > 0) {
+    n = phx__sys.read(fd, piece, PIECE);
+    cause = errno;
+    if (n >= 0) phx__text_bytes(&t, piece, (size_t)n);
+    else if (cause == EINTR) n = 1;
+  }
+  phx__sys.close(fd);
+  phx__free(piece);
+  if (n == 0 && !t.failed) return t.data;
+  phx__free(t.data);
+  errno = t.failed ? ENOMEM : cause;
+  return NULL;
 }
 
 /* ---- JSON ---- */

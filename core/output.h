@@ -4,9 +4,17 @@
 #include <cjson/cJSON.h>
 #include <phalanx/base.h>
 #include <stdbool.h>
+#include <stdio.h>
+
+struct phx__text; /* json.h */
 
 /* Writes path.part, flushes it to the disk and renames it; on failure path is as it was and nothing is beside it. */
 phx_status phx__text_write(const char *path, const char *text, phx_error *err);
+
+/* A stream into a text of json.h: closed with fclose, and then whole unless text->failed.  NULL: there is no stream. */
+FILE *phx__text_stream(struct phx__text *text);
+/* A whole file, with a zero behind it (phx__free); NULL with errno: it cannot be read, or there is no memory. */
+char *phx__file_text(const char *path);
 
 /* text as a JSON string, with its quotes, into out; bytes that are no UTF-8 become '?'.  Its length, or 0: it does not
  * fit. */

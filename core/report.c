@@ -20,14 +20,15 @@
 #include "sys.h"
 
 int64_t phx__pss_bytes(void) {
-  FILE *f = fopen("/proc/self/smaps_rollup", "re");
-  char line[256];
-  int64_t kib = -1;
-  if (!f) return -1;
-  while (kib < 0 && fgets(line, sizeof line, f))
-    if (!strncmp(line, "Pss:", 4)) kib = strtoll(line + 4, NULL, 10);
-  fclose(f);
-  return kib < 0 ? -1 : kib * 1024;
+  char text[2048]; /* "Pss:" is the third line of some twenty short ones */
+  const int fd = phx__sys.open("/proc/self/smaps_rollup", O_RDONLY, 0);
+  if (fd < 0) return -1;
+  const ssize_t n = phx__sys.read(fd, text, sizeof text - 1);
+  phx__sys.close(fd);
+  if (n <= 0) return -1;
+  text[n] = 0;
+  const char *line = strstr(text, "\nPss:");
+  return line ? strtoll(line + 5, NULL, 10) * 1024 : -1;
 }
 
 /* ---- run.json ---- */

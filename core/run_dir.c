@@ -17,6 +17,7 @@
 
 #include "checkpoint_dir.h"
 #include "complain.h"
+#include "json.h"
 #include "output.h"
 #include "run_lock.h"
 #include "status.h"
@@ -186,17 +187,16 @@ static phx_status move_aside(phx__run_dir *d, phx_error *err) {
 
 /* ---- config.ini ---- */
 static phx_status write_config(const phx__config *config, const char *dir, phx_error *err) {
-  char path[RUN_DIR_MAX + 32], *text = NULL;
-  size_t bytes = 0;
-  FILE *f = open_memstream(&text, &bytes);
+  char path[RUN_DIR_MAX + 32];
+  phx__text text;
+  FILE *f = phx__text_stream(&text);
   if (!f) return phx__fail_errno(err, PHX_NOMEM, errno, "cannot write %s/config.ini", dir);
   phx__config_print(config, f, true);
-  const bool short_of_memory = ferror(f);
   phx_status status = PHX_OK;
   snprintf(path, sizeof path, "%s/config.ini", dir);
-  if (fclose(f) || short_of_memory || !text) status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
-  else status = phx__text_write(path, text, err);
-  free(text);
+  if (fclose(f) || text.failed) status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+  else status = phx__text_write(path, text.data, err);
+  phx__free(text.data);
   return status;
 }
 
@@ -260,6 +260,16 @@ phx_status phx__run_dir_begin(phx__run_dir *d, const phx__config *config, bool c
   return status;
 }
 
+static int cut_file(const char *path, int64_t bytes) {
+  const int fd = phx__sys.open(path, O_WRONLY | O_NOFOLLOW, 0);
+  if (fd < 0) return -1;
+  const int failed = phx__sys.ftruncate(fd, bytes);
+  const int cause = errno;
+  phx__sys.close(fd);
+  errno = cause;
+  return failed;
+}
+
 void phx__run_dir_undo(phx__run_dir *d) {
   char path[RUN_DIR_MAX + 32];
   struct stat st;
@@ -269,7 +279,7 @@ void phx__run_dir_undo(phx__run_dir *d) {
   for (int32_t r = 0; r < PHX_RANKS_MAX; r++) {
     log_path(d, r, path);
     if (fresh || d->logs[r] < 0) phx__sys.unlink(path);
-    else if (!stat(path, &st) && st.st_size > d->logs[r] && truncate(path, d->logs[r]))
+    else if (!stat(path, &st) && st.st_size > d->logs[r] && cut_file(path, d->logs[r]))
       phx__complain("%s could not be cut to what it was: %s", path, strerror(errno));
   }
   snprintf(path, sizeof path, "%s/config.ini", d->dir);

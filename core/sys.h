@@ -1,4 +1,10 @@
-/* core/sys.h - every system call and allocation of the core, through one table, so that a test can fail any of them.
+/* core/sys.h - the core's system calls on files and memory, and its allocations, through one table, so that a test can
+ * fail any of them.
+ *
+ * Every file that a run reads or writes is opened, read, written, renamed and removed through it.  Past it go: finding
+ * things (stat, realpath, lists of directories), processes and signals, sockets, /dev/null, what a crash handler says,
+ * the watch over memory (memory_watch.c), and what the C library does for itself: text on the screen, its streams'
+ * buffers, inih and the dynamic loader.
  *
  * phx__sys is the process's table; tests replace members (one thread, before use).  [any] otherwise: pread, pwrite and
  * direct are also called from threads of stream.c. */

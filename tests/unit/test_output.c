@@ -7,7 +7,10 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "fault_turn.h"
+#include "json.h"
 #include "output.h"
+#include "report.h"
 #include "status.h"
 #include "sys.h"
 #include "temp_dir.h"
@@ -97,6 +100,54 @@ static int left;
 static void *few_callocs(size_t n, size_t bytes) { return left-- > 0 ? calloc(n, bytes) : NULL; }
 
 /* cJSON drops members it has no memory for, without a word: none of that may reach a file. */
+/* The n-th call fails: the text is whole, or said to be lost. */
+Test(output, a_text_in_memory_is_whole_or_lost) {
+  fault_install();
+  for (long turn = 1;; turn++) {
+    phx__text text;
+    fault_begin(FAULT_MEMORY, ENOMEM, turn);
+    FILE *f = phx__text_stream(&text);
+    for (int i = 0; f && i < 5000; i++) fprintf(f, "%04d\n", i);
+    const int failed = f && fclose(f);
+    fault_end();
+    cr_assert_eq(fault.fired, !f || failed || text.failed);
+    if (f && !text.failed) {
+      cr_assert_eq(strlen(text.data), 25000);
+      cr_assert_str_eq(text.data + 24995, "4999\n");
+    }
+    phx__free(text.data);
+    if (!fault.fired) break;
+  }
+}
+
+Test(output, a_file_is_read_whole_or_not) {
+  static char long_text[200001];
+  static const fault_kind kinds[] = {FAULT_READING, FAULT_SHORT, FAULT_MEMORY};
+  char name[300];
+  memset(long_text, 'x', sizeof long_text - 1);
+  snprintf(name, sizeof name, "%s/text", dir.path);
+  phx_error err = PHX_ERROR_INIT;
+  cr_assert_eq(phx__text_write(name, long_text, &err), PHX_OK, "%s", err.message);
+  fault_install();
+  for (int k = 0; k < 3; k++)
+    for (long turn = 1;; turn++) {
+      fault_begin(kinds[k], EIO, turn);
+      char *text = phx__file_text(name);
+      fault_end();
+      cr_assert_eq(text == NULL, fault.fired && kinds[k] != FAULT_SHORT, "%s", fault.call);
+      if (text) cr_assert_str_eq(text, long_text);
+      phx__free(text);
+      if (!fault.fired) break;
+    }
+  for (long turn = 1;; turn++) {
+    fault_begin(FAULT_READING, EIO, turn);
+    const int64_t pss = phx__pss_bytes();
+    fault_end();
+    cr_assert_eq(pss > 0, !fault.fired, "%lld", (long long)pss);
+    if (!fault.fired) break;
+  }
+}
+
 Test(output, json_with_lost_members_is_refused) {
   const char *path = temp_dir_path(&dir, "a.json");
   int refused = 0;
