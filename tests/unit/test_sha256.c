@@ -55,8 +55,8 @@ Test(sha256, file_against_sha256sum, .timeout = 60) {
   unlink(path);
 }
 
-static ssize_t failing_read(int fd, void *buffer, size_t bytes) {
-  (void)fd, (void)buffer, (void)bytes;
+static ssize_t failing_pread(int fd, void *buffer, size_t bytes, off_t at) {
+  (void)fd, (void)buffer, (void)bytes, (void)at;
   errno = EIO;
   return -1;
 }
@@ -66,7 +66,7 @@ Test(sha256, failures) {
   phx_error err = PHX_ERROR_INIT;
   cr_assert_eq(phx__sha256_file("/nonexistent/x", hex, &err), PHX_IO);
   cr_assert_eq(err.cause, ENOENT);
-  phx__sys.read = failing_read;
+  phx__sys.pread = failing_pread;
   cr_assert_eq(phx__sha256_file("/proc/self/exe", hex, &err), PHX_IO);
   cr_assert_eq(err.cause, EIO);
   cr_assert_str_eq(hex, "unchanged");
