@@ -81,6 +81,8 @@ phx_status phx__dir_make(const char *path, phx_error *err) {
   return phx__fail(err, PHX_IO, "%s is there, and is not a directory", path);
 }
 
+enum { REMOVE_DEPTH = 32 }; /* a folder that strayed into a .part goes with it, and a save is not kept from its place */
+
 static phx_status remove_entry(int dir, const char *path, const char *name, int depth, phx_error *err);
 
 static phx_status remove_contents(int fd, const char *path, int depth, phx_error *err) {
@@ -101,7 +103,7 @@ static phx_status remove_contents(int fd, const char *path, int depth, phx_error
 static phx_status remove_entry(int dir, const char *path, const char *name, int depth, phx_error *err) {
   if (!phx__sys.unlinkat(dir, name, 0) || errno == ENOENT) return PHX_OK;
   if (errno != EISDIR && errno != EPERM) return phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
-  if (depth == 0) return phx__fail(err, PHX_IO, "%s holds directories in directories: not ours to remove", path);
+  if (depth == 0) return phx__fail(err, PHX_IO, "%s holds more than 32 directories in each other: not removed", path);
   const int fd = phx__sys.openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
   if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s/%s", path, name);
   phx_status status = remove_contents(fd, path, depth - 1, err);
@@ -114,7 +116,7 @@ phx_status phx__checkpoint_remove(const char *path, phx_error *err) {
   const int fd = phx__sys.open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0);
   if (fd < 0 && errno == ENOENT) return PHX_OK;
   if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open the directory %s", path);
-  phx_status status = remove_contents(fd, path, 1, err);
+  phx_status status = remove_contents(fd, path, REMOVE_DEPTH, err);
   if (!status && phx__sys.rmdir(path) && errno != ENOENT)
     status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s", path);
   return status;

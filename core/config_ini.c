@@ -4,7 +4,7 @@
  * continues the value above, a NUL ends a value, keys after a broken [section go to the section before.  So a reader of
  * our own hands it one whole line at a time, checks the line first, and hands an empty one where it refuses; it counts
  * lines itself, which is right with every build of inih.  Nothing here uses inih's macros or run-time globals: builds
- * differ in them.
+ * differ in them.  A line that inih's buffer cannot hold (200 bytes) is taken apart here, by the same rules.
  *
  * Does not know which sections and keys exist.  Any thread. */
 #include "config_ini.h"
@@ -24,6 +24,7 @@ typedef struct parse {
   const phx__ini_sink *sink;
   const char *at, *end; /* what is left of the text */
   int line;             /* the one that inih works on, from 1 */
+  char section[PHX__INI_NAME_LONGEST + 1];
   bool stop;            /* a callback ran out of memory */
 } parse;
 
@@ -67,6 +68,7 @@ static void check_section(parse *p, char *line, size_t bytes, size_t n) {
     wrong = "a section's name is at most 48 bytes";
   for (const char *rest = close ? close + 1 : line; !wrong && rest < line + n && *rest != ';'; rest++)
     if (!is_blank(*rest)) wrong = "only a comment may follow a section's name";
+  snprintf(p->section, sizeof p->section, "%s", BROKEN_SECTION);
   if (wrong) {
     refuse(p, wrong);
     snprintf(line, bytes, "[%s]\n", BROKEN_SECTION);
@@ -74,6 +76,7 @@ static void check_section(parse *p, char *line, size_t bytes, size_t n) {
   }
   memcpy(name, line + 1, length);
   name[length] = 0;
+  memcpy(p->section, name, length + 1);
   if (!p->stop && !p->sink->section(p->sink->arg, p->line, name)) p->stop = true;
 }
 
@@ -86,6 +89,29 @@ static const char *bad_entry(const char *line, size_t n) {
 }
 
 static bool has_mark(const char *line, size_t n) { return n >= 3 && memcmp(line, "\xEF\xBB\xBF", 3) == 0; }
+
+static int take_entry(void *arg, const char *section, const char *key, const char *value);
+
+/* `key = value ; comment`, of which bad_entry finds no fault. */
+static void take_long_entry(parse *p, const char *from, size_t n) {
+  char *text = phx__calloc(1, n + 1);
+  if (!text) {
+    p->stop = true;
+    return;
+  }
+  memcpy(text, from, n);
+  char *value = text + strcspn(text, "=:");
+  size_t key = (size_t)(value - text);
+  *value++ = 0;
+  while (key && is_blank(text[key - 1])) text[--key] = 0;
+  for (size_t i = 1; value[i - 1] && value[i]; i++)
+    if (value[i] == ';' && is_blank(value[i - 1])) value[i] = 0;
+  while (is_blank(*value)) value++;
+  size_t length = strlen(value);
+  while (length && is_blank(value[length - 1])) value[--length] = 0;
+  take_entry(p, p->section, text, value);
+  phx__free(text);
+}
 
 /* inih's fgets: one line of at most `room` bytes with its end. */
 static char *read_line(char *line, int room, void *arg) {
@@ -104,13 +130,22 @@ static char *read_line(char *line, int room, void *arg) {
   const char *wrong = bad_bytes(from, n);
   snprintf(line, (size_t)room, "\n");
   if (!wrong && nothing) return line;
-  if (!wrong && (room < 4 || n > (size_t)room - 4)) wrong = "the line is too long (at most 195 bytes)";
+  const bool is_long = room < 4 || n > (size_t)room - 4;
+  if (!wrong && n > PHX__INI_LINE_LONGEST) wrong = "the line is too long (at most 8192 bytes)";
+  if (!wrong && is_long && from[0] == '[') wrong = "the line of a section is too long (at most 195 bytes)";
   if (!wrong && has_mark(from, n)) wrong = "a byte order mark is more than the one that may begin the file: remove it";
   if (!wrong && indent) wrong = "an indented line would continue the one above: begin it in the first column";
   if (!wrong && from[0] != '[') wrong = bad_entry(from, n);
   if (wrong) {
     refuse(p, wrong);
-    if (n && from[0] == '[') snprintf(line, (size_t)room, "[%s]\n", BROKEN_SECTION);
+    if (n && from[0] == '[') {
+      snprintf(line, (size_t)room, "[%s]\n", BROKEN_SECTION);
+      snprintf(p->section, sizeof p->section, "%s", BROKEN_SECTION);
+    }
+    return line;
+  }
+  if (is_long) {
+    take_long_entry(p, from, n);
     return line;
   }
   memcpy(line, from, n);

@@ -4,7 +4,7 @@
 #include <phalanx/base.h>
 #include <stdbool.h>
 
-enum { PHX__INI_NAME_LONGEST = 48, PHX__INI_FILE_LARGEST = 1 << 20 };
+enum { PHX__INI_NAME_LONGEST = 48, PHX__INI_LINE_LONGEST = 8192, PHX__INI_FILE_LARGEST = 1 << 20 };
 
 typedef struct phx__ini_sink {
   void *arg;

@@ -352,6 +352,18 @@ phx_status phx__manifest_parse(const char *path, const char *t, size_t bytes, ph
   return r.status;
 }
 
+/* A directory that was renamed, or two that were swapped: each is whole by itself.  What was imported has step 0 under
+ * any name. */
+static phx_status check_name(const char *dir, const phx__manifest *m, phx_error *err) {
+  const char *slash = strrchr(dir, '/'), *leaf = slash ? slash + 1 : dir;
+  char *end;
+  if (strncmp(leaf, "step-", 5) != 0 || m->step == 0) return PHX_OK;
+  const long long named = strtoll(leaf + 5, &end, 10);
+  if (end == leaf + 5 || *end || named == m->step) return PHX_OK;
+  return phx__fail(err, PHX_IO, "%s is named as of step %lld, and holds step %" PRId64 ": it was renamed, or swapped", dir,
+                   named, m->step);
+}
+
 phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *err) {
   char path[4200], *t = NULL;
   int fd = -1;
@@ -366,6 +378,11 @@ phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *e
   else
     status = phx__file_read(fd, path, t, bytes, 0, err);
   if (!status) status = phx__manifest_parse(path, t, (size_t)bytes, out, err);
+  if (!status) {
+    status = check_name(dir, *out, err);
+    if (status) phx__manifest_free(*out);
+    if (status) *out = NULL;
+  }
   phx__free(t);
   phx__sys.close(fd);
   return status;

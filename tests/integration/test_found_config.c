@@ -75,3 +75,36 @@ Test(found_config, what_the_user_names_is_loaded, .timeout = 90) {
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8", "--strategy", path), 0, NULL);
   command_remove_dir(dir);
 }
+
+/* A run reads its own config.ini back: paths are long. */
+Test(found_config, long_values_are_read_back, .timeout = 60) {
+  char *dir = command_temp_dir(), pin[4200] = "plugins.pin=";
+  training_files(dir, tiny);
+  for (size_t at = strlen(pin); at < 3900; at++) pin[at] = 'f';
+  expect(RUN(dir, 60, "train", "run.ini", "-n", "1", "--set", "run.steps=4", "--set", pin), 0, NULL);
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), 0, NULL);
+  command_remove_dir(dir);
+}
+
+/* Two checkpoints with each other's names are each whole. */
+Test(found_config, swapped_checkpoints, .timeout = 60) {
+  char *dir = make_run(), line[600];
+  expect(RUN(dir, 60, "checkpoint", "verify", "out/checkpoints/step-00000002"), 0, NULL);
+  snprintf(line, sizeof line, "cd %s/out/checkpoints && mv step-00000002 x && mv step-00000004 step-00000002 && "
+           "mv x step-00000004", dir);
+  cr_assert_eq(system(line), 0);
+  expect(RUN(dir, 60, "checkpoint", "verify", "out/checkpoints/step-00000002"), PHX__EXIT_DAMAGED, "holds step 4");
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), PHX__EXIT_DAMAGED, "holds step 2");
+  command_remove_dir(dir);
+}
+
+/* Something made folders in what a dead attempt left: the next saves remove it all the same. */
+Test(found_config, a_stray_folder_in_a_leftover, .timeout = 60) {
+  char *dir = make_run(), line[600];
+  snprintf(line, sizeof line, "mkdir -p %s/out/checkpoints/.step-00000009.0123456789abcdef.part/a/b/c/d", dir);
+  cr_assert_eq(system(line), 0);
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), 0, NULL);
+  snprintf(line, sizeof line, "ls -A %s/out/checkpoints | grep -q part", dir);
+  cr_assert_neq(system(line), 0);
+  command_remove_dir(dir);
+}
