@@ -314,7 +314,7 @@ static phx_status describe_run(const phx__save *s, phx__manifest *m, phx_error *
   m->step = s->at.step;
   m->samples = s->at.samples;
   snprintf(threads, sizeof threads, "%d", rt->device->threads);
-  PHX__TRY(phx__checkpoint_describe(m, rt->config, &rt->optim.table, rt->prepared->model, rt->job->size, err));
+  PHX__TRY(phx__checkpoint_describe(m, rt->prepared, &rt->optim.table, rt->job->size, err));
   PHX__TRY(phx__manifest_add_identity(m, "phalanx", PHX__VERSION, err));
   PHX__TRY(phx__manifest_add_identity(m, "device", rt->device->name, err));
   PHX__TRY(phx__manifest_add_identity(m, "threads", threads, err));

@@ -68,8 +68,8 @@ phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx
 
 /* Fills an empty manifest with what is known before any state is written: seeds, now, ranks, the optimizer and its
  * states, plugins, the model, the effective configuration. */
-phx_status phx__checkpoint_describe(struct phx__manifest *m, const phx__config *config, const phx_optim *optim,
-                                    const phx_model *model, int32_t ranks, phx_error *err);
+phx_status phx__checkpoint_describe(struct phx__manifest *m, const phx__prepared *prepared, const phx_optim *optim,
+                                    int32_t ranks, phx_error *err);
 
 /* ---- finding: plain file system work, no run needed ---- */
 enum { PHX__CHECKPOINT_NAME = 32, PHX__CHECKPOINT_PATH = 4096 };
@@ -106,10 +106,9 @@ typedef struct phx__resumed {
  * its own slices, through PHX__STREAM_MEMORY.  The same result on all ranks.  PHX_INVALID: it does not fit
  * (nothing was changed); PHX_IO: damaged, named by file (the state is then undefined: load another). */
 phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err);
-/* Pure: does the checkpoint fit this configuration (model, optimizer, seed)?  PHX_INVALID says what differs. 
+/* Pure: does the checkpoint fit this configuration (model, optimizer, data)?  PHX_INVALID says what differs. 
  * For the launcher, before any rank exists; phx__checkpoint_load asks the same. */
-phx_status phx__checkpoint_fits(const char *path, const phx__config *config, const phx__prepared *prepared,
-                                phx__position *at, phx_error *err);
+phx_status phx__checkpoint_fits(const char *path, const phx__prepared *prepared, phx__position *at, phx_error *err);
 /* [main][collective] dir as in locate: loads that one, or the newest of the run that is whole; damaged ones are passed
  * over with a line on rank 0.  PHX_IO: none is left. */
 phx_status phx__checkpoint_resume(phx__runtime *rt, const char *dir, phx__resumed *out, phx_error *err);

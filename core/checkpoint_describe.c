@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "checkpoint.h"
+#include "data.h"
 #include "manifest.h"
 #include "status.h"
 #include "sys.h"
@@ -23,8 +24,24 @@ static phx_status add_plugin(phx__manifest *m, const char *kind, const phx__plug
   return phx__manifest_add_plugin(m, kind, p->descriptor->id, p->descriptor->version, p->sha256, err);
 }
 
-phx_status phx__checkpoint_describe(phx__manifest *m, const phx__config *c, const phx_optim *optim,
-                                    const phx_model *model, int32_t ranks, phx_error *err) {
+/* What the samples are counted in; nothing where nothing is trained on, as in `checkpoint import`. */
+static phx_status describe_data(phx__manifest *m, const phx__prepared *p, phx_error *err) {
+  if (!p->train) return PHX_OK;
+  m->data_sequence = phx__data_sequence(p->train);
+  m->data_batch = p->shape.micro * p->topology.accumulate * p->layout.data_size;
+  for (int64_t i = 0; i < phx__data_files(p->train); i++) {
+    const phx__data_file f = phx__data_file_at(p->train, i);
+    const phx__manifest_data d = {.name = (char *)(uintptr_t)f.path, .bytes = f.scan->bytes, .windows = f.windows,
+                                  .high = f.scan->high, .low = f.scan->low};
+    const phx_status status = phx__manifest_add_data(m, &d, err);
+    if (status) return status;
+  }
+  return PHX_OK;
+}
+
+phx_status phx__checkpoint_describe(phx__manifest *m, const phx__prepared *p, const phx_optim *optim, int32_t ranks,
+                                    phx_error *err) {
+  const phx__config *c = p->config;
   phx_status status = PHX_OK;
   pair_sink sink = {m, PHX_OK, err};
   m->data_seed = m->generator_seed = (uint64_t)c->s.run.seed;
@@ -43,7 +60,9 @@ phx_status phx__checkpoint_describe(phx__manifest *m, const phx__config *c, cons
   PHX__TRY(add_plugin(m, "model", c->model.plugin, err));
   PHX__TRY(add_plugin(m, "device", c->device.plugin, err));
   PHX__TRY(add_plugin(m, "comm", c->comm.plugin, err));
-  PHX__TRY(phx__manifest_set_model(m, model, err));
+  PHX__TRY(phx__manifest_set_model(m, p->model, err));
+  PHX__TRY(describe_data(m, p, err));
+  if (p->computes[0]) PHX__TRY(phx__manifest_add_identity(m, "computes", p->computes, err));
   phx__config_each(c, add_pair, &sink);
   PHX__TRY(sink.status);
 done:

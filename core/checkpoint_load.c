@@ -14,6 +14,7 @@
 #include "checkpoint.h"
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
+#include "checkpoint_fits.h"
 #include "manifest.h"
 #include "state_io.h"
 #include "state_visit.h"
@@ -22,50 +23,11 @@
 #include "where.h"
 
 /* ---- does it fit? ---- */
-static bool same_optimizer(const phx__manifest *m, const phx_optim *now) {
-  bool same = strcmp(m->optimizer, now->name) == 0 && m->n_states == now->n_states;
-  for (uint32_t i = 0; same && i < now->n_states; i++)
-    same = strcmp(m->states[i].name, now->states[i].name) == 0 && m->states[i].dtype == now->states[i].dtype;
-  return same;
-}
-
-/* Nothing was trained yet, as in what `checkpoint import` makes: its states are zero, and any optimizer's begin so. */
-static bool untrained(const phx__manifest *m) { return m->step == 0 && m->samples == 0; }
-
-static phx_status fits_optimizer(const char *path, const phx__manifest *m, const phx__settings *s, phx_error *err) {
-  phx_optim now;
-  phx__optim_states(s, &now);
-  if (same_optimizer(m, &now) || untrained(m)) return PHX_OK;
-  return phx__fail(err, PHX_INVALID,
-                   "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit", path,
-                   m->optimizer, now.name);
-}
-
-/* Any batch goes on from any sample; only their order must be the one before, once any was read. */
-static phx_status fits_data(const char *path, const phx__manifest *m, const phx__config *c, phx_error *err) {
-  if (m->samples == 0 || (m->data_seed == (uint64_t)c->s.run.seed && m->generator_seed == m->data_seed)) return PHX_OK;
-  return phx__fail(err, PHX_INVALID,
-                   "%s was saved with run.seed = %" PRIu64 ", and this run has %" PRId64
-                   ": the samples would come in another order",
-                   path, m->data_seed, c->s.run.seed);
-}
-
-static phx_status fits(const char *path, const phx__manifest *m, const phx__config *c, const phx__prepared *p,
-                       phx_error *err) {
-  phx_status status = phx__manifest_match(path, m, p->model, err);
-  if (!status) status = fits_optimizer(path, m, &c->s, err);
-  if (!status) status = fits_data(path, m, c, err);
-  if (!status && m->step > c->s.run.steps)
-    status = phx__fail(err, PHX_INVALID, "%s is of step %" PRId64 ", and this run ends at run.steps = %" PRId64, path,
-                       m->step, c->s.run.steps);
-  return status;
-}
-
-phx_status phx__checkpoint_fits(const char *path, const phx__config *config, const phx__prepared *prepared,
-                                phx__position *at, phx_error *err) {
+phx_status phx__checkpoint_fits(const char *path, const phx__prepared *prepared, phx__position *at, phx_error *err) {
   phx__manifest *m = NULL;
+  phx__fit fit;
   phx_status status = phx__manifest_read(path, &m, err);
-  if (!status) status = fits(path, m, config, prepared, err);
+  if (!status) status = phx__manifest_fits(path, m, prepared, &fit, err);
   if (!status) *at = (phx__position){.step = m->step, .samples = m->samples};
   phx__manifest_free(m);
   return status;
@@ -233,6 +195,29 @@ static void say_privates(const load_walk *walk) {
   }
 }
 
+static void say_restart(const phx__runtime *rt, const phx__fit *fit) {
+  char text[700];
+  snprintf(text, sizeof text, "%s: the order of the sequences begins anew (data.on_change = restart)", fit->difference);
+  phx__log(rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
+}
+
+/* Another number of sequences in a step changes what the run learns: with the arithmetic, and how to keep it. */
+static void say_batch(const phx__runtime *rt, const phx__manifest *m) {
+  const phx__prepared *p = rt->prepared;
+  const int64_t once = p->shape.micro * p->layout.data_size, now = once * p->topology.accumulate;
+  char text[512], keep[160];
+  if (m->data_batch == 0 || m->samples == 0 || m->data_batch == now) return;
+  snprintf(keep, sizeof keep, "batch.micro x accumulate x %d ranks cannot make %" PRId64 " as they are",
+           p->layout.data_size, m->data_batch);
+  if (m->data_batch % once == 0)
+    snprintf(keep, sizeof keep, "batch.accumulate = %" PRId64 " keeps it", m->data_batch / once);
+  snprintf(text, sizeof text,
+           "a step takes %" PRId64 " sequences (micro %" PRId64 " x accumulate %d x %d ranks), and took %" PRId64
+           " before: the run learns in other steps than it would have; %s", now, p->shape.micro, p->topology.accumulate,
+           p->layout.data_size, m->data_batch, keep);
+  phx__log(rt->job->rank, "checkpoint", PHX_LOG_WARN, text);
+}
+
 static void say_all(const load_walk *walk, const char *path) {
   const phx__runtime *rt = walk->rt;
   const phx__manifest *m = walk->reader->manifest;
@@ -250,6 +235,7 @@ static void say_all(const load_walk *walk, const char *path) {
   say_plugin(rt, m, "comm", c->comm.plugin);
   say_identity(rt, m);
   phx__config_each(c, say_config, &d);
+  say_batch(rt, m);
   say_privates(walk);
 }
 
@@ -258,12 +244,13 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   load_walk walk = {.rt = rt};
   phx_error why = PHX_ERROR_INIT;
   phx__verdict verdict = {0};
+  phx__fit fit = {.restart = false};
   char hash[33];
   const phx_strategy_table *strategy = rt->prepared->strategy;
   phx_status status = phx__checkpoint_reader_open(path, &walk.reader, &why);
   const phx__manifest *m = status ? NULL : walk.reader->manifest;
-  if (!status) status = fits(path, m, rt->config, rt->prepared, &why);
-  walk.from_zero = !status && !same_optimizer(m, &rt->optim.table);
+  if (!status) status = phx__manifest_fits(path, m, rt->prepared, &fit, &why);
+  walk.from_zero = !status && !phx__manifest_same_optimizer(m, &rt->optim.table);
   if (walk.from_zero) walk.zeros = phx__calloc(PART, PHX_BLOCK * sizeof *walk.zeros);
   if (walk.from_zero && !walk.zeros) status = phx__fail(&why, PHX_NOMEM, "no memory to load %s", path);
   PHX__TRY(phx__agree(rt, status, &why, NULL, err));
@@ -273,6 +260,7 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   status = phx__optim_state_changes(&rt->optim, &why);
   if (!status) status = phx__state_visit(rt, load_slice, &walk, &why);
   verdict.hash = walk.hash;
+  verdict.value = fit.restart; /* rank 0 knows the contents of the data, others may not */
   PHX__TRY(phx__agree(rt, status, &why, &verdict, err));
   phx__state_hash_text(verdict.sum, hash);
   if (strcmp(hash, m->state_hash) != 0) {
@@ -282,7 +270,8 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   }
   PHX__TRY(PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err)));
   if (rt->job->rank == 0) say_all(&walk, path);
-  out->at = (phx__position){.step = m->step, .samples = m->samples};
+  if (rt->job->rank == 0 && fit.restart) say_restart(rt, &fit);
+  out->at = (phx__position){.step = m->step, .samples = verdict.most ? 0 : m->samples};
   snprintf(out->path, sizeof out->path, "%s", path);
 done:
   phx__free(walk.zeros);

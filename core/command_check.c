@@ -7,7 +7,26 @@
 #include "complain.h"
 #include "plan.h"
 #include "room.h"
+#include "run_data.h"
 #include "status.h"
+
+/* The data as `train` opens them, and their line. */
+static phx_status check_data(const phx__config *config, phx_error *err) {
+  const int32_t size = (int32_t)config->s.run.ranks;
+  phx__prepared *p = NULL;
+  phx__run_data data = {NULL, NULL};
+  char line[400];
+  phx_status status = phx__prepare(config, 0, size, 0, size, 0, 0, &p, err);
+  if (!status) status = phx__run_data_attach(config, p, &data, err);
+  if (!status) status = phx__run_data_read(&data, err);
+  if (!status) {
+    phx__run_data_line(config, p, &data, line, sizeof line);
+    printf("\n; The data: %s\n", line);
+  }
+  if (data.train) phx__run_data_close(&data);
+  phx__prepared_free(p);
+  return status;
+}
 
 /* A refusal stands alone: what cannot be planned prints no configuration.  What is planned and does not fit is printed,
  * and refused as `train` refuses it. */
@@ -23,6 +42,7 @@ static phx_status print_all(const phx__config *config) {
   if (!status) fputs(plan, stdout);
   phx__room room;
   phx__room_read("", &room);
+  if (!status) status = check_data(config, &err);
   if (!status) status = phx__room_check(config, &room, &err);
   if (status) phx__complain("%s", err.message);
   free(plan);

@@ -66,7 +66,7 @@ static phx_status fill_manifest(import *in, phx_error *err) {
   char text[32];
   phx__manifest *m = in->manifest = phx__manifest_create();
   if (!m) return phx__fail(err, PHX_NOMEM, "no memory for a manifest");
-  phx_status status = phx__checkpoint_describe(m, in->config, &in->optim, in->prepared->model, 1, err);
+  phx_status status = phx__checkpoint_describe(m, in->prepared, &in->optim, 1, err);
   snprintf(text, sizeof text, "%" PRIu32, phx__source_n(in->source));
   if (!status) status = phx__manifest_add_identity(m, "imported_tensors", text, err);
   return status;

@@ -38,6 +38,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
   } model;
   struct {
     const char *train, *valid; /* a file or a glob; valid may be "" */
+    int32_t on_change;         /* at a resume with other data: 0 refuse, 1 restart their order */
   } data;
   struct {
     int32_t name;          /* 0 adamw, 1 sgd */

@@ -28,6 +28,7 @@ static const char *const checked_choices[] = {"no", "yes", "auto", NULL};
 static const char *const pin_choices[] = {"auto", "yes", "no", NULL};
 static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
 static const char *const stopped_choices[] = {"5", "0", NULL};
+static const char *const change_choices[] = {"refuse", "restart", NULL};
 static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
 static const char *const optimizer_choices[] = {"adamw", "sgd", NULL};
 static const char *const schedule_choices[] = {"constant", "linear", "cosine", NULL};
@@ -85,6 +86,9 @@ static const phx_option model_options[] = {
 static const phx_option data_options[] = {
     STRING(data, train, NULL, PHX_OPTF_REQUIRED, "Token file to train on, or a glob of several."),
     STRING(data, valid, "", 0, "Token file that is held out, or a glob of several; empty for none."),
+    ENUM(data, on_change, "refuse", change_choices, 0,
+         "What a resume does where train's contents, batch.sequence or run.seed are not those of the checkpoint: it is "
+         "refused, or the order of the sequences begins anew."),
 };
 static const phx_option optimizer_options[] = {
     ENUM(optimizer, name, "adamw", optimizer_choices, 0, "The optimizer."),

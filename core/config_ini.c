@@ -186,7 +186,7 @@ phx_status phx__ini_read(const char *path, char **out, size_t *out_bytes, phx_er
   int fd = phx__sys.open(path, O_RDONLY | O_NONBLOCK, 0);
   if (fd < 0) return phx__fail_errno(err, PHX_INVALID, errno, "%s", path);
   if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-    status = phx__fail(err, PHX_INVALID, "%s: not a regular file", path);
+    status = phx__fail(err, PHX_INVALID, "%s: not a regular file: every rank reads it again", path);
     goto done;
   }
   text = phx__calloc(PHX__INI_FILE_LARGEST + 1, 1);

@@ -1,5 +1,8 @@
 /* core/data.c - see data.h.
  *
+ * Attaching looks at headers and sizes; reading goes through every token once, for its largest one and a hash of the
+ * file, in as many calls as the caller likes.  What another process of this machine has read is found in data_scan.c.
+ *
  * Files are read with pread, not mapped: a file that shrinks while a run uses it gives an error with its name instead
  * of SIGBUS.  One step reads a few kilobytes per rank, which the page cache serves.  Every token is checked again on
  * the way to the embedding, since the file may have changed since it was opened.
@@ -15,6 +18,10 @@
 #include <inttypes.h>
 #include <stdbool.h>
 #include <string.h>
+#include <time.h>
+#include <xxhash.h>
+#include "data_kind.h"
+#include "regular_file.h"
 #include "status.h"
 #include "sys.h"
 
@@ -27,6 +34,8 @@ typedef struct token_file {
   int64_t tokens;
   int64_t first_window; /* windows of the files before */
   int64_t windows;
+  phx__data_scan scan;
+  bool read; /* the whole file, by whomever: the scan is complete */
 } token_file;
 
 struct phx__data {
@@ -34,6 +43,10 @@ struct phx__data {
   int64_t n_files, sequence, vocabulary, tokens, windows;
   uint64_t seed;
   uint16_t *row; /* (sequence + 1) */
+  /* reading: the file in progress, and the bytes of it that were read */
+  int64_t reading, done;
+  XXH3_state_t *hash;
+  uint16_t *buffer; /* (SCAN_TOKENS) */
 };
 
 /* ---- opening ---- */
@@ -63,8 +76,18 @@ static const char *foreign_format(int32_t magic) {
   return NULL;
 }
 
+/* Raw tokens have no header: is it something else that people have at hand?  look: (PHX__DATA_HEAD) of scratch. */
+static phx_status check_kind(const token_file *f, int64_t bytes, unsigned char *look, phx_error *err) {
+  const int64_t n = bytes < PHX__DATA_HEAD ? bytes : PHX__DATA_HEAD;
+  const phx_status status = read_at(f, look, n, 0, err);
+  if (status != PHX_OK) return status;
+  const phx__data_kind kind = phx__data_kind_of(look, (size_t)n, bytes);
+  if (!kind.what) return PHX_OK;
+  return phx__fail(err, PHX_INVALID, "%s is no token file: it is %s; %s", f->path, kind.what, kind.advice);
+}
+
 /* Which format, and does the size agree with it? */
-static phx_status read_header(token_file *f, int64_t bytes, phx_error *err) {
+static phx_status read_header(token_file *f, int64_t bytes, unsigned char *look, phx_error *err) {
   int32_t head[4] = {0};
   f->header = 0;
   f->tokens = bytes / 2;
@@ -92,6 +115,8 @@ static phx_status read_header(token_file *f, int64_t bytes, phx_error *err) {
   if (foreign)
     return phx__fail(err, PHX_INVALID, "%s: this is %s, not a uint16 token file; tokenize the text again", f->path,
                      foreign);
+  const phx_status status = check_kind(f, bytes, look, err);
+  if (status != PHX_OK) return status;
   if (bytes >= PHX__TOKENS_HEADER && head[1] == PHX__TOKENS_VERSION && head[2] > 0 &&
       bytes == PHX__TOKENS_HEADER + 2 * (int64_t)head[2])
     return phx__fail(err, PHX_INVALID, "%s: wrong magic %" PRId32 " in what looks like llm.c's header, expected %d",
@@ -103,36 +128,25 @@ static phx_status read_header(token_file *f, int64_t bytes, phx_error *err) {
   return PHX_OK;
 }
 
-static phx_status check_tokens(const token_file *f, int64_t vocabulary, uint16_t *buffer, phx_error *err) {
-  for (int64_t at = 0; at < f->tokens; at += SCAN_TOKENS) {
-    const int64_t n = f->tokens - at < SCAN_TOKENS ? f->tokens - at : SCAN_TOKENS;
-    const phx_status status = read_at(f, buffer, 2 * n, f->header + 2 * at, err);
-    if (status != PHX_OK) return status;
-    uint16_t most = 0;
-    for (int64_t i = 0; i < n; i++) most = buffer[i] > most ? buffer[i] : most;
-    if (most < vocabulary) continue;
-    int64_t i = 0;
-    while (buffer[i] < vocabulary) i++;
-    return phx__fail(err, PHX_INVALID,
-                     "%s: token %" PRIu16 " at position %" PRId64 " (byte %" PRId64 ") is not below the vocabulary of %"
-                     PRId64 "%s",
-                     f->path, buffer[i], at + i, f->header + 2 * (at + i), vocabulary,
-                     f->header ? ": set [model] vocab to the tokenizer's" :
-                                 ": not a raw uint16 token file, or [model] vocab is not the tokenizer's");
-  }
-  return PHX_OK;
+static phx_status not_below(const token_file *f, int64_t token, int64_t at, int64_t vocabulary, phx_error *err) {
+  return phx__fail(err, PHX_INVALID,
+                   "%s: token %" PRId64 " at position %" PRId64 " (byte %" PRId64 ") is not below the vocabulary of %"
+                   PRId64 "%s",
+                   f->path, token, at, f->header + 2 * at, vocabulary,
+                   f->header ? ": set [model] vocab to the tokenizer's" :
+                               ": not a raw uint16 token file, or [model] vocab is not the tokenizer's");
 }
 
-static phx_status file_open(token_file *f, const char *path, const phx__data *data, uint16_t *buffer, phx_error *err) {
+static phx_status file_attach(token_file *f, const char *path, const phx__data *data, unsigned char *look,
+                              phx_error *err) {
   struct stat st;
   f->path = phx__strdup(path);
   if (!f->path) return phx__fail(err, PHX_NOMEM, "%s: no memory to open it", path);
-  f->fd = phx__sys.open(path, O_RDONLY, 0);
-  if (f->fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open the token file %s", path);
-  if (phx__sys.fstat(f->fd, &st)) return phx__fail_errno(err, PHX_IO, errno, "cannot stat %s", path);
-  if (!S_ISREG(st.st_mode)) return phx__fail(err, PHX_INVALID, "%s is not a regular file", path);
+  phx_status status = phx__regular_open(path, "the token file", "tokens are read again and again, at many places: put "
+                                        "them into a file", &f->fd, &st, err);
+  if (status != PHX_OK) return status;
   if (st.st_size == 0) return phx__fail(err, PHX_INVALID, "%s is empty", path);
-  const phx_status status = read_header(f, st.st_size, err);
+  status = read_header(f, st.st_size, look, err);
   if (status != PHX_OK) return status;
   if (f->tokens < data->sequence + 1)
     return phx__fail(err, PHX_INVALID,
@@ -140,13 +154,17 @@ static phx_status file_open(token_file *f, const char *path, const phx__data *da
                      " (the last is a target): lower [batch] sequence or take more text",
                      path, f->tokens, data->sequence, data->sequence + 1);
   f->windows = (f->tokens - 1) / data->sequence;
-  return check_tokens(f, data->vocabulary, buffer, err);
+  f->scan = phx__data_scan_of(&st, f->header);
+  f->scan.most = -1;
+  f->read = phx__data_scan_find(&f->scan);
+  if (!f->read || f->scan.most < data->vocabulary) return PHX_OK;
+  return not_below(f, f->scan.most, f->scan.most_at, data->vocabulary, err);
 }
 
 /* Is there a file of that very name?  Then it is not a glob, whatever it contains. */
 static bool is_file(const char *path) {
   struct stat st;
-  const int fd = phx__sys.open(path, O_RDONLY, 0);
+  const int fd = phx__sys.open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY, 0);
   const bool yes = fd >= 0 && !phx__sys.fstat(fd, &st) && !S_ISDIR(st.st_mode);
   if (fd >= 0) phx__sys.close(fd);
   return yes;
@@ -161,12 +179,12 @@ static phx_status find_files(const char *pattern, glob_t *found, phx_error *err)
   return PHX_OK;
 }
 
-phx_status phx__data_open(const char *pattern, int64_t sequence, int64_t vocabulary, uint64_t seed, phx__data **out,
-                          phx_error *err) {
+phx_status phx__data_attach(const char *pattern, int64_t sequence, int64_t vocabulary, uint64_t seed, phx__data **out,
+                            phx_error *err) {
   phx_status status = PHX_OK;
   glob_t found = {0};
   const bool one = is_file(pattern);
-  uint16_t *buffer = NULL;
+  unsigned char *look = NULL;
   phx__data *data = NULL;
   if (sequence < 1 || sequence > INT32_MAX || vocabulary < 1)
     return phx__fail(err, PHX_INVALID, "sequence = %" PRId64 " and vocabulary = %" PRId64 " must be positive", sequence,
@@ -175,10 +193,10 @@ phx_status phx__data_open(const char *pattern, int64_t sequence, int64_t vocabul
   const size_t n = one ? 1 : found.gl_pathc;
   status = PHX_NOMEM;
   data = phx__calloc(1, sizeof *data);
-  buffer = phx__calloc(SCAN_TOKENS, sizeof *buffer);
+  look = phx__calloc(PHX__DATA_HEAD, 1);
   if (data) data->files = phx__calloc(n, sizeof *data->files);
   if (data) data->row = phx__calloc((size_t)sequence + 1, sizeof *data->row);
-  if (!data || !buffer || !data->files || !data->row) {
+  if (!data || !look || !data->files || !data->row) {
     phx__fail(err, status, "no memory to open %s", pattern);
     goto done;
   }
@@ -189,7 +207,7 @@ phx_status phx__data_open(const char *pattern, int64_t sequence, int64_t vocabul
     token_file *f = &data->files[i];
     f->fd = -1;
     data->n_files++;
-    PHX__TRY(file_open(f, one ? pattern : found.gl_pathv[i], data, buffer, err));
+    PHX__TRY(file_attach(f, one ? pattern : found.gl_pathv[i], data, look, err));
     f->first_window = data->windows;
     data->windows += f->windows;
     data->tokens += f->tokens;
@@ -199,8 +217,96 @@ phx_status phx__data_open(const char *pattern, int64_t sequence, int64_t vocabul
   data = NULL;
 done:
   phx__data_close(data);
-  phx__free(buffer);
+  phx__free(look);
   globfree(&found);
+  return status;
+}
+
+/* ---- reading everything once ---- */
+static phx_status begin_file(phx__data *data, token_file *f, phx_error *err) {
+  if (!data->hash) data->hash = XXH3_createState();
+  if (!data->buffer) data->buffer = phx__calloc(SCAN_TOKENS, sizeof *data->buffer);
+  if (!data->hash || !data->buffer) return phx__fail(err, PHX_NOMEM, "no memory to read %s", f->path);
+  XXH3_128bits_reset(data->hash);
+  if (f->header) {
+    const phx_status status = read_at(f, data->buffer, f->header, 0, err);
+    if (status != PHX_OK) return status;
+    XXH3_128bits_update(data->hash, data->buffer, (size_t)f->header);
+  }
+  data->done = f->header;
+  return PHX_OK;
+}
+
+/* A buffer full of tokens more. */
+static phx_status read_more(phx__data *data, token_file *f, phx_error *err) {
+  const int64_t at = (data->done - f->header) / 2;
+  const int64_t n = f->tokens - at < SCAN_TOKENS ? f->tokens - at : SCAN_TOKENS;
+  const phx_status status = read_at(f, data->buffer, 2 * n, data->done, err);
+  if (status != PHX_OK) return status;
+  uint16_t most = 0;
+  for (int64_t i = 0; i < n; i++) most = data->buffer[i] > most ? data->buffer[i] : most;
+  if (most > f->scan.most) {
+    const bool beyond = most >= data->vocabulary; /* the first such token is told, not the largest */
+    int64_t i = 0;
+    while (beyond ? data->buffer[i] < data->vocabulary : data->buffer[i] < most) i++;
+    if (beyond) return not_below(f, data->buffer[i], at + i, data->vocabulary, err);
+    f->scan.most = most;
+    f->scan.most_at = at + i;
+  }
+  XXH3_128bits_update(data->hash, data->buffer, (size_t)(2 * n));
+  data->done += 2 * n;
+  return PHX_OK;
+}
+
+static void end_file(phx__data *data, token_file *f) {
+  const XXH128_hash_t h = XXH3_128bits_digest(data->hash);
+  f->scan.low = h.low64;
+  f->scan.high = h.high64;
+  f->read = true;
+  phx__data_scan_keep(&f->scan);
+  data->done = 0;
+}
+
+static double seconds_now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+phx_status phx__data_read(phx__data *data, double seconds, phx_error *err) {
+  const double start = seconds_now();
+  while (data->reading < data->n_files) {
+    token_file *f = &data->files[data->reading];
+    phx_status status = PHX_OK;
+    if (!f->read && data->done == 0) status = begin_file(data, f, err);
+    const int64_t end = f->header + 2 * f->tokens;
+    while (status == PHX_OK && !f->read && data->done < end) {
+      if (seconds > 0 && seconds_now() - start > seconds) return PHX_OK;
+      status = read_more(data, f, err);
+    }
+    if (status != PHX_OK) return status;
+    if (!f->read) end_file(data, f);
+    data->reading++;
+  }
+  phx__free(data->buffer);
+  data->buffer = NULL;
+  return PHX_OK;
+}
+
+int64_t phx__data_unread(const phx__data *data) {
+  int64_t bytes = 0;
+  for (int64_t i = data->reading; i < data->n_files; i++)
+    if (!data->files[i].read) bytes += data->files[i].scan.bytes;
+  return bytes - data->done;
+}
+
+phx_status phx__data_open(const char *pattern, int64_t sequence, int64_t vocabulary, uint64_t seed, phx__data **out,
+                          phx_error *err) {
+  phx__data *data = NULL;
+  phx_status status = phx__data_attach(pattern, sequence, vocabulary, seed, &data, err);
+  if (status == PHX_OK) status = phx__data_read(data, 0, err);
+  if (status == PHX_OK) *out = data;
+  else phx__data_close(data);
   return status;
 }
 
@@ -210,6 +316,8 @@ void phx__data_close(phx__data *data) {
     if (data->files[i].fd >= 0) phx__sys.close(data->files[i].fd);
     phx__free(data->files[i].path);
   }
+  XXH3_freeState(data->hash);
+  phx__free(data->buffer);
   phx__free(data->row);
   phx__free(data->files);
   phx__free(data);
@@ -218,6 +326,12 @@ void phx__data_close(phx__data *data) {
 int64_t phx__data_files(const phx__data *data) { return data->n_files; }
 int64_t phx__data_tokens(const phx__data *data) { return data->tokens; }
 int64_t phx__data_windows(const phx__data *data) { return data->windows; }
+int64_t phx__data_sequence(const phx__data *data) { return data->sequence; }
+
+phx__data_file phx__data_file_at(const phx__data *data, int64_t i) {
+  const token_file *f = &data->files[i];
+  return (phx__data_file){.path = f->path, .windows = f->windows, .read = f->read, .scan = &f->scan};
+}
 
 /* ---- the order ---- */
 

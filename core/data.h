@@ -6,6 +6,9 @@
 #ifndef PHX__DATA_H
 #define PHX__DATA_H
 #include <phalanx/base.h>
+#include <stdbool.h>
+
+#include "data_scan.h"
 
 #define PHX__TOKENS_MAGIC 20240520
 #define PHX__TOKENS_VERSION 1
@@ -13,14 +16,30 @@
 
 typedef struct phx__data phx__data;
 
-/* pattern: a file, or a glob; files in the order of their names.  Reads every token once: a file with a wrong length,
- * header, or a token that is not below `vocabulary` is refused, with its name and the offset. */
+/* pattern: a file, or a glob; files in the order of their names.  A file of another format, or with a wrong length or
+ * header, is refused.  Nothing is read but the beginning of each. */
+phx_status phx__data_attach(const char *pattern, int64_t sequence, int64_t vocabulary, uint64_t seed, phx__data **out,
+                            phx_error *err);
+/* Goes through all tokens once, for about so many seconds (0: to the end): a token that is not below `vocabulary` is
+ * refused, with the file's name and the offset.  Files that were read on this machine before are not read again. */
+phx_status phx__data_read(phx__data *data, double seconds, phx_error *err);
+int64_t phx__data_unread(const phx__data *data); /* bytes still to be read */
+/* attach and read. */
 phx_status phx__data_open(const char *pattern, int64_t sequence, int64_t vocabulary, uint64_t seed, phx__data **out,
                           phx_error *err);
 void phx__data_close(phx__data *data); /* NULL is fine */
 int64_t phx__data_files(const phx__data *data);
 int64_t phx__data_tokens(const phx__data *data);
 int64_t phx__data_windows(const phx__data *data); /* samples of an epoch */
+int64_t phx__data_sequence(const phx__data *data);
+
+typedef struct phx__data_file { /* [borrow:self] */
+  const char *path;
+  int64_t windows;
+  bool read;                  /* by this process or another: the scan is complete */
+  const phx__data_scan *scan;
+} phx__data_file;
+phx__data_file phx__data_file_at(const phx__data *data, int64_t i);
 
 /* Refuses, with the arithmetic, data that has fewer samples than one step takes. */
 phx_status phx__data_check_batch(const phx__data *data, int64_t micro, int32_t accumulate, int32_t data_size,

@@ -493,27 +493,37 @@ typedef struct window_sum { /* of windows' mean losses: they all have as many to
 enum { WINDOW_SUM_WORDS = PHX__SUM_WORDS + 2 };
 _Static_assert(sizeof(window_sum) == WINDOW_SUM_WORDS * sizeof(int64_t), "travels as int64");
 
-/* Ranks take groups of windows in turn, and meet after each: none waits longer than a group takes.  The sum is exact, so
- * that neither the order nor the division can show. */
+static phx_status add_up(phx__engine *e, window_sum *part, window_sum *sum, phx_error *err) {
+  const phx_comm *core = e->rt->core;
+  const phx_status status =
+      PHX__IN_COMM(e->rt->job, core->all_reduce(core->ctx, part, part, WINDOW_SUM_WORDS, PHX_I64, PHX_SUM, NULL, err));
+  for (int i = 0; i < PHX__SUM_LIMBS; i++) sum->losses.limbs[i] += part->losses.limbs[i];
+  sum->losses.not_finite += part->losses.not_finite;
+  sum->windows += part->windows;
+  sum->stop = part->stop;
+  memset(part, 0, sizeof *part);
+  return status;
+}
+
+/* Ranks take groups of windows in turn, and meet when each has done a few: none waits long for another.  The sum is
+ * exact, so that neither the order nor the division can show. */
 phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows, double *loss, phx_error *err) {
+  enum { MEETING = 16 /* windows */ };
   const phx__prepared *p = e->rt->prepared;
   phx_status status = check_can_evaluate(e, err);
   const int64_t all = phx__data_windows(data), group = windows_at_once(p), turn = group * p->layout.data_size;
-  const int64_t wanted = windows > 0 && windows < all ? windows : all;
-  window_sum sum = {.windows = 0};
+  const int64_t wanted = windows > 0 && windows < all ? windows : all, often = group < MEETING ? MEETING / group : 1;
+  window_sum sum = {.windows = 0}, part = {.windows = 0};
+  int64_t turns = 0;
   for (int64_t at = 0; at < wanted && !status && !sum.stop; at += turn) {
     const int64_t first = at + p->layout.data_rank * group, left = wanted - first;
-    const int64_t rows = left < group ? (left > 0 ? left : 0) : group;
+    const int64_t mine = left < group ? left : group, rows = mine > 0 ? mine : 0;
     status = evaluate_windows(e, data, first, rows, err);
-    window_sum part = {.windows = rows, .stop = e->stop_asked && e->stop_asked()};
     for (int64_t row = 0; row < rows && !status; row++) phx__exact_sum_add(&part.losses, e->losses[row]);
-    if (!status)
-      status = PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, &part, &part, WINDOW_SUM_WORDS,
-                                                                PHX_I64, PHX_SUM, NULL, err));
-    for (int i = 0; i < PHX__SUM_LIMBS; i++) sum.losses.limbs[i] += part.losses.limbs[i];
-    sum.losses.not_finite += part.losses.not_finite;
-    sum.windows += part.windows;
-    sum.stop = part.stop;
+    part.windows += rows;
+    turns++;
+    part.stop = e->stop_asked && e->stop_asked();
+    if (!status && (turns % often == 0 || at + turn >= wanted)) status = add_up(e, &part, &sum, err);
   }
   *loss = NAN;
   if (status || sum.stop) return status;

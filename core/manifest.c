@@ -48,6 +48,8 @@ void phx__manifest_free(phx__manifest *m) {
     phx__free(m->files[i].chunks);
   }
   phx__free(m->files);
+  for (uint32_t i = 0; i < m->n_data; i++) phx__free(m->data[i].name);
+  phx__free(m->data);
   phx__free(m->slices);
   phx__free(m->privates);
   phx__free(m);
@@ -126,6 +128,14 @@ phx_status phx__manifest_add_file(phx__manifest *m, const char *name, int64_t by
   return PHX_OK;
 }
 
+phx_status phx__manifest_add_data(phx__manifest *m, const phx__manifest_data *file, phx_error *err) {
+  if (!GROW(m, data, n_data, 6)) return no_memory(err);
+  phx__manifest_data *d = &m->data[m->n_data++];
+  *d = *file;
+  d->name = phx__strdup(file->name);
+  return d->name ? PHX_OK : no_memory(err);
+}
+
 phx_status phx__manifest_add_slice(phx__manifest *m, const phx__manifest_slice *slice, phx_error *err) {
   if (!GROW(m, slices, n_slices, 4)) return no_memory(err);
   m->slices[m->n_slices++] = *slice;
@@ -150,6 +160,12 @@ const char *phx__manifest_config_of(const phx__manifest *m, const char *section,
   return NULL;
 }
 
+const char *phx__manifest_identity_of(const phx__manifest *m, const char *key) {
+  for (uint32_t i = 0; i < m->n_identity; i++)
+    if (!strcmp(m->identity[i].key, key)) return m->identity[i].value;
+  return NULL;
+}
+
 /* ---- the text: one element of a list a line, so that people can read and compare it ---- */
 static void print_string(phx__text *t, const char *name, const char *value) {
   phx__text_add(t, "\"%s\":", name);
@@ -164,11 +180,26 @@ static void print_plugin(phx__text *t, const phx__manifest_plugin *p) {
   print_string(t, "sha256", p->sha256);
 }
 
+static void print_data(phx__text *t, const phx__manifest *m) {
+  phx__text_add(t, "\"data\":{\"seed\":\"%" PRIu64 "\",\"samples\":%" PRId64, m->data_seed, m->samples);
+  if (m->data_sequence > 0) {
+    phx__text_add(t, ",\"sequence\":%" PRId64 ",\"batch\":%" PRId64 ",\"files\":[", m->data_sequence, m->data_batch);
+    for (uint32_t i = 0; i < m->n_data; i++) {
+      phx__text_add(t, i ? ",\n{" : "\n{");
+      print_string(t, "name", m->data[i].name);
+      phx__text_add(t, ",\"bytes\":%" PRId64 ",\"windows\":%" PRId64 ",\"xxh128\":\"%016" PRIx64 "%016" PRIx64 "\"}",
+                    m->data[i].bytes, m->data[i].windows, m->data[i].high, m->data[i].low);
+    }
+    phx__text_add(t, "]");
+  }
+  phx__text_add(t, "},\n");
+}
+
 static void print_head(phx__text *t, const phx__manifest *m) {
   phx__text_add(t, "{\"format\":\"phalanx-checkpoint\",\"version\":%d,\n\"step\":%" PRId64 ",\"time\":%" PRId64 ",\n",
                 PHX__MANIFEST_VERSION, m->step, m->time);
-  phx__text_add(t, "\"data\":{\"seed\":\"%" PRIu64 "\",\"samples\":%" PRId64 "},\n\"generator\":{\"seed\":\"%" PRIu64
-                "\"},\n", m->data_seed, m->samples, m->generator_seed);
+  print_data(t, m);
+  phx__text_add(t, "\"generator\":{\"seed\":\"%" PRIu64 "\"},\n", m->generator_seed);
   phx__text_add(t, "\"state_hash\":\"%s\",\"ranks\":%" PRId32 ",\n\"strategy\":{", m->state_hash, m->ranks);
   print_plugin(t, phx__manifest_plugin_of(m, "strategy"));
   phx__text_add(t, "},\n\"plugins\":[");

@@ -22,7 +22,8 @@ enum {
   PHX__MANIFEST_PARAMS_MOST = 1 << 18,
   PHX__MANIFEST_FILES_MOST = 1 << 12,
   PHX__MANIFEST_SLICES_MOST = 1 << 20,
-  PHX__MANIFEST_PAIRS_MOST = 1 << 12
+  PHX__MANIFEST_PAIRS_MOST = 1 << 12,
+  PHX__MANIFEST_DATA_MOST = 1 << 16
 };
 #define PHX__MANIFEST_NAME "manifest.json"
 
@@ -78,6 +79,12 @@ typedef struct phx__manifest_state {
   int32_t dtype;
 } phx__manifest_state;
 
+typedef struct phx__manifest_data { /* a token file that the run trains on; its name is for people */
+  char *name;
+  int64_t bytes, windows;
+  uint64_t high, low; /* XXH3-128 of the file */
+} phx__manifest_data;
+
 typedef struct phx__manifest {
   int64_t step;                  /* completed steps */
   uint64_t data_seed;
@@ -103,6 +110,10 @@ typedef struct phx__manifest {
   uint32_t n_slices;
   phx__manifest_private *privates;
   uint32_t n_privates;
+  int64_t data_sequence;         /* tokens of a sequence; 0: of what it was trained on nothing is known */
+  int64_t data_batch;            /* with data_sequence: sequences of a step, of all ranks */
+  phx__manifest_data *data;      /* with data_sequence: in the order of reading */
+  uint32_t n_data;
   uint32_t room[8];              /* of the arrays above; phx__manifest_add_* keep them */
 } phx__manifest;
 
@@ -116,12 +127,14 @@ phx_status phx__manifest_add_plugin(phx__manifest *m, const char *kind, const ch
 phx_status phx__manifest_add_config(phx__manifest *m, const char *section, const char *key, const char *value,
                                     phx_error *err);
 phx_status phx__manifest_add_identity(phx__manifest *m, const char *key, const char *value, phx_error *err);
+phx_status phx__manifest_add_data(phx__manifest *m, const phx__manifest_data *file, phx_error *err);
 phx_status phx__manifest_add_file(phx__manifest *m, const char *name, int64_t bytes, const uint64_t *chunks,
                                   phx_error *err);
 phx_status phx__manifest_add_slice(phx__manifest *m, const phx__manifest_slice *slice, phx_error *err);
 phx_status phx__manifest_add_private(phx__manifest *m, const phx__manifest_private *slice, phx_error *err);
 const phx__manifest_plugin *phx__manifest_plugin_of(const phx__manifest *m, const char *kind); /* or NULL */
 const char *phx__manifest_config_of(const phx__manifest *m, const char *section, const char *key); /* or NULL */
+const char *phx__manifest_identity_of(const phx__manifest *m, const char *key);                    /* or NULL */
 
 /* DIR/manifest.json.  Reading checks everything but the other files' contents. */
 phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *err);

@@ -261,6 +261,21 @@ static phx_status check_cover(const char *path, phx__manifest *m, phx_error *err
   return status;
 }
 
+static phx_status check_data(const char *path, const phx__manifest *m, phx_error *err) {
+  const bool known = m->data_sequence > 0;
+  if (m->n_data > PHX__MANIFEST_DATA_MOST)
+    return phx__fail(err, PHX_IO, "%s: %u token files; %d are the most", path, m->n_data, PHX__MANIFEST_DATA_MOST);
+  if (m->data_sequence < 0 || (m->data_batch > 0) != known || (m->n_data > 0) != known)
+    return phx__fail(err, PHX_IO, "%s: data: sequence, batch and files do not go together", path);
+  for (uint32_t i = 0; i < m->n_data; i++) {
+    const phx__manifest_data *d = &m->data[i];
+    if (!d->name || strlen(d->name) > PHX__MANIFEST_TEXT_MOST || d->bytes < 1 || d->windows < 1 ||
+        d->bytes > PHX__JSON_INTEGER_MOST || d->windows > PHX__JSON_INTEGER_MOST)
+      return phx__fail(err, PHX_IO, "%s: data.files[%u] has no usable name or size", path, i);
+  }
+  return PHX_OK;
+}
+
 static phx_status check_pairs(const char *path, const phx__manifest_pair *pairs, uint32_t n, phx_error *err) {
   if (n > PHX__MANIFEST_PAIRS_MOST)
     return phx__fail(err, PHX_IO, "%s: %u configured values; %d are the most", path, n, PHX__MANIFEST_PAIRS_MOST);
@@ -272,6 +287,7 @@ static phx_status check_pairs(const char *path, const phx__manifest_pair *pairs,
 
 phx_status phx__manifest_check(const char *path, phx__manifest *m, phx_error *err) {
   phx_status status = check_head(path, m, err);
+  if (!status) status = check_data(path, m, err);
   if (!status) status = check_model(path, m, err);
   if (!status) status = check_pairs(path, m->config, m->n_config, err);
   if (!status) status = check_pairs(path, m->identity, m->n_identity, err);

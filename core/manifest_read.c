@@ -149,6 +149,29 @@ static void read_plugins(reader *r, phx__manifest *m, const cJSON *root) {
   nowhere(r);
 }
 
+static void read_data_file(reader *r, void *element, const cJSON *item) {
+  phx__manifest_data *d = element;
+  char part[17] = "";
+  object_of(r, item, "it", 4);
+  d->name = copy(r, item, "name");
+  d->bytes = integer(r, item, "bytes", 1, PHX__JSON_INTEGER_MOST);
+  d->windows = integer(r, item, "windows", 1, PHX__JSON_INTEGER_MOST);
+  const char *digits = text(r, item, "xxh128");
+  if (strlen(digits) != 32 || strspn(digits, "0123456789abcdef") != 32)
+    bad(r, "xxh128", "is not 32 hexadecimal digits");
+  if (r->status) return;
+  memcpy(part, digits, 16);
+  d->high = strtoull(part, NULL, 16);
+  d->low = strtoull(digits + 16, NULL, 16);
+}
+
+static void read_data(reader *r, phx__manifest *m, const cJSON *data) {
+  m->data_sequence = integer(r, data, "sequence", 1, PHX__JSON_INTEGER_MOST);
+  m->data_batch = integer(r, data, "batch", 1, PHX__JSON_INTEGER_MOST);
+  const cJSON *files = list(r, data, "files", PHX__MANIFEST_DATA_MOST, sizeof *m->data, (void **)&m->data);
+  each(r, "data.files", files, m->data, sizeof *m->data, &m->n_data, read_data_file);
+}
+
 static void read_head(reader *r, phx__manifest *m, const cJSON *root) {
   object_of(r, root, "it", 18);
   if (strcmp(text(r, root, "format"), "phalanx-checkpoint")) bad(r, "format", "is not 'phalanx-checkpoint'");
@@ -164,11 +187,13 @@ static void read_head(reader *r, phx__manifest *m, const cJSON *root) {
   if (strlen(hash) != 32) bad(r, "state_hash", "is not 32 hexadecimal digits");
   snprintf(m->state_hash, sizeof m->state_hash, "%s", hash);
   const cJSON *data = member(r, root, "data"), *generator = member(r, root, "generator");
-  object_of(r, data, "data", 2);
+  const bool known = data && cJSON_HasObjectItem(data, "sequence"); /* earlier ones say nothing of the files */
+  object_of(r, data, "data", known ? 5 : 2);
   object_of(r, generator, "generator", 1);
   m->data_seed = seed(r, data, "seed");
   m->samples = integer(r, data, "samples", 0, PHX__JSON_INTEGER_MOST);
   m->generator_seed = seed(r, generator, "seed");
+  if (known) read_data(r, m, data);
 }
 
 static void read_unit(reader *r, void *element, const cJSON *item) {

@@ -2,6 +2,7 @@
 #include "prepare.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "layout.h"
@@ -20,6 +21,11 @@ static phx_status prepare_model(phx__prepared *p, phx_error *err) {
       PHX__SUSPECT(p->config->model.plugin->path, "in declare",
                    p->model_table->declare(p->config->model.config, &declared, &p->facts, &p->shape, err), err);
   if (status) return status;
+  if (PHX_HAS(&p->facts, phx_model_facts, computes) && p->facts.computes &&
+      snprintf(p->computes, sizeof p->computes, "%s", p->facts.computes) >= (int)sizeof p->computes)
+    return phx__fail(err, PHX_INVALID, "the model says in more than %zu characters what it computes",
+                     sizeof p->computes - 1);
+  p->facts.computes = p->computes;
   if (p->shape.sequence > p->facts.context)
     return phx__fail(err, PHX_INVALID,
                      "batch.sequence = %" PRId64 " is longer than the model's context of %" PRId64

@@ -19,12 +19,14 @@ typedef struct phx__stage_plan {
 
 typedef struct phx__prepared {
   const phx__config *config;
+  const struct phx__data *train; /* [borrow] for checkpoints: the data that a run goes through; NULL: not known */
   const phx_strategy_table *strategy;
   const phx_device_table *device;
   const phx_comm_table *comm;
   const phx_model_table *model_table;
   phx_model *model;
   phx_model_facts facts;
+  char computes[256];            /* facts.computes; "": the model does not say */
   phx_batch_shape shape;
   phx_topology topology;
   phx_layout layout;

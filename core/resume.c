@@ -42,20 +42,19 @@ static phx_status nothing_to_resume(const char *dir, phx_error *err) {
   return phx__fail(err, PHX_INVALID, "%s has no checkpoint to go on from: start without --resume", dir);
 }
 
-phx_status phx__resume_check(const phx__resume *resume, const phx__config *config, const phx__prepared *prepared,
-                             phx_error *err) {
+phx_status phx__resume_check(const phx__resume *resume, const phx__prepared *prepared, phx_error *err) {
   char run_dir[PHX__CHECKPOINT_PATH], path[PHX__CHECKPOINT_PATH], text[PHX__CHECKPOINT_PATH + 600];
   phx__position at;
   int64_t step = -1;
   bool found = false;
   phx_status status = phx__checkpoint_locate(resume->dir, run_dir, &step, err);
   if (status) return status;
-  if (step >= 0) return phx__checkpoint_fits(resume->dir, config, prepared, &at, err);
+  if (step >= 0) return phx__checkpoint_fits(resume->dir, prepared, &at, err);
   status = phx__checkpoint_newest(run_dir, INT64_MAX, &step, &found, err);
   if (!status && !found)
     status = nothing_to_resume(run_dir, err);
   if (!status) status = phx__checkpoint_path(run_dir, step, path, err);
-  if (!status) status = phx__checkpoint_fits(path, config, prepared, &at, err);
+  if (!status) status = phx__checkpoint_fits(path, prepared, &at, err);
   if (status) return status;
   snprintf(text, sizeof text, "goes on from %s", path);
   phx__log(0, "checkpoint", PHX_LOG_DEBUG, text);

@@ -21,8 +21,7 @@ phx_status phx__resume_decide(const phx__config *config, bool *any, phx_error *e
 phx_status phx__resume_locate(const phx__config *config, const char *asked, phx__resume *out, phx_error *err);
 /* Before any rank exists: is there one that is whole as far as its manifest says, and does it fit?  PHX_IO: all are
  * damaged; PHX_INVALID: it does not fit, or there is none. */
-phx_status phx__resume_check(const phx__resume *resume, const phx__config *config, const phx__prepared *prepared,
-                             phx_error *err);
+phx_status phx__resume_check(const phx__resume *resume, const phx__prepared *prepared, phx_error *err);
 /* [collective] Loads the state; statuses as phx__checkpoint_resume. */
 phx_status phx__resume_load(const phx__resume *resume, phx__runtime *rt, phx__resumed *out, phx_error *err);
 #endif

@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "regular_file.h"
 #include "status.h"
 #include "sys.h"
 
@@ -88,10 +89,9 @@ static phx_status parse(int argc, char **argv, arguments *a, phx_error *err) {
 /* ---- what will be written ---- */
 
 static phx_status open_text(const char *path, int *fd, struct stat *st, phx_error *err) {
-  *fd = phx__sys.open(path, O_RDONLY, 0);
-  if (*fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open the text file %s", path);
-  if (phx__sys.fstat(*fd, st)) return phx__fail_errno(err, PHX_IO, errno, "cannot stat %s", path);
-  if (!S_ISREG(st->st_mode)) return phx__fail(err, PHX_INVALID, "%s is not a regular file", path);
+  const phx_status status = phx__regular_open(path, "the text file", "a text is read twice, first for its length: put it "
+                                              "into a file", fd, st, err);
+  if (status) return status;
   if (st->st_size == 0) return phx__fail(err, PHX_INVALID, "%s is empty", path);
   return PHX_OK;
 }
@@ -99,7 +99,7 @@ static phx_status open_text(const char *path, int *fd, struct stat *st, phx_erro
 /* Is `path` there (*st filled)?  A file that cannot be looked at counts as there: open says why later. */
 static bool exists(const char *path, struct stat *st) {
   memset(st, 0, sizeof *st);
-  const int fd = phx__sys.open(path, O_RDONLY, 0);
+  const int fd = phx__sys.open(path, O_RDONLY | O_NONBLOCK, 0);
   if (fd < 0) return errno != ENOENT && errno != ENOTDIR;
   const bool ok = !phx__sys.fstat(fd, st);
   phx__sys.close(fd);

@@ -22,6 +22,7 @@
 #include "report.h"
 #include "restart.h"
 #include "resume.h"
+#include "run_data.h"
 #include "room.h"
 #include "run_dir.h"
 #include "run_lock.h"
@@ -42,7 +43,7 @@ typedef struct run {
   phx__runtime *rt;
   phx__engine *engine;
   phx__drift *drift; /* NULL: not asked for, or one rank */
-  phx__data *train, *valid;
+  phx__run_data data;
   phx__progress progress;
   phx__checkpoints checkpoints;
   phx__run_result result;
@@ -67,17 +68,6 @@ typedef struct run {
 /* ---- before anything is allocated ---- */
 static bool foreign(void) { return phx__job_is_rank() && !getenv("PHALANX_RANK"); } /* of torchrun, mpirun, srun */
 
-static phx_status open_data(const phx__config *c, const phx__prepared *p, phx__data **train, phx__data **valid,
-                            phx_error *err) {
-  const uint64_t seed = (uint64_t)c->s.run.seed;
-  phx_status status = phx__data_open(c->s.data.train, p->shape.sequence, p->facts.vocabulary, seed, train, err);
-  if (status) return status;
-  status = phx__data_check_batch(*train, p->shape.micro, p->topology.accumulate, p->layout.data_size, err);
-  if (status) return status;
-  if (!c->s.data.valid[0]) return PHX_OK;
-  return phx__data_open(c->s.data.valid, p->shape.sequence, p->facts.vocabulary, seed, valid, err);
-}
-
 phx_status phx__train_check(const phx__config *config, phx_error *err) {
   const int32_t size = (int32_t)config->s.run.ranks;
   phx_status status = PHX_OK;
@@ -85,14 +75,14 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
   phx__room_read("", &room);
   for (int32_t rank = 0; rank < size && !status; rank++) {
     phx__prepared *p = NULL;
-    phx__data *train = NULL, *valid = NULL;
+    phx__run_data data = {NULL, NULL};
     status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
-    if (!status && rank == 0) status = open_data(config, p, &train, &valid, err);
+    if (!status && rank == 0) status = phx__run_data_attach(config, p, &data, err);
+    if (!status && rank == 0) status = phx__run_data_read(&data, err);
     if (!status && config->s.run.drift_every > 0) status = phx__drift_supported(p, err);
     if (!status && rank == 0) status = phx__room_check(config, &room, err);
     if (!status && rank == 0) status = phx__disk_room_at_start(config, p->model, err);
-    phx__data_close(train);
-    phx__data_close(valid);
+    phx__run_data_close(&data);
     phx__prepared_free(p);
   }
   const int32_t threads = phx__threads(config, size);
@@ -191,7 +181,7 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   if (status) return status;
   strategy_traffic(r->rt, &before);
   const double begin = phx__now();
-  status = phx__engine_step(r->engine, r->train, step, &r->done, err);
+  status = phx__engine_step(r->engine, r->data.train, step, &r->done, err);
   r->engine->at_stage = NULL; /* not in an evaluation, which has many more */
   if (status) return status;
   r->seconds = phx__now() - begin - r->sampling;
@@ -256,7 +246,7 @@ static phx_status tell_step(run *r, phx_error *err) {
   const int64_t step = r->step;
   const bool last = step == s->run.steps;
   const bool due = last || (s->run.valid_every > 0 && step % s->run.valid_every == 0);
-  const bool validated = r->valid && due && !r->stopped;
+  const bool validated = r->data.valid && due && !r->stopped;
   const bool hashed = last || (s->run.hash_every > 0 && step % s->run.hash_every == 0);
   double valid_loss = NAN;
   char hash[33];
@@ -264,7 +254,7 @@ static phx_status tell_step(run *r, phx_error *err) {
   phx_status status = PHX_OK;
   const bool may_end = s->checkpoint.every > 0 && !last; /* the last one has no other time */
   r->engine->stop_asked = may_end ? phx__stop_asked : NULL;
-  if (validated) status = phx__engine_validate(r->engine, r->valid, s->run.valid_windows, &valid_loss, err);
+  if (validated) status = phx__engine_validate(r->engine, r->data.valid, s->run.valid_windows, &valid_loss, err);
   if (!status && isinf(valid_loss)) say_ruined(r, step);
   if (!status && hashed) status = phx__runtime_state_hash(r->rt, &sum, err);
   if (status) return status;
@@ -409,6 +399,12 @@ static phx_status decide_resume(run *r, phx_error *err) {
   return r->asked ? phx__resume_locate(r->config, r->asked, &r->resume, err) : PHX_OK;
 }
 
+static void say_data(const run *r) {
+  char text[400];
+  phx__run_data_line(r->config, r->prepared, &r->data, text, sizeof text);
+  phx__log(0, "data", PHX_LOG_INFO, text);
+}
+
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
@@ -417,7 +413,7 @@ static phx_status open_run(run *r, phx_error *err) {
   if (status) return status;
   status = phx__prepare(r->config, r->job->rank, r->job->size, r->job->local_rank, r->job->local_size, 0, 0,
                         &r->prepared, err);
-  if (!status) status = open_data(r->config, r->prepared, &r->train, &r->valid, err);
+  if (!status) status = phx__run_data_attach(r->config, r->prepared, &r->data, err);
   if (!status && r->job->size != r->config->s.run.ranks)
     status = phx__fail(err, PHX_INVALID, "run.ranks = %" PRId64 ", but the launcher started %d rank%s: leave "
                        "-n and [run] ranks out, which takes what it started, or give -n %d", r->config->s.run.ranks, r->job->size,
@@ -432,6 +428,7 @@ static phx_status open_run(run *r, phx_error *err) {
   phx__room_read("", &room);
   if (!status && foreign()) status = phx__room_check_rank(r->prepared, &room, r->job->local_size, err);
   if (!status) status = phx__job_agree(r->job, phx__config_hash(r->config), "the configuration", err);
+  if (!status) status = phx__run_data_meet(&r->data, r->job, err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   const bool makes = r->job->rank == 0 && foreign();
   if (!status && makes) status = phx__disk_room_at_start(r->config, r->prepared->model, err);
@@ -441,6 +438,7 @@ static phx_status open_run(run *r, phx_error *err) {
     status = phx__run_dir_begin(r->dir, r->config, r->asked && r->resume.continues, err);
     if (!status) say_start(r->config, r->job->local_size);
   }
+  if (!status && r->job->rank == 0) say_data(r);
   if (!status && r->job->rank == 0) status = phx__run_dir_inherit(r->config, err);
   if (!status && r->job->local_size != r->job->size) status = phx__run_dir_shared(r->config, r->job, err);
   return status;
@@ -476,6 +474,7 @@ static phx_status begin_state(run *r, phx_error *err) {
 static phx_status run_steps(run *r, phx_error *err) {
   phx__prepared *prepared = r->prepared;
   r->prepared = NULL;
+  prepared->train = r->data.train;
   phx_status status = phx__runtime_open(r->config, r->job, prepared, &r->rt, err);
   if (!status) status = phx__engine_create(r->rt, &r->engine, err);
   if (!status) status = begin_state(r, err);
@@ -539,8 +538,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__engine_destroy(r.engine);
     phx__runtime_close(r.rt);
     phx__prepared_free(r.prepared);
-    phx__data_close(r.train);
-    phx__data_close(r.valid);
+    phx__run_data_close(&r.data);
     phx__free(r.step_seconds);
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
@@ -553,10 +551,15 @@ int phx__train_rank(const phx__config *config, const char *resume) {
 /* What --resume names, before anything is touched. */
 static phx_status check_resume(const phx__config *config, const char *asked, phx__resume *out, phx_error *err) {
   phx__prepared *p = NULL;
+  phx__run_data data = {NULL, NULL};
   const int32_t size = (int32_t)config->s.run.ranks;
   phx_status status = phx__resume_locate(config, asked, out, err);
   if (!status) status = phx__prepare(config, 0, size, 0, size, 0, 0, &p, err);
-  if (!status) status = phx__resume_check(out, config, p, err);
+  if (!status) status = phx__run_data_attach(config, p, &data, err);
+  if (!status) status = phx__run_data_read(&data, err);
+  if (!status) p->train = data.train;
+  if (!status) status = phx__resume_check(out, p, err);
+  phx__run_data_close(&data);
   phx__prepared_free(p);
   return status;
 }

@@ -40,6 +40,7 @@ typedef struct declaration {
   uint32_t n_params, n_units, n_stages, n_uses;
 } declaration;
 static declaration last; /* what the previous declare gave out */
+static char computes[80];
 
 static void declaration_free(declaration *d) {
   free(d->names);
@@ -153,8 +154,11 @@ phx_status gpt_declare(const void *config, phx_model *out, phx_model_facts *fact
                      .uses = d.uses, .n_params = d.n_params, .n_units = d.n_units, .n_stages = d.n_stages,
                      .n_uses = d.n_uses, .param_stride = sizeof *d.params, .unit_stride = sizeof *d.units,
                      .stage_stride = sizeof *d.stages, .use_stride = sizeof *d.uses};
+  snprintf(computes, sizeof computes, "heads %lld, norm_eps %.9g", (long long)s.heads,
+           ((const gpt_config *)config)->norm_eps);
   const double l = (double)s.layers, c = (double)s.width, v = (double)s.vocab;
   *facts = (phx_model_facts){.struct_size = sizeof *facts, .vocabulary = s.vocab, .context = s.context,
-                             .flops_per_token = 6 * (12 * l * c * c + v * c) + 12 * l * c * (double)t};
+                             .flops_per_token = 6 * (12 * l * c * c + v * c) + 12 * l * c * (double)t,
+                             .computes = computes};
   return PHX_OK;
 }

@@ -2,6 +2,7 @@
  * mistake, nothing on disk.  And the commands that need no run: check, plugins, help. */
 #include <criterion/criterion.h>
 #include <dirent.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -174,10 +175,17 @@ Test(commands, help_of_each) {
   command_free(&r);
 }
 
+static void put_corpus(void) {
+  uint16_t tokens[6000];
+  for (int i = 0; i < 6000; i++) tokens[i] = (uint16_t)(i % 250);
+  command_write_file(dir, "corpus.bin", tokens, sizeof tokens);
+}
+
 /* check's output is an INI that gives the same output again. */
 Test(commands, check_round_trip) {
   command_write_file(dir, "a.ini", GOOD, strlen(GOOD));
   expect_result(RUN(dir, 20, "check", "a.ini"), "sizes", "layers, heads, width, context, vocab not set");
+  put_corpus();
   command_result first = RUN(dir, 20, "check", "a.ini", "-n", "2", "--strategy", "fsdp", "--set", "fsdp.prefetch=2",
                              "--set", "model.size=tiny");
   cr_assert_eq(first.status, 0, "%s", first.out);
@@ -251,6 +259,7 @@ Test(commands, help_samples_can_be_read) {
     command_free(&r);
   }
   command_write_file(dir, "a.ini", ini, strlen(ini));
+  put_corpus();
   command_result r = RUN(dir, 20, "check", "a.ini", "--set", "model.size=tiny");
   cr_expect_eq(r.status, 0, "%s", r.out);
   command_free(&r);

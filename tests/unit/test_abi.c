@@ -155,7 +155,7 @@ NO_TAIL(phx_device_table, cost);
 NO_TAIL(phx_comm_table, arena);
 NO_TAIL(phx_batch_shape, reserved0);
 NO_TAIL(phx_stage_memory, workspace);
-NO_TAIL(phx_model_facts, flops_per_token);
+NO_TAIL(phx_model_facts, computes);
 NO_TAIL(phx_stage_call, stream);
 NO_TAIL(phx_model_table, backward);
 
