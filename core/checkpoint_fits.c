@@ -1,8 +1,7 @@
 /* core/checkpoint_fits.c - see checkpoint_fits.h.
  *
  * What changes results without changing a shape is compared here: what the model computes, and which sequence comes
- * when.  A file's name changes nothing, so data may move; ranks and micro-batches may differ, since samples are counted.
- */
+ * when.  A file's name changes nothing, so data may move; ranks and micro-batches may differ: samples are counted. */
 #include "checkpoint_fits.h"
 
 #include <inttypes.h>

@@ -20,6 +20,7 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int64_t log_every;
     int32_t pin;         /* auto | yes | no: pin ranks to cores */
     int32_t on_nonfinite; /* 0 stop, 1 skip */
+    int64_t max_skipped; /* steps in a row; 0: no limit */
     int64_t drift_every; /* steps; 0: never */
     int64_t balance_every; /* steps; 0: only at the end */
     int64_t max_restarts;

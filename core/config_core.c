@@ -57,6 +57,8 @@ static const phx_option run_options[] = {
          "Pin ranks to cores; auto does so when every rank can have its own."),
     ENUM(run, on_nonfinite, "stop", nonfinite_choices, 0,
          "A loss or norm that is not finite stops the run, or its update is skipped; the same on all ranks."),
+    INT(run, max_skipped, "10", 0, STEPS_MOST, "steps", 0,
+        "Steps in a row that on_nonfinite = skip passes over before the run is stopped; 0 sets no limit."),
     INT(run, balance_every, "100", 0, STEPS_MOST, "steps", 0,
         "Steps between lines that say which rank is the slowest; 0 says it only at the end."),
     INT(run, drift_every, "0", 0, STEPS_MOST, "steps", 0,

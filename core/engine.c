@@ -359,7 +359,16 @@ static phx_status run_micro_batches(phx__engine *e, phx_error *err) {
 /* ---- the step ---- */
 /* What happens to a step that cannot be applied: the run stops, or goes on with the weights and states as they are. */
 static phx_status not_finite(phx__engine *e, phx__step_result *result, phx_error *err) {
-  e->not_finite = e->rt->config->s.run.on_nonfinite == 0;
+  const phx__settings *s = &e->rt->config->s;
+  const bool too_many = s->run.on_nonfinite == 1 && s->run.max_skipped > 0 && ++e->skipped >= s->run.max_skipped;
+  e->not_finite = s->run.on_nonfinite == 0 || too_many;
+  if (too_many)
+    return phx__fail(err, PHX_INVALID,
+                     "step %lld: loss %g, gradient norm %g: not finite, as in the %lld steps before: nothing has been "
+                     "learned since step %lld (run.max_skipped = %lld in a row); the run has diverged: go on from an "
+                     "earlier checkpoint with a lower optimizer.lr, or set optimizer.clip",
+                     (long long)e->step, result->loss, result->grad_norm, (long long)(e->skipped - 1),
+                     (long long)(e->step - e->skipped), (long long)s->run.max_skipped);
   if (e->not_finite)
     return phx__fail(err, PHX_INVALID,
                      "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr, "
@@ -397,6 +406,7 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
     *out = result;
     goto done;
   }
+  e->skipped = 0;
   const double clip = settings->optimizer.clip;
   const double factor = clip > 0 && result.grad_norm > clip ? clip / result.grad_norm : 1.0;
   e->rt->optim.step = step;

@@ -89,8 +89,8 @@ static phx_status parse(int argc, char **argv, arguments *a, phx_error *err) {
 /* ---- what will be written ---- */
 
 static phx_status open_text(const char *path, int *fd, struct stat *st, phx_error *err) {
-  const phx_status status = phx__regular_open(path, "the text file", "a text is read twice, first for its length: put it "
-                                              "into a file", fd, st, err);
+  static const char why[] = "a text is read twice, first for its length: put it into a file";
+  const phx_status status = phx__regular_open(path, "the text file", why, fd, st, err);
   if (status) return status;
   if (st->st_size == 0) return phx__fail(err, PHX_INVALID, "%s is empty", path);
   return PHX_OK;

@@ -28,6 +28,7 @@
 #include "run_lock.h"
 #include "state_visit.h"
 #include "status.h"
+#include "step_times.h"
 #include "stop.h"
 #include "sys.h"
 #include "weight_check.h"
@@ -47,7 +48,7 @@ typedef struct run {
   phx__progress progress;
   phx__checkpoints checkpoints;
   phx__run_result result;
-  double *step_seconds; /* (steps) */
+  phx__step_times times;
   double sampling;      /* seconds of this step that went into measuring memory */
   phx__step_result done; /* of the step just done, with its seconds and bytes sent */
   double seconds;
@@ -133,11 +134,6 @@ static void keep_traffic(run *r, const phx_comm_stats *before, const phx_comm_st
   }
 }
 
-static int by_value(const void *a, const void *b) {
-  const double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
 static phx_status gather_reports(run *r, phx_error *err) {
   phx__rank_report *mine = &r->mine;
   const phx__runtime *rt = r->rt;
@@ -189,7 +185,7 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   if (status) return status;
   strategy_traffic(r->rt, &after);
   r->sent = bytes_of(&after) - bytes_of(&before);
-  r->step_seconds[step - 1] = r->seconds;
+  phx__step_times_add(&r->times, r->seconds);
   phx__memory_watch_steady();
   if (measured) keep_traffic(r, &before, &after);
   if (measured) r->mine.traffic_counts = !r->done.skipped;
@@ -268,16 +264,6 @@ static phx_status tell_step(run *r, phx_error *err) {
   return validated ? heed(r, err) : PHX_OK;
 }
 
-/* Of the steps that this process did, without its first. */
-static double median_seconds(run *r) {
-  const int64_t first = r->resumed.at.step, done = r->config->s.run.steps - first;
-  double *t = r->step_seconds + first + (done > 1);
-  const size_t count = (size_t)(done > 1 ? done - 1 : done);
-  if (count == 0) return 0;
-  qsort(t, count, sizeof *t, by_value);
-  return count % 2 ? t[count / 2] : 0.5 * (t[count / 2 - 1] + t[count / 2]);
-}
-
 /* Our account of the device's memory beside its driver's, which counts what libraries and the context hold, too. */
 static void say_device_memory(const run *r) {
   const phx__run_result *all = &r->result;
@@ -307,7 +293,7 @@ static phx_status finish(run *r, phx_error *err) {
   if (!status) status = phx__weights_write(r->rt, r->config->s.run.out, r->step, err);
   if (!status) status = gather_reports(r, err);
   if (status || r->job->rank != 0) return status;
-  const double median = median_seconds(r);
+  const double median = phx__step_times_median(&r->times);
   r->result.steps = r->config->s.run.steps;
   r->result.saves = r->checkpoints.totals;
   r->result.step_ms = 1e3 * median;
@@ -486,8 +472,7 @@ static phx_status run_steps(run *r, phx_error *err) {
     status = phx__checkpoints_open(&r->checkpoints, r->rt, &r->progress, r->step, r->resume.continues ? r->step : 0,
                                    err);
   if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, r->asked ? &r->resumed : NULL, err);
-  r->step_seconds = phx__calloc((size_t)r->config->s.run.steps, sizeof(double));
-  if (!status && !r->step_seconds) status = phx__fail(err, PHX_NOMEM, "no memory for the step times");
+  if (!status) status = phx__step_times_open(&r->times, r->config->s.run.steps, err);
   while (!status && r->step < r->config->s.run.steps && !r->stopped && !r->unsaved) {
     status = train_step(r, r->step + 1, err);
     if (status) save_before_failing(r);
@@ -539,7 +524,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__runtime_close(r.rt);
     phx__prepared_free(r.prepared);
     phx__run_data_close(&r.data);
-    phx__free(r.step_seconds);
+    phx__step_times_close(&r.times);
   }
   if (!status) phx__job_state(r.job, 3, config->s.run.steps);
   phx__run_dir_close(r.dir);

@@ -153,3 +153,21 @@ Test(validation, a_loss_that_is_not_finite_is_said) {
   free(metrics);
   free(json);
 }
+
+/* After it has diverged, a run that skips what is not finite skips every step: it ends as failed, not as done. */
+Test(validation, skipped_steps_in_a_row_end_the_run) {
+#define DIVERGE \
+  "train", "run.ini", "--steps", "20", "--set", "optimizer.name=sgd", "--set", "optimizer.warmup=0", "--set", \
+  "optimizer.lr=1", "--set", "optimizer.weight_decay=1000", "--set", "optimizer.clip=0", "--set", \
+  "optimizer.final=1", "--set", "batch.micro=4", "--set", "run.on_nonfinite=skip"
+  command_result r = RUN(dir, 60, DIVERGE, "--set", "run.max_skipped=4", "-n", "2");
+  cr_expect(r.status == 3 && strstr(r.out, "not finite, as in the 3 steps before: nothing has been learned since step"),
+            "status %d:\n%s", r.status, r.out);
+  command_free(&r);
+  r = RUN(dir, 60, DIVERGE, "--set", "run.max_skipped=0");
+  cr_expect_eq(r.status, 0, "%s", r.out);
+  command_free(&r);
+  r = RUN(dir, 60, DIVERGE);
+  cr_expect(r.status == 3 && strstr(r.out, "as in the 9 steps before"), "status %d:\n%s", r.status, r.out);
+  command_free(&r);
+}
