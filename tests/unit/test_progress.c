@@ -83,7 +83,7 @@ Test(progress, the_log_shows_no_control_characters) {
   fflush(stderr);
   dup2(screen, 2);
   char *said = command_read_file(dir, "said");
-  cr_expect(strstr(said, "rank 0 plug?in] error: red ?[31m, ? back, ? bell, ?? csi, gr\xc3\xbc\xc3\x9f, ?, new?line\n"),
+  cr_expect(strstr(said, "rank 0 plug?in] error: red ?[31m,   back, ? bell, ?? csi, gr\xc3\xbc\xc3\x9f, ?, new line\n"),
             "%s", said);
   free(said);
 }
