@@ -140,4 +140,10 @@ Test(full_disk, to_the_end) {
   SAYS(r, "; nor was the last step's checkpoint: ");
   cr_expect_eq(times(r.out, "metrics.jsonl cannot be written: its last lines"), 1, "%s", r.out);
   command_free(&r);
+  r = command_run(dir, 20, (const char *const[]){"/bin/sh", "-c", "find kept -name '*.part' -o -name 'model.*'", NULL});
+  cr_expect_str_eq(r.out, "", "a half file was left");
+  command_free(&r);
+  cJSON *json = training_json(dir, "kept/out/run.json");
+  cr_expect(json && !training_get(json, "result"), "run.json says that the run ended well");
+  cJSON_Delete(json);
 }

@@ -1,5 +1,6 @@
 /* What a run refuses before anything is made: token files, batches, ranks, the run directory, the variants of compare.
- * Each is exit status 2, one clear message, nothing left on disk.  And what happens to a run whose disk fills up. */
+ * Each is exit status 2, one clear message, nothing left on disk.  And what happens to a run that cannot write its
+ * files or size its memory. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <stdint.h>
@@ -177,40 +178,16 @@ Test(runs, rank_0_makes_the_directory_under_another_launcher) {
   cJSON_Delete(json);
 }
 
-/* ---- a disk that is full ---- */
-static int has(const char *name) {
-  char *text = command_read_file(dir, name);
-  free(text);
-  return text != NULL;
-}
-
-/* One file of the run stands on a full disk: /dev/full takes no byte.  The directory holds no run yet. */
-static void run_with_full(const char *name, const char *ranks, int expected, const char *message) {
-  char path[400];
-  snprintf(path, sizeof path, "%s/out", dir);
-  cr_assert_eq(mkdir(path, 0755), 0);
-  snprintf(path, sizeof path, "%s/out/%s", dir, name);
-  cr_assert_eq(symlink("/dev/full", path), 0);
-  command_result r = RUN(dir, 60, "train", "run.ini", "-n", ranks, "--steps", "3");
-  cr_expect_eq(r.status, expected, "%s: status %d\n%s", name, r.status, r.out);
-  cr_expect(strstr(r.out, message) && strstr(r.out, "No space left on device"), "'%s' lacks '%s'", r.out, message);
-  cr_expect(!has("out/model.safetensors") && !has("out/model.safetensors.part") && !has("out/run.json.part"),
-            "%s: a half file was left", name);
-  cJSON *json = training_json(dir, "out/run.json");
-  cr_expect_null(training_get(json, "result"), "%s: run.json says that the run ended well", name);
-  cJSON_Delete(json);
-  command_free(&r);
-  char rm[400];
-  snprintf(rm, sizeof rm, "rm -r %s/out", dir);
-  cr_assert_eq(system(rm), 0);
-}
-
-Test(runs, a_full_disk_stops_the_run_and_leaves_no_half_file) {
+/* ---- what cannot be written (a full disk: test_full_disk.c) ---- */
+Test(runs, a_configuration_that_cannot_be_written_is_refused) {
   for (int n = 1; n <= 2; n++) {
-    const char *ranks = n == 1 ? "1" : "2";
-    run_with_full("run.json.part", ranks, 3, "cannot write out/run.json");
-    run_with_full("model.safetensors.part", ranks, 3, "cannot write out/model.safetensors");
-    run_with_full("config.ini.part", ranks, 2, "cannot write out/config.ini");
+    char line[600];
+    snprintf(line, sizeof line, "trap '' XFSZ; ulimit -f 1; exec %s train run.ini -n %d --steps 3", PHX_TEST_COMMAND,
+             n);
+    command_result r = command_run(dir, 60, (const char *const[]){"/bin/bash", "-c", line, NULL});
+    cr_expect(r.status == 2 && strstr(r.out, "cannot write out/config.ini"), "status %d\n%s", r.status, r.out);
+    command_free(&r);
+    cr_expect_eq(entries(dir), 3, "something was left on disk");
   }
 }
 
