@@ -240,6 +240,15 @@ static void say_all(const load_walk *walk, const char *path) {
 }
 
 /* ---- one checkpoint ---- */
+/* Ranks share the files among them. */
+static phx_status check_headers(const load_walk *walk, phx_error *err) {
+  phx_status status = PHX_OK;
+  const uint32_t ranks = (uint32_t)walk->rt->job->size;
+  for (uint32_t f = (uint32_t)walk->rt->job->rank; f < walk->reader->manifest->n_files && !status; f += ranks)
+    status = phx__checkpoint_reader_header(walk->reader, f, err);
+  return status;
+}
+
 phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed *out, phx_error *err) {
   load_walk walk = {.rt = rt};
   phx_error why = PHX_ERROR_INIT;
@@ -250,6 +259,7 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   phx_status status = phx__checkpoint_reader_open(path, &walk.reader, &why);
   const phx__manifest *m = status ? NULL : walk.reader->manifest;
   if (!status) status = phx__manifest_fits(path, m, rt->prepared, &fit, &why);
+  if (!status) status = check_headers(&walk, &why);
   walk.from_zero = !status && !phx__manifest_same_optimizer(m, &rt->optim.table);
   if (walk.from_zero) walk.zeros = phx__calloc(PART, PHX_BLOCK * sizeof *walk.zeros);
   if (walk.from_zero && !walk.zeros) status = phx__fail(&why, PHX_NOMEM, "no memory to load %s", path);

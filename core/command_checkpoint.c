@@ -227,34 +227,6 @@ static void tensors_in(const phx__safetensors *st, int64_t chunk, char *out, siz
   }
 }
 
-static void verify_place(verification *v, const phx__safetensors *st, const char *name, int32_t dtype, int64_t offset,
-                         int64_t blocks) {
-  phx_error err = PHX_ERROR_INIT;
-  const phx__tensor *t = phx__safetensors_find(st, name);
-  if (t && t->dtype == dtype && t->begin == offset && t->numel == blocks * PHX_BLOCK) return;
-  phx__fail(&err, PHX_IO, "%s: tensor %s is not where the manifest says", st->path, name);
-  complain(v, &err);
-}
-
-/* Every slice that the manifest puts in this file is a tensor of it, at that place. */
-static void verify_header(verification *v, const phx__safetensors *st, uint32_t file) {
-  const phx__manifest *m = v->reader->manifest;
-  char name[160];
-  for (uint32_t i = 0; i < m->n_slices; i++) {
-    const phx__manifest_slice *s = &m->slices[i];
-    if (s->file != file) continue;
-    phx__manifest_tensor_name(m, s->kind, s->index, s->unit, s->flat, s->first_block, name);
-    verify_place(v, st, name, s->dtype, s->offset, s->blocks);
-  }
-  for (uint32_t i = 0; i < m->n_privates; i++) {
-    const phx__manifest_private *p = &m->privates[i];
-    if (p->file != file) continue;
-    snprintf(name, sizeof name, "private.%s/%" PRIu32 "/%" PRIu32 "/%" PRId64, p->name, p->unit, p->flat,
-             p->first_block);
-    verify_place(v, st, name, p->dtype, p->offset, p->blocks);
-  }
-}
-
 static int by_offset(const void *a, const void *b) {
   const int64_t x = ((const placed *)a)->slice->offset, y = ((const placed *)b)->slice->offset;
   return (x > y) - (x < y);
@@ -295,8 +267,8 @@ static void verify_file(verification *v, uint32_t file) {
     complain(v, &err);
     return;
   }
-  if (phx__safetensors_open(path, &st, &err)) complain(v, &err);
-  else verify_header(v, st, file);
+  if (phx__safetensors_open(path, &st, &err) || phx__manifest_header_fits(v->reader->manifest, file, st, &err))
+    complain(v, &err);
   const uint32_t n = v->damaged ? 0 : places_of(v, file);
   for (int64_t at = 0, i = 0; at < entry->bytes; at += PHX__CHUNK_BYTES) {
     const int64_t left = entry->bytes - at, bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;

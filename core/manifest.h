@@ -196,6 +196,11 @@ void phx__checkpoint_reader_close(phx__checkpoint_reader *r); /* NULL is fine */
 phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind, uint32_t index, uint32_t unit,
                                          uint32_t flat, int64_t first_block, int64_t blocks, float *out,
                                          phx_error *err);
+/* Is each slice that the manifest puts into file `file` a tensor of the header `st`, at that place?  PHX_IO names the
+ * first that is not. */
+phx_status phx__manifest_header_fits(const phx__manifest *m, uint32_t file, const phx__safetensors *st, phx_error *err);
+/* The same, for the file as it lies in the reader's directory. */
+phx_status phx__checkpoint_reader_header(const phx__checkpoint_reader *r, uint32_t file, phx_error *err);
 /* Bytes of a private slice. */
 phx_status phx__checkpoint_reader_private(phx__checkpoint_reader *r, const phx__manifest_private *slice, void *out,
                                           phx_error *err);

@@ -4,7 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <xxhash.h>
 
+#include "manifest.h"
 #include "root.h"
 #include "status.h"
 #include "training.h"
@@ -95,6 +97,50 @@ Test(found_config, swapped_checkpoints, .timeout = 60) {
   cr_assert_eq(system(line), 0);
   expect(RUN(dir, 60, "checkpoint", "verify", "out/checkpoints/step-00000002"), PHX__EXIT_DAMAGED, "holds step 4");
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), PHX__EXIT_DAMAGED, "holds step 2");
+  command_remove_dir(dir);
+}
+
+/* Gives two tensors of one size each other's names in a shard's header, with the checksums that then hold. */
+static void exchange_names(const char *checkpoint) {
+  phx_error err = PHX_ERROR_INIT;
+  phx__manifest *m = NULL;
+  phx__safetensors *st = NULL;
+  char path[700];
+  cr_assert_eq(phx__manifest_read(checkpoint, &m, &err), PHX_OK, "%s", err.message);
+  snprintf(path, sizeof path, "%s/%s", checkpoint, m->files[0].name);
+  cr_assert_eq(phx__safetensors_open(path, &st, &err), PHX_OK, "%s", err.message);
+  uint32_t a = 0, b = 1;
+  while (b < st->n && (strlen(st->tensors[a].name) != strlen(st->tensors[b].name) ||
+                       st->tensors[a].numel != st->tensors[b].numel))
+    if (++b == st->n && ++a + 1 < st->n) b = a + 1;
+  cr_assert_lt(b, st->n, "two tensors with names of one length");
+  static char bytes[PHX__CHUNK_BYTES];
+  FILE *f = fopen(path, "r+b");
+  cr_assert_not_null(f);
+  const size_t n = fread(bytes, 1, sizeof bytes, f), length = strlen(st->tensors[a].name);
+  char *first = memmem(bytes, n, st->tensors[a].name, length), *second = memmem(bytes, n, st->tensors[b].name, length);
+  cr_assert(first && second);
+  memcpy(first, st->tensors[b].name, length);
+  memcpy(second, st->tensors[a].name, length);
+  rewind(f);
+  cr_assert_eq(fwrite(bytes, 1, n, f), n);
+  cr_assert_eq(fclose(f), 0);
+  m->files[0].chunks[0] = XXH3_64bits(bytes, n);
+  cr_assert_eq(phx__manifest_write(checkpoint, m, &err), PHX_OK, "%s", err.message);
+  phx__safetensors_close(st);
+  phx__manifest_free(m);
+}
+
+/* Every checksum holds, and other tools would take one tensor for another. */
+Test(found_config, a_header_that_is_not_the_manifests, .timeout = 60) {
+  char *dir = make_run(), path[600];
+  snprintf(path, sizeof path, "%s/out/checkpoints/step-00000004", dir);
+  exchange_names(path);
+  expect(RUN(dir, 60, "checkpoint", "verify", "out/checkpoints/step-00000004"), PHX__EXIT_DAMAGED,
+         "is not where the manifest says");
+  expect(RUN(dir, 60, "train", "--resume", "out/checkpoints/step-00000004", "--set", "run.out=other", "--steps", "6"),
+         PHX__EXIT_DAMAGED, "is not where the manifest says");
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), 0, "the one before is tried");
   command_remove_dir(dir);
 }
 
