@@ -59,7 +59,8 @@ static void add_member(phx__progress *progress, const phx__rank_report *ranks, i
   char text[64 + 2 * PHX_RANKS_MAX * 24];
   double ratio = 1;
   const int32_t slowest = phx__balance_slowest(ranks, n, &ratio);
-  size_t used = (size_t)snprintf(text, sizeof text, ",\"balance\":{\"from\":%" PRId64 ",\"slowest\":%d", first, slowest);
+  size_t used =
+      (size_t)snprintf(text, sizeof text, ",\"balance\":{\"from\":%" PRId64 ",\"slowest\":%d", first, slowest);
   for (int list = 0; list < 2; list++)
     for (int32_t r = 0; r < n; r++) {
       const int64_t ns = list ? ranks[r].wait_ns : ranks[r].own_ns;

@@ -11,8 +11,9 @@ typedef struct phx__fit {
   char difference[512];
 } phx__fit;
 
-/* PHX_INVALID says what does not fit: the model's parameters, what it computes, the optimizer, the data and their order,
- * the number of steps.  prepared->train: the data of this run; contents that this rank does not know are not compared. */
+/* PHX_INVALID says what does not fit: the model's parameters, what it computes, the optimizer, the data and their
+ * order, the number of steps.  prepared->train is the data of this run; contents that this rank does not know are not
+ * compared. */
 phx_status phx__manifest_fits(const char *path, const phx__manifest *m, const phx__prepared *prepared, phx__fit *fit,
                               phx_error *err);
 /* Are the states of the optimizer those that the run's optimizer has? */

@@ -165,15 +165,20 @@ static void say_plugin(const phx__runtime *rt, const phx__manifest *m, const cha
   say(rt, text);
 }
 
+/* What this run has for a key of the checkpoint's identity, NULL where it has no such key. */
+static const char *identity_now(const phx__runtime *rt, const char *key, const char *threads) {
+  if (strcmp(key, "device") == 0) return rt->device->name;
+  if (strcmp(key, "threads") == 0) return threads;
+  if (strcmp(key, "phalanx") == 0) return PHX__VERSION;
+  return NULL;
+}
+
 static void say_identity(const phx__runtime *rt, const phx__manifest *m) {
   char text[512], threads[24];
   snprintf(threads, sizeof threads, "%d", rt->device->threads);
   for (uint32_t i = 0; i < m->n_identity; i++) {
     const phx__manifest_pair *p = &m->identity[i];
-    const char *now = strcmp(p->key, "device") == 0    ? rt->device->name
-                      : strcmp(p->key, "threads") == 0 ? threads
-                      : strcmp(p->key, "phalanx") == 0 ? PHX__VERSION
-                                                       : NULL;
+    const char *now = identity_now(rt, p->key, threads);
     if (!now || strcmp(now, p->value) == 0) continue;
     snprintf(text, sizeof text, "%s was %.200s and is %.200s: the same bits are not promised across this", p->key,
              p->value, now);

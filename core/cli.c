@@ -47,8 +47,9 @@ static const command commands[] = {
      phx__command_plugins,
      "  FILE.ini                   its [plugins] path is searched first\n"
      "\nPHALANX_PLUGIN_PATH adds directories: absolute, colon-separated.\n"},
-    {"help", "[NAME|PATH.so] [FILE.ini]", "options of a plugin or of one of the core's sections, as a table and a sample",
-     phx__command_help, "  FILE.ini                   its [plugins] path is searched first\n"},
+    {"help", "[NAME|PATH.so] [FILE.ini]",
+     "options of a plugin or of one of the core's sections, as a table and a sample", phx__command_help,
+     "  FILE.ini                   its [plugins] path is searched first\n"},
     {"data", "tokenize TEXT... -o OUT.bin [--valid FRACTION VALID.bin] [--force]", "token files from text (bytes)",
      phx__command_data, NULL},
     {"sample", "FROM [--prompt TEXT] [--tokens N] [--temperature T] [--top-k K] [--seed S]",

@@ -363,8 +363,9 @@ static int place_run(variant *v, const char *base, int index) {
 static int run_all(const phx__compare_plan *plan, const phx__config *base, variant *v, int n) {
   const char *out = base->s.run.out;
   phx_error err = PHX_ERROR_INIT;
+  const char *path = base->s.plugins.path[0] ? base->s.plugins.path : NULL;
   for (int i = 0; i < n; i++)
-    if (!take_keys(&v[i], base->s.plugins.path[0] ? base->s.plugins.path : NULL) || !place_run(&v[i], out, i) || !check_variant(plan, &v[i])) return PHX__EXIT_REFUSED;
+    if (!take_keys(&v[i], path) || !place_run(&v[i], out, i) || !check_variant(plan, &v[i])) return PHX__EXIT_REFUSED;
   if (phx__run_dir_create(base, &err)) {
     phx__complain("%s", err.message);
     return PHX__EXIT_REFUSED;

@@ -55,8 +55,9 @@ static void judge_paths(loading *l) {
   if (comes_with_data(l, pin)) pin->value.s = s->plugins.pin = "";
   if (comes_with_data(l, path) && *s->plugins.path && !*s->plugins.pin) {
     phx__config_warn(p, path->entry,
-                     "[plugins] path = %s is not followed: this file comes with a run.  Where its plugins are needed and "
-                     "trusted, give it yourself: --set plugins.path, or PHALANX_PLUGIN_PATH", s->plugins.path);
+                     "[plugins] path = %s is not followed: this file comes with a run.  Where its plugins are needed "
+                     "and trusted, give it yourself: --set plugins.path, or PHALANX_PLUGIN_PATH",
+                     s->plugins.path);
     path->value.s = s->plugins.path = "";
   }
   if (phx__loader_guard(s->plugins.path, strchr(s->run.strategy, '/') ? s->run.strategy : NULL, s->plugins.pin, &err))

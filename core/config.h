@@ -92,8 +92,8 @@ typedef struct phx__override {
  * has been printed to `report` (one line each, "file:line: ..."), and PHX_INVALID or PHX_UNSUPPORTED is returned. */
 phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
                             phx__config **out);
-/* The same of a file that comes with data (a run's own config.ini): it names no code.  Of it [plugins] path and pin, and
- * a strategy's path, do not count; what an override says does.  A strategy's path is refused, unless overridden. */
+/* The same of a file that comes with data (a run's own config.ini): it names no code.  Of it [plugins] path and pin,
+ * and a strategy's path, do not count; what an override says does.  A strategy's path is refused, unless overridden. */
 phx_status phx__config_load_found(const char *path, const phx__override *overrides, size_t n, FILE *report,
                                   phx__config **out);
 void phx__config_free(phx__config *config);

@@ -150,8 +150,8 @@ static const struct {
   const char *section, *key, *instead;
 } replaced[] = {
     {"run", "valid_batches",
-     "write valid_windows, the sequences that all ranks evaluate together (ranks x batch.micro x valid_batches gives as "
-     "many as before; 0 takes all)"},
+     "write valid_windows, the sequences that all ranks evaluate together (ranks x batch.micro x valid_batches gives "
+     "as many as before; 0 takes all)"},
 };
 
 const char *phx__core_replaced(const char *section, const char *key) {

@@ -125,7 +125,9 @@ void phx__gpt2_ini(const phx__gpt2 *g, char ini[PHX__GPT2_INI]) {
 phx_status phx__gpt2_write(const char *dir, const phx__gpt2 *g, phx_error *err) {
   char path[4200];
   phx__text t = {0};
-  const int64_t end = g->vocab == 50257 ? 50256 : g->vocab == 257 ? 256 : -1; /* GPT-2's end of text, and our bytes' */
+  int64_t end = -1;
+  if (g->vocab == 50257) end = 50256; /* GPT-2's end of text */
+  if (g->vocab == 257) end = 256;     /* our bytes' */
   phx__text_add(&t, "{\n  \"architectures\": [\"GPT2LMHeadModel\"],\n  \"model_type\": \"gpt2\",\n"
                 "  \"n_layer\": %" PRId64 ",\n  \"n_head\": %" PRId64 ",\n  \"n_embd\": %" PRId64 ",\n"
                 "  \"n_positions\": %" PRId64 ",\n  \"n_ctx\": %" PRId64 ",\n  \"vocab_size\": %" PRId64 ",\n",

@@ -1,8 +1,8 @@
 /* core/json.h - JSON from files that nobody vouches for, and JSON texts that are written piece by piece.
  *
  * Reading: RFC 8259 to the letter, UTF-8, an object outermost; only integers up to 2^53 (our formats know no others;
- * fractions and exponents where the limits say so); no name twice in an object, no control character in a name, no zero character anywhere; depth and number of values
- * are limited before a tree is built.  Any thread. */
+ * fractions and exponents where the limits say so); no name twice in an object, no control character in a name, no
+ * zero character anywhere; depth and number of values are limited before a tree is built.  Any thread. */
 #ifndef PHX__JSON_H
 #define PHX__JSON_H
 #include <phalanx/base.h>

@@ -21,8 +21,8 @@ phx_status phx__loader_open(const char *search, uint32_t kind, const char *name_
 /* One known file, not yet identified; name: what its id must be, or NULL.  [static] */
 phx_status phx__loader_open_file(uint32_t kind, const char *path, const char *name, const phx__plugin **out,
                                  phx_error *err);
-/* While pins is not empty, what lies in directories (colon-separated) or is `file` is loaded only when its SHA-256 is one
- * of pins (hex, comma-separated).  Each may be NULL; replaces what was said before.  [static] */
+/* While pins is not empty, what lies in directories (colon-separated) or is `file` is loaded only when its SHA-256 is
+ * one of pins (hex, comma-separated).  Each may be NULL; replaces what was said before.  [static] */
 phx_status phx__loader_guard(const char *directories, const char *file, const char *pins, phx_error *err);
 /* Fills sha256: for what is used or shown, not for what is only asked whether it can run (reading it takes time). */
 phx_status phx__loader_identify(const phx__plugin *plugin, phx_error *err);

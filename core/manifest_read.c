@@ -385,8 +385,8 @@ static phx_status check_name(const char *dir, const phx__manifest *m, phx_error 
   if (strncmp(leaf, "step-", 5) != 0 || m->step == 0) return PHX_OK;
   const long long named = strtoll(leaf + 5, &end, 10);
   if (end == leaf + 5 || *end || named == m->step) return PHX_OK;
-  return phx__fail(err, PHX_IO, "%s is named as of step %lld, and holds step %" PRId64 ": it was renamed, or swapped", dir,
-                   named, m->step);
+  return phx__fail(err, PHX_IO, "%s is named as of step %lld, and holds step %" PRId64 ": it was renamed, or swapped",
+                   dir, named, m->step);
 }
 
 phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *err) {

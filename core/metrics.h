@@ -24,7 +24,8 @@ typedef struct phx__metrics {
 /* last > 0: the run goes on after that step.  The file stays the same one, for who reads it with `tail -f`; it is cut
  * where the first line of a later step, or a line that is not whole, begins.  0: a new file. */
 phx_status phx__metrics_open(phx__metrics *m, const char *path, int64_t last, phx_error *err);
-/* line: with its newline, PHX__METRICS_LINE bytes at most; step: said if it is lost.  What cannot be written is a warning, said once, and waits. */
+/* line: with its newline, PHX__METRICS_LINE bytes at most; step: said if it is lost.  What cannot be written is a
+ * warning, said once, and waits. */
 void phx__metrics_line(phx__metrics *m, const char *line, size_t bytes, int64_t step);
 /* Tries once more what waits.  PHX_IO: lines are missing, and which; that is told once. */
 phx_status phx__metrics_flush(phx__metrics *m, phx_error *err);

@@ -167,8 +167,9 @@ static phx_status move_aside(phx__run_dir *d, phx_error *err) {
   if (status || !name[0]) return status;
   if (work_is_in(d->dir))
     return phx__fail(err, PHX_INVALID,
-                     "run.out = %s holds an earlier run, and is the directory you work in: go to another one, or name a "
-                     "new one in it", d->dir);
+                     "run.out = %s holds an earlier run, and is the directory you work in: go to another one, or name "
+                     "a new one in it",
+                     d->dir);
   if (phx__sys.rename(d->dir, name)) {
     const bool stuck = errno == EBUSY || errno == EXDEV;
     return phx__fail_errno(err, stuck ? PHX_INVALID : PHX_IO, errno,

@@ -1,8 +1,8 @@
 /* core/stop.h - SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP as a wish: save at the next step boundary, then stop with
  * status 5 (run.stopped_status).
  *
- * Wrappers (`timeout`, mpirun, container engines) signal the process and then its group, so one press of Ctrl-C may come
- * twice at once: a second one counts half a second after the first was announced, and not before.
+ * Wrappers (`timeout`, mpirun, container engines) signal the process and then its group, so one press of Ctrl-C may
+ * come twice at once: a second one counts half a second after the first was announced, and not before.
  * The launcher passes them on to the ranks, which start with them blocked, so that none is lost before it can be
  * heeded; what was ignored before (nohup) stays ignored. */
 #ifndef PHX__STOP_H

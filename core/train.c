@@ -401,9 +401,10 @@ static phx_status open_run(run *r, phx_error *err) {
                         &r->prepared, err);
   if (!status) status = phx__run_data_attach(r->config, r->prepared, &r->data, err);
   if (!status && r->job->size != r->config->s.run.ranks)
-    status = phx__fail(err, PHX_INVALID, "run.ranks = %" PRId64 ", but the launcher started %d rank%s: leave "
-                       "-n and [run] ranks out, which takes what it started, or give -n %d", r->config->s.run.ranks, r->job->size,
-                       r->job->size == 1 ? "" : "s", r->job->size);
+    status = phx__fail(err, PHX_INVALID,
+                       "run.ranks = %" PRId64 ", but the launcher started %d rank%s: leave -n and [run] ranks out, "
+                       "which takes what it started, or give -n %d",
+                       r->config->s.run.ranks, r->job->size, r->job->size == 1 ? "" : "s", r->job->size);
   if (!status && r->config->s.run.drift_every > 0) status = phx__drift_supported(r->prepared, err);
   if (!status && r->config->s.run.max_restarts > 0 && !getenv("PHALANX_RANK"))
     status = phx__fail(err, PHX_UNSUPPORTED,

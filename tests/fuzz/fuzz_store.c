@@ -54,7 +54,9 @@ static size_t make_frame(const uint8_t *say, uint8_t *frame) {
   phx__frame head = {.kind = 1 + say[0] % 11, .rank = (int8_t)(say[1] % 6) - 1, .number = say[2] % 4};
   head.session = head.kind == PHX__WIRE_HELLO ? FUZZ_JOB : FUZZ_SESSION;
   if (say[3] % 16 == 0) head.session++;
-  head.bytes = head.kind == PHX__WIRE_HELLO ? sizes[0] : head.kind == PHX__WIRE_EXCHANGE ? sizes[1] : sizes[say[4] % 6];
+  head.bytes = sizes[say[4] % 6];
+  if (head.kind == PHX__WIRE_HELLO) head.bytes = sizes[0];
+  if (head.kind == PHX__WIRE_EXCHANGE) head.bytes = sizes[1];
   memset(frame, say[5], PHX__WIRE_HEAD + head.bytes);
   phx__frame_head(&head, frame);
   phx__put_u32(frame + PHX__WIRE_HEAD, say[3] % 8 ? SIZE : say[5]);

@@ -1,4 +1,5 @@
-/* Ranks that torchrun, mpirun or srun start: how many they are is taken from the launcher, and -n may only say the same. */
+/* Ranks that torchrun, mpirun or srun start: how many they are is taken from the launcher, and -n may only say the
+ * same. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>

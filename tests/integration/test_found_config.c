@@ -73,7 +73,8 @@ Test(found_config, what_the_user_names_is_loaded, .timeout = 90) {
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), 2, "comes with a run");
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6", "--set", wrong), 2, "is not in [plugins] pin");
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6", "--set", pin), 0, NULL);
-  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8"), 2, "comes with a run"); /* the pin was printed, too */
+  /* the pin was printed, too */
+  expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8"), 2, "comes with a run");
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8", "--strategy", path), 0, NULL);
   command_remove_dir(dir);
 }

@@ -43,8 +43,9 @@ static command_result on_disk(const char *size, const char *script) {
   return command_run(dir, 100, (const char *const[]){"/usr/bin/unshare", "-m", "/bin/bash", "-c", text, NULL});
 }
 
-#define EXPECT(r, expected)                                                        \
-  cr_assert_eq((r).status, expected, "status %d:\n%s", (r).status, (r).out + (strlen((r).out) > 6000 ? strlen((r).out) - 6000 : 0))
+#define EXPECT(r, expected)                                        \
+  cr_assert_eq((r).status, expected, "status %d:\n%s", (r).status, \
+               (r).out + (strlen((r).out) > 6000 ? strlen((r).out) - 6000 : 0))
 #define SAYS(r, text) cr_expect(strstr((r).out, text), "no '%s' in\n%s", text, (r).out)
 static int times(const char *text, const char *part) {
   int n = 0;

@@ -1,5 +1,5 @@
-/* What `cmake --install` leaves: a strategy is built against it by a project outside the tree, and runs; a prefix may be
- * moved, and its folder of libraries have another name.  And mpicc without MPI's headers. */
+/* What `cmake --install` leaves: a strategy is built against it by a project outside the tree, and runs; a prefix may
+ * be moved, and its folder of libraries have another name.  And mpicc without MPI's headers. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>

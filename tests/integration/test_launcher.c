@@ -518,7 +518,8 @@ static void write_group(const char *name, const char *text) {
   if (fd < 0 || write(fd, text, strlen(text)) != (ssize_t)strlen(text)) _exit(98);
   close(fd);
 }
-/* This process's group is one of the test's, and the kernel kills between the first look at its count and the second. */
+/* This process's group is one of the test's, and the kernel kills between the first look at its count and the
+ * second. */
 static int open_in_group(const char *path, int flags, mode_t mode) {
   static int looks;
   char other[160], count[64];

@@ -154,8 +154,8 @@ static void lose_one(const char *dir, int kind, const char *const *comm, int num
   char text[160], out[64];
   snprintf(out, sizeof out, "run.out=out-%s-%d", foreign_names[kind], number);
   const int n = comm == on_nccl ? 2 : 3; /* the doubles are slow */
-  foreign f = FOREIGN(dir, kind, n, LONG_RUN, "-n", n == 2 ? "2" : "3", SET(out), SET(comm[0]), SET(comm[1]), SET(comm[2]),
-                      comm == on_nccl ? "--set" : NULL, "cuda.share=yes");
+  foreign f = FOREIGN(dir, kind, n, LONG_RUN, "-n", n == 2 ? "2" : "3", SET(out), SET(comm[0]), SET(comm[1]),
+                      SET(comm[2]), comm == on_nccl ? "--set" : NULL, "cuda.share=yes");
   reach(&f, n == 2 ? "] NCCL " : "step    1/");
   const pid_t victim = f.pids[1];
   const double began = now();

@@ -134,7 +134,8 @@ static void expect_no_room(const char *command, const char *start) {
   snprintf(line, sizeof line, "%s $P %s run.ini " HUGE_MODEL " --set run.out=none", start, command);
   command_result r = shell(line);
   cr_expect_eq(r.status, 2, "%s: status %d\n%s", line, r.status, r.out);
-  cr_expect(strstr(r.out, "phalanx:") && strstr(r.out, "for each process), and ") && strstr(r.out, " are available"), "%s", r.out);
+  cr_expect(strstr(r.out, "phalanx:") && strstr(r.out, "for each process), and ") && strstr(r.out, " are available"),
+            "%s", r.out);
   command_free(&r);
   r = shell("test -e none");
   cr_expect_eq(r.status, 1, "%s: the run's directory was made", line);

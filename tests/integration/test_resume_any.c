@@ -1,5 +1,5 @@
-/* --resume=if-any: the same command line begins a run where there is no checkpoint, and goes on where there is one, under
- * our launcher and under torchrun's variables. */
+/* --resume=if-any: the same command line begins a run where there is no checkpoint, and goes on where there is one,
+ * under our launcher and under torchrun's variables. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>

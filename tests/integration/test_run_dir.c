@@ -221,16 +221,18 @@ Test(run_dir, the_working_directory_and_a_mount_point, .timeout = 60) {
   training_files(dir, tiny);
   snprintf(inner, sizeof inner, "%s/inner", dir);
   cr_assert_eq(mkdir(inner, 0755), 0);
-  static const char *const words = "train ../run.ini -n 1 --set run.out=. --set run.steps=2 --set data.train=../train.bin "
-                                   "--set data.valid=../valid.bin";
+  static const char *const words =
+      "train ../run.ini -n 1 --set run.out=. --set run.steps=2 --set data.train=../train.bin "
+      "--set data.valid=../valid.bin";
   cr_assert_eq(finish(begin(inner, "said", "%s", words)), 0);
   expect_refused(inner, begin(inner, "said", "%s", words), "said", "is the directory you work in");
   cr_assert(exists(inner, "model.safetensors") && !exists(dir, "inner.1"));
 
   char line[2048];
   snprintf(line, sizeof line,
-           "cd %s && mkdir m && mount -t tmpfs none m && P='%s train run.ini -n 1 --set run.out=m --set run.steps=2' && "
-           "$P >/dev/null 2>&1 && test -e m/run.json && { $P >said 2>&1; test $? = 2; } && grep -q 'a mount point' said",
+           "cd %s && mkdir m && mount -t tmpfs none m && "
+           "P='%s train run.ini -n 1 --set run.out=m --set run.steps=2' && $P >/dev/null 2>&1 && test -e m/run.json && "
+           "{ $P >said 2>&1; test $? = 2; } && grep -q 'a mount point' said",
            dir, test_path("bin/phalanx"));
   command_result r = command_run(dir, 30, (const char *const[]){"/usr/bin/unshare", "-rm", "true", NULL});
   const int can = r.status == 0;
@@ -282,7 +284,8 @@ Test(run_dir, of_another_user, .timeout = 60) {
   snprintf(path, sizeof path, "%s/theirs", dir);
   cr_assert_eq(symlink("mine", path), 0);
   cr_assert_eq(lchown(path, 12345, 12345), 0);
-  expect_refused(dir, begin(dir, "said", "train run.ini --set run.out=theirs"), "said", "is a link that user 12345 made");
+  expect_refused(dir, begin(dir, "said", "train run.ini --set run.out=theirs"), "said",
+                 "is a link that user 12345 made");
   cr_assert_eq(finish(begin(dir, "said", "train run.ini -n 1 --set run.out=mine --set run.steps=2")), 0);
   snprintf(path, sizeof path, "cd %s && mv mine/checkpoints elsewhere && ln -s ../elsewhere mine/checkpoints && "
            "chown -h 12345 mine/checkpoints", dir);

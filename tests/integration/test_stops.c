@@ -103,7 +103,8 @@ static void wait_for_ranks(void) { wait_for_file("out/run.json", 10); }
 static int status_of(pid_t pid, double seconds) {
   int status = 0;
   for (const double until = now() + seconds; now() < until; usleep(5000))
-    if (waitpid(pid, &status, WNOHANG) == pid) return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    if (waitpid(pid, &status, WNOHANG) == pid)
+      return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
   kill(-pid, SIGKILL);
   waitpid(pid, &status, 0);
   return -1;
@@ -146,7 +147,9 @@ static void check_signal(int number, enum target target, int ranks) {
   snprintf(words, sizeof words, "-n %d --set checkpoint.every=1000000 " LONG, ranks);
   const pid_t pid = start(words);
   wait_for_step();
-  const pid_t who = target == COMMAND ? pid : target == GROUP ? -pid : last_rank(pid);
+  pid_t who = pid;
+  if (target == GROUP) who = -pid;
+  if (target == ONE_RANK) who = last_rank(pid);
   kill(who, number);
   expect_status(pid, 30, 5);
   cr_expect_eq(says(HEARD), number == SIGINT);

@@ -89,14 +89,16 @@ Test(validation, the_same_digits_at_any_number_of_ranks) {
   char *one = DIGITS("-n", "1");
   cr_expect_float_eq(strtod(one, NULL), reference_loss(WINDOWS), 2e-6, "%s, and the reference has %.17g", one,
                      reference_loss(WINDOWS));
-  cr_expect_gt(fabs(reference_loss(WINDOWS) - reference_loss(WINDOWS - 1)), 1e-5, "the last window would not be missed");
+  cr_expect_gt(fabs(reference_loss(WINDOWS) - reference_loss(WINDOWS - 1)), 1e-5,
+               "the last window would not be missed");
   expect_same(one, DIGITS("-n", "1", "--set", "batch.micro=2"), 1, "micro 2: the last micro-batch is half full");
   expect_same(one, DIGITS("-n", "1", "--set", "batch.micro=16"), 1, "micro 16: more than there is");
   expect_same(one, DIGITS("-n", "2", "--set", "batch.micro=2", "--set", "device.threads=2"), 2, "micro 2, ddp");
   expect_same(one, DIGITS("-n", "3", "--set", "batch.micro=2", "--strategy", "fsdp"), 3, "micro 2, fsdp");
   expect_same(one, DIGITS("-n", "4", "--set", "batch.micro=2", "--strategy", "zero", "--set", "zero.stage=3"), 4,
               "micro 2, zero: the last rank has nothing");
-  expect_same(one, DIGITS("-n", "2", "--set", "batch.micro=3", "--set", "batch.accumulate=2"), 2, "micro 3, accumulate");
+  expect_same(one, DIGITS("-n", "2", "--set", "batch.micro=3", "--set", "batch.accumulate=2"), 2,
+              "micro 3, accumulate");
   expect_same(one, DIGITS("-n", "1", "--set", "run.valid_windows=1000"), 1, "more windows than there are");
   free(one);
 }
@@ -121,9 +123,9 @@ Test(validation, the_same_digits_in_bf16) {
 
 /* The cuda device's own sources, emulated on the processor. */
 Test(validation, the_same_digits_on_cuda) {
-#define CUDA \
-  "--set", "run.valid_windows=3", "--set", "device.plugin=cuda", "--set", "cuda.share=yes", "--set", "comm.plugin=shm", "--set", \
-  "plugins.path=" PHX_TEST_BUILD "/lib/phalanx-emulated"
+#define CUDA                                                                                      \
+  "--set", "run.valid_windows=3", "--set", "device.plugin=cuda", "--set", "cuda.share=yes", "--set", \
+      "comm.plugin=shm", "--set", "plugins.path=" PHX_TEST_BUILD "/lib/phalanx-emulated"
   char *one = DIGITS("-n", "1", CUDA);
   cr_expect_float_eq(strtod(one, NULL), reference_loss(3), 2e-5, "%s, and the reference has %.17g", one,
                      reference_loss(3));

@@ -25,7 +25,8 @@ void training_files(const char *dir, const char *extra) {
   write_tokens(dir, "train.bin", 40000, 1);
   write_tokens(dir, "valid.bin", 4000, 2);
   snprintf(ini, sizeof ini,
-           "[run]\nout = out\nsteps = 20\ntimeout = 30\nchecked = yes\n[device]\nthreads = 1\n[data]\ntrain = train.bin\n"
+           "[run]\nout = out\nsteps = 20\ntimeout = 30\nchecked = yes\n[device]\nthreads = 1\n"
+           "[data]\ntrain = train.bin\n"
            "[optimizer]\nlr = 1e-2\nclip = 0.2\nwarmup = 2\n%s",
            extra);
   command_write_file(dir, "run.ini", ini, strlen(ini));

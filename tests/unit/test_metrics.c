@@ -119,7 +119,9 @@ Test(metrics, what_has_no_room_to_wait_is_said_to_be_lost) {
   memset(line, ' ', sizeof line);
   line[sizeof line - 1] = '\n';
   for (int step = 1; step <= STEPS; step++) {
-    room = step == 1 ? 7 : step < STEPS ? 0 : -1;
+    room = 0;
+    if (step == 1) room = 7;
+    if (step == STEPS) room = -1;
     line[snprintf(line, 40, "{\"step\":%d}", step)] = ' ';
     phx__metrics_line(&m, line, sizeof line, step);
   }
@@ -175,7 +177,8 @@ static void cut_to(int last, const char *before, const char *after) {
 }
 
 Test(metrics, the_file_of_a_run_that_goes_on_is_cut_in_place) {
-  const char *five = "{\"step\":1,\"a\":1}\n{\"step\":2}\n{\"after_step\":2,\"checkpoint\":{}}\n{\"step\":3}\n{\"step\":4}\n";
+  const char *five =
+      "{\"step\":1,\"a\":1}\n{\"step\":2}\n{\"after_step\":2,\"checkpoint\":{}}\n{\"step\":3}\n{\"step\":4}\n";
   cut_to(2, five, "{\"step\":1,\"a\":1}\n{\"step\":2}\n{\"after_step\":2,\"checkpoint\":{}}\n");
   cut_to(4, five, five);
   cut_to(9, five, five);

@@ -79,7 +79,8 @@ Test(progress, the_log_shows_no_control_characters) {
   fflush(stderr);
   const int screen = dup(2), said_fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
   dup2(said_fd, 2);
-  phx__log(0, "plug\033in", PHX_LOG_ERROR, "red \033[31m, \r back, \a bell, \xc2\x9b csi, gr\xc3\xbc\xc3\x9f, \xff, new\nline");
+  phx__log(0, "plug\033in", PHX_LOG_ERROR,
+           "red \033[31m, \r back, \a bell, \xc2\x9b csi, gr\xc3\xbc\xc3\x9f, \xff, new\nline");
   fflush(stderr);
   dup2(screen, 2);
   char *said = command_read_file(dir, "said");

@@ -1,5 +1,5 @@
-/* The lock of a run's directory: one holder, whatever the file system has: locks and links, no locks, no links, neither.
- * Holders are processes of their own, since a lock ends with its process. */
+/* The lock of a run's directory: one holder, whatever the file system has: locks and links, no locks, no links,
+ * neither.  Holders are processes of their own, since a lock ends with its process. */
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <signal.h>
