@@ -75,6 +75,25 @@ phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], p
   return status;
 }
 
+phx_status phx__checkpoint_resolve_open(const char *path, char out[PHX__TOOL_PATH], phx__sighting *seen,
+                                        phx__checkpoint_reader **reader, phx_error *err) {
+  enum { ATTEMPTS = 20 };
+  char before[PHX__TOOL_PATH] = "";
+  phx_status status = PHX_OK;
+  for (int i = 0; i < ATTEMPTS; i++) {
+    status = phx__checkpoint_resolve(path, out, err);
+    if (status == PHX_IO && !i) continue; /* the run was moved aside in between */
+    if (status) break;
+    *seen = phx__sighting_of(out);
+    status = phx__checkpoint_reader_open(out, reader, err);
+    if (status != PHX_IO || !phx__sighting_gone(seen, out)) return status;
+    if (!strcmp(path, out)) return phx__sighting_explain(seen, out, status, err);
+    if (!strcmp(before, out)) break; /* `latest` names again what is not there: that is damage */
+    memcpy(before, out, sizeof before);
+  }
+  return status;
+}
+
 /* ---- ls ---- */
 static int by_name(const void *a, const void *b) {
   const char *x = *(char *const *)a, *y = *(char *const *)b;
@@ -100,7 +119,9 @@ static int list_one(const char *dir, const char *name, bool latest) {
   phx__manifest *m = NULL;
   int64_t bytes = 0;
   snprintf(path, sizeof path, "%.4000s/%.100s", dir, name);
+  const phx__sighting seen = phx__sighting_of(path);
   phx_status status = phx__manifest_read(path, &m, &err);
+  if (status == PHX_IO && phx__sighting_gone(&seen, path)) return PHX__EXIT_OK; /* removed meanwhile */
   if (status) {
     printf("%10s  damaged or unreadable\n", name + 5);
     fflush(stdout);
@@ -141,6 +162,10 @@ static int list_checkpoint(const char *path) {
   char parent[PHX__TOOL_PATH];
   const char *slash = strrchr(path, '/');
   snprintf(parent, sizeof parent, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
+  phx_error err = PHX_ERROR_INIT;
+  const phx__sighting seen = phx__sighting_of(path);
+  const phx_status status = seen.there ? PHX_OK : phx__sighting_explain(&seen, path, PHX_IO, &err);
+  if (status) return phx__checkpoint_refuse(status, &err);
   list_head();
   return list_one(parent, slash ? slash + 1 : path, false);
 }
@@ -195,6 +220,7 @@ typedef struct placed { /* a slice, by its place in the file */
 
 typedef struct verification {
   phx__checkpoint_reader *reader;
+  phx__sighting seen; /* of its directory */
   phx_model model; /* as layout.h reads it */
   phx_param *params;
   phx_unit *units;
@@ -205,9 +231,10 @@ typedef struct verification {
 } verification;
 
 static void complain(verification *v, const phx_error *err) {
+  v->damaged++;
+  if (phx__sighting_gone(&v->seen, v->reader->dir)) return; /* said at the end */
   fflush(stdout);
   phx__complain("%s", err->message);
-  v->damaged++;
 }
 
 /* The tensors that lie in a chunk, as a text: at most three names. */
@@ -319,6 +346,7 @@ static int verify_folder(const char *dir) {
   phx_error err = PHX_ERROR_INIT;
   phx__source *s = NULL;
   phx__source_param p;
+  const phx__sighting seen = phx__sighting_of(dir);
   phx_status status = phx__source_open_folder(dir, &s, &err);
   float *part = phx__calloc(PHX__TOOL_PART, sizeof *part);
   if (!status && !part) status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
@@ -335,15 +363,14 @@ static int verify_folder(const char *dir) {
   phx__source_close(s);
   if (!status) return PHX__EXIT_OK;
   phx__checkpoint_refuse(status, &err);
-  return status == PHX_NOMEM ? PHX__EXIT_REFUSED : PHX__EXIT_DAMAGED;
+  return status == PHX_NOMEM || phx__sighting_gone(&seen, dir) ? PHX__EXIT_REFUSED : PHX__EXIT_DAMAGED;
 }
 
 static int verify_checkpoint(const char *path) {
-  char dir[PHX__TOOL_PATH];
+  char dir[PHX__TOOL_PATH] = "";
   phx_error err = PHX_ERROR_INIT;
   verification v = {0};
-  phx_status status = phx__checkpoint_resolve(path, dir, &err);
-  if (!status) status = phx__checkpoint_reader_open(dir, &v.reader, &err);
+  phx_status status = phx__checkpoint_resolve_open(path, dir, &v.seen, &v.reader, &err);
   if (status) return phx__checkpoint_refuse(status, &err);
   const phx__manifest *m = v.reader->manifest;
   v.places = phx__calloc(m->n_slices, sizeof *v.places);
@@ -351,6 +378,7 @@ static int verify_checkpoint(const char *path) {
   if (!model_of(&v) || !v.places || !v.buffer) status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
   for (uint32_t i = 0; i < m->n_files && !status; i++) verify_file(&v, i);
   if (!status && !v.damaged) status = verify_hash(&v, &err);
+  if (v.damaged) status = phx__sighting_explain(&v.seen, dir, PHX_IO, &err) == PHX_INVALID ? PHX_INVALID : PHX_OK;
   if (!status && !v.damaged)
     printf("%s: whole: %" PRIu32 " parameters, %" PRIu32 " optimizer states, %" PRIu32 " slices in %" PRIu32
            " files, %" PRId64 " bytes\n", dir, m->n_params, m->n_states, m->n_slices, m->n_files, v.bytes);

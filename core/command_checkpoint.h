@@ -3,6 +3,7 @@
 #define PHX__COMMAND_CHECKPOINT_H
 #include <stdio.h>
 
+#include "checkpoint_gone.h"
 #include "gpt2.h"
 #include "manifest.h"
 
@@ -22,6 +23,10 @@ int phx__checkpoint_refuse(phx_status status, const phx_error *err);
 int phx__checkpoint_usage(const char *usage);
 /* A checkpoint's directory: path itself, or the latest one of the run that path is. */
 phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], phx_error *err);
+
+/* resolve, and opens it; where the run that path is has removed it in between, its next latest one. */
+phx_status phx__checkpoint_resolve_open(const char *path, char out[PHX__TOOL_PATH], phx__sighting *seen,
+                                        phx__checkpoint_reader **reader, phx_error *err);
 
 /* Elements [first, first + numel) of something long. */
 typedef phx_status phx__element_fn(void *ctx, int64_t first, int64_t numel, float *out, phx_error *err);

@@ -140,6 +140,8 @@ int phx__checkpoint_diff(int argc, char **argv) {
            c->most, c->most_name[0] ? " in " : "", c->most_name);
   else if (!status)
     printf("equal: %" PRId64 " tensors, bit for bit%s\n", c->tensors, states ? "" : " (weights only)");
+  status = phx__source_explain(c->a.source, status, &err);
+  status = phx__source_explain(c->b.source, status, &err);
   const int differing = c->differing > 0;
   side_close(&c->a);
   side_close(&c->b);

@@ -122,6 +122,7 @@ int phx__checkpoint_export(int argc, char **argv) {
   if (!status && e.source->step < 0) printf("%s: %" PRIu32 " tensors\n", path, phx__gpt2_n_params(&e.gpt2));
   else if (!status)
     printf("%s: %" PRIu32 " tensors of step %" PRId64 "\n", path, phx__gpt2_n_params(&e.gpt2), e.source->step);
+  status = phx__source_explain(e.source, status, &err);
   phx__free(e.part);
   phx__source_close(e.source);
   return status ? phx__checkpoint_refuse(status, &err) : PHX__EXIT_OK;

@@ -17,6 +17,7 @@
 #include "model_config.h"
 #include "optim.h"
 #include "prepare.h"
+#include "run_lock.h"
 #include "state_hash.h"
 #include "status.h"
 #include "sys.h"
@@ -208,16 +209,30 @@ static phx_status make_directory(const char *path, bool *made, phx_error *err) {
   return phx__fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", path);
 }
 
+/* No run begins, or goes on, in it meanwhile; one that has done so since the target was chosen is left alone. */
+static phx_status lock_run(const import *in, phx_error *err) {
+  char path[PHX__TOOL_PATH];
+  struct stat st;
+  const phx_status status = phx__run_lock_take(in->run, err);
+  if (status) return status;
+  snprintf(path, sizeof path, "%.4000s/checkpoints/latest", in->run);
+  if (!lstat(path, &st))
+    return phx__fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
+  return PHX_OK;
+}
+
 /* Whole, or nothing is left: neither of the files nor of the directories. */
 static phx_status commit(import *in, phx_error *err) {
   char path[PHX__TOOL_PATH + 32];
   bool run = false, parent = false, part = false, there = false;
   phx_status status = PHX_OK;
   if (in->run[0]) PHX__TRY(make_directory(in->run, &run, err));
+  if (in->run[0]) PHX__TRY(lock_run(in, err));
   if (in->run[0]) PHX__TRY(make_directory(in->parent, &parent, err));
   PHX__TRY(make_directory(in->part, &part, err));
   PHX__TRY(write_shard(in, err));
   PHX__TRY(phx__writing(phx__dir_flush(in->part, err)));
+  PHX__TRY(phx__run_lock_check(err));
   if (phx__sys.rename(in->part, in->target)) {
     status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", in->part, in->target);
     goto done;
@@ -226,14 +241,16 @@ static phx_status commit(import *in, phx_error *err) {
   PHX__TRY(phx__writing(phx__dir_flush(in->parent, err)));
   if (in->run[0]) PHX__TRY(phx__writing(phx__checkpoint_point(in->run, 0, err)));
 done:
-  if (!status || there) return status;
+  if (!status || there) goto release;
   snprintf(path, sizeof path, "%s/" SHARD, in->part);
   if (part) phx__sys.unlink(path);
   snprintf(path, sizeof path, "%s/" PHX__MANIFEST_NAME, in->part);
   if (part) phx__sys.unlink(path);
   if (part) phx__sys.rmdir(in->part);
   if (parent) phx__sys.rmdir(in->parent);
-  if (run) phx__sys.rmdir(in->run);
+release:
+  phx__run_lock_release();
+  if (status && !there && run) phx__sys.rmdir(in->run);
   return status;
 }
 
@@ -261,6 +278,7 @@ int phx__checkpoint_import(int argc, char **argv) {
   if (!status && in->gpt2.dropout[0])
     printf("%s was trained with dropout (%s): the model is the same, and is trained on without it\n", argv[1],
            in->gpt2.dropout);
+  status = phx__source_explain(in->source, status, &err);
   phx__free(in->params);
   phx__free(in->data);
   phx__manifest_free(in->manifest);

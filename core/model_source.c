@@ -196,6 +196,7 @@ bool phx__source_is_folder(const char *dir) {
 }
 
 static phx_status fill_folder(phx__source *s, phx_error *err) {
+  s->seen = phx__sighting_of(s->path);
   phx_status status = phx__tensor_files_open(s->path, &s->files, err);
   if (status) return status;
   s->kind = PHX__SOURCE_FOLDER;
@@ -245,12 +246,15 @@ static void find_run(phx__source *s) {
   if (exists(real, "config.ini")) snprintf(s->run, sizeof s->run, "%s", real); /* PATH_MAX fits */
 }
 
-static phx_status fill_checkpoint(phx__source *s, const char *dir, phx_error *err) {
-  const phx_status status = phx__checkpoint_reader_open(dir, &s->reader, err);
+static phx_status fill_checkpoint(phx__source *s, phx_error *err) {
+  char dir[PHX__TOOL_PATH];
+  phx__sighting seen;
+  const phx_status status = phx__checkpoint_resolve_open(s->path, dir, &seen, &s->reader, err);
   if (status) return status;
+  s->seen = seen;
   s->kind = PHX__SOURCE_CHECKPOINT;
   s->step = s->reader->manifest->step;
-  snprintf(s->path, sizeof s->path, "%s", dir);
+  memcpy(s->path, dir, sizeof s->path);
   find_run(s);
   return PHX_OK;
 }
@@ -283,13 +287,14 @@ static phx_status fill(phx__source *s, phx_error *err) {
     phx__tensor_files_close(files);
     if (newer) return fill_folder(s, err);
   }
-  return fill_checkpoint(s, dir, err);
+  return fill_checkpoint(s, err);
 }
 
 phx_status phx__source_open(const char *path, phx__source **out, phx_error *err) {
   phx__source *s = NULL;
   phx_status status = create(path, &s, err);
-  if (!status) status = fill(s, err);
+  if (!status) s->seen = phx__sighting_of(path);
+  if (!status) status = phx__source_explain(s, fill(s, err), err);
   if (status) phx__source_close(s);
   else *out = s;
   return status;
@@ -298,10 +303,14 @@ phx_status phx__source_open(const char *path, phx__source **out, phx_error *err)
 phx_status phx__source_open_folder(const char *path, phx__source **out, phx_error *err) {
   phx__source *s = NULL;
   phx_status status = create(path, &s, err);
-  if (!status) status = fill_folder(s, err);
+  if (!status) status = phx__source_explain(s, fill_folder(s, err), err);
   if (status) phx__source_close(s);
   else *out = s;
   return status;
+}
+
+phx_status phx__source_explain(const phx__source *s, phx_status status, phx_error *err) {
+  return s ? phx__sighting_explain(&s->seen, s->path, status, err) : status;
 }
 
 void phx__source_close(phx__source *s) {

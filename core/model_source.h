@@ -5,6 +5,7 @@
  * (in, out) are turned while they are read, a part at a time.  No plugin is loaded.  [main] */
 #ifndef PHX__MODEL_SOURCE_H
 #define PHX__MODEL_SOURCE_H
+#include "checkpoint_gone.h"
 #include "command_checkpoint.h"
 #include "tensor_files.h"
 
@@ -15,6 +16,7 @@ typedef struct phx__source {
   char path[PHX__TOOL_PATH];      /* the checkpoint's directory, the folder, the file */
   char run[PHX__TOOL_PATH];       /* the run that it is of, or "" */
   int64_t step;                   /* -1: it does not say */
+  phx__sighting seen;             /* of path */
   phx__checkpoint_reader *reader; /* CHECKPOINT */
   phx__tensor_files *files;       /* the others */
   bool has_config;                /* FOLDER: with a config.json, which the tensors fit */
@@ -46,6 +48,8 @@ phx_status phx__source_open_folder(const char *path, phx__source **out, phx_erro
 /* DIR has model.safetensors, or its index. */
 bool phx__source_is_folder(const char *dir);
 void phx__source_close(phx__source *s); /* NULL is fine */
+/* The status of what read it (s NULL is fine): PHX_IO where path is gone meanwhile becomes PHX_INVALID, and says so. */
+phx_status phx__source_explain(const phx__source *s, phx_status status, phx_error *err);
 
 /* What model it is, if it is a GPT-2; PHX_UNSUPPORTED: it is none. */
 phx_status phx__source_gpt2(const phx__source *s, phx__gpt2 *out, phx_error *err);

@@ -1,7 +1,7 @@
 /* core/run_lock.h - one run in one directory: the file RUN/lock, held from before anything there is touched to the end.
  *
- * The process that takes it is the launcher, or rank 0 where another launcher started the ranks; a process holds one
- * lock at most.  What only reads a run (sample, export, verify) needs none.
+ * The process that takes it is the launcher, rank 0 where another launcher started the ranks, or `checkpoint import`
+ * into a run; a process holds one lock at most.  What only reads a run (sample, export, verify) needs none.
  * [main] unless said otherwise. */
 #ifndef PHX__RUN_LOCK_H
 #define PHX__RUN_LOCK_H

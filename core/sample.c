@@ -116,7 +116,8 @@ static int open_and_generate(const phx__config *config, phx__source *source, con
   status = phx__runtime_open(config, job, prepared, &rt, err);
   if (!status) status = phx__engine_create(rt, &engine, err);
   exit_status = status ? PHX__EXIT_RANK : PHX__EXIT_OK;
-  if (!status && (status = phx__weights_fill(rt, source, err))) exit_status = exit_of(status);
+  if (!status && (status = phx__source_explain(source, phx__weights_fill(rt, source, err), err)))
+    exit_status = exit_of(status);
   if (!status && (status = generate(engine, o, err)))
     exit_status = status == PHX_UNSUPPORTED ? PHX__EXIT_REFUSED : PHX__EXIT_RANK;
   phx__engine_destroy(engine);
