@@ -50,8 +50,8 @@ static void expect_ini(const char *ini, size_t bytes, const char *message) {
 #define EXPECT_INI(ini, message) expect_ini(ini, strlen(ini), message)
 
 Test(refusals, configuration) {
-  char overlong[400];
-  snprintf(overlong, sizeof overlong, GOOD "valid = %0300d\n", 1);
+  char overlong[10000];
+  snprintf(overlong, sizeof overlong, GOOD "valid = %09000d\n", 1);
   static const char nul[] = GOOD "valid = a\0b\n";
   EXPECT_INI(GOOD "[run]\nstpes = 3\n", "a.ini:4: [run] has no key 'stpes': did you mean 'steps'?");
   EXPECT_INI(GOOD "[zreo]\nstage = 3\n", "a.ini:3: there is no section [zreo], in the core or of an installed plugin: "
