@@ -466,6 +466,7 @@ static phx_status evaluate_stage(phx__engine *e, uint32_t stage, int64_t rows, p
   phx_status status =
       PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
                        p->strategy->acquire(e->rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
+  if (!status) status = phx__handed_view(e->rt, stage, PHX_PASS_EVALUATE, view, err);
   for (int64_t row = 0; row < rows && !status; row++) {
     phx_stage_call call = stage_call(e, stage, PHX_PASS_EVALUATE, 0, 0, view);
     call.batch = 1;

@@ -43,6 +43,7 @@
 #define LATE_NS (1000 * MS)  /* a tick this late: this process did not run */
 #define MORE_NS (1000 * MS)  /* than the timeout: collectives report first */
 #define GRACE_NS (5000 * MS) /* from the job's failure, for [main] to come back */
+#define LEAVING_NS (30000 * MS) /* for [main] to end, once it is back */
 #define BUSY 10
 #define MEANINGS 5 /* exit statuses up to here mean something: see status.h */
 
@@ -66,6 +67,7 @@ static struct watcher {
   int32_t call, stage, state;
   used at_quiet;
   uint64_t failed_ns;
+  uint64_t leaving_ns; /* when [main] said that it ends this process after a failure; 0: not yet */
   int64_t oom_kills; /* at the start; -1: not known */
 } watcher;
 
@@ -281,6 +283,9 @@ static void judge_failed(struct watcher *w, uint64_t now) {
   const bool asked = phx__stop_asked() && now - w->failed_ns >= GRACE_NS / 10;
   if (!asked && !is_quiet(w, now, GRACE_NS)) return;
   if (!asked && is_debugged()) return;
+  /* [main] is on its way out: it ends a save, and gives memory back */
+  const uint64_t leaving = __atomic_load_n(&w->leaving_ns, __ATOMIC_RELAXED);
+  if (leaving && now - leaving < LEAVING_NS) return;
   if (failed <= (uint32_t)w->job->size)
     say("phalanx: rank %d: rank %u failed: %.500s", w->job->rank, failed - 1,
         w->segment->pages[failed - 1].alive.message);
@@ -306,6 +311,8 @@ static void *watch(void *arg) {
   }
   return NULL;
 }
+
+void phx__watch_leaving(void) { __atomic_store_n(&watcher.leaving_ns, phx__now_ns(), __ATOMIC_RELAXED); }
 
 /* ---- exit() ---- */
 

@@ -5,4 +5,6 @@
 
 /* [main] once per process, after the rank has joined; a second call does nothing. */
 phx_status phx__watch_start(const phx_job *job, phx__segment *segment, phx_error *err);
+/* [main] It has failed, and ends this process by itself: it gets time for that. */
+void phx__watch_leaving(void);
 #endif

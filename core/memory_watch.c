@@ -45,8 +45,11 @@ static int64_t unknown_bytes(void) {
   const char *line = strstr(text, name);
   if (!line) return -1;
   int64_t bytes = 1024 * strtoll(line + sizeof name - 1, NULL, 10);
-  for (size_t i = 0; i < watch.book->n; i++)
-    if (!watch.book->list[i].arena) bytes -= rounded(watch.book->list[i].bytes);
+  for (size_t i = 0; i < watch.book->n; i++) {
+    const phx__allocation *one = &watch.book->list[i];
+    const bool anonymous = one->space == PHX_SPACE_HOST || !watch.book->device; /* a GPU's memory is not in RssAnon */
+    if (anonymous && !one->arena) bytes -= rounded(one->bytes);
+  }
   return bytes;
 }
 

@@ -30,7 +30,7 @@
 
 enum { PATH_BYTES = 4200, TEXT_BYTES = 640, LOOK_S = 2, LEFT_BEHIND_MS = 5000, ATTEMPTS = 200 };
 
-int phx__run_lock_patience_ms = 7000;
+int phx__run_lock_patience_ms = 15000; /* several beats, and what a network file system remembers of a file */
 
 typedef struct holder { /* what a lock file says */
   char host[65], started[32], place[96];
@@ -281,13 +281,16 @@ static bool look(char *why, size_t bytes) {
   return true;
 }
 
-/* One that cannot be written ends no run. */
+/* One that cannot be written ends no run.  It is flushed: a network file system would keep it on this machine for a
+ * while, and other machines would take the run for dead. */
 static void beat(void) {
   char text[BEAT_BYTES + 8];
   struct stat st;
   snprintf(text, sizeof text, BEAT, run_lock.mine.beat + 1);
   if (phx__sys.fstat(run_lock.fd, &st) || st.st_size < BEAT_BYTES) return;
-  run_lock.mine.beat += phx__sys.pwrite(run_lock.fd, text, BEAT_BYTES, st.st_size - BEAT_BYTES) == BEAT_BYTES;
+  if (phx__sys.pwrite(run_lock.fd, text, BEAT_BYTES, st.st_size - BEAT_BYTES) != BEAT_BYTES) return;
+  run_lock.mine.beat++;
+  phx__sys.fsync(run_lock.fd);
 }
 
 static void *watch(void *arg) {

@@ -15,6 +15,7 @@
 #include "disk_room.h"
 #include "drift.h"
 #include "job_segment.h"
+#include "job_watch.h"
 #include "launcher.h"
 #include "memory_watch.h"
 #include "plan_kept.h"
@@ -513,6 +514,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__where_reason(r.job, status, &err);
     phx__complain("rank %d: %s", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
+      phx__watch_leaving();
       phx__job_state(r.job, 4, r.engine ? r.engine->step : 0);
       phx__job_ends(r.job, r.failed_exit);
       r.job->fail(r.job->ctx, err.message);

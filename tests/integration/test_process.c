@@ -149,11 +149,21 @@ Test(process, a_plan_without_room_is_refused) {
                           "MASTER_PORT=29411 TORCHELASTIC_RUN_ID=room");
 }
 
+/* A step of so many sequences needs as many in the data: over nine million. */
+#define MANY_SEQUENCES "--set data.train='big*.bin'"
+static void make_many_sequences(void) {
+  command_result r = shell("for i in {1..106}; do cat train.bin; done > big1.bin && "
+                           "for i in {2..17}; do ln big1.bin big$i.bin; done");
+  cr_assert_eq(r.status, 0, "%s", r.out);
+  command_free(&r);
+}
+
 /* `check` says the same, with the plan; what it advises fits, and keeps the sequences of a step. */
 Test(process, what_is_advised_has_room) {
   char line[500];
   long long micro = 0, accumulate = 0;
-  command_result r = shell("$P check run.ini -n 2 --set model.width=512 " HUGE_BATCH);
+  make_many_sequences();
+  command_result r = shell("$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 " HUGE_BATCH);
   cr_assert_eq(r.status, 2, "status %d\n%s", r.status, r.out);
   cr_expect(strstr(r.out, "it does not fit") && strstr(r.out, "; The plan:"), "%s", r.out);
   const char *advice = strstr(r.out, "are available; batch.micro = ");
@@ -162,20 +172,21 @@ Test(process, what_is_advised_has_room) {
                2);
   cr_expect_eq(micro * accumulate, 4 * 1048576);
   command_free(&r);
-  snprintf(line, sizeof line, "$P check run.ini -n 2 --set model.width=512 --set batch.micro=%lld "
+  snprintf(line, sizeof line, "$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 --set batch.micro=%lld "
            "--set batch.accumulate=%lld", micro, accumulate);
   r = shell(line);
   cr_expect_eq(r.status, 0, "%s: status %d\n%s", line, r.status, r.out);
   cr_expect(strstr(r.out, ": it fits"), "%s", r.out);
   command_free(&r);
-  snprintf(line, sizeof line, "$P check run.ini -n 2 --set model.width=512 --set batch.micro=%lld", 4 * micro);
+  snprintf(line, sizeof line, "$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 --set batch.micro=%lld", 4 * micro);
   r = shell(line);
   cr_expect_eq(r.status, 2, "four times as many fit, too: %s", r.out);
   command_free(&r);
 }
 
 Test(process, overcommit_says_it_and_goes_on) {
-  command_result r = shell("$P check run.ini -n 2 --set model.width=512 --set run.overcommit=yes " HUGE_BATCH);
+  make_many_sequences();
+  command_result r = shell("$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 --set run.overcommit=yes " HUGE_BATCH);
   cr_expect_eq(r.status, 0, "status %d\n%s", r.status, r.out);
   cr_expect(strstr(r.out, "warn: 2 ranks take "), "%s", r.out);
   command_free(&r);
