@@ -218,6 +218,9 @@ static phx_status lock_run(const import *in, phx_error *err) {
   snprintf(path, sizeof path, "%.4000s/checkpoints/latest", in->run);
   if (!lstat(path, &st))
     return phx__fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
+  snprintf(path, sizeof path, "%.4000s/" PHX__GPT2_WEIGHTS, in->run); /* a resume from the import would replace them */
+  if (!lstat(path, &st))
+    return phx__fail(err, PHX_INVALID, "%s has final weights of its own: import into a run of its own", in->run);
   return PHX_OK;
 }
 

@@ -1,15 +1,20 @@
 /* core/resume.c - see resume.h. */
 #include "resume.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "checkpoint_agree.h"
 #include "checkpoint_dir.h"
+#include "gpt2.h"
 #include "model_source.h"
+#include "safetensors.h"
 #include "status.h"
+#include "sys.h"
 
 phx_status phx__resume_decide(const phx__config *config, bool *any, phx_error *err) {
   char text[PHX__CHECKPOINT_PATH + 100];
@@ -61,6 +66,32 @@ phx_status phx__resume_check(const phx__resume *resume, const phx__prepared *pre
   return PHX_OK;
 }
 
+/* A run that ended further on, without a checkpoint there, has left its final weights: this one would replace them. */
+static phx_status set_weights_aside(const char *run_dir, int64_t above, phx_error *err) {
+  char from[PHX__CHECKPOINT_PATH], to[PHX__CHECKPOINT_PATH], name[96], line[3 * PHX__CHECKPOINT_PATH];
+  phx__safetensors *st = NULL;
+  struct stat there;
+  phx_status status = phx__path_join(from, run_dir, PHX__GPT2_WEIGHTS, err);
+  if (status || phx__safetensors_open(from, &st, NULL)) return status; /* none, or none of ours */
+  const char *text = phx__safetensors_metadata(st, "step");
+  const int64_t step = text ? strtoll(text, NULL, 10) : -1;
+  phx__safetensors_close(st);
+  if (step <= above) return PHX_OK;
+  for (int n = 1; !status; n++) {
+    snprintf(name, sizeof name, "aside-%08" PRId64 ".%d.safetensors", step, n);
+    status = phx__path_join(to, run_dir, name, err);
+    if (!status && lstat(to, &there)) break;
+  }
+  if (!status && phx__sys.rename(from, to))
+    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
+  if (status) return status;
+  snprintf(line, sizeof line,
+           "%s has the final weights of step %" PRId64 ", after step %" PRId64 ", where the run goes on: it is now %s",
+           from, step, above, to);
+  phx__log(0, "checkpoint", PHX_LOG_WARN, line);
+  return phx__dir_flush(run_dir, err);
+}
+
 /* Rank 0: what lies behind the step is of another future; what is half there, of a dead attempt.  `latest` first, so
  * that it always names one that is there. */
 static phx_status tidy(const phx__resume *resume, const phx__config *config, int64_t step, phx_error *err) {
@@ -70,6 +101,7 @@ static phx_status tidy(const phx__resume *resume, const phx__config *config, int
   phx_status status = phx__checkpoint_sweep(config->s.run.out, &removed, err);
   if (!status) status = phx__checkpoint_point(config->s.run.out, step, err);
   if (!status) status = phx__checkpoint_set_aside(config->s.run.out, step, err);
+  if (!status) status = set_weights_aside(config->s.run.out, step, err);
   snprintf(text, sizeof text, "%" PRId64 " leftover%s of dead attempts removed", removed, removed == 1 ? "" : "s");
   if (!status && removed > 0) phx__log(0, "checkpoint", PHX_LOG_INFO, text);
   return status;

@@ -222,7 +222,7 @@ static int is_reason(const char *said) {
       "holds no model",                 /* nothing to sample yet */
       "neither a checkpoint",           /* nor to verify */
       "has no checkpoints",             /* nor to list */
-      "has checkpoints of its own",     /* import */
+      "of its own: import into",        /* import */
       "is there already",               /* import */
       "was removed meanwhile",          /* by retention, or moved aside */
       "is not there: name its run",     /* before it was opened */

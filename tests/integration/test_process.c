@@ -178,7 +178,8 @@ Test(process, what_is_advised_has_room) {
   cr_expect_eq(r.status, 0, "%s: status %d\n%s", line, r.status, r.out);
   cr_expect(strstr(r.out, ": it fits"), "%s", r.out);
   command_free(&r);
-  snprintf(line, sizeof line, "$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 --set batch.micro=%lld", 4 * micro);
+  snprintf(line, sizeof line, "$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 --set batch.micro=%lld",
+           4 * micro);
   r = shell(line);
   cr_expect_eq(r.status, 2, "four times as many fit, too: %s", r.out);
   command_free(&r);
@@ -186,7 +187,8 @@ Test(process, what_is_advised_has_room) {
 
 Test(process, overcommit_says_it_and_goes_on) {
   make_many_sequences();
-  command_result r = shell("$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 --set run.overcommit=yes " HUGE_BATCH);
+  command_result r = shell("$P check run.ini " MANY_SEQUENCES " -n 2 --set model.width=512 "
+                           "--set run.overcommit=yes " HUGE_BATCH);
   cr_expect_eq(r.status, 0, "status %d\n%s", r.status, r.out);
   cr_expect(strstr(r.out, "warn: 2 ranks take "), "%s", r.out);
   command_free(&r);

@@ -88,3 +88,21 @@ Test(resume_any, nothing_is_lost, .timeout = 120) {
          "holds no whole checkpoint");
   command_remove_dir(dir);
 }
+
+/* A run whose last part kept no checkpoint goes on from an older one: its final weights stay, under another name, and
+ * nothing is imported over them. */
+Test(resume_any, newer_final_weights_stay, .timeout = 100) {
+  char *dir = command_temp_dir();
+  training_files(dir, tiny);
+  expect(RUN(dir, 60, "train", "run.ini", "--steps", "4"), 0, NULL);
+  expect(RUN(dir, 60, "train", "run.ini", "--steps", "9", "--resume", "--set", "checkpoint.every=0"), 0, NULL);
+  expect(RUN(dir, 60, "checkpoint", "import", "out", "-o", "out"), 2, "of its own");
+  expect(RUN(dir, 60, "train", "run.ini", "--steps", "6", "--resume"), 0, "has the final weights of step 9");
+  expect(command_run(dir, 10, (const char *const[]){"/usr/bin/test", "-s", "out/aside-00000009.1.safetensors", NULL}),
+         0, NULL);
+  expect(RUN(dir, 60, "checkpoint", "export", "out/checkpoints/step-00000004", "hf"), 0, NULL);
+  expect(RUN(dir, 60, "train", "run.ini", "--steps", "3", "--set", "run.out=weights", "--set", "checkpoint.every=0"), 0,
+         NULL);
+  expect(RUN(dir, 60, "checkpoint", "import", "hf", "-o", "weights"), 2, "has final weights of its own");
+  command_remove_dir(dir);
+}
