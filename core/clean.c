@@ -23,7 +23,8 @@ void phx__clean(char *text, size_t bytes) {
   unsigned char *s = (unsigned char *)text;
   for (size_t i = 0; i < bytes && s[i];) {
     const size_t n = character(s + i, bytes - i);
-    if (n == 0) s[i] = s[i] == '\n' || s[i] == '\r' || s[i] == '\t' ? ' ' : '?';
+    const int is_space = s[i] == '\n' || s[i] == '\r' || s[i] == '\t';
+    if (n == 0) s[i] = is_space ? ' ' : '?';
     i += n ? n : 1;
   }
 }
