@@ -27,7 +27,7 @@ typedef struct phx__memory_book {
   int64_t arena_bytes, arena_used;
   const phx_device_table *device_table;
   phx_device_self *device_self;
-  const phx_device *device; /* NULL: the CPU can write its memory */
+  const phx_device *device; /* NULL: it is not open yet, and what is allocated is the CPU's memory */
 } phx__memory_book;
 /* Bytes that a provider holds for itself (a communicator's staging, a device's scratch): in the table, not in the list.
  */

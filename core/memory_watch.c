@@ -45,9 +45,11 @@ static int64_t unknown_bytes(void) {
   const char *line = strstr(text, name);
   if (!line) return -1;
   int64_t bytes = 1024 * strtoll(line + sizeof name - 1, NULL, 10);
+  const phx_device *device = watch.book->device;
+  const bool in_host_memory = !device || (device->caps & PHX_DEVICE_HOST_MEMORY); /* a GPU's is not in RssAnon */
   for (size_t i = 0; i < watch.book->n; i++) {
     const phx__allocation *one = &watch.book->list[i];
-    const bool anonymous = one->space == PHX_SPACE_HOST || !watch.book->device; /* a GPU's memory is not in RssAnon */
+    const bool anonymous = one->space == PHX_SPACE_HOST || in_host_memory;
     if (anonymous && !one->arena) bytes -= rounded(one->bytes);
   }
   return bytes;
