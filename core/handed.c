@@ -2,6 +2,7 @@
 #include "handed.h"
 
 #include <inttypes.h>
+#include <stdarg.h>
 #include <stdio.h>
 
 #include "status.h"
@@ -28,93 +29,126 @@ static bool overruns(const phx__memory_book *book, const void *p, int64_t bytes)
   return false;
 }
 
-/* what: "gradient of h.0.attn.c_attn.weight" */
-static phx_status check_memory(const phx__runtime *rt, const char *call, const char *what, const void *p,
-                               int64_t bytes, size_t align, phx_error *err) {
-  if (!p) return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the %s is NULL", id_of(rt), call, what);
-  if ((uintptr_t)p % align)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the %s is at %p, which is no multiple of %zu bytes",
-                     id_of(rt), call, what, p, align);
+/* What is checked.  It becomes text only in a message: checks are made hundreds of times a micro-batch. */
+typedef struct thing {
+  const char *call;
+  const char *part;    /* "memory of state"; where no unit follows, "gradient of" */
+  const char *name;    /* the unit's; without a unit, the parameter's or the private state's */
+  int64_t stage, unit; /* -1: none */
+  int32_t state;       /* PHX_STATE_*, said behind part; -1: not said */
+} thing;
+
+static phx_status wrong(const phx__runtime *rt, const thing *t, phx_error *err, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+
+/* "strategy fsdp: update: the m of unit 3 (h.2)", and what is wrong with it. */
+static phx_status wrong(const phx__runtime *rt, const thing *t, phx_error *err, const char *format, ...) {
+  char stage[32] = "", state[16] = "", what[160], wrongs[160];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(wrongs, sizeof wrongs, format, args);
+  va_end(args);
+  if (t->stage >= 0) snprintf(stage, sizeof stage, ", stage %" PRId64, t->stage);
+  if (t->state >= 0) snprintf(state, sizeof state, " %d", t->state);
+  if (t->unit < 0) snprintf(what, sizeof what, "%s %.64s", t->part, t->name);
+  else snprintf(what, sizeof what, "%s%s of unit %" PRId64 " (%.64s)", t->part, state, t->unit, t->name);
+  return phx__fail(err, PHX_INTERNAL, "strategy %s: %s%s: the %s %s", id_of(rt), t->call, stage, what, wrongs);
+}
+
+static phx_status check_memory(const phx__runtime *rt, const thing *t, const void *p, int64_t bytes, size_t align,
+                               phx_error *err) {
+  if (!p) return wrong(rt, t, err, "is NULL");
+  if ((uintptr_t)p % align) return wrong(rt, t, err, "is at %p, which is no multiple of %zu bytes", p, align);
   if (rt->config->s.run.checked != 1 || !overruns(&rt->book, p, bytes)) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL,
-                   "strategy %s: %s: the %s takes %" PRId64 " bytes, and the allocation that it begins in ends before",
-                   id_of(rt), call, what, bytes);
+  return wrong(rt, t, err, "takes %" PRId64 " bytes, and the allocation that it begins in ends before", bytes);
 }
 
 /* ---- views ---- */
 enum { COORDINATE = 64 /* elements: where a parameter may begin */ };
 
-static phx_status check_weight(const phx__runtime *rt, const char *call, const phx_param *param,
-                               const phx_param_view *v, phx_error *err) {
-  char what[128];
+/* One parameter of a view. */
+typedef struct shown {
+  const phx_param *param;
+  const phx_param_view *view;
+  thing thing;
+} shown;
+
+static phx_status check_weight(const phx__runtime *rt, shown *s, phx_error *err) {
+  const phx_param_view *v = s->view;
   const size_t size = phx_dtype_bytes(v->weight_dtype);
-  snprintf(what, sizeof what, "weight of %s", param->name);
+  s->thing.part = "weight of";
   if (v->weight_dtype != rt->prepared->topology.compute_dtype)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the %s has dtype %d; expected %d", id_of(rt), call, what,
-                     v->weight_dtype, rt->prepared->topology.compute_dtype);
-  return check_memory(rt, call, what, v->weight, param->numel * (int64_t)size,
+    return wrong(rt, &s->thing, err, "has dtype %d; expected %d", v->weight_dtype,
+                 rt->prepared->topology.compute_dtype);
+  return check_memory(rt, &s->thing, v->weight, s->param->numel * (int64_t)size,
                       rt->config->s.run.checked == 1 ? COORDINATE * size : size, err);
 }
 
-static phx_status check_gradient(const phx__runtime *rt, const char *call, const phx_param *param,
-                                 const phx_param_view *v, phx_error *err) {
-  char what[128];
-  snprintf(what, sizeof what, "gradient of %s", param->name);
+static phx_status check_gradient(const phx__runtime *rt, shown *s, phx_error *err) {
+  const phx_param_view *v = s->view;
+  s->thing.part = "gradient of";
   if (v->gradient_dtype != PHX_F32)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the %s has dtype %d; expected %d", id_of(rt), call, what,
-                     v->gradient_dtype, PHX_F32);
+    return wrong(rt, &s->thing, err, "has dtype %d; expected %d", v->gradient_dtype, PHX_F32);
   if (v->gradient_mode != PHX_GRAD_WRITE && v->gradient_mode != PHX_GRAD_ADD)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the %s has mode %d: neither write nor add", id_of(rt), call,
-                     what, v->gradient_mode);
-  return check_memory(rt, call, what, v->gradient, param->numel * (int64_t)sizeof(float),
+    return wrong(rt, &s->thing, err, "has mode %d: neither write nor add", v->gradient_mode);
+  return check_memory(rt, &s->thing, v->gradient, s->param->numel * (int64_t)sizeof(float),
                       rt->config->s.run.checked == 1 ? COORDINATE * sizeof(float) : sizeof(float), err);
 }
 
-/* One parameter of a use. */
-static phx_status check_param(const phx__runtime *rt, const char *call, const phx_use *use, int32_t pass,
-                              uint32_t expected, const phx_param_view *v, phx_error *err) {
-  const phx_param *param = phx_model_param(rt->prepared->model, expected);
+static phx_status check_param(const phx__runtime *rt, const phx_use *use, int32_t pass, uint32_t expected, shown *s,
+                              phx_error *err) {
+  const phx_param_view *v = s->view;
   const bool backward = pass == PHX_PASS_BACKWARD;
   phx_status status = PHX_OK;
+  s->param = phx_model_param(rt->prepared->model, expected);
+  s->thing.name = s->param->name;
   if (v->param != expected)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the view has parameter %u where %u (%s) is expected",
-                     id_of(rt), call, v->param, expected, param->name);
-  if (v->weight || (use->flags & (backward ? PHX_USE_BACKWARD : PHX_USE_FORWARD)))
-    status = check_weight(rt, call, param, v, err);
-  if (status || !backward || !(use->flags & PHX_USE_GRADIENT) || (param->flags & PHX_PARAM_FROZEN)) return status;
-  return check_gradient(rt, call, param, v, err);
+    return phx__fail(err, PHX_INTERNAL,
+                     "strategy %s: %s, stage %" PRId64 ": the view has parameter %u where %u (%s) is expected",
+                     id_of(rt), s->thing.call, s->thing.stage, v->param, expected, s->param->name);
+  if (v->weight || (use->flags & (backward ? PHX_USE_BACKWARD : PHX_USE_FORWARD))) status = check_weight(rt, s, err);
+  if (status || !backward || !(use->flags & PHX_USE_GRADIENT) || (s->param->flags & PHX_PARAM_FROZEN)) return status;
+  return check_gradient(rt, s, err);
+}
+
+static phx_status check_view(const phx__runtime *rt, uint32_t stage, const phx_view *view, uint32_t n,
+                             phx_error *err) {
+  const char *id = id_of(rt);
+  if (!view)
+    return phx__fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u gave no view (NULL) and PHX_OK", id, stage);
+  if (!plausible(view->struct_size, offsetof(phx_view, ready) + sizeof view->ready))
+    return phx__fail(err, PHX_INTERNAL,
+                     "strategy %s: acquire, stage %u: the view's struct_size is %zu; expected %zu or more", id, stage,
+                     view->struct_size, sizeof *view);
+  if (view->n_params != n || (n > 0 && !view->params))
+    return phx__fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u: the view has %u parameters at %p; expected %u",
+                     id, stage, view->n_params, (const void *)view->params, n);
+  if (n == 0 || (view->param_stride >= sizeof(phx_param_view) && view->param_stride <= STRUCT_MOST &&
+                 view->param_stride % _Alignof(phx_param_view) == 0))
+    return PHX_OK;
+  return phx__fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u: the view's param_stride is %u; expected %zu", id,
+                   stage, view->param_stride, sizeof(phx_param_view));
 }
 
 phx_status phx__handed_view(const phx__runtime *rt, uint32_t stage, int32_t pass, const phx_view *view,
                             phx_error *err) {
   const phx_model *m = rt->prepared->model;
   const phx_stage *s = phx_model_stage(m, stage);
-  char call[64];
   uint32_t n = 0;
-  snprintf(call, sizeof call, "acquire, stage %u", stage);
-  if (!view) return phx__fail(err, PHX_INTERNAL, "strategy %s: %s gave no view (NULL) and PHX_OK", id_of(rt), call);
   for (uint32_t i = 0; i < s->n_uses; i++) n += phx_model_unit(m, phx_model_use(m, s->first_use + i)->unit)->n_params;
-  if (!plausible(view->struct_size, offsetof(phx_view, ready) + sizeof view->ready))
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the view's struct_size is %zu; expected %zu or more",
-                     id_of(rt), call, view->struct_size, sizeof *view);
-  if (view->n_params != n || (n > 0 && !view->params))
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the view has %u parameters at %p; expected %u", id_of(rt),
-                     call, view->n_params, (const void *)view->params, n);
-  if (n > 0 && (view->param_stride < sizeof(phx_param_view) || view->param_stride > STRUCT_MOST ||
-                view->param_stride % _Alignof(phx_param_view)))
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: the view's param_stride is %u; expected %zu", id_of(rt),
-                     call, view->param_stride, sizeof(phx_param_view));
+  phx_status status = check_view(rt, stage, view, n, err);
+  if (status) return status;
+  shown one = {.thing = {.call = "acquire", .stage = stage, .unit = -1, .state = -1}};
   const char *at = (const char *)view->params;
   for (uint32_t i = 0; i < s->n_uses; i++) {
     const phx_use *use = phx_model_use(m, s->first_use + i);
     const phx_unit *unit = phx_model_unit(m, use->unit);
-    for (uint32_t k = 0; k < unit->n_params; k++, at += view->param_stride) {
-      const phx_status status =
-          check_param(rt, call, use, pass, unit->first_param + k, (const phx_param_view *)(const void *)at, err);
-      if (status) return status;
+    for (uint32_t k = 0; k < unit->n_params && !status; k++, at += view->param_stride) {
+      one.view = (const phx_param_view *)(const void *)at;
+      status = check_param(rt, use, pass, unit->first_param + k, &one, err);
     }
   }
-  return PHX_OK;
+  return status;
 }
 
 /* ---- coordinates ---- */
@@ -177,22 +211,25 @@ phx_status phx__handed_slice(const phx__runtime *rt, const phx_slice *s, phx_err
 }
 
 phx_status phx__handed_map(const phx__runtime *rt, const phx_slice *s, const void *p, phx_error *err) {
-  char what[128];
   const size_t size = phx_dtype_bytes(s->dtype);
-  if (s->kind == PHX_STATE_PRIVATE) snprintf(what, sizeof what, "memory of private state %.64s", s->name);
-  else snprintf(what, sizeof what, "memory of state %d of unit %u (%.64s)", s->kind, s->unit, unit_name(rt, s->unit));
-  return check_memory(rt, "map", what, p, s->blocks * PHX_BLOCK * (int64_t)size, size, err);
+  thing t = {.call = "map", .part = "memory of private state", .name = s->name, .stage = -1, .unit = -1, .state = -1};
+  if (s->kind != PHX_STATE_PRIVATE) {
+    t.part = "memory of state";
+    t.state = s->kind;
+    t.unit = s->unit;
+    t.name = unit_name(rt, s->unit);
+  }
+  return check_memory(rt, &t, p, s->blocks * PHX_BLOCK * (int64_t)size, size, err);
 }
 
 /* ---- gradients ---- */
 phx_status phx__handed_gradient(const phx__runtime *rt, uint32_t unit, int64_t first_block, int64_t blocks,
                                 const float *gradient, phx_error *err) {
-  char what[96];
   const phx_status status = check_blocks(rt, "gradient_norm", unit, PHX_FLAT_TRAINABLE, first_block, blocks, err);
   if (status) return status;
-  snprintf(what, sizeof what, "gradient of unit %u (%.64s)", unit, unit_name(rt, unit));
-  return check_memory(rt, "gradient_norm", what, gradient, blocks * PHX_BLOCK * (int64_t)sizeof *gradient,
-                      sizeof *gradient, err);
+  const thing t = {.call = "gradient_norm", .part = "gradient", .name = unit_name(rt, unit),
+                   .stage = -1, .unit = unit, .state = -1};
+  return check_memory(rt, &t, gradient, blocks * PHX_BLOCK * (int64_t)sizeof *gradient, sizeof *gradient, err);
 }
 
 static phx_status check_ticket_numbers(const phx__runtime *rt, const phx_ticket *t, float scale, phx_error *err) {
@@ -218,11 +255,11 @@ static phx_status check_ticket_numbers(const phx__runtime *rt, const phx_ticket 
 
 static phx_status check_ticket_part(const phx__runtime *rt, const phx_ticket *t, const char *part, const void *p,
                                     int32_t dtype, phx_error *err) {
-  char what[128];
   const size_t size = phx_dtype_bytes(dtype);
-  snprintf(what, sizeof what, "%s of unit %u (%.64s)", part, t->unit, unit_name(rt, t->unit));
-  if (!size) return phx__fail(err, PHX_INTERNAL, "strategy %s: update: the %s has dtype %d", id_of(rt), what, dtype);
-  return check_memory(rt, "update", what, p, t->numel * (int64_t)size, size, err);
+  const thing what = {.call = "update", .part = part, .name = unit_name(rt, t->unit),
+                      .stage = -1, .unit = t->unit, .state = -1};
+  if (!size) return wrong(rt, &what, err, "has dtype %d", dtype);
+  return check_memory(rt, &what, p, t->numel * (int64_t)size, size, err);
 }
 
 phx_status phx__handed_ticket(const phx__runtime *rt, const phx_ticket *t, float scale, phx_error *err) {
