@@ -9,6 +9,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "bytes_text.h"
+#include "clock.h"
 #include "status.h"
 #include "stop.h"
 

@@ -2,6 +2,7 @@
 #ifndef PHX__CLI_H
 #define PHX__CLI_H
 #include "config.h"
+#include "config_store.h"
 
 /* The whole command; returns the exit status. */
 int phx__cli_main(int argc, char **argv);

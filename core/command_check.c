@@ -5,6 +5,7 @@
 #include "cli.h"
 #include "commands.h"
 #include "complain.h"
+#include "config_load.h"
 #include "plan.h"
 #include "room.h"
 #include "run_data.h"

@@ -13,6 +13,7 @@
 
 #include "checkpoint_dir.h"
 #include "command_checkpoint.h"
+#include "config_load.h"
 #include "layout.h"
 #include "model_config.h"
 #include "optim.h"

@@ -7,6 +7,8 @@
 #include "cli.h"
 #include "commands.h"
 #include "complain.h"
+#include "config_load.h"
+#include "identity.h"
 #include "job.h"
 #include "status.h"
 #include "sys.h"

@@ -17,9 +17,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "bytes_text.h"
 #include "complain.h"
+#include "config_load.h"
+#include "loader.h"
 #include "output.h"
-#include "progress.h"
 #include "report.h"
 #include "run_dir.h"
 #include "run_lock.h"

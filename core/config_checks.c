@@ -2,6 +2,7 @@
  *
  * A check is left out when one of its settings was already complained about.  Nothing is accepted and then ignored: a
  * wish that this version does not honour is refused here with the reason.  [main] only. */
+#include "config_checks.h"
 #include "config_store.h"
 
 #include <phalanx/provider.h>

@@ -1,6 +1,7 @@
 /* core/config_print.c - the effective configuration as an INI, as a visit, as a hash; and help from option tables.
  *
  * Invariant: what is printed parses to the same configuration, comments included.  [main] only. */
+#include "config.h"
 #include "config_store.h"
 
 #include <inttypes.h>

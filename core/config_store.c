@@ -2,9 +2,9 @@
  *
  * Does not load plugins and does not know what settings mean.  [main] only. */
 #include "config_store.h"
-#include "config_core.h"
 #include "config_ini.h"
 #include "nearest.h"
+#include "settings.h"
 #include "status.h"
 #include "sys.h"
 
@@ -201,7 +201,7 @@ static void fill_setting(store *p, const phx__section *section, phx__setting *s)
 }
 
 phx__section *phx__config_add_section(store *p, const char *name, const phx_option *options, uint32_t n,
-                                      uint32_t stride, void *base, const phx__plugin *plugin, bool selected) {
+                                      uint32_t stride, void *base, const struct phx__plugin *plugin, bool selected) {
   phx__section *section = phx__config_keep(p, sizeof *section), **at = &p->sections;
   phx__setting *settings = phx__config_keep(p, n * sizeof *settings);
   if (!section || !settings) return NULL;

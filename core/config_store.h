@@ -8,8 +8,17 @@
  * All memory belongs to the config and is freed with it; a failed allocation sets oom and is reported once.  [main]. */
 #ifndef PHX__CONFIG_STORE_H
 #define PHX__CONFIG_STORE_H
-#include "config.h"
+#include <stdio.h>
+
 #include "option.h"
+
+struct phx__plugin; /* config.h */
+
+/* One `--set section.key=value`, or what -n and --strategy stand for. */
+typedef struct phx__override {
+  const char *text; /* "section.key=value"; with "?" before it, it counts only where nothing before it gives the key */
+  const char *flag; /* shown as the source: "--set", "-n", "--strategy" */
+} phx__override;
 
 typedef struct phx__entry {
   const char *section, *key, *value;
@@ -32,7 +41,7 @@ typedef struct phx__section {
   const phx_option *options;
   uint32_t n, stride;
   void *base;                /* the struct that the options fill */
-  const phx__plugin *plugin; /* NULL: the core's */
+  const struct phx__plugin *plugin; /* NULL: the core's */
   bool selected;             /* part of this run; else only validated */
   phx__setting *settings;    /* (n) */
   struct phx__section *next;
@@ -78,7 +87,7 @@ phx_status phx__config_add_file(struct phx__config_private *p, phx_error *err);
 void phx__config_add_override(struct phx__config_private *p, const phx__override *override);
 /* Makes the section, fills `base` from defaults and entries, complains about values; marks its entries taken. */
 phx__section *phx__config_add_section(struct phx__config_private *p, const char *name, const phx_option *options,
-                                      uint32_t n, uint32_t stride, void *base, const phx__plugin *plugin,
+                                      uint32_t n, uint32_t stride, void *base, const struct phx__plugin *plugin,
                                       bool selected);
 /* The first section of that name, or the next one after `after`. */
 phx__section *phx__config_section(const struct phx__config_private *p, const char *name, const phx__section *after);
@@ -88,6 +97,4 @@ phx__setting *phx__config_setting(const struct phx__config_private *p, const cha
 void phx__config_check_unknown(struct phx__config_private *p, const char *const *excused);
 /* "default", "demo.ini:4", "--set" */
 const char *phx__config_source(const struct phx__config_private *p, const phx__setting *s, char *text, size_t bytes);
-/* config_checks.c: what the core's settings must be together, and with the selected plugins. */
-void phx__config_check_together(phx__config *config);
 #endif

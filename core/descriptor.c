@@ -4,8 +4,7 @@
  * down to the last mandatory entry; unknown `provides` are ignored, unknown `needs` refused with the bit's number.
  * Does not look at files.  No state, any thread. */
 #include "descriptor.h"
-#include "config_core.h"
-#include "loader.h"
+#include "config.h"
 #include "option.h"
 #include "status.h"
 #include "suspect.h"
@@ -38,11 +37,6 @@ static const entry model_calls[] = {MODEL(declare), MODEL(stage_memory), MODEL(c
                                     MODEL(backward), {NULL, 0}};
 static const entry *const calls_of_kind[] = {[PHX_KIND_STRATEGY] = strategy_calls, [PHX_KIND_DEVICE] = device_calls,
                                              [PHX_KIND_COMM] = comm_calls, [PHX_KIND_MODEL] = model_calls};
-
-const char *phx__kind_name(uint32_t kind) {
-  static const char *const names[] = {"unknown", "strategy", "device", "comm", "model"};
-  return names[kind <= PHX_KIND_MODEL ? kind : 0];
-}
 
 static phx_status check_table(const phx_plugin *d, phx_error *err) {
   size_t bytes;

@@ -13,10 +13,10 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "bytes_text.h"
 #include "checkpoint_dir.h"
 #include "layout.h"
 #include "optim.h"
-#include "progress.h"
 #include "status.h"
 #include "sys.h"
 

@@ -19,6 +19,8 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "clock.h"
+#include "identity.h"
 #include "job_segment.h"
 #include "job_watch.h"
 #include "secret.h"
@@ -108,17 +110,6 @@ static phx_status job_exchange(void *ctx, const char *name, const void *mine, in
   return status;
 }
 
-bool phx__job_is_rank(void) {
-  return phx__identity_kind() != PHX__ALONE;
-}
-
-/* Our own launcher spoke before its ranks came; under another one rank 0 does. */
-bool phx__job_speaks(void) {
-  phx__identity me;
-  const int32_t kind = phx__identity_kind();
-  return kind == PHX__ALONE || (kind != PHX__BY_PHALANX && phx__identity_read(&me, NULL) == PHX_OK && me.rank == 0);
-}
-
 /* The namespace in which getpid() is this process: ranks in containers of their own may have others.  0: not known. */
 static uint64_t pid_space(void) {
   struct stat info;
@@ -164,21 +155,6 @@ static void fill_shown(struct job *job, const phx__identity *me, double timeout_
   job->member.size = me->size;
   job->member.timeout_s = timeout_s;
   job->member.may_spin = job->shown.may_spin;
-}
-
-int32_t phx__job_foreign_size(const char **launcher) {
-  static const char *const names[] = {[PHX__BY_TORCHRUN] = "torchrun", [PHX__BY_MPIRUN] = "mpirun",
-                                      [PHX__BY_SRUN] = "srun"};
-  phx__identity me;
-  const int32_t kind = phx__identity_kind();
-  if (kind == PHX__ALONE || kind == PHX__BY_PHALANX || phx__identity_read(&me, NULL) != PHX_OK) return 0;
-  *launcher = names[kind];
-  return me.size;
-}
-
-int32_t phx__job_local_size(int32_t ranks) {
-  phx__identity me;
-  return phx__job_is_rank() && phx__identity_read(&me, NULL) == PHX_OK ? me.local_size : ranks;
 }
 
 static phx_status meet_in_store(struct job *job, const phx__identity *me, double timeout_s, phx_error *err) {

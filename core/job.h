@@ -10,11 +10,6 @@
 
 /* [main] once per process; stays until the process ends. */
 phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err);
-bool phx__job_is_rank(void); /* started as a rank by a launcher? */
-bool phx__job_speaks(void);  /* no other process has said, or will say, what all of this job would say? */
-/* How many ranks torchrun, mpirun or srun (*launcher) have started; 0: none of them, or it cannot be read. */
-int32_t phx__job_foreign_size(const char **launcher);
-int32_t phx__job_local_size(int32_t ranks); /* how many of a run's ranks are on this machine */
 /* [main] from here on a thread watches this rank and the others; see job_watch.c. */
 phx_status phx__job_watch(const phx_job *job, phx_error *err);
 /* [main] this rank failed and ends by itself with this exit status, as soon as it has cleaned up. */

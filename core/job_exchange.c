@@ -14,6 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "clean.h"
+#include "clock.h"
 #include "job.h"
 #include "job_segment.h"
 #include "status.h"

@@ -2,7 +2,7 @@
  *
  * What it is for: one memfd holds the liveness pages, the ranks' meeting slots and every part that share() appends.
  * It has no name in the file system, so that kill -9 of everything leaves nothing behind.
- * What it does not do: find out who this process is (job_identity.c), meet (job_exchange.c), watch (launcher.c).
+ * What it does not do: find out who this process is (identity.c), meet (job_exchange.c), watch (launcher.c).
  * Invariant: rank 0 alone grows the file, and only between two exchanges, so all ranks know the same parts in the same
  * order; a share() that fails on one rank fails on all, and its pages go back.  The file is sealed: nobody can cut it.
  * Threads: [main], but phx__segment_fail, the futex calls and the clock are [any]. */
@@ -21,6 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "job.h"
 #include "status.h"
 #include "sys.h"
@@ -31,12 +32,6 @@
 
 _Static_assert(sizeof(phx__page) == 4096, "a liveness record fits a page");
 _Static_assert(sizeof(phx__post) == 64, "a post is a cache line");
-
-uint64_t phx__now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
-}
 
 void phx__futex_wait(const uint32_t *word, uint32_t seen, uint64_t ns) {
   struct timespec t = {(time_t)(ns / UINT64_C(1000000000)), (long)(ns % UINT64_C(1000000000))};

@@ -7,6 +7,8 @@
 #include <phalanx/job.h>
 #include <stdbool.h>
 
+#include "identity.h"
+
 #define PHX__SEGMENT_MAGIC UINT64_C(0x3158414c414850) /* "PHALAX1" */
 #define PHX__SEGMENT_VERSION 2
 #define PHX__SHARES_MAX 1024
@@ -61,8 +63,6 @@ typedef struct phx__segment {
   _Alignas(4096) phx__page pages[PHX_RANKS_MAX];
 } phx__segment;
 
-/* [any] CLOCK_MONOTONIC in ns. */
-uint64_t phx__now_ns(void);
 /* [any], and safe in a signal handler: sets *failed to `who` when it is 0, and wakes every sleeper. */
 void phx__segment_fail(phx__segment *segment, uint32_t who);
 /* [any] sleeps on *word while it holds `seen`, at most `ns`; shared between processes. */
@@ -88,19 +88,6 @@ phx_status phx__segment_share(phx__member *me, const char *name, int64_t bytes, 
 /* [main][collective] see phx_job.exchange. */
 phx_status phx__segment_exchange(phx__member *me, const char *name, const void *mine, int64_t bytes, void *all,
                                  phx_error *err);
-
-/* job_identity.c: who this process is, from the environment. */
-enum { PHX__ALONE = 0, PHX__BY_PHALANX, PHX__BY_TORCHRUN, PHX__BY_MPIRUN, PHX__BY_SRUN };
-typedef struct phx__identity {
-  int32_t by; /* PHX__BY_* */
-  int32_t rank, size, local_rank, local_size;
-  int fd;       /* PHX__BY_PHALANX: the inherited memfd, else -1 */
-  char key[96]; /* names the job, under another launcher */
-  bool several; /* on several machines: they meet at rank 0's address */
-  char address[256], port[8];
-} phx__identity;
-int32_t phx__identity_kind(void); /* PHX__BY_*: whose variables are there at all */
-phx_status phx__identity_read(phx__identity *out, phx_error *err);
 
 /* job_rendezvous.c: [collective] under another launcher, rank 0 makes the segment and hands it to the others. */
 phx_status phx__rendezvous(const phx__identity *identity, double timeout_s, int *fd_out, phx_error *err);

@@ -31,6 +31,7 @@
 
 #include "cgroup.h"
 #include "clean.h"
+#include "clock.h"
 #include "job.h"
 #include "job_segment.h"
 #include "status.h"

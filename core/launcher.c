@@ -23,6 +23,7 @@
 
 #include "cgroup.h"
 #include "clean.h"
+#include "clock.h"
 #include "complain.h"
 #include "flight.h"
 #include "job.h"

@@ -5,14 +5,9 @@
  * holds a '/' ).  Trust and provenance rules: see loader.c.  Plugins are never unloaded. */
 #ifndef PHX__LOADER_H
 #define PHX__LOADER_H
-#include <phalanx/plugin.h>
 #include <stdbool.h>
 
-typedef struct phx__plugin {
-  const phx_plugin *descriptor;
-  char path[4096];   /* real path */
-  char sha256[65];   /* of the file, hex; "" until it is identified */
-} phx__plugin;
+#include "config.h"
 
 /* search: colon-separated directories of [plugins] path, or NULL.  name_or_path as above.  Loads and validates the
  * descriptor for this kind, and identifies the file; the same file loaded twice gives the same plugin.  [static] */
@@ -26,15 +21,4 @@ phx_status phx__loader_open_file(uint32_t kind, const char *path, const char *na
 phx_status phx__loader_guard(const char *directories, const char *file, const char *pins, phx_error *err);
 /* Fills sha256: for what is used or shown, not for what is only asked whether it can run (reading it takes time). */
 phx_status phx__loader_identify(const phx__plugin *plugin, phx_error *err);
-/* One file in the search path, for `phalanx plugins` and for "nearest name" hints. */
-typedef struct phx__found {
-  uint32_t kind;
-  char name[40];
-  char path[4096];
-  bool shadowed; /* a directory searched earlier has the same kind and name */
-  int order;     /* of its directory in the search */
-} phx__found;
-/* Everything found, sorted by kind, name and search order; freed with phx__free. Nothing is loaded. */
-phx_status phx__loader_list(const char *search, phx__found **out, size_t *n, phx_error *err);
-const char *phx__kind_name(uint32_t kind); /* "strategy", "device", "comm", "model" */
 #endif

@@ -5,6 +5,7 @@
  * LD_LIBRARY_PATH or LTDL_LIBRARY_PATH.
  * [main] only, no state. */
 #include "loader_search.h"
+#include "config.h"
 #include "option.h"
 #include "status.h"
 #include "sys.h"

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "config_load.h"
 #include "status.h"
 #include "sys.h"
 

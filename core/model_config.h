@@ -2,6 +2,7 @@
 #ifndef PHX__MODEL_CONFIG_H
 #define PHX__MODEL_CONFIG_H
 #include "config.h"
+#include "config_store.h"
 #include "model_source.h"
 
 /* ini: the run's own configuration, or "": one is made of what a checkpoint's manifest says of [model], or of the sizes

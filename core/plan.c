@@ -4,9 +4,9 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "bytes_text.h"
 #include "host.h"
 #include "prepare.h"
-#include "progress.h"
 #include "room.h"
 #include "status.h"
 

@@ -7,8 +7,8 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+#include "bytes_text.h"
 #include "host.h"
-#include "progress.h"
 #include "status.h"
 
 #define MOST (INT64_C(1) << 50) /* of bytes: 1 PiB; of calls, too */

@@ -8,23 +8,11 @@
 #include <string.h>
 #include <time.h>
 
+#include "bytes_text.h"
+#include "clock.h"
 #include "output.h"
 #include "screen.h"
 #include "status.h"
-
-double phx__now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-void phx__bytes_text(int64_t bytes, char text[24]) {
-  static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-  double value = (double)bytes;
-  int u = 0;
-  while (value >= 1024 && u < 4) value /= 1024, u++;
-  snprintf(text, 24, u ? "%.1f %s" : "%.0f %s", value, units[u]);
-}
 
 bool phx__progress_add(phx__progress *p, const char *members) {
   const size_t used = strlen(p->extra), more = strlen(members);

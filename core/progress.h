@@ -17,7 +17,6 @@ typedef struct phx__progress {
   bool left_out;       /* a plugin's metric had no room, which was said */
 } phx__progress;
 
-double phx__now(void); /* seconds, CLOCK_MONOTONIC */
 /* first: the step of the checkpoint that the run goes on from, or 0.  Lines of later steps are cut from metrics.jsonl.
  */
 phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err);
@@ -34,5 +33,4 @@ void phx__progress_save(phx__progress *p, const char *members);
 phx_status phx__progress_flush(phx__progress *p, phx_error *err);
 /* Ends the bar's line, so that what follows stands on its own; writes what waits, or warns. */
 void phx__progress_close(phx__progress *p);
-void phx__bytes_text(int64_t bytes, char text[24]); /* "123.4 MiB" */
 #endif

@@ -6,9 +6,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "bytes_text.h"
 #include "cgroup.h"
 #include "host.h"
-#include "progress.h"
 #include "status.h"
 #include "sys.h"
 

@@ -8,9 +8,10 @@
 #include <string.h>
 #include <xxhash.h>
 
+#include "bytes_text.h"
+#include "clock.h"
 #include "host.h"
 #include "job.h"
-#include "progress.h"
 #include "status.h"
 
 #define READ_S 0.5

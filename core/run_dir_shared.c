@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "job_segment.h"
 #include "run_dir.h"
 #include "secret.h"

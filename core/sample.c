@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "complain.h"
+#include "config_load.h"
 #include "engine.h"
 #include "model_config.h"
 #include "rng.h"

@@ -21,8 +21,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "clock.h"
 #include "manifest.h"
-#include "progress.h"
 #include "handed.h"
 #include "state_visit.h"
 #include "status.h"

@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "job_segment.h"
 
 static volatile sig_atomic_t asked;

@@ -7,7 +7,6 @@
 #define PHX__TCP_STORE_H
 #include <phalanx/job.h>
 
-#define PHX__STORE_PORT "29500" /* without MASTER_PORT; torchrun's */
 #define PHX__STORE_NAME 48      /* bytes of an exchange's name, the zero included; longer ones are cut */
 
 struct phx__secret; /* secret.h */

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "clean.h"
+#include "clock.h"
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"

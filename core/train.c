@@ -10,10 +10,12 @@
 
 #include "balance.h"
 #include "checkpoint_run.h"
+#include "clock.h"
 #include "complain.h"
 #include "cpus.h"
 #include "disk_room.h"
 #include "drift.h"
+#include "identity.h"
 #include "job_segment.h"
 #include "job_watch.h"
 #include "launcher.h"

@@ -16,6 +16,7 @@
 
 #include "bench.h"
 #include "checkpoint.h"
+#include "config_load.h"
 #include "status.h"
 
 enum { RANKS_MOST = 2, MIB = 1 << 20 };

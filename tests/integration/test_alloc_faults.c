@@ -15,6 +15,7 @@
 #include <sanitizer/lsan_interface.h>
 #endif
 #include "config.h"
+#include "config_load.h"
 #include "report.h"
 #include "run_dir.h"
 #include "status.h"

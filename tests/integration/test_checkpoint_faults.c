@@ -15,6 +15,7 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/lsan_interface.h>
 #endif
+#include "config_load.h"
 #include "report.h"
 #include "run_dir.h"
 #include "status.h"

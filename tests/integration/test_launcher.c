@@ -17,7 +17,9 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include "clock.h"
 #include "command.h"
+#include "config_load.h"
 #include "job.h"
 #include "job_segment.h"
 #include "launcher.h"

@@ -16,6 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "config_load.h"
 #include "manifest.h"
 #include "report.h"
 #include "run_dir.h"

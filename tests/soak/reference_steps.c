@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "config_load.h"
 #include "data.h"
 #include "optim.h"
 #include "prepare.h"

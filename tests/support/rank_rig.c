@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "command.h"
+#include "config_load.h"
 #include "status.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>

@@ -6,7 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 #include "config.h"
-#include "config_core.h"
+#include "config_load.h"
+#include "settings.h"
 #include "option.h"
 #include "status.h"
 #include "sys.h"

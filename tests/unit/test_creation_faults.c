@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "config_load.h"
 #include "fault_turn.h"
 #include "rank_rig.h"
 #include "raw_alloc.h"

@@ -12,6 +12,7 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include "clock.h"
 #include "job.h"
 #include "job_ranks.h"
 #include "job_segment.h"

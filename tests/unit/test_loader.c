@@ -7,6 +7,7 @@
 #include <unistd.h>
 #include "descriptor.h"
 #include "loader.h"
+#include "loader_search.h"
 #include "nearest.h"
 #include "option.h"
 #include "sha256.h"

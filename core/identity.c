@@ -1,9 +1,11 @@
-/* core/job_identity.c - who this process is: PHALANX_*, torchrun's, mpirun's or srun's variables, or alone.
+/* core/identity.c - who this process is: PHALANX_*, torchrun's, mpirun's or srun's variables, or alone.
  *
  * What it does not do: start or find anybody.  A variable that is half there or not a number is refused, never
  * guessed around: a rank with a wrong number would train on the wrong data.
  * Under another launcher the ranks may be on several machines; they then meet at MASTER_ADDR:MASTER_PORT.
  * Threads: [main]; reads the environment only. */
+#include "identity.h"
+
 #include <errno.h>
 #include <limits.h>
 #include <stdio.h>
@@ -11,10 +13,8 @@
 #include <string.h>
 #include <xxhash.h>
 
-#include "job_segment.h"
 #include "slurm_list.h"
 #include "status.h"
-#include "tcp_store.h"
 
 /* A decimal number of lowest..highest and nothing else. */
 static phx_status read_number(const char *name, int32_t lowest, int32_t highest, int32_t *out, phx_error *err) {
@@ -185,4 +185,31 @@ phx_status phx__identity_read(phx__identity *out, phx_error *err) {
   phx_status status = readers[me.by] ? readers[me.by](&me, err) : PHX_OK;
   if (status == PHX_OK) *out = me;
   return status;
+}
+
+/* ---- what others ask ---- */
+bool phx__job_is_rank(void) {
+  return phx__identity_kind() != PHX__ALONE;
+}
+
+/* Our own launcher spoke before its ranks came; under another one rank 0 does. */
+bool phx__job_speaks(void) {
+  phx__identity me;
+  const int32_t kind = phx__identity_kind();
+  return kind == PHX__ALONE || (kind != PHX__BY_PHALANX && phx__identity_read(&me, NULL) == PHX_OK && me.rank == 0);
+}
+
+int32_t phx__job_foreign_size(const char **launcher) {
+  static const char *const names[] = {[PHX__BY_TORCHRUN] = "torchrun", [PHX__BY_MPIRUN] = "mpirun",
+                                      [PHX__BY_SRUN] = "srun"};
+  phx__identity me;
+  const int32_t kind = phx__identity_kind();
+  if (kind == PHX__ALONE || kind == PHX__BY_PHALANX || phx__identity_read(&me, NULL) != PHX_OK) return 0;
+  *launcher = names[kind];
+  return me.size;
+}
+
+int32_t phx__job_local_size(int32_t ranks) {
+  phx__identity me;
+  return phx__job_is_rank() && phx__identity_read(&me, NULL) == PHX_OK ? me.local_size : ranks;
 }

@@ -1,9 +1,8 @@
-/* core/config_core.c - every key of the core, once: name, default, range, doc, place in phx__settings.
+/* core/settings.c - every key of the core, once: name, default, range, doc, place in phx__settings.
  *
  * Parser, help, sample, hash and documentation derive from these rows.  What a key may be together with others is
  * checked in config_checks.c.  Constant data. */
-#include "config_core.h"
-#include "config.h"
+#include "settings.h"
 
 #include <phalanx/job.h>
 #include <string.h>
