@@ -5,7 +5,7 @@
 #ifndef PHX__BALANCE_H
 #define PHX__BALANCE_H
 #include "progress.h"
-#include "report.h"
+#include "run_result.h"
 
 typedef struct phx__balance {
   int64_t from;                    /* the first step since the last line */

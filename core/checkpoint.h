@@ -10,6 +10,7 @@
  * Statuses: PHX_IO a file could not be written, or (loading) is damaged; PHX_INVALID it does not fit this run. */
 #ifndef PHX__CHECKPOINT_H
 #define PHX__CHECKPOINT_H
+#include "checkpoint_dir.h"
 #include "runtime.h"
 
 struct phx__manifest; /* manifest.h */
@@ -18,11 +19,6 @@ typedef struct phx__position { /* of the run, after a whole step */
   int64_t step;    /* updates made */
   int64_t samples; /* sequences consumed by them, all ranks together */
 } phx__position;
-
-typedef struct phx__retention {
-  int64_t keep;       /* this many newest stay; 0: all */
-  int64_t keep_every; /* steps that are a multiple of this stay, too; 0: none */
-} phx__retention;
 
 /* ---- saving ---- */
 typedef struct phx__save phx__save;
@@ -70,32 +66,6 @@ phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx
  * states, plugins, the model, the effective configuration. */
 phx_status phx__checkpoint_describe(struct phx__manifest *m, const phx__prepared *prepared, const phx_optim *optim,
                                     int32_t ranks, phx_error *err);
-
-/* ---- finding: plain file system work, no run needed ---- */
-enum { PHX__CHECKPOINT_NAME = 32, PHX__CHECKPOINT_PATH = 4096 };
-
-typedef struct phx__checkpoint_list {
-  int64_t *steps; /* (n) newest first */
-  size_t n;
-} phx__checkpoint_list;
-/* The committed checkpoints of a run, by name; none is no error.  Freed with phx__checkpoint_list_free. */
-phx_status phx__checkpoint_list_read(const char *run_dir, phx__checkpoint_list *out, phx_error *err);
-void phx__checkpoint_list_free(phx__checkpoint_list *list);
-/* run_dir/checkpoints/step-00000042 */
-phx_status phx__checkpoint_path(const char *run_dir, int64_t step, char path[PHX__CHECKPOINT_PATH], phx_error *err);
-/* dir: a run directory, or one checkpoint in it (*step -1, or its step).  run_dir is "" for a checkpoint that lies in
- * no run's directory. */
-phx_status phx__checkpoint_locate(const char *dir, char run_dir[PHX__CHECKPOINT_PATH], int64_t *step, phx_error *err);
-/* The newest one below step `below` whose manifest is whole and whose files have its lengths (contents are verified
- * as they are read); what is passed over is said in the log.  PHX_IO: none is left; *found false, PHX_OK: there are
- * none at all. */
-phx_status phx__checkpoint_newest(const char *run_dir, int64_t below, int64_t *step, bool *found, phx_error *err);
-/* Removes what a retention gives up: renamed to a .part first, so that no half checkpoint is ever seen. */
-phx_status phx__checkpoint_retain(const char *run_dir, const phx__retention *retention, phx_error *err);
-/* Removes the leftovers of dead attempts; *removed counts them (may be NULL).  Not while a save is in flight. */
-phx_status phx__checkpoint_sweep(const char *run_dir, int64_t *removed, phx_error *err);
-/* Removes a directory of files, without following links. */
-phx_status phx__checkpoint_remove(const char *path, phx_error *err);
 
 /* ---- loading ---- */
 typedef struct phx__resumed {

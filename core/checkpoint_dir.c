@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "checkpoint_dir.h"
+#include "host.h"
 #include "manifest.h"
 #include "status.h"
 #include "sys.h"

@@ -11,6 +11,8 @@
 
 #include "bytes_text.h"
 #include "clock.h"
+#include "job_calls.h"
+#include "prepare.h"
 #include "status.h"
 #include "stop.h"
 

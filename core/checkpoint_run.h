@@ -3,7 +3,7 @@
 #ifndef PHX__CHECKPOINT_RUN_H
 #define PHX__CHECKPOINT_RUN_H
 #include "progress.h"
-#include "report.h"
+#include "run_result.h"
 #include "saver.h"
 
 typedef struct phx__checkpoints {

@@ -7,6 +7,7 @@
 #include "complain.h"
 #include "config_load.h"
 #include "plan.h"
+#include "prepare.h"
 #include "room.h"
 #include "run_data.h"
 #include "status.h"

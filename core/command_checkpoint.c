@@ -12,9 +12,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "checkpoint_resolve.h"
 #include "cli.h"
 #include "commands.h"
 #include "complain.h"
+#include "elements.h"
 #include "manifest_inner.h"
 #include "model_source.h"
 #include "state_hash.h"
@@ -31,67 +33,6 @@ int phx__checkpoint_refuse(phx_status status, const phx_error *err) {
 int phx__checkpoint_usage(const char *usage) {
   fprintf(stderr, "usage: phalanx checkpoint %s\n", usage);
   return PHX__EXIT_REFUSED;
-}
-
-static bool exists(const char *dir, const char *name) {
-  char path[PHX__TOOL_PATH];
-  struct stat st;
-  snprintf(path, sizeof path, "%s/%s", dir, name);
-  return !stat(path, &st);
-}
-
-static bool step_name(const char *name) {
-  return !strncmp(name, "step-", 5) && name[5] && strspn(name + 5, "0123456789") == strlen(name + 5) &&
-         strlen(name) < 32;
-}
-
-static bool is_checkpoint(const char *path) {
-  const char *slash = strrchr(path, '/');
-  return exists(path, PHX__MANIFEST_NAME) || step_name(slash ? slash + 1 : path);
-}
-
-phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], phx_error *err) {
-  char latest[PHX__TOOL_PATH], name[64] = "";
-  int fd = -1;
-  int64_t bytes = 0;
-  if (is_checkpoint(path)) {
-    if (snprintf(out, PHX__TOOL_PATH, "%s", path) >= PHX__TOOL_PATH)
-      return phx__fail(err, PHX_INVALID, "a path is too long");
-    return PHX_OK;
-  }
-  snprintf(latest, sizeof latest, "%s/checkpoints/latest", path);
-  if (access(latest, F_OK))
-    return phx__fail(err, PHX_INVALID, "%s is neither a checkpoint (it has no %s) nor a run with checkpoints", path,
-                     PHX__MANIFEST_NAME);
-  phx_status status = phx__file_open(latest, &fd, &bytes, err);
-  if (status) return status;
-  if (bytes >= (int64_t)sizeof name) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
-  else status = phx__file_read(fd, latest, name, bytes, 0, err);
-  phx__sys.close(fd);
-  name[strcspn(name, "\r\n")] = 0;
-  if (!status && !step_name(name)) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
-  if (!status && snprintf(out, PHX__TOOL_PATH, "%s/checkpoints/%s", path, name) >= PHX__TOOL_PATH)
-    status = phx__fail(err, PHX_INVALID, "a path is too long");
-  return status;
-}
-
-phx_status phx__checkpoint_resolve_open(const char *path, char out[PHX__TOOL_PATH], phx__sighting *seen,
-                                        phx__checkpoint_reader **reader, phx_error *err) {
-  enum { ATTEMPTS = 20 };
-  char before[PHX__TOOL_PATH] = "";
-  phx_status status = PHX_OK;
-  for (int i = 0; i < ATTEMPTS; i++) {
-    status = phx__checkpoint_resolve(path, out, err);
-    if (status == PHX_IO && !i) continue; /* the run was moved aside in between */
-    if (status) break;
-    *seen = phx__sighting_of(out);
-    status = phx__checkpoint_reader_open(out, reader, err);
-    if (status != PHX_IO || !phx__sighting_gone(seen, out)) return status;
-    if (!strcmp(path, out)) return phx__sighting_explain(seen, out, status, err);
-    if (!strcmp(before, out)) break; /* `latest` names again what is not there: that is damage */
-    memcpy(before, out, sizeof before);
-  }
-  return status;
 }
 
 /* ---- ls ---- */
@@ -177,7 +118,7 @@ static int command_ls(int argc, char **argv) {
   int worst = PHX__EXIT_OK, parts = 0;
   size_t n = 0;
   if (argc != 2) return phx__checkpoint_usage("ls RUN|CHECKPOINT|FOLDER");
-  if (is_checkpoint(argv[1])) return list_checkpoint(argv[1]);
+  if (phx__is_checkpoint(argv[1])) return list_checkpoint(argv[1]);
   const bool weights = phx__source_is_folder(argv[1]);
   snprintf(dir, sizeof dir, "%.4000s/checkpoints", argv[1]);
   DIR *d = opendir(dir);
@@ -193,7 +134,7 @@ static int command_ls(int argc, char **argv) {
   for (struct dirent *e; names && n < MOST && (e = readdir(d));) {
     const size_t length = strlen(e->d_name);
     if (e->d_name[0] == '.' && length > 5 && !strcmp(e->d_name + length - 5, ".part")) parts++;
-    if (step_name(e->d_name) && (names[n] = phx__strdup(e->d_name))) n++;
+    if (phx__is_step_name(e->d_name) && (names[n] = phx__strdup(e->d_name))) n++;
   }
   closedir(d);
   if (phx__checkpoint_resolve(argv[1], latest, &err)) latest[0] = 0;
@@ -394,8 +335,8 @@ static int verify_checkpoint(const char *path) {
 /* Of a run both: its latest checkpoint, and its final weights. */
 static int command_verify(int argc, char **argv) {
   if (argc != 2) return phx__checkpoint_usage("verify CHECKPOINT|RUN|FOLDER");
-  const bool weights = !is_checkpoint(argv[1]) && phx__source_is_folder(argv[1]);
-  const int one = weights && !exists(argv[1], "checkpoints/latest") ? PHX__EXIT_OK : verify_checkpoint(argv[1]);
+  const bool weights = !phx__is_checkpoint(argv[1]) && phx__source_is_folder(argv[1]);
+  const int one = weights && !phx__is_there(argv[1], "checkpoints/latest") ? PHX__EXIT_OK : verify_checkpoint(argv[1]);
   const int other = weights ? verify_folder(argv[1]) : PHX__EXIT_OK;
   return one > other ? one : other;
 }

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "command_checkpoint.h"
+#include "elements.h"
 #include "model_source.h"
 #include "status.h"
 #include "sys.h"

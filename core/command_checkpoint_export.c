@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "command_checkpoint.h"
+#include "elements.h"
 #include "model_source.h"
 #include "status.h"
 #include "sys.h"

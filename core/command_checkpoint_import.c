@@ -11,9 +11,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "checkpoint.h"
 #include "checkpoint_dir.h"
 #include "command_checkpoint.h"
 #include "config_load.h"
+#include "elements.h"
 #include "layout.h"
 #include "model_config.h"
 #include "optim.h"

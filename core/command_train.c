@@ -9,7 +9,6 @@
 #include "complain.h"
 #include "config_load.h"
 #include "identity.h"
-#include "job.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"

@@ -28,6 +28,7 @@
 #include "status.h"
 #include "sys.h"
 #include "train.h"
+#include "train_check.h"
 
 enum { VARIANTS_MAX = 32, SETS_MAX = 16, SET_BYTES = 256, ARGS_MAX = 2 * PHX__OVERRIDES_MOST + 4 };
 

@@ -13,6 +13,7 @@
 #include <xxhash.h>
 
 #include "handed.h"
+#include "job_calls.h"
 #include "state_io.h"
 #include "status.h"
 #include "sys.h"

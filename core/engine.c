@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "handed.h"
+#include "job_calls.h"
 #include "status.h"
 #include "sys.h"
 #include "where.h"
@@ -387,7 +388,7 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
   const double terms = (double)e->rt->prepared->topology.accumulate * e->rt->prepared->layout.data_size;
   phx__step_result result = {.lr = phx__optim_lr(settings, step)};
   e->step = step;
-  phx__job_state(job, 2, step);
+  phx__job_state(job, PHX__RANK_RUNNING, step);
   if (e->check.gradients) phx__gradient_check_begin(e->check.gradients, step);
 
   PHX__TRY(load_batch(e, data, err));

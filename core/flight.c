@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "clean.h"
+#include "job_calls.h"
 #include "sys.h"
 #include "where.h"
 

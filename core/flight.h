@@ -4,6 +4,8 @@
 #include <phalanx/job.h>
 #include <stdbool.h>
 
+#include "job_calls.h"
+
 /* How a rank was when the job failed. */
 enum { PHX__RANK_ALIVE = 0, PHX__RANK_NEVER = 1, PHX__RANK_STOPPED = 2, PHX__RANK_EXITED = 3, PHX__RANK_KILLED = 4 };
 typedef struct phx__rank_end {

@@ -21,6 +21,7 @@
 
 #include "clock.h"
 #include "identity.h"
+#include "job_calls.h"
 #include "job_segment.h"
 #include "job_watch.h"
 #include "secret.h"
@@ -53,7 +54,7 @@ static void note_failure(phx_liveness *page, const char *message) {
   size_t length = strnlen(message, sizeof page->message - 1);
   memcpy(page->message, message, length);
   page->message[length] = 0;
-  __atomic_store_n(&page->state, 4, __ATOMIC_RELEASE);
+  __atomic_store_n(&page->state, PHX__RANK_FAILED, __ATOMIC_RELEASE);
 }
 
 static void job_fail(void *ctx, const char *message) {
@@ -128,7 +129,7 @@ static phx_status join(struct job *job, phx_error *err) {
   uint64_t now = phx__now_ns();
   __atomic_store_n(&mine->start_ns, now, __ATOMIC_RELAXED);
   __atomic_store_n(&mine->heartbeat_ns, now, __ATOMIC_RELAXED);
-  __atomic_store_n(&mine->state, 1, __ATOMIC_RELEASE);
+  __atomic_store_n(&mine->state, PHX__RANK_JOINED, __ATOMIC_RELEASE);
   return PHX_OK;
 }
 
@@ -177,7 +178,7 @@ static phx_status meet_in_store(struct job *job, const phx__identity *me, double
   for (int32_t r = 0; r < me->size && status == PHX_OK; r++) {
     int32_t not_come = 0;
     __atomic_store_n(&job->pages[r]->pid, pids[r], __ATOMIC_RELEASE);
-    __atomic_compare_exchange_n(&job->pages[r]->state, &not_come, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    __atomic_compare_exchange_n(&job->pages[r]->state, &not_come, PHX__RANK_JOINED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   }
   return status;
 }
@@ -292,29 +293,4 @@ phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, 
           "same files and options",
           what, r, (unsigned long long)all[r].value, usual, (unsigned long long)all[usual].value);
   return PHX_OK;
-}
-
-phx_status phx__job_max(const phx_job *job, int64_t value, int64_t *out, phx_error *err) {
-  phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_MAX, .value = (uint64_t)value, .name = "value"};
-  phx_status status = exchange(inner(job), &mine, all, err);
-  if (status != PHX_OK) return status;
-  int64_t largest = INT64_MIN;
-  for (int32_t r = 0; r < job->size; r++)
-    if ((int64_t)all[r].value > largest) largest = (int64_t)all[r].value;
-  *out = largest;
-  return PHX_OK;
-}
-
-void phx__job_state(const phx_job *job, int32_t state, int64_t step) {
-  int32_t old = __atomic_load_n(&job->mine->state, __ATOMIC_ACQUIRE);
-  __atomic_store_n(&job->mine->step, step, __ATOMIC_RELAXED);
-  /* A failure stays: fail() may come from another thread at this very moment. */
-  while (old != 4 &&
-         !__atomic_compare_exchange_n(&job->mine->state, &old, state, false, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE)) {
-  }
-  phx__job_heartbeat(job);
-}
-
-void phx__job_heartbeat(const phx_job *job) {
-  __atomic_store_n(&job->mine->heartbeat_ns, phx__now_ns(), __ATOMIC_RELAXED);
 }

@@ -20,11 +20,4 @@ void phx__job_leave(const phx_job *job);
 /* [main][collective] every rank arrives within the timeout, and all gave the same value, else an error that names a
  * rank that differs and says `what`.  Before any allocation: the hash of the configuration goes through it. */
 phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, phx_error *err);
-/* [main][collective] the largest of all ranks' values. */
-phx_status phx__job_max(const phx_job *job, int64_t value, int64_t *out, phx_error *err);
-void phx__job_state(const phx_job *job, int32_t state, int64_t step); /* [main] this rank's liveness page */
-void phx__job_heartbeat(const phx_job *job);                          /* [main] */
-
-/* job_segment.c, shared with the launcher: the layout of the job's memfd. */
-int phx__job_create_segment(int32_t size, phx_error *err); /* a sealed-name memfd, or -1 */
 #endif

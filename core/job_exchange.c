@@ -26,7 +26,7 @@ enum { SPINS = 2000 /* about 20 us: longer than a wake-up of a peer that is near
 #define LAUNCHER_ACTS_NS UINT64_C(1000000000)
 
 static const char *kind_name(int32_t kind) {
-  static const char *const names[] = {"nothing", "agree", "max", "share", "share (grown)", "share (mapped)",
+  static const char *const names[] = {"nothing", "agree", "share", "share (grown)", "share (mapped)",
                                       "bytes"};
   return kind >= 0 && kind <= PHX__POST_BYTES ? names[kind] : "nonsense";
 }

@@ -16,7 +16,6 @@
 
 #include "clean.h"
 #include "clock.h"
-#include "job.h"
 #include "job_segment.h"
 #include "status.h"
 #include "sys.h"

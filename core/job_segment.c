@@ -22,7 +22,6 @@
 #include <unistd.h>
 
 #include "clock.h"
-#include "job.h"
 #include "status.h"
 #include "sys.h"
 

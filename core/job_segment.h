@@ -16,7 +16,7 @@
 #define PHX__FAILED_BY_LAUNCHER (PHX_RANKS_MAX + 1) /* in `failed`; 1 + rank: that rank was first */
 
 /* What a rank brings to an exchange; see phx__exchange(). */
-enum { PHX__POST_AGREE = 1, PHX__POST_MAX, PHX__POST_SHARE, PHX__POST_GROWN, PHX__POST_MAPPED, PHX__POST_BYTES };
+enum { PHX__POST_AGREE = 1, PHX__POST_SHARE, PHX__POST_GROWN, PHX__POST_MAPPED, PHX__POST_BYTES };
 typedef struct phx__post {
   int32_t kind;
   int32_t cause; /* errno of a step that failed on this rank, 0 when all is well */
@@ -68,6 +68,7 @@ void phx__segment_fail(phx__segment *segment, uint32_t who);
 /* [any] sleeps on *word while it holds `seen`, at most `ns`; shared between processes. */
 void phx__futex_wait(const uint32_t *word, uint32_t seen, uint64_t ns);
 void phx__futex_wake(const uint32_t *word);
+int phx__job_create_segment(int32_t size, phx_error *err); /* [main] a memfd with a sealed name, or -1 */
 /* [main] maps the segment behind fd and checks its head: PHX_INVALID when it is not a job's of `size` ranks. */
 phx_status phx__segment_map(int fd, int32_t size, phx__segment **out, phx_error *err);
 void phx__segment_unmap(phx__segment *segment); /* NULL is fine */

@@ -32,7 +32,7 @@
 #include "cgroup.h"
 #include "clean.h"
 #include "clock.h"
-#include "job.h"
+#include "job_calls.h"
 #include "job_segment.h"
 #include "status.h"
 #include "stop.h"
@@ -48,7 +48,7 @@
 #define BUSY 10
 #define MEANINGS 5 /* exit statuses up to here mean something: see status.h */
 
-enum { DONE = 3, FAILED = 4 }; /* phx_liveness.state */
+enum { DONE = PHX__RANK_DONE, FAILED = PHX__RANK_FAILED };
 
 typedef struct used { /* by the whole process */
   uint64_t cpu_ns;

@@ -26,7 +26,7 @@
 #include "clock.h"
 #include "complain.h"
 #include "flight.h"
-#include "job.h"
+#include "job_calls.h"
 #include "job_segment.h"
 #include "launcher_spawn.h"
 #include "run_lock.h"
@@ -466,7 +466,8 @@ int phx__launch_run(const phx__launch *asked) {
   struct launch l = {.asked = asked, .memfd = -1, .signals = -1, .cause_rank = -1};
   struct sigaction child = {.sa_handler = SIG_DFL}, child_before;
   phx__cpus cpus;
-  phx__spawn spawn = {.launch = asked};
+  phx__spawn spawn = {.argv = asked->argv, .run_dir = asked->run_dir, .ranks = asked->ranks,
+                      .threads = asked->threads};
   sigset_t before, heeded;
   int result = PHX__EXIT_RANK;
   if (asked->outcome) *asked->outcome = (phx__outcome){0};

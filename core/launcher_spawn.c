@@ -13,6 +13,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "job_calls.h"
 #include "run_lock.h"
 #include "status.h"
 #include "sys.h"
@@ -74,16 +75,16 @@ static void pin(const phx__spawn *spawn, int32_t rank) {
   cpu_set_t mine;
   if (spawn->cpus) CPU_ZERO(&mine);
   else phx__cpus_mask(&mine);
-  for (int i = 0; spawn->cpus && i < spawn->launch->threads; i++)
-    CPU_SET(spawn->cpus->ids[rank * spawn->launch->threads + i], &mine);
+  for (int i = 0; spawn->cpus && i < spawn->threads; i++)
+    CPU_SET(spawn->cpus->ids[rank * spawn->threads + i], &mine);
   sched_setaffinity(0, sizeof mine, &mine); /* a hint: a rank that stays unpinned computes the same */
 }
 
 /* After a failed exec: the page is mapped here too. */
 static void say_in_page(const phx__spawn *spawn, int32_t rank, int cause) {
   phx_liveness *page = &spawn->segment->pages[rank].alive;
-  snprintf(page->message, sizeof page->message, "cannot execute %.300s: %s", spawn->launch->argv[0], strerror(cause));
-  __atomic_store_n(&page->state, 4, __ATOMIC_RELEASE);
+  snprintf(page->message, sizeof page->message, "cannot execute %.300s: %s", spawn->argv[0], strerror(cause));
+  __atomic_store_n(&page->state, PHX__RANK_FAILED, __ATOMIC_RELEASE);
   phx__segment_fail(spawn->segment, 1 + (uint32_t)rank);
 }
 
@@ -96,7 +97,7 @@ static _Noreturn void run_child(const phx__spawn *spawn, int32_t rank, pid_t lau
   const int lock = phx__run_lock_fd();
   if (rank == 0 && lock >= 0 && fcntl(lock, F_SETFD, 0) != 0) _exit(127);
   sigprocmask(SIG_SETMASK, &spawn->mask, NULL);
-  execve(spawn->launch->argv[0], spawn->launch->argv, around->variables);
+  execve(spawn->argv[0], spawn->argv, around->variables);
   say_in_page(spawn, rank, errno);
   _exit(127);
 }
@@ -105,8 +106,8 @@ phx_status phx__spawn_rank(const phx__spawn *spawn, int32_t rank, pid_t *out, ph
   surroundings around = {.log = -1, .null = -1};
   pid_t launcher = getpid(), pid = -1;
   phx_status status;
-  PHX__TRY(make_environment(&around, rank, spawn->launch->ranks, spawn->memfd, err));
-  PHX__TRY(open_log(&around, rank, spawn->launch->run_dir, err));
+  PHX__TRY(make_environment(&around, rank, spawn->ranks, spawn->memfd, err));
+  PHX__TRY(open_log(&around, rank, spawn->run_dir, err));
   pid = fork();
   if (pid == 0) run_child(spawn, rank, launcher, &around);
   if (pid < 0) {

@@ -7,10 +7,11 @@
 
 #include "cpus.h"
 #include "job_segment.h"
-#include "launcher.h"
 
 typedef struct phx__spawn {
-  const phx__launch *launch;
+  char *const *argv;   /* of a rank: argv[0] is the command's own path */
+  const char *run_dir; /* rank r > 0 writes stdout and stderr to run_dir/rank-R.log; rank 0 inherits */
+  int32_t ranks, threads;
   phx__segment *segment;
   int memfd;
   const phx__cpus *cpus; /* NULL: do not pin */

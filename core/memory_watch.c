@@ -78,10 +78,10 @@ void phx__memory_watch_steady(void) {
   watch.before = unknown_bytes();
 }
 
-void phx__memory_watch_note(const phx__runtime *rt, phx__rank_report *mine) {
-  int64_t ordinary = HUGE_PAGE * (rt->device->threads > 0 ? rt->device->threads : 1);
+void phx__memory_watch_note(int32_t threads, const int64_t planned[PHX_MEM_KINDS], phx__rank_report *mine) {
+  int64_t ordinary = HUGE_PAGE * (threads > 0 ? threads : 1);
   if (!watch.book) return;
-  for (int k = 0; k < PHX_MEM_KINDS; k++) ordinary += rt->prepared->planned[k] / PARTS;
+  for (int k = 0; k < PHX_MEM_KINDS; k++) ordinary += planned[k] / PARTS;
   mine->hidden_allowed = IN_CALLS + ordinary;
   mine->later_allowed = LATER + ordinary;
   if (watch.grown > mine->hidden_bytes) mine->hidden_bytes = watch.grown;

@@ -6,15 +6,16 @@
  * Not seen: pages that are never touched, files, shared memory, memory of a GPU. */
 #ifndef PHX__MEMORY_WATCH_H
 #define PHX__MEMORY_WATCH_H
-#include "report.h"
+#include "host.h"
+#include "rank_report.h"
 
 /* Before the strategy's create.  One at a time in a process; where the system does not say how much memory a process
  * has, or a sanitizer takes memory of its own, nothing is watched and all numbers stay 0. */
 void phx__memory_watch_begin(const phx__memory_book *book);
 /* The first step is over: from now on all of the process. */
 void phx__memory_watch_steady(void);
-/* Keeps what was found until now, where it is more than before. */
-void phx__memory_watch_note(const phx__runtime *rt, phx__rank_report *mine);
+/* Keeps what was found until now, where it is more than before; threads: of the device; planned: bytes by kind. */
+void phx__memory_watch_note(int32_t threads, const int64_t planned[PHX_MEM_KINDS], phx__rank_report *mine);
 /* The book is about to go. */
 void phx__memory_watch_end(void);
 #endif

@@ -6,10 +6,13 @@
 
 #include <inttypes.h>
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "checkpoint_resolve.h"
+#include "elements.h"
 #include "status.h"
 #include "sys.h"
 

@@ -6,7 +6,9 @@
 #ifndef PHX__MODEL_SOURCE_H
 #define PHX__MODEL_SOURCE_H
 #include "checkpoint_gone.h"
-#include "command_checkpoint.h"
+#include "elements.h"
+#include "gpt2.h"
+#include "manifest.h"
 #include "tensor_files.h"
 
 enum { PHX__SOURCE_CHECKPOINT = 1, PHX__SOURCE_FOLDER, PHX__SOURCE_FILE };

@@ -111,10 +111,10 @@ static void tell_memory(telling *t, const char *whose, int64_t grown, int64_t al
   if (t->say) t->say(t->arg, line);
 }
 
-int32_t phx__plan_differences(const phx__run_result *result, phx__plan_say_fn *say, void *arg) {
+int32_t phx__plan_differences(const phx__rank_report *ranks, int32_t n, phx__plan_say_fn *say, void *arg) {
   telling t = {.say = say, .arg = arg};
-  for (t.rank = 0; t.rank < result->n_ranks; t.rank++) {
-    const phx__rank_report *r = &result->ranks[t.rank];
+  for (t.rank = 0; t.rank < n; t.rank++) {
+    const phx__rank_report *r = &ranks[t.rank];
     for (int32_t k = 0; k < PHX_MEM_KINDS; k++)
       tell(&t, phx__memory_name(k), "bytes", r->planned[k], r->measured[k]);
     for (int32_t op = 0; r->traffic_counts && op < PHX_OPS; op++) {

@@ -5,8 +5,8 @@
  * numbers are compared, rank by rank.  Memory beside the plan: memory_watch.h. */
 #ifndef PHX__PLAN_KEPT_H
 #define PHX__PLAN_KEPT_H
-#include "prepare.h"
-#include "report.h"
+#include "prepared.h"
+#include "rank_report.h"
 
 /* Refuses a strategy's estimate, a layout, or a size of another plugin that no machine can have.  Pure. */
 phx_status phx__plan_check_layout(const phx__prepared *p, phx_error *err);
@@ -16,5 +16,5 @@ phx_status phx__plan_check_estimate(const phx__prepared *p, int64_t comm_buffers
 /* One line for each number that is not as planned, of every rank: "rank 1: gradients: 3.3 MiB planned, 6.6 MiB
  * measured".  Returns their number. */
 typedef void phx__plan_say_fn(void *arg, const char *line);
-int32_t phx__plan_differences(const phx__run_result *result, phx__plan_say_fn *say, void *arg);
+int32_t phx__plan_differences(const phx__rank_report *ranks, int32_t n, phx__plan_say_fn *say, void *arg);
 #endif

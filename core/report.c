@@ -115,7 +115,7 @@ static void add_difference(void *arg, const char *line) { phx__json_append(arg, 
 
 static void add_plan(cJSON *parent, const phx__run_result *r) {
   cJSON *plan = cJSON_AddObjectToObject(parent, "plan"), *list = cJSON_CreateArray();
-  cJSON_AddBoolToObject(plan, "kept", phx__plan_differences(r, add_difference, list) == 0);
+  cJSON_AddBoolToObject(plan, "kept", phx__plan_differences(r->ranks, r->n_ranks, add_difference, list) == 0);
   cJSON_AddItemToObject(plan, "differences", list);
 }
 

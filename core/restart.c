@@ -20,7 +20,7 @@
 #include "run_lock.h"
 #include "status.h"
 #include "sys.h"
-#include "train.h"
+#include "train_check.h"
 
 phx_status phx__restart_accumulate(const phx__config *config, int32_t ranks, int64_t *out, phx_error *err) {
   const phx__settings *s = &config->s;

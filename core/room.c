@@ -9,6 +9,7 @@
 #include "bytes_text.h"
 #include "cgroup.h"
 #include "host.h"
+#include "prepare.h"
 #include "status.h"
 #include "sys.h"
 

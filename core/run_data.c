@@ -11,7 +11,7 @@
 #include "bytes_text.h"
 #include "clock.h"
 #include "host.h"
-#include "job.h"
+#include "job_calls.h"
 #include "status.h"
 
 #define READ_S 0.5

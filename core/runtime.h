@@ -1,13 +1,14 @@
 /* core/runtime.h - a rank with everything open: device, communicators, model, optimizer, strategy.  [main]
  *
- * Opened in this order, closed in reverse.  The ranks have agreed on the configuration before (train.c). */
+ * runtime_open.h opens and closes it. */
 #ifndef PHX__RUNTIME_H
 #define PHX__RUNTIME_H
+#include <phalanx/job.h>
+
 #include "cover.h"
 #include "host.h"
-#include "job.h"
 #include "optim.h"
-#include "prepare.h"
+#include "prepared.h"
 #include "state_hash.h"
 
 typedef struct phx__runtime {
@@ -28,18 +29,4 @@ typedef struct phx__runtime {
   phx__cover state_cover; /* what the last visit of the state named */
   int64_t *state_words;   /* its sums over the ranks */
 } phx__runtime;
-
-/* Takes prepared over (freed by close, also on failure). */
-phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx__prepared *prepared,
-                             phx__runtime **out, phx_error *err);
-void phx__runtime_close(phx__runtime *rt);
-
-/* [collective] every slice gets its initial values: weights from the counter-based generator, states zero. */
-phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err);
-/* Bytes of this process on the device as its driver counts them; -1: it does not say. */
-int64_t phx__driver_bytes(const phx__runtime *rt);
-/* [collective] the hash of the whole training state. */
-phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err);
-/* Initial values of logical elements [in_param, in_param + numel) of a parameter. */
-void phx__initial_values(const phx_param *p, uint64_t seed, int64_t in_param, int64_t numel, float *out);
 #endif

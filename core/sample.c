@@ -13,9 +13,13 @@
 
 #include "complain.h"
 #include "config_load.h"
+#include "elements.h"
 #include "engine.h"
+#include "job.h"
 #include "model_config.h"
+#include "prepare.h"
 #include "rng.h"
+#include "runtime_open.h"
 #include "status.h"
 #include "sys.h"
 #include "weights.h"

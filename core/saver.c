@@ -22,8 +22,10 @@
 #include <time.h>
 
 #include "clock.h"
+#include "job_calls.h"
 #include "manifest.h"
 #include "handed.h"
+#include "prepare.h"
 #include "state_visit.h"
 #include "status.h"
 #include "sys.h"

@@ -6,7 +6,7 @@
 #include "state_io.h"
 
 #include "handed.h"
-#include "job.h"
+#include "job_calls.h"
 #include "where.h"
 
 int64_t phx__state_io_bytes(const phx_device *device) {

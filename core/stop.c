@@ -10,7 +10,6 @@
 #include <unistd.h>
 
 #include "clock.h"
-#include "job_segment.h"
 
 static volatile sig_atomic_t asked;
 static int answering; /* a thread has the first Ctrl-C */

@@ -23,9 +23,9 @@
 
 #include "clean.h"
 #include "clock.h"
-#include "job_segment.h"
 #include "status.h"
 #include "sys.h"
+#include "tcp_store_server.h"
 #include "tcp_store_wire.h"
 
 enum { SEND_MS = 1000, SEND_TURNS = 200, RETRY_MS = 50, SLICE_MS = 200 };

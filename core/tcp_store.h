@@ -7,20 +7,9 @@
 #define PHX__TCP_STORE_H
 #include <phalanx/job.h>
 
-#define PHX__STORE_NAME 48      /* bytes of an exchange's name, the zero included; longer ones are cut */
+#include "tcp_store_place.h"
 
-struct phx__secret; /* secret.h */
 typedef struct phx__store phx__store;
-typedef struct phx__store_place {
-  const char *address, *port; /* of rank 0: MASTER_ADDR, MASTER_PORT */
-  uint64_t job;               /* equal for the ranks of this job, and for no other job's */
-  int32_t rank, size;
-  const struct phx__secret *secret; /* during phx__store_open; NULL or empty: whoever comes is believed */
-  double timeout_s; /* until all have come, and per exchange; 0: for ever */
-  /* [any] once, when the job has failed: of rank `who` (-1: not one rank's doing).  Not called after close. */
-  void (*failed)(void *ctx, int32_t who, const char *message);
-  void *ctx;
-} phx__store_place;
 
 /* [main][collective] returns when all ranks have come; else who did not, and to which address. */
 phx_status phx__store_open(const phx__store_place *place, phx__store **out, phx_error *err);

@@ -21,9 +21,10 @@
 
 #include "clean.h"
 #include "clock.h"
-#include "job_segment.h"
+#include "secret.h"
 #include "status.h"
 #include "sys.h"
+#include "tcp_store_server.h"
 #include "tcp_store_wire.h"
 
 enum { STRANGERS = 16, LOOK_MS = 200 };

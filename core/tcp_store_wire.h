@@ -4,11 +4,11 @@
  * bytes u32; then `bytes` of payload, never more than the reader said it takes. */
 #ifndef PHX__TCP_STORE_WIRE_H
 #define PHX__TCP_STORE_WIRE_H
-#include <netdb.h>
+#include <phalanx/job.h>
 #include <stdbool.h>
 
 #include "secret.h"
-#include "tcp_store.h"
+#include "tcp_store_place.h"
 
 enum {
   PHX__WIRE_HELLO = 1, /* to the store; session: the job's id; payload: phx__hello */
@@ -71,10 +71,4 @@ void phx__wire_options(int fd, double timeout_s);
 /* [any], signal handlers too: head and payload whole within ms, or false.  The socket does not block. */
 bool phx__wire_send(int fd, const uint8_t *bytes, size_t n, int ms);
 
-/* The server: a thread in rank 0's process. */
-typedef struct phx__store_server phx__store_server;
-/* MASTER_ADDR, resolved (freeaddrinfo).  An address that means every one of a machine (0.0.0.0, ::) is refused. */
-phx_status phx__store_resolve(const phx__store_place *place, struct addrinfo **out, phx_error *err);
-phx_status phx__store_serve(const phx__store_place *place, phx__store_server **out, phx_error *err);
-void phx__store_serve_end(phx__store_server *server); /* when all have left or know of the failure; NULL is fine */
 #endif

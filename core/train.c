@@ -16,11 +16,14 @@
 #include "disk_room.h"
 #include "drift.h"
 #include "identity.h"
+#include "job.h"
+#include "job_calls.h"
 #include "job_segment.h"
 #include "job_watch.h"
 #include "launcher.h"
 #include "memory_watch.h"
 #include "plan_kept.h"
+#include "prepare.h"
 #include "progress.h"
 #include "report.h"
 #include "restart.h"
@@ -29,11 +32,14 @@
 #include "room.h"
 #include "run_dir.h"
 #include "run_lock.h"
+#include "runtime_open.h"
+#include "state.h"
 #include "state_visit.h"
 #include "status.h"
 #include "step_times.h"
 #include "stop.h"
 #include "sys.h"
+#include "train_check.h"
 #include "weight_check.h"
 #include "weights.h"
 #include "where.h"
@@ -72,37 +78,13 @@ typedef struct run {
 /* ---- before anything is allocated ---- */
 static bool foreign(void) { return phx__job_is_rank() && !getenv("PHALANX_RANK"); } /* of torchrun, mpirun, srun */
 
-phx_status phx__train_check(const phx__config *config, phx_error *err) {
-  const int32_t size = (int32_t)config->s.run.ranks;
-  phx_status status = PHX_OK;
-  phx__room room;
-  phx__room_read("", &room);
-  for (int32_t rank = 0; rank < size && !status; rank++) {
-    phx__prepared *p = NULL;
-    phx__run_data data = {NULL, NULL};
-    status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
-    if (!status && rank == 0) status = phx__run_data_attach(config, p, &data, err);
-    if (!status && rank == 0) status = phx__run_data_read(&data, err);
-    if (!status && config->s.run.drift_every > 0) status = phx__drift_supported(p, err);
-    if (!status && rank == 0) status = phx__room_check(config, &room, err);
-    if (!status && rank == 0) status = phx__disk_room_at_start(config, p->model, err);
-    phx__run_data_close(&data);
-    phx__prepared_free(p);
-  }
-  const int32_t threads = phx__threads(config, size);
-  if (!status && config->s.run.pin == 1 && threads * size > phx__cpus_count())
-    status = phx__fail(err, PHX_INVALID, "run.pin = yes: %d ranks x %d threads need %d CPUs, and there are %d", size,
-                       threads, threads * size, phx__cpus_count());
-  return status;
-}
-
 /* ---- measuring ---- */
 static void sample_pss(void *arg) {
   run *r = arg;
   const double begin = phx__now();
   const int64_t pss = phx__pss_bytes();
   if (pss > r->mine.peak_pss) r->mine.peak_pss = pss;
-  phx__memory_watch_note(r->rt, &r->mine);
+  phx__memory_watch_note(r->rt->device->threads, r->rt->prepared->planned, &r->mine);
   r->sampling += phx__now() - begin;
 }
 
@@ -140,7 +122,7 @@ static void keep_traffic(run *r, const phx_comm_stats *before, const phx_comm_st
 static phx_status gather_reports(run *r, phx_error *err) {
   phx__rank_report *mine = &r->mine;
   const phx__runtime *rt = r->rt;
-  phx__memory_watch_note(rt, mine);
+  phx__memory_watch_note(rt->device->threads, rt->prepared->planned, mine);
   memcpy(mine->planned, rt->prepared->planned, sizeof mine->planned);
   memcpy(mine->measured, rt->book.peak, sizeof mine->measured);
   memcpy(mine->peak_in, rt->book.peak_in, sizeof mine->peak_in);
@@ -303,7 +285,7 @@ static phx_status finish(run *r, phx_error *err) {
   r->result.tokens_per_s = median > 0 ? (double)r->progress.tokens_per_step / median : 0;
   say_device_memory(r);
   phx__balance_say(&r->result, r->balance.all_steps);
-  phx__plan_differences(&r->result, say_difference, r);
+  phx__plan_differences(r->result.ranks, r->result.n_ranks, say_difference, r);
   status = phx__run_json_write(r->rt, &r->result, NULL, err);
   return status ? status : phx__progress_flush(&r->progress, err);
 }
@@ -517,7 +499,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__complain("rank %d: %s", r.job ? r.job->rank : 0, err.message);
     if (r.job) {
       phx__watch_leaving();
-      phx__job_state(r.job, 4, r.engine ? r.engine->step : 0);
+      phx__job_state(r.job, PHX__RANK_FAILED, r.engine ? r.engine->step : 0);
       phx__job_ends(r.job, r.failed_exit);
       r.job->fail(r.job->ctx, err.message);
     }
@@ -531,7 +513,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     phx__run_data_close(&r.data);
     phx__step_times_close(&r.times);
   }
-  if (!status) phx__job_state(r.job, 3, config->s.run.steps);
+  if (!status) phx__job_state(r.job, PHX__RANK_DONE, config->s.run.steps);
   phx__run_dir_close(r.dir);
   if (r.job) phx__job_leave(r.job);
   if (!status) return r.stopped && config->s.run.stopped_status == 0 ? PHX__EXIT_STOPPED : PHX__EXIT_OK;

@@ -3,8 +3,6 @@
 #define PHX__TRAIN_H
 #include "config.h"
 
-/* Refuses what does not fit (model, batch, strategy's estimate, data) for every rank, before a process is started. */
-phx_status phx__train_check(const phx__config *config, phx_error *err);
 /* A rank: trains and writes the run's files.  Returns the exit status; errors are printed to stderr.  resume: a run's
  * directory or a checkpoint to go on from, "" for run.out's newest; NULL: a new run. */
 int phx__train_rank(const phx__config *config, const char *resume);

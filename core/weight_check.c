@@ -10,6 +10,7 @@
 #include <xxhash.h>
 
 #include "handed.h"
+#include "job_calls.h"
 #include "layout.h"
 #include "state_io.h"
 #include "state_visit.h"

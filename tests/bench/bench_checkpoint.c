@@ -17,6 +17,10 @@
 #include "bench.h"
 #include "checkpoint.h"
 #include "config_load.h"
+#include "job.h"
+#include "prepare.h"
+#include "runtime_open.h"
+#include "state.h"
 #include "status.h"
 
 enum { RANKS_MOST = 2, MIB = 1 << 20 };

@@ -21,6 +21,7 @@
 #include "status.h"
 #include "sys.h"
 #include "train.h"
+#include "train_check.h"
 #include "training.h"
 
 #ifdef __SANITIZE_ADDRESS__

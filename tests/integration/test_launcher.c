@@ -21,6 +21,7 @@
 #include "command.h"
 #include "config_load.h"
 #include "job.h"
+#include "job_calls.h"
 #include "job_segment.h"
 #include "launcher.h"
 #include "status.h"

@@ -17,12 +17,15 @@
 #include <unistd.h>
 
 #include "config_load.h"
+#include "engine.h"
 #include "manifest.h"
 #include "report.h"
 #include "run_dir.h"
+#include "state.h"
 #include "status.h"
 #include "sys.h"
 #include "train.h"
+#include "train_check.h"
 #include "training.h"
 
 enum { STEPS = 12, RANKS_MOST = 3 };

@@ -7,6 +7,8 @@
 #include <sys/prctl.h>
 #include <sys/wait.h>
 
+#include "job.h"
+#include "job_segment.h"
 #include "status.h"
 
 void job_ranks_set(const char *name, long value) {

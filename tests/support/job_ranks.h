@@ -1,10 +1,9 @@
 /* tests/support/job_ranks.h - ranks of a job as forked processes of a test.  They need Criterion. */
 #ifndef PHX__JOB_RANKS_H
 #define PHX__JOB_RANKS_H
+#include <phalanx/job.h>
 #include <stdio.h>
 #include <unistd.h>
-
-#include "job.h"
 
 /* In a rank: Criterion's assertions belong to the test's own process. */
 #define NEED(x)                                                                              \

@@ -17,6 +17,12 @@
 
 #include "command.h"
 #include "config_load.h"
+#include "job.h"
+#include "job_calls.h"
+#include "job_segment.h"
+#include "prepare.h"
+#include "runtime_open.h"
+#include "state.h"
 #include "status.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>

@@ -11,6 +11,7 @@
 
 #include "config_load.h"
 #include "fault_turn.h"
+#include "job.h"
 #include "rank_rig.h"
 #include "raw_alloc.h"
 #include "status.h"

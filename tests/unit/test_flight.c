@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "flight.h"
+#include "job_calls.h"
 #include "sys.h"
 #include "where.h"
 

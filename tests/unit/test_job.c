@@ -14,6 +14,7 @@
 #include <unistd.h>
 #include "clock.h"
 #include "job.h"
+#include "job_calls.h"
 #include "job_ranks.h"
 #include "job_segment.h"
 #include "status.h"
@@ -131,7 +132,7 @@ static int disagree_value(int rank, int size) {
   NEED(strstr(err.message, "rank 3 has 0000000000000005"));
   int64_t unused;
   phx_status status = rank == 1 ? phx__job_max(job, 1, &unused, &err) : phx__job_agree(job, 1, "plan", &err);
-  NEED(status == PHX_COMM && strstr(err.message, "rank 1 is in max"));
+  NEED(status == PHX_COMM && strstr(err.message, "rank 1 is in bytes 'largest'"));
   return 0;
 }
 Test(job, agree_names_the_rank_that_differs, .timeout = 60) {

@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 #include "job.h"
+#include "job_calls.h"
 #include "job_ranks.h"
 #include "job_segment.h"
 #include "status.h"

@@ -1,4 +1,4 @@
-/* core/checkpoint_source.c - see command_checkpoint.h: values of a parameter from wherever they stand, a part at a
+/* core/elements.c - see command_checkpoint.h: values of a parameter from wherever they stand, a part at a
  * time.
  *
  * Memory is the caller's scratch and one band of a transposed matrix. */
@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "command_checkpoint.h"
+#include "elements.h"
 #include "status.h"
 #include "sys.h"
 
