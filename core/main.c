@@ -1,8 +1,8 @@
 /* core/main.c - the `phalanx` command; everything is in cli.c and the commands. */
 #include <string.h>
 
-#include "cli.h"
-#include "process.h"
+#include "command/cli.h"
+#include "command/process.h"
 
 int main(int argc, char **argv) {
   const int refused = phx__process_begin();

@@ -15,13 +15,13 @@
 #include <unistd.h>
 
 #include "bench.h"
-#include "checkpoint.h"
-#include "config_load.h"
-#include "job.h"
-#include "prepare.h"
-#include "runtime_open.h"
-#include "state.h"
-#include "status.h"
+#include "checkpoint/checkpoint.h"
+#include "plugin/config_load.h"
+#include "job/job.h"
+#include "engine/prepare.h"
+#include "engine/runtime_open.h"
+#include "engine/state.h"
+#include "base/status.h"
 
 enum { RANKS_MOST = 2, MIB = 1 << 20 };
 

@@ -5,8 +5,8 @@
  * into config_size bytes, printed, and parsed again with the same value.  What the struct_size does not count is not
  * read.  With libFuzzer:
  *   build-clang/tests/fuzz_descriptor tests/fuzz/descriptor      The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/descriptor.h"
-#include "../../core/option.h"
+#include "../../core/plugin/descriptor.h"
+#include "../../core/config/option.h"
 #include "check.h"
 
 #include <phalanx/provider.h>

@@ -3,9 +3,9 @@
  * Properties: the report and the name of a rank's call end, have a limit, and hold no control character but the ends of
  * lines.  Input: how many ranks, how each ended, then the pages.  With libFuzzer:
  *   build-clang/tests/fuzz_flight tests/fuzz/flight      The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/flight.h"
-#include "../../core/sys.h"
-#include "../../core/where.h"
+#include "../../core/job/flight.h"
+#include "../../core/base/sys.h"
+#include "../../core/plugin/where.h"
 #include "check.h"
 
 #include <string.h>

@@ -3,8 +3,8 @@
  * Properties: a refusal names the file and has no control characters; what is accepted has sizes that can be, and the
  * INI that is made of it is one, with the same numbers.  With libFuzzer:
  *   build-clang/tests/fuzz_gpt2 tests/fuzz/gpt2          The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/config_ini.h"
-#include "../../core/gpt2.h"
+#include "../../core/config/config_ini.h"
+#include "../../core/checkpoint/gpt2.h"
 #include "check.h"
 
 #include <string.h>

@@ -3,8 +3,8 @@
  * Properties: names and values that are delivered could be written into a file and come back equal; lines never go
  * back; a value that an option accepts prints to a text that parses to the same value.  With libFuzzer:
  *   build-clang/tests/fuzz_ini tests/fuzz/ini        The corpus is replayed by tests/unit/test_ini.c everywhere. */
-#include "../../core/config_ini.h"
-#include "../../core/option.h"
+#include "../../core/config/config_ini.h"
+#include "../../core/config/option.h"
 #include "check.h"
 
 #include <string.h>

@@ -3,9 +3,9 @@
  * Properties: what is accepted prints to a text that is accepted and prints to the same text; every block of the
  * weights and of each optimizer state is found in exactly one slice that lies inside its file.  With libFuzzer:
  *   build-clang/tests/fuzz_manifest tests/fuzz/manifest     The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/manifest.h"
-#include "../../core/manifest_inner.h"
-#include "../../core/sys.h"
+#include "../../core/checkpoint/manifest.h"
+#include "../../core/checkpoint/manifest_inner.h"
+#include "../../core/base/sys.h"
 #include "check.h"
 
 #include <string.h>

@@ -4,8 +4,8 @@
  * name, and laying the same tensors out again gives a header that is accepted with the same tensors.  With libFuzzer:
  *   build-clang/tests/fuzz_safetensors tests/fuzz/safetensors     The corpus is replayed by tests/unit/test_corpus.c.
  */
-#include "../../core/safetensors.h"
-#include "../../core/sys.h"
+#include "../../core/checkpoint/safetensors.h"
+#include "../../core/base/sys.h"
 #include "check.h"
 
 #include <string.h>

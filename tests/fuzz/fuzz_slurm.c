@@ -3,7 +3,7 @@
  * Properties: a number of tasks is what a plain expansion of the list gives, node by node, and nothing else is
  * accepted; a machine's name is printable, without brackets and commas, and fits.  With libFuzzer:
  *   build-clang/tests/fuzz_slurm tests/fuzz/slurm        The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/slurm_list.h"
+#include "../../core/base/slurm_list.h"
 #include "check.h"
 
 #include <string.h>

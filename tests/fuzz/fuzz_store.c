@@ -4,7 +4,7 @@
  * so that what lies behind is reached), and go.  Properties: the server's counts fit its connections; with a secret
  * nobody becomes a rank; what it says of others is readable; what it sends are frames.  With libFuzzer:
  *   build-clang/tests/fuzz_store tests/fuzz/store        The corpus is replayed by tests/unit/test_corpus_store.c. */
-#include "../../core/tcp_store_server.c"
+#include "../../core/job/tcp_store_server.c"
 #include "check.h"
 
 #include <stddef.h>

@@ -4,8 +4,8 @@
  * that makes no file of two tokens is refused, and leaves no file.  Input: texts, part for validation, then the texts.
  * With libFuzzer:
  *   build-clang/tests/fuzz_tokenize tests/fuzz/tokenize  The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/commands.h"
-#include "../../core/sys.h"
+#include "../../core/command/commands.h"
+#include "../../core/base/sys.h"
 #include "check.h"
 
 #include <string.h>

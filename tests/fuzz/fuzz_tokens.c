@@ -3,7 +3,7 @@
  * Properties: a file that is accepted has the windows that its bytes make, every one once in an epoch, and each is the
  * bytes of the file; a refusal names the file.  Input: sequence, vocabulary, then the file.  With libFuzzer:
  *   build-clang/tests/fuzz_tokens tests/fuzz/tokens      The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/data.h"
+#include "../../core/engine/data.h"
 #include "check.h"
 
 #include <string.h>

@@ -4,7 +4,7 @@
  * reader takes; a frame's head is made of a frame with the same bytes.  Input: the limit, the pieces' size, then the
  * bytes.  With libFuzzer:
  *   build-clang/tests/fuzz_wire tests/fuzz/wire          The corpus is replayed by tests/unit/test_corpus.c. */
-#include "../../core/tcp_store_wire.h"
+#include "../../core/job/tcp_store_wire.h"
 #include "check.h"
 
 #include <string.h>

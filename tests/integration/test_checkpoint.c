@@ -12,7 +12,7 @@
 #include <phalanx/host.h>
 
 #include "rank_rig.h"
-#include "status.h"
+#include "base/status.h"
 #include "training.h"
 
 static const char tiny_model[] =

@@ -15,13 +15,13 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/lsan_interface.h>
 #endif
-#include "config_load.h"
-#include "report.h"
-#include "run_dir.h"
-#include "status.h"
-#include "sys.h"
-#include "train.h"
-#include "train_check.h"
+#include "plugin/config_load.h"
+#include "command/report.h"
+#include "command/run_dir.h"
+#include "base/status.h"
+#include "base/sys.h"
+#include "command/train.h"
+#include "command/train_check.h"
 #include "training.h"
 
 #ifdef __SANITIZE_ADDRESS__

@@ -11,8 +11,8 @@
 #include <unistd.h>
 
 #include "rank_rig.h"
-#include "stream.h"
-#include "sys.h"
+#include "checkpoint/stream.h"
+#include "base/sys.h"
 #include "training.h"
 
 /* 5.4 million parameters: 65 MB of weights and optimizer states. */

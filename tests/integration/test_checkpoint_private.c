@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "safetensors.h"
+#include "checkpoint/safetensors.h"
 #include "training.h"
 
 static const char model[] =

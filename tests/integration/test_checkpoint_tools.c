@@ -12,7 +12,7 @@
 #include "checkpoint_fixture.h"
 #include "command.h"
 #include "root.h"
-#include "status.h"
+#include "base/status.h"
 
 static char *dir;
 static void set_up(void) {

@@ -6,9 +6,9 @@
 #include <string.h>
 #include <xxhash.h>
 
-#include "manifest.h"
+#include "checkpoint/manifest.h"
 #include "root.h"
-#include "status.h"
+#include "base/status.h"
 #include "training.h"
 
 static const char tiny[] = "[checkpoint]\nevery = 2\n[batch]\nmicro = 1\nsequence = 9\n"

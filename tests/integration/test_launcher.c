@@ -17,17 +17,17 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include "clock.h"
+#include "base/clock.h"
 #include "command.h"
-#include "config_load.h"
-#include "job.h"
-#include "job_calls.h"
-#include "job_segment.h"
-#include "launcher.h"
-#include "status.h"
-#include "sys.h"
+#include "plugin/config_load.h"
+#include "job/job.h"
+#include "base/job_calls.h"
+#include "job/job_segment.h"
+#include "job/launcher.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "sys_faults.h"
-#include "train.h"
+#include "command/train.h"
 #include "training.h"
 
 /* ---- the rank: --rank DIR MODE WHO STEPS PAUSE_US ---- */

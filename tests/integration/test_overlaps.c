@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #include "root.h"
-#include "status.h"
+#include "base/status.h"
 #include "training.h"
 
 enum { JOBS = 4, GROUP = 3 /* overlaps on one directory, before it is removed */, STEPS_MOST = 512, RUNS = 64,

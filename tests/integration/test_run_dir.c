@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include "root.h"
-#include "status.h"
+#include "base/status.h"
 #include "training.h"
 
 static const char tiny[] = "[checkpoint]\nevery = 5\n[batch]\nmicro = 1\nsequence = 9\n"

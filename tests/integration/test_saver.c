@@ -16,16 +16,16 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "config_load.h"
-#include "engine.h"
-#include "manifest.h"
-#include "report.h"
-#include "run_dir.h"
-#include "state.h"
-#include "status.h"
-#include "sys.h"
-#include "train.h"
-#include "train_check.h"
+#include "plugin/config_load.h"
+#include "engine/engine.h"
+#include "checkpoint/manifest.h"
+#include "command/report.h"
+#include "command/run_dir.h"
+#include "engine/state.h"
+#include "base/status.h"
+#include "base/sys.h"
+#include "command/train.h"
+#include "command/train_check.h"
 #include "training.h"
 
 enum { STEPS = 12, RANKS_MOST = 3 };

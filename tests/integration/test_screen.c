@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "screen.h"
+#include "base/screen.h"
 #include "training.h"
 
 static const char small_model[] =

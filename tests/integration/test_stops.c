@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #include "root.h"
-#include "stop.h"
+#include "job/stop.h"
 #include "training.h"
 
 #define HEARD "press Ctrl-C again to end at once"

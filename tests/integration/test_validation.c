@@ -8,8 +8,8 @@
 #include <string.h>
 
 #include "reference_gpt.h"
-#include "runtime.h"
-#include "state.h"
+#include "engine/runtime.h"
+#include "engine/state.h"
 #include "training.h"
 
 enum { LAYERS = 2, HEADS = 2, WIDTH = 12, SEQUENCE = 9, VOCABULARY = 257, SEED = 1337 };

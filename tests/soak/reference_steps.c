@@ -10,13 +10,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "config_load.h"
-#include "data.h"
-#include "optim.h"
-#include "prepare.h"
+#include "plugin/config_load.h"
+#include "engine/data.h"
+#include "engine/optim.h"
+#include "engine/prepare.h"
 #include "reference_gpt.h"
-#include "rng.h"
-#include "status.h"
+#include "base/rng.h"
+#include "base/status.h"
 
 static long model_value[5];
 static const char *const model_key[5] = {"layers", "heads", "width", "context", "vocab"};

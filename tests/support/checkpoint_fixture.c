@@ -7,9 +7,9 @@
 #include <sys/stat.h>
 #include <time.h>
 
-#include "layout.h"
-#include "state_hash.h"
-#include "sys.h"
+#include "engine/layout.h"
+#include "engine/state_hash.h"
+#include "base/sys.h"
 
 #define MUST(call)                                                                     \
   do {                                                                                 \

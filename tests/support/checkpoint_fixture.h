@@ -2,7 +2,7 @@
  * the core's format modules but not with its saving: slices are spread over ranks in an odd way. */
 #ifndef CHECKPOINT_FIXTURE_H
 #define CHECKPOINT_FIXTURE_H
-#include "manifest.h"
+#include "checkpoint/manifest.h"
 
 typedef struct checkpoint_fixture {
   int layers, width, vocab, context, heads;

@@ -19,7 +19,7 @@
 
 #include "loopback.h"
 #include "plugin_file.h"
-#include "status.h"
+#include "base/status.h"
 
 typedef struct fake_memory {
   uint32_t failed;

@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#include "sys.h"
+#include "base/sys.h"
 
 fault_turn fault;
 static phx__sys_table real;

@@ -3,7 +3,7 @@
 #define HARNESS_INNER_H
 #include <pthread.h>
 #include "harness.h"
-#include "status.h"
+#include "base/status.h"
 
 typedef struct allocation {
   void *p;

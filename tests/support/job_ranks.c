@@ -7,9 +7,9 @@
 #include <sys/prctl.h>
 #include <sys/wait.h>
 
-#include "job.h"
-#include "job_segment.h"
-#include "status.h"
+#include "job/job.h"
+#include "job/job_segment.h"
+#include "base/status.h"
 
 void job_ranks_set(const char *name, long value) {
   char text[32];

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include "status.h"
+#include "base/status.h"
 #include "toy.h"
 
 enum { RANKS = 64 };

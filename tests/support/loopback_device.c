@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "loopback.h"
-#include "status.h"
+#include "base/status.h"
 #include "toy.h"
 
 enum { PAYLOAD = 256 };

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "harness.h"
-#include "status.h"
+#include "base/status.h"
 
 static meddle how;
 static const phx_strategy_table *inner;

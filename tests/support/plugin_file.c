@@ -2,8 +2,8 @@
 #include "plugin_file.h"
 #include <dlfcn.h>
 #include <string.h>
-#include "option.h"
-#include "status.h"
+#include "config/option.h"
+#include "base/status.h"
 
 const phx_plugin *plugin_file_open(const char *path, phx_error *err) {
   void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);

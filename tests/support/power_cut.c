@@ -10,7 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "safetensors.h"
+#include "checkpoint/safetensors.h"
 
 enum { NAMES = 1 << 10, KNOWN = 1 << 18, EVERY_SET = 6, RANDOM_SETS = 24 };
 enum { LOST = 0, KEPT = 1, TORN = 2 };

@@ -16,14 +16,14 @@
 #include <unistd.h>
 
 #include "command.h"
-#include "config_load.h"
-#include "job.h"
-#include "job_calls.h"
-#include "job_segment.h"
-#include "prepare.h"
-#include "runtime_open.h"
-#include "state.h"
-#include "status.h"
+#include "plugin/config_load.h"
+#include "job/job.h"
+#include "base/job_calls.h"
+#include "job/job_segment.h"
+#include "engine/prepare.h"
+#include "engine/runtime_open.h"
+#include "engine/state.h"
+#include "base/status.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #include <sanitizer/lsan_interface.h>

@@ -9,9 +9,9 @@
  * reported, too, and so is a child that is late (they are all killed) or dies. */
 #ifndef TEST_RANK_RIG_H
 #define TEST_RANK_RIG_H
-#include "checkpoint.h"
-#include "engine.h"
-#include "saver.h"
+#include "checkpoint/checkpoint.h"
+#include "engine/engine.h"
+#include "checkpoint/saver.h"
 
 typedef struct rank_rig {
   int32_t rank, size;
@@ -33,7 +33,7 @@ typedef struct rank_rig_run {
   const char *strategy; /* NULL: ddp; or with an option: zero.stage=1 */
   const char *out;      /* run.out; NULL: out */
   bool unopened;        /* the body opens its rig, and its job */
-  bool background;      /* saves go through core/saver.c */
+  bool background;      /* saves go through core/checkpoint/saver.c */
   double limit_s;
   void (*body)(rank_rig *rig, void *arg);
   void *arg;

@@ -16,7 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "sys.h"
+#include "base/sys.h"
 
 enum { DATA_BYTES = 256 << 20 }; /* address space; what is not written costs nothing */
 
@@ -237,7 +237,7 @@ static int my_link(const char *from, const char *to) {
 }
 
 static void unknown_call(void) {
-  refuse("a call of phx__sys that is not modelled", "core/sys.h");
+  refuse("a call of phx__sys that is not modelled", "core/base/sys.h");
 }
 
 /* ---- the recording ---- */

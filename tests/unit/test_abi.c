@@ -5,9 +5,9 @@
 #include <stddef.h>
 #include <string.h>
 #include <phalanx/provider.h>
-#include "descriptor.h"
-#include "loader.h"
-#include "status.h"
+#include "plugin/descriptor.h"
+#include "plugin/loader.h"
+#include "base/status.h"
 
 #define NO_TAIL(type, last)                                                                       \
   _Static_assert(sizeof(struct type) == offsetof(struct type, last) + sizeof(((struct type *)0)->last), \

@@ -5,12 +5,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#include "config.h"
-#include "config_load.h"
-#include "settings.h"
-#include "option.h"
-#include "status.h"
-#include "sys.h"
+#include "config/config.h"
+#include "plugin/config_load.h"
+#include "config/settings.h"
+#include "config/option.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 #define HOUSE PHX_TEST_ONLY_PLUGINS "/house"
 

@@ -5,10 +5,10 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "cgroup.h"
+#include "base/cgroup.h"
 #include "command.h"
-#include "cpus.h"
-#include "room.h"
+#include "engine/cpus.h"
+#include "command/memory_room.h"
 
 static char *dir;
 static void setup(void) { cr_assert_not_null(dir = command_temp_dir()); }

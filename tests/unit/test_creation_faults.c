@@ -9,12 +9,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "config_load.h"
+#include "plugin/config_load.h"
 #include "fault_turn.h"
-#include "job.h"
+#include "job/job.h"
 #include "rank_rig.h"
 #include "raw_alloc.h"
-#include "status.h"
+#include "base/status.h"
 #include "training.h"
 
 #ifdef __SANITIZE_ADDRESS__

@@ -5,9 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#include "data.h"
-#include "status.h"
-#include "sys.h"
+#include "engine/data.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "temp_dir.h"
 
 static temp_dir dir;

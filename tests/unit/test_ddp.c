@@ -6,7 +6,7 @@
 #include <phalanx/kit.h>
 #include "harness.h"
 #include "meddle.h"
-#include "status.h"
+#include "base/status.h"
 
 static void expect_good(const harness_config *c) {
   harness_result r;

@@ -4,10 +4,10 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include "flight.h"
-#include "job_calls.h"
-#include "sys.h"
-#include "where.h"
+#include "job/flight.h"
+#include "base/job_calls.h"
+#include "base/sys.h"
+#include "plugin/where.h"
 
 #define SECOND INT64_C(1000000000)
 #define NOW (UINT64_C(100) * SECOND)

@@ -5,7 +5,7 @@
 #include <string.h>
 #include "harness.h"
 #include "meddle.h"
-#include "status.h"
+#include "base/status.h"
 
 static void expect_good(const harness_config *c) {
   harness_result r;

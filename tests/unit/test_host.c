@@ -4,9 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "host.h"
-#include "status.h"
-#include "sys.h"
+#include "plugin/host.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 static int64_t held_by_device;
 static int refuse_next;

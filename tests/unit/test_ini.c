@@ -5,9 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#include "config_ini.h"
-#include "status.h"
-#include "sys.h"
+#include "config/config_ini.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "../fuzz/fuzz_ini.c"
 
 typedef struct heard {

@@ -12,13 +12,13 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include "clock.h"
-#include "job.h"
-#include "job_calls.h"
+#include "base/clock.h"
+#include "job/job.h"
+#include "base/job_calls.h"
 #include "job_ranks.h"
-#include "job_segment.h"
-#include "status.h"
-#include "sys.h"
+#include "job/job_segment.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "sys_faults.h"
 
 static int meet(int rank, int size) {

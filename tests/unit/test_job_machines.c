@@ -7,11 +7,11 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
-#include "job.h"
-#include "job_calls.h"
+#include "job/job.h"
+#include "base/job_calls.h"
 #include "job_ranks.h"
-#include "job_segment.h"
-#include "status.h"
+#include "job/job_segment.h"
+#include "base/status.h"
 
 static int meeting_port;
 static void set_free_port(void) {

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "loopback.h"
-#include "status.h"
+#include "base/status.h"
 #include "toy.h"
 
 Test(kit, shards_cover_every_block_once) {

@@ -3,9 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "layout.h"
-#include "status.h"
-#include "sys.h"
+#include "engine/layout.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 static phx_param params[3];
 static phx_unit units[2];

@@ -5,14 +5,14 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include "descriptor.h"
-#include "loader.h"
-#include "loader_search.h"
-#include "nearest.h"
-#include "option.h"
-#include "sha256.h"
-#include "status.h"
-#include "sys.h"
+#include "plugin/descriptor.h"
+#include "plugin/loader.h"
+#include "plugin/loader_search.h"
+#include "base/nearest.h"
+#include "config/option.h"
+#include "base/sha256.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 #define HOUSE PHX_TEST_ONLY_PLUGINS "/house"
 #define BROKEN PHX_TEST_ONLY_PLUGINS "/broken"

@@ -7,10 +7,10 @@
 
 #include "checkpoint_fixture.h"
 #include "command.h"
-#include "layout.h"
-#include "manifest.h"
-#include "status.h"
-#include "sys.h"
+#include "engine/layout.h"
+#include "checkpoint/manifest.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 static char *dir;
 static void set_up(void) {

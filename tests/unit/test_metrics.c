@@ -12,10 +12,10 @@
 
 #include "command.h"
 #include "fault_turn.h"
-#include "metrics.h"
-#include "output.h"
-#include "status.h"
-#include "sys.h"
+#include "command/metrics.h"
+#include "base/output.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 static char *dir, path[300];
 static void setup(void) {

@@ -4,12 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "layout.h"
-#include "norm.h"
-#include "optim.h"
-#include "rng.h"
-#include "state_hash.h"
-#include "status.h"
+#include "engine/layout.h"
+#include "engine/norm.h"
+#include "engine/optim.h"
+#include "base/rng.h"
+#include "engine/state_hash.h"
+#include "base/status.h"
 
 Test(rng, philox_known_answers) { /* from Random123's kat_vectors */
   const struct {

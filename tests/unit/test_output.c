@@ -8,11 +8,11 @@
 #include <unistd.h>
 
 #include "fault_turn.h"
-#include "json.h"
-#include "output.h"
-#include "report.h"
-#include "status.h"
-#include "sys.h"
+#include "base/json.h"
+#include "base/output.h"
+#include "command/report.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "temp_dir.h"
 
 static temp_dir dir;

@@ -18,13 +18,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "checkpoint_dir.h"
+#include "checkpoint/checkpoint_dir.h"
 #include "power_cut.h"
 #include "rank_rig.h"
-#include "report.h"
-#include "run_dir.h"
-#include "status.h"
-#include "sys.h"
+#include "command/report.h"
+#include "command/run_dir.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "training.h"
 
 enum { SAVES = 10, RANKS = 2 };

@@ -8,10 +8,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "host.h"
-#include "progress.h"
+#include "plugin/host.h"
+#include "command/progress.h"
 #include "rank_rig.h"
-#include "status.h"
+#include "base/status.h"
 #include "training.h"
 
 static char *dir;

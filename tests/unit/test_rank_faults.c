@@ -18,9 +18,9 @@
 #include <unistd.h>
 
 #include "fault_turn.h"
-#include "manifest.h"
+#include "checkpoint/manifest.h"
 #include "rank_rig.h"
-#include "status.h"
+#include "base/status.h"
 #include "training.h"
 
 typedef struct fault_case {

@@ -13,9 +13,9 @@
 #include <unistd.h>
 
 #include "command.h"
-#include "run_lock.h"
-#include "status.h"
-#include "sys.h"
+#include "job/run_lock.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 static int no_lock(int fd) {
   (void)fd;

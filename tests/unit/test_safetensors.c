@@ -7,9 +7,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "safetensors.h"
-#include "status.h"
-#include "sys.h"
+#include "checkpoint/safetensors.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "temp_dir.h"
 
 static phx_status parse(const char *header, int64_t data_bytes, phx_error *err) {

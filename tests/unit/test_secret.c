@@ -8,11 +8,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "clean.h"
-#include "config.h"
-#include "run_dir.h"
-#include "secret.h"
-#include "status.h"
+#include "base/clean.h"
+#include "config/config.h"
+#include "command/run_dir.h"
+#include "base/secret.h"
+#include "base/status.h"
 #include "temp_dir.h"
 
 /* RFC 4231, test cases 1, 2, 4 and 6: keys shorter than a block, and one longer. */

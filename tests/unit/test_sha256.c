@@ -5,9 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#include "sha256.h"
-#include "status.h"
-#include "sys.h"
+#include "base/sha256.h"
+#include "base/status.h"
+#include "base/sys.h"
 
 static void expect(const void *data, size_t bytes, const char *hex) {
   for (size_t piece = 1; piece <= 129; piece += 32) { /* 1, 33, 65, 97, 129 */

@@ -2,7 +2,7 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <string.h>
-#include "status.h"
+#include "base/status.h"
 
 Test(status, message_and_code) {
   phx_error err = PHX_ERROR_INIT;

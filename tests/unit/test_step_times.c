@@ -2,7 +2,7 @@
 #include <criterion/criterion.h>
 #include <math.h>
 
-#include "step_times.h"
+#include "command/step_times.h"
 
 Test(step_times, exact_without_the_first) {
   phx__step_times t;

@@ -1,4 +1,4 @@
-/* core/stream.c against plain reads and writes: any order, odd ends, refusals of direct I/O, failures in the thread.
+/* core/checkpoint/stream.c against plain reads and writes: any order, odd ends, refusals of direct I/O, failures in the thread.
  *
  * TSan: run. */
 #include <criterion/criterion.h>
@@ -10,8 +10,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "safetensors.h"
-#include "sys.h"
+#include "checkpoint/safetensors.h"
+#include "base/sys.h"
 #include "temp_dir.h"
 
 enum { ODD = 9 * PHX__STREAM_CHUNK + 12345 }; /* more chunks than buffers */

@@ -14,9 +14,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "secret.h"
-#include "status.h"
-#include "tcp_store.h"
+#include "base/secret.h"
+#include "base/status.h"
+#include "job/tcp_store.h"
 
 enum { RANKS = 7, JOB = 77 };
 

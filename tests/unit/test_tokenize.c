@@ -7,10 +7,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "commands.h"
-#include "data.h"
-#include "status.h"
-#include "sys.h"
+#include "command/commands.h"
+#include "engine/data.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "temp_dir.h"
 
 static temp_dir dir;

@@ -7,8 +7,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "status.h"
-#include "turned_file.h"
+#include "base/status.h"
+#include "checkpoint/turned_file.h"
 
 enum { ROWS = 2100, COLUMNS = 1001, PLACE = 4096 }; /* more than the buffer's 2 Mi elements */
 

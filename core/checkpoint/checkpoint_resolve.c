@@ -1,0 +1,72 @@
+/* core/checkpoint/checkpoint_resolve.c - see checkpoint_resolve.h. */
+#include "checkpoint/checkpoint_resolve.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "checkpoint/elements.h"
+#include "base/status.h"
+#include "base/sys.h"
+
+bool phx__is_there(const char *dir, const char *name) {
+  char path[PHX__TOOL_PATH];
+  struct stat st;
+  snprintf(path, sizeof path, "%s/%s", dir, name);
+  return !stat(path, &st);
+}
+
+bool phx__is_step_name(const char *name) {
+  return !strncmp(name, "step-", 5) && name[5] && strspn(name + 5, "0123456789") == strlen(name + 5) &&
+         strlen(name) < 32;
+}
+
+bool phx__is_checkpoint(const char *path) {
+  const char *slash = strrchr(path, '/');
+  return phx__is_there(path, PHX__MANIFEST_NAME) || phx__is_step_name(slash ? slash + 1 : path);
+}
+
+phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], phx_error *err) {
+  char latest[PHX__TOOL_PATH], name[64] = "";
+  int fd = -1;
+  int64_t bytes = 0;
+  if (phx__is_checkpoint(path)) {
+    if (snprintf(out, PHX__TOOL_PATH, "%s", path) >= PHX__TOOL_PATH)
+      return phx__fail(err, PHX_INVALID, "a path is too long");
+    return PHX_OK;
+  }
+  snprintf(latest, sizeof latest, "%s/checkpoints/latest", path);
+  if (access(latest, F_OK))
+    return phx__fail(err, PHX_INVALID, "%s is neither a checkpoint (it has no %s) nor a run with checkpoints", path,
+                     PHX__MANIFEST_NAME);
+  phx_status status = phx__file_open(latest, &fd, &bytes, err);
+  if (status) return status;
+  if (bytes >= (int64_t)sizeof name) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
+  else status = phx__file_read(fd, latest, name, bytes, 0, err);
+  phx__sys.close(fd);
+  name[strcspn(name, "\r\n")] = 0;
+  if (!status && !phx__is_step_name(name)) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
+  if (!status && snprintf(out, PHX__TOOL_PATH, "%s/checkpoints/%s", path, name) >= PHX__TOOL_PATH)
+    status = phx__fail(err, PHX_INVALID, "a path is too long");
+  return status;
+}
+
+phx_status phx__checkpoint_resolve_open(const char *path, char out[PHX__TOOL_PATH], phx__sighting *seen,
+                                        phx__checkpoint_reader **reader, phx_error *err) {
+  enum { ATTEMPTS = 20 };
+  char before[PHX__TOOL_PATH] = "";
+  phx_status status = PHX_OK;
+  for (int i = 0; i < ATTEMPTS; i++) {
+    status = phx__checkpoint_resolve(path, out, err);
+    if (status == PHX_IO && !i) continue; /* the run was moved aside in between */
+    if (status) break;
+    *seen = phx__sighting_of(out);
+    status = phx__checkpoint_reader_open(out, reader, err);
+    if (status != PHX_IO || !phx__sighting_gone(seen, out)) return status;
+    if (!strcmp(path, out)) return phx__sighting_explain(seen, out, status, err);
+    if (!strcmp(before, out)) break; /* `latest` names again what is not there: that is damage */
+    memcpy(before, out, sizeof before);
+  }
+  return status;
+}

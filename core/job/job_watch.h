@@ -1,0 +1,10 @@
+/* core/job/job_watch.h - the thread that watches [main] and the other ranks of this machine; see job_watch.c. */
+#ifndef PHX__JOB_WATCH_H
+#define PHX__JOB_WATCH_H
+#include "job/job_segment.h"
+
+/* [main] once per process, after the rank has joined; a second call does nothing. */
+phx_status phx__watch_start(const phx_job *job, phx__segment *segment, phx_error *err);
+/* [main] It has failed, and ends this process by itself: it gets time for that. */
+void phx__watch_leaving(void);
+#endif

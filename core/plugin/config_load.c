@@ -1,0 +1,377 @@
+/* core/plugin/config_load.c - from an INI file and overrides to a checked phx__config with its plugins.
+ *
+ * Order: entries of the file and the overrides; the core's sections; plugins by [run] strategy, [device], [comm],
+ * [model] plugin; their sections; sections of plugins that are installed and not selected (validated all the same, so
+ * that one file can hold every strategy's); what is left is unknown; checks across settings.  Every problem is kept and
+ * all are reported together.  Does not open data and creates nothing.
+ * Invariant: *out is set only when there is no error.  [main] only. */
+#include "plugin/config_load.h"
+
+#include "config/config_checks.h"
+#include "plugin/descriptor.h"
+#include "base/identity.h"
+#include "plugin/loader.h"
+#include "plugin/loader_search.h"
+#include "base/nearest.h"
+#include "base/status.h"
+#include "base/sys.h"
+
+#include <phalanx/provider.h>
+#include <stdio.h>
+#include <string.h>
+
+typedef struct phx__config_private store;
+
+/* Plugins of this project that a build may lack (no toolkit): their sections may stand in a file anyway. */
+static const char *const house[] = {"ddp", "fsdp", "zero", "cpu", "cuda", "shm", "mpi", "nccl"};
+
+typedef struct loading {
+  phx__config *config;
+  const char *search;        /* [plugins] path or NULL */
+  phx__found *found;
+  size_t n_found;
+  const char *excused[8];    /* sections whose keys cannot be judged, because their plugin was refused */
+  size_t n_excused;
+  bool found_file;           /* the file comes with data: phx__config_load_found */
+  bool strategy_unknown;     /* a strategy's path was refused, so its section's name is not known */
+} loading;
+
+static void add_core_sections(phx__config *config) {
+  const phx__core_table *table;
+  for (uint32_t i = 0; (table = phx__core_table_at(i)); i++)
+    phx__config_add_section(config->priv, table->section, table->options, table->n, sizeof(phx_option), &config->s,
+                            NULL, true);
+}
+
+/* Somebody else may have written the file, and put the plugin beside it: unpacked, both are the user's own. */
+static bool comes_with_data(const loading *l, const phx__setting *s) {
+  return l->found_file && s->entry && !s->entry->flag;
+}
+
+/* [plugins] of a file that comes with data, unless the user pins what may be loaded. */
+static void judge_paths(loading *l) {
+  phx__settings *s = &l->config->s;
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  phx__setting *path = phx__config_setting(p, "plugins", "path"), *pin = phx__config_setting(p, "plugins", "pin");
+  if (comes_with_data(l, pin)) pin->value.s = s->plugins.pin = "";
+  if (comes_with_data(l, path) && *s->plugins.path && !*s->plugins.pin) {
+    phx__config_warn(p, path->entry,
+                     "[plugins] path = %s is not followed: this file comes with a run.  Where its plugins are needed "
+                     "and trusted, give it yourself: --set plugins.path, or PHALANX_PLUGIN_PATH",
+                     s->plugins.path);
+    path->value.s = s->plugins.path = "";
+  }
+  if (phx__loader_guard(s->plugins.path, strchr(s->run.strategy, '/') ? s->run.strategy : NULL, s->plugins.pin, &err))
+    phx__config_error(p, pin->entry, "%s", err.message);
+}
+
+/* false: it is not known which plugins there are, so nothing can be said about their sections. */
+static bool list_plugins(loading *l) {
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  const phx__setting *path = phx__config_setting(p, "plugins", "path");
+  if (*l->config->s.plugins.path) l->search = l->config->s.plugins.path;
+  if (path->bad) l->search = NULL;
+  if (phx__loader_list(l->search, &l->found, &l->n_found, &err) == PHX_OK) return true;
+  phx__config_error(p, l->search ? path->entry : NULL, "%s", err.message);
+  l->strategy_unknown = true;
+  l->excused[l->n_excused++] = "model";
+  return false;
+}
+
+static void warn_shadowed(loading *l, const phx__plugin *plugin, const phx__entry *at) {
+  const phx_plugin *d = plugin->descriptor;
+  for (size_t i = 0; i < l->n_found; i++)
+    if (l->found[i].shadowed && l->found[i].kind == d->kind && strcmp(l->found[i].name, d->id) == 0)
+      phx__config_warn(l->config->priv, at, "%s %s is loaded from %s; %s is not used", phx__kind_name(d->kind), d->id,
+                       plugin->path, l->found[i].path);
+}
+
+/* The plugin's own options, under its id; a model's stand in [model]. */
+static void *add_plugin_section(loading *l, const phx__plugin *plugin, bool selected) {
+  const phx_plugin *d = plugin->descriptor;
+  void *base = phx__config_keep(l->config->priv, d->config_size);
+  if (!base) return NULL;
+  phx__config_add_section(l->config->priv, d->kind == PHX_KIND_MODEL ? "model" : d->id, d->options, d->n_options,
+                          d->option_stride, base, plugin, selected);
+  return base;
+}
+
+/* Can this plugin be loaded, and run here?  If not, `why` says so. */
+static bool can_run(const loading *l, uint32_t kind, const char *name, char *why, size_t bytes) {
+  phx_error err = PHX_ERROR_INIT;
+  const phx__plugin *plugin = NULL;
+  const phx__found *found = NULL;
+  for (size_t i = 0; i < l->n_found && !found; i++)
+    if (l->found[i].kind == kind && strcmp(l->found[i].name, name) == 0) found = &l->found[i];
+  if (!found) snprintf(why, bytes, "%s is not installed", name);
+  else if (phx__loader_open_file(kind, found->path, name, &plugin, &err)) {
+    snprintf(why, bytes, "%s cannot be loaded: %.180s", name, err.message);
+    if (err.code == PHX_NOMEM) phx__config_error(l->config->priv, NULL, "%s", err.message); /* not a choice, then */
+  }
+  else if (phx__descriptor_probe(plugin->descriptor, &err))
+    snprintf(why, bytes, "%s cannot run here: %.180s", name, err.message);
+  else return true;
+  return false;
+}
+
+/* What [device] plugin = auto comes to. */
+static const char *choose_device(loading *l) {
+  char why[224];
+  const bool cuda = can_run(l, PHX_KIND_DEVICE, "cuda", why, sizeof why);
+  snprintf(l->config->device_why, sizeof l->config->device_why, "%s%s", cuda ? "cuda: " : "cpu: ",
+           cuda ? "it can run here" : why);
+  return cuda ? "cuda" : "cpu";
+}
+
+/* Ranks of one machine that have to share devices, by their number: under a launcher that shows each rank its own, each
+ * counts one. */
+static bool crowded(const phx__config *c, char *why, size_t size) {
+  const phx_device_table *table = c->device.plugin->descriptor->table;
+  if (c->priv->oom) return false; /* perhaps without a config: nothing will be chosen */
+  const bool counts = PHX_HAS(table, phx_device_table, count) && table->count;
+  const bool may_share = !PHX_HAS(table, phx_device_table, shared) || !table->shared || table->shared(c->device.config);
+  const int32_t local = phx__job_local_size((int32_t)c->s.run.ranks), count = counts ? table->count() : INT32_MAX;
+  if (!may_share || local <= count) return false;
+  snprintf(why, size, "%d ranks may share %d devices", local, count);
+  return true;
+}
+
+/* [comm] plugin = auto, once the device is known. */
+static const char *choose_comm(loading *l) {
+  phx__config *c = l->config;
+  const phx_plugin *device = c->device.plugin ? c->device.plugin->descriptor : NULL;
+  char why[224] = "";
+  bool nccl = device && strcmp(device->id, "cuda") == 0;
+  if (!nccl) snprintf(why, sizeof why, "device %s is not cuda", device ? device->id : "(none)");
+  if (nccl) nccl = !crowded(c, why, sizeof why);
+  if (nccl) nccl = can_run(l, PHX_KIND_COMM, "nccl", why, sizeof why);
+  snprintf(c->comm_why, sizeof c->comm_why, "%s%s", nccl ? "nccl: no two ranks share a GPU" : "shm: ", why);
+  return nccl ? "nccl" : "shm";
+}
+
+/* [run] deterministic = auto: yes where the device promises it without being asked. */
+static void resolve_deterministic(loading *l) {
+  enum { AUTO = 2 };
+  phx__config *c = l->config;
+  phx__setting *setting = phx__config_setting(c->priv, "run", "deterministic");
+  if (setting->bad || c->s.run.deterministic != AUTO) return;
+  const phx_plugin *device = c->device.plugin ? c->device.plugin->descriptor : NULL;
+  const bool yes = !device || (device->provides & PHX_CAP_DETERMINISTIC);
+  setting->was_auto = true;
+  setting->value.i = c->s.run.deterministic = yes;
+  if (!yes)
+    phx__config_warn(
+        c->priv, setting->entry,
+        "[run] deterministic = auto comes to no on device %s: runs may differ in their last bits; yes makes "
+        "them equal, and slower",
+        device->id);
+}
+
+/* `wish` is the text of section.key; what `auto` comes to (choose, or NULL) is stored back into it. */
+static void select_plugin(loading *l, uint32_t kind, const char *section, const char *key,
+                          const char *(*choose)(loading *), const char **wish, phx__selected *out) {
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  const phx__plugin *plugin = NULL;
+  phx__setting *setting = phx__config_setting(p, section, key);
+  if (setting->bad) goto refused;
+  if (strchr(*wish, '/') && comes_with_data(l, setting) && !*l->config->s.plugins.pin) {
+    phx__config_error(p, setting->entry,
+                      "[%s] %s = %s names code by its path, and this file comes with a run.  If you trust it: "
+                      "--set %s.%s=%s, or its SHA-256 in plugins.pin", section, key, *wish, section, key, *wish);
+    goto refused;
+  }
+  if (choose && strcmp(*wish, "auto") == 0) {
+    setting->was_auto = true;
+    setting->value.s = *wish = choose(l);
+  }
+  if (phx__loader_open(l->search, kind, *wish, &plugin, &err) != PHX_OK) {
+    phx__config_error(p, setting->entry, "[%s] %s: %s", section, key, err.message);
+    goto refused;
+  }
+  if (phx__descriptor_probe(plugin->descriptor, &err) != PHX_OK) {
+    phx__config_error(p, setting->entry, "[%s] %s = %s cannot run here: %s", section, key, *wish, err.message);
+    goto refused;
+  }
+  if (!strchr(*wish, '/')) warn_shadowed(l, plugin, setting->entry);
+  const phx__section *twin = phx__config_section(p, plugin->descriptor->id, NULL);
+  if (twin && kind != PHX_KIND_MODEL)
+    phx__config_error(p, setting->entry, "[%s] %s: %s and %s have the same id '%s', hence the same section", section,
+                      key, plugin->path, twin->plugin ? twin->plugin->path : "the core", plugin->descriptor->id);
+  out->plugin = plugin;
+  out->config = add_plugin_section(l, plugin, true);
+  return;
+refused:
+  if (kind == PHX_KIND_STRATEGY && strchr(*wish, '/')) l->strategy_unknown = true;
+  l->excused[l->n_excused++] = kind == PHX_KIND_MODEL ? "model" : *wish;
+}
+
+static const phx__found *find_installed(const loading *l, const char *name) {
+  for (size_t i = 0; i < l->n_found; i++)
+    if (strcmp(l->found[i].name, name) == 0) return &l->found[i];
+  return NULL;
+}
+
+static void take_entries(store *p, const char *section) {
+  for (phx__entry *e = p->entries; e; e = e->next)
+    if (strcmp(e->section, section) == 0) e->taken = true;
+}
+
+static void unknown_section(loading *l, const char *name, const phx__entry *at) {
+  char hint[80];
+  phx__nearest nearest = {.word = name};
+  take_entries(l->config->priv, name);
+  for (size_t i = 0; i < l->n_excused; i++)
+    if (strcmp(l->excused[i], name) == 0) return;
+  if (l->strategy_unknown) return;
+  for (size_t i = 0; i < sizeof house / sizeof house[0]; i++)
+    if (strcmp(name, house[i]) == 0) {
+      phx__config_warn(l->config->priv, at, "[%s] is not checked: no plugin of that name is installed", name);
+      return;
+    }
+  for (uint32_t i = 0; phx__core_table_at(i); i++) phx__nearest_offer(&nearest, phx__core_table_at(i)->section);
+  for (const phx__section *s = l->config->priv->sections; s; s = s->next) phx__nearest_offer(&nearest, s->name);
+  for (size_t i = 0; i < l->n_found; i++)
+    if (l->found[i].kind != PHX_KIND_MODEL) phx__nearest_offer(&nearest, l->found[i].name);
+  phx__config_error(l->config->priv, at, "there is no section [%s], in the core or of an installed plugin%s", name,
+                    phx__nearest_hint(&nearest, hint, sizeof hint));
+}
+
+/* A section that nothing selected asks for: of an installed plugin, or unknown. */
+static void judge_section(loading *l, const char *name, const phx__entry *at) {
+  phx_error err = PHX_ERROR_INIT;
+  const phx__plugin *plugin;
+  if (phx__config_section(l->config->priv, name, NULL)) return;
+  const phx__found *found = find_installed(l, name);
+  if (!found) {
+    unknown_section(l, name, at);
+    return;
+  }
+  if (found->kind == PHX_KIND_MODEL) {
+    take_entries(l->config->priv, name);
+    phx__config_error(l->config->priv, at, "the options of model %s stand in [model], not in [%s]", name, name);
+  } else if (phx__loader_open_file(found->kind, found->path, found->name, &plugin, &err) == PHX_OK) {
+    add_plugin_section(l, plugin, false);
+  } else {
+    take_entries(l->config->priv, name);
+    phx__config_error(l->config->priv, at, "[%s]: %s", name, err.message);
+  }
+}
+
+/* A strategy named by its path and then overridden: its section may stand in the file, as any other's. */
+static void add_overridden_strategies(loading *l) {
+  store *p = l->config->priv;
+  phx_error err = PHX_ERROR_INIT;
+  for (const phx__entry *e = p->entries; e; e = e->next) {
+    const phx__plugin *plugin = NULL;
+    if (strcmp(e->section, "run") || strcmp(e->key, "strategy") || !strchr(e->value, '/')) continue;
+    if (strcmp(e->value, l->config->s.run.strategy) == 0) continue;
+    if (l->found_file && !e->flag) {
+      l->strategy_unknown = true;
+      continue;
+    }
+    if (phx__loader_open(l->search, PHX_KIND_STRATEGY, e->value, &plugin, &err) != PHX_OK) l->strategy_unknown = true;
+    else if (!phx__config_section(p, plugin->descriptor->id, NULL)) add_plugin_section(l, plugin, false);
+  }
+}
+
+static void judge_sections(loading *l) {
+  store *p = l->config->priv;
+  for (const phx__header *h = p->headers; h; h = h->next) {
+    const phx__header *first = p->headers;
+    phx__entry at = {.section = h->name, .line = h->line};
+    while (strcmp(first->name, h->name) != 0) first = first->next;
+    if (first == h) judge_section(l, h->name, &at);
+  }
+  for (const phx__entry *e = p->entries; e; e = e->next)
+    if (e->flag && !e->taken) judge_section(l, e->section, e);
+}
+
+static void select_plugins(loading *l) {
+  phx__config *c = l->config;
+  select_plugin(l, PHX_KIND_STRATEGY, "run", "strategy", NULL, &c->s.run.strategy, &c->strategy);
+  select_plugin(l, PHX_KIND_DEVICE, "device", "plugin", choose_device, &c->s.device.plugin, &c->device);
+  select_plugin(l, PHX_KIND_COMM, "comm", "plugin", choose_comm, &c->s.comm.plugin, &c->comm);
+  resolve_deterministic(l);
+  select_plugin(l, PHX_KIND_MODEL, "model", "plugin", NULL, &c->s.model.plugin, &c->model);
+}
+
+static void fill(loading *l) {
+  phx__config *c = l->config;
+  add_core_sections(c);
+  if (c->priv->oom) return;
+  judge_paths(l);
+  if (list_plugins(l)) select_plugins(l);
+  else resolve_deterministic(l);
+  if (c->priv->oom) return;
+  add_overridden_strategies(l);
+  if (c->priv->oom) return;
+  judge_sections(l);
+  phx__config_check_unknown(c->priv, l->excused);
+  phx__config_check_together(c);
+}
+
+static phx_status load(const char *path, const phx__override *overrides, size_t n, FILE *report, bool found,
+                       phx__config **out) {
+  phx_error err = PHX_ERROR_INIT;
+  phx_status status = PHX_NOMEM;
+  *out = NULL;
+  phx__config *config = phx__calloc(1, sizeof *config);
+  store *p = config ? phx__calloc(1, sizeof *p) : NULL;
+  if (!p) {
+    fprintf(report, "phalanx: %s: out of memory\n", path);
+    goto done;
+  }
+  config->priv = p;
+  p->path = phx__config_keep_text(p, path);
+  if (p->path) {
+    status = phx__config_add_file(p, &err);
+    if (status != PHX_OK) {
+      fprintf(report, "phalanx: %s\n", err.message);
+      goto done;
+    }
+    for (size_t i = 0; i < n && !p->oom; i++) phx__config_add_override(p, &overrides[i]);
+  }
+  loading l = {.config = config, .found_file = found};
+  if (!p->oom) fill(&l);
+  phx__free(l.found);
+  phx__config_report(p, report);
+  status = p->oom ? PHX_NOMEM : p->n_errors ? PHX_INVALID : PHX_OK;
+  if (status == PHX_OK) {
+    *out = config;
+    config = NULL;
+  }
+done:
+  phx__config_free(config);
+  return status;
+}
+
+phx_status phx__config_load(const char *path, const phx__override *overrides, size_t n, FILE *report,
+                            phx__config **out) {
+  return load(path, overrides, n, report, false, out);
+}
+
+phx_status phx__config_load_found(const char *path, const phx__override *overrides, size_t n, FILE *report,
+                                  phx__config **out) {
+  return load(path, overrides, n, report, true, out);
+}
+
+phx_status phx__config_plugin_path(const char *file, char **out, phx_error *err) {
+  phx_status status = PHX_OK;
+  store *p = phx__calloc(1, sizeof *p);
+  *out = NULL;
+  if (!p) return phx__fail(err, PHX_NOMEM, "%s: out of memory", file);
+  p->path = phx__config_keep_text(p, file);
+  status = p->path ? phx__config_add_file(p, err) : PHX_NOMEM;
+  const char *value = NULL;
+  for (const phx__entry *e = p->entries; e && !status; e = e->next)
+    if (strcmp(e->section, "plugins") == 0 && strcmp(e->key, "path") == 0) value = e->value;
+  if (!status && p->oom) status = PHX_NOMEM;
+  if (!status && value) *out = phx__strdup(value);
+  if (status == PHX_NOMEM || (!status && value && !*out)) status = phx__fail(err, PHX_NOMEM, "%s: out of memory", file);
+  phx__config_forget(p);
+  phx__free(p);
+  return status;
+}
