@@ -4,8 +4,10 @@
  * file, in as many calls as the caller likes.  What another process of this machine has read is found in data_scan.c.
  *
  * Files are read with pread, not mapped: a file that shrinks while a run uses it gives an error with its name instead
- * of SIGBUS.  One step reads a few kilobytes per rank, which the page cache serves.  Every token is checked again on
- * the way to the embedding, since the file may have changed since it was opened.
+ * of SIGBUS.  One step reads a few kilobytes per rank, which the page cache serves.  Of many files the last OPEN_MOST
+ * are open; the others are opened again when they are read.  Before each read the file must still be the one that was
+ * attached: device, inode, size and time of change.  Every token is checked again on the way to the embedding, since a
+ * file may be changed between two ticks of its file system's clock.
  *
  * The order of an epoch is a permutation computed, not stored: a Feistel network over the next even power of two, keyed
  * by (seed, epoch), walked until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
@@ -25,11 +27,11 @@
 #include "base/status.h"
 #include "base/sys.h"
 
-enum { SCAN_TOKENS = 1 << 17, FEISTEL_ROUNDS = 6 };
+enum { SCAN_TOKENS = 1 << 17, FEISTEL_ROUNDS = 6, OPEN_MOST = 32 };
 
 typedef struct token_file {
   char *path;
-  int fd;
+  int fd;               /* -1: not open now */
   int64_t header;       /* bytes before the first token: 0 or PHX__TOKENS_HEADER */
   int64_t tokens;
   int64_t first_window; /* windows of the files before */
@@ -38,8 +40,14 @@ typedef struct token_file {
   bool read; /* the whole file, by whomever: the scan is complete */
 } token_file;
 
+typedef struct open_files { /* the first that was opened is the first to be closed */
+  token_file *of[OPEN_MOST];
+  size_t next;
+} open_files;
+
 struct phx__data {
   token_file *files;
+  open_files *open;
   int64_t n_files, sequence, vocabulary, tokens, windows;
   uint64_t seed;
   uint16_t *row; /* (sequence + 1) */
@@ -50,6 +58,42 @@ struct phx__data {
 };
 
 /* ---- opening ---- */
+
+/* Opens, and closes the file that has been open longest. */
+static phx_status open_file(open_files *open, token_file *f, struct stat *st, phx_error *err) {
+  const phx_status status =
+      phx__regular_open(f->path, "the token file", "tokens are read again and again, at many places: put them into a "
+                        "file", &f->fd, st, err);
+  if (status) return status;
+  token_file **place = &open->of[open->next++ % OPEN_MOST];
+  if (*place) {
+    phx__sys.close((*place)->fd);
+    (*place)->fd = -1;
+  }
+  *place = f;
+  return PHX_OK;
+}
+
+static phx_status check_same(const token_file *f, const struct stat *st, phx_error *err) {
+  const phx__data_scan now = phx__data_scan_of(st, f->header), *was = &f->scan;
+  const char *what = "it was written to";
+  if (now.device == was->device && now.inode == was->inode && now.bytes == was->bytes &&
+      now.modified_s == was->modified_s && now.modified_ns == was->modified_ns)
+    return PHX_OK;
+  if (now.device != was->device || now.inode != was->inode) what = "another file took its place";
+  return phx__fail(err, PHX_IO,
+                   "%s is not as it was when the run opened it: %s (%" PRId64 " bytes now, %" PRId64
+                   " then); restore the file and start again", f->path, what, now.bytes, was->bytes);
+}
+
+/* Before its tokens are read: open, and the same file as ever. */
+static phx_status make_ready(const phx__data *data, token_file *f, phx_error *err) {
+  struct stat st;
+  phx_status status = PHX_OK;
+  if (f->fd < 0) status = open_file(data->open, f, &st, err);
+  else if (phx__sys.fstat(f->fd, &st)) status = phx__fail_errno(err, PHX_IO, errno, "cannot stat %s", f->path);
+  return status ? status : check_same(f, &st, err);
+}
 
 static phx_status read_at(const token_file *f, void *out, int64_t bytes, int64_t at, phx_error *err) {
   for (int64_t done = 0; done < bytes;) {
@@ -142,8 +186,7 @@ static phx_status file_attach(token_file *f, const char *path, const phx__data *
   struct stat st;
   f->path = phx__strdup(path);
   if (!f->path) return phx__fail(err, PHX_NOMEM, "%s: no memory to open it", path);
-  phx_status status = phx__regular_open(path, "the token file", "tokens are read again and again, at many places: put "
-                                        "them into a file", &f->fd, &st, err);
+  phx_status status = open_file(data->open, f, &st, err);
   if (status != PHX_OK) return status;
   if (st.st_size == 0) return phx__fail(err, PHX_INVALID, "%s is empty", path);
   status = read_header(f, st.st_size, look, err);
@@ -195,8 +238,9 @@ phx_status phx__data_attach(const char *pattern, int64_t sequence, int64_t vocab
   data = phx__calloc(1, sizeof *data);
   look = phx__calloc(PHX__DATA_HEAD, 1);
   if (data) data->files = phx__calloc(n, sizeof *data->files);
+  if (data) data->open = phx__calloc(1, sizeof *data->open);
   if (data) data->row = phx__calloc((size_t)sequence + 1, sizeof *data->row);
-  if (!data || !look || !data->files || !data->row) {
+  if (!data || !look || !data->files || !data->open || !data->row) {
     phx__fail(err, status, "no memory to open %s", pattern);
     goto done;
   }
@@ -229,7 +273,8 @@ static phx_status begin_file(phx__data *data, token_file *f, phx_error *err) {
   if (!data->hash || !data->buffer) return phx__fail(err, PHX_NOMEM, "no memory to read %s", f->path);
   XXH3_128bits_reset(data->hash);
   if (f->header) {
-    const phx_status status = read_at(f, data->buffer, f->header, 0, err);
+    phx_status status = make_ready(data, f, err);
+    if (!status) status = read_at(f, data->buffer, f->header, 0, err);
     if (status != PHX_OK) return status;
     XXH3_128bits_update(data->hash, data->buffer, (size_t)f->header);
   }
@@ -241,8 +286,9 @@ static phx_status begin_file(phx__data *data, token_file *f, phx_error *err) {
 static phx_status read_more(phx__data *data, token_file *f, phx_error *err) {
   const int64_t at = (data->done - f->header) / 2;
   const int64_t n = f->tokens - at < SCAN_TOKENS ? f->tokens - at : SCAN_TOKENS;
-  const phx_status status = read_at(f, data->buffer, 2 * n, data->done, err);
-  if (status != PHX_OK) return status;
+  phx_status status = make_ready(data, f, err);
+  if (!status) status = read_at(f, data->buffer, 2 * n, data->done, err);
+  if (status) return status;
   uint16_t most = 0;
   for (int64_t i = 0; i < n; i++) most = data->buffer[i] > most ? data->buffer[i] : most;
   if (most > f->scan.most) {
@@ -319,6 +365,7 @@ void phx__data_close(phx__data *data) {
   XXH3_freeState(data->hash);
   phx__free(data->buffer);
   phx__free(data->row);
+  phx__free(data->open);
   phx__free(data->files);
   phx__free(data);
 }
@@ -370,10 +417,11 @@ phx_status phx__data_window(const phx__data *data, int64_t window, int32_t *toke
     if (data->files[middle].first_window <= window) low = middle;
     else high = middle - 1;
   }
-  const token_file *f = &data->files[low];
+  token_file *f = &data->files[low];
   const int64_t n = data->sequence, first = (window - f->first_window) * n;
-  const phx_status status = read_at(f, data->row, 2 * (n + 1), f->header + 2 * first, err);
-  if (status != PHX_OK) return status;
+  phx_status status = make_ready(data, f, err);
+  if (!status) status = read_at(f, data->row, 2 * (n + 1), f->header + 2 * first, err);
+  if (status) return status;
   for (int64_t i = 0; i <= n; i++) {
     if (data->row[i] >= data->vocabulary)
       return phx__fail(err, PHX_IO,

@@ -54,13 +54,18 @@ static bool same_file(const phx__data_scan *a, const phx__data_scan *b) {
 }
 
 bool phx__data_scan_find(phx__data_scan *scan) {
-  phx__data_scan kept;
+  phx__data_scan kept[32];
   const int fd = inherited();
+  size_t n = 1;
   if (fd < 0) return false;
-  for (off_t at = sizeof(head); phx__sys.pread(fd, &kept, sizeof kept, at) == (ssize_t)sizeof kept; at += sizeof kept) {
-    if (!same_file(scan, &kept)) continue;
-    *scan = kept;
-    return true;
+  for (off_t at = sizeof(head); n > 0; at += (off_t)(n * sizeof *kept)) {
+    const ssize_t got = phx__sys.pread(fd, kept, sizeof kept, at);
+    n = got > 0 ? (size_t)got / sizeof *kept : 0;
+    for (size_t i = 0; i < n; i++)
+      if (same_file(scan, &kept[i])) {
+        *scan = kept[i];
+        return true;
+      }
   }
   return false;
 }

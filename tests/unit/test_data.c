@@ -2,8 +2,11 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include "engine/data.h"
 #include "base/status.h"
@@ -266,21 +269,58 @@ Test(data, too_little_for_a_step_is_refused_with_the_arithmetic) {
   phx__data_close(d);
 }
 
-Test(data, a_file_that_changes_under_a_run_is_an_error) {
-  phx__data *d = NULL;
+static void unreadable(const phx__data *d, int64_t window, const char *message) {
   phx_error err = PHX_ERROR_INIT;
   int32_t tokens[16], targets[16];
+  cr_expect_eq(phx__data_window(d, window, tokens, targets, &err), PHX_IO);
+  cr_expect(strstr(err.message, message), "no '%s' in: %s", message, err.message);
+}
+
+Test(data, a_file_that_changes_under_a_run_is_an_error) {
+  phx__data *d = NULL;
+  struct stat was;
   const char *path = raw_file("a.bin", 101, 0);
+  cr_assert_eq(stat(path, &was), 0);
   cr_assert_eq(phx__data_open(path, 10, 257, 9, &d, NULL), PHX_OK);
   cr_assert_eq(truncate(path, 150), 0);
-  cr_expect_eq(phx__data_window(d, 0, tokens, targets, &err), PHX_OK);
-  cr_expect_eq(phx__data_window(d, 9, tokens, targets, &err), PHX_IO);
-  cr_expect(strstr(err.message, "a.bin ends at byte 1") && strstr(err.message, "had 202"), "%s", err.message);
+  unreadable(d, 0, "a.bin is not as it was when the run opened it: it was written to (150 bytes now, 202 then)");
   uint16_t bad[101];
   memset(bad, 0xff, sizeof bad);
   temp_dir_write(&dir, "a.bin", bad, sizeof bad);
-  cr_expect_eq(phx__data_window(d, 0, tokens, targets, &err), PHX_IO);
-  cr_expect(strstr(err.message, "token 65535 at position 0"), "%s", err.message);
+  cr_assert_eq(utimensat(AT_FDCWD, path, (struct timespec[2]){was.st_atim, was.st_mtim}, 0), 0);
+  unreadable(d, 0, "token 65535 at position 0"); /* within a tick of the clock */
+  phx__data_close(d);
+}
+
+/* A long list of files takes few descriptors, and a file that is opened again must be the same. */
+Test(data, many_files_are_open_one_after_the_other) {
+  enum { SHARDS = 1500, TOKENS = 21 };
+  const struct rlimit few = {256, 256};
+  phx__data *d = NULL;
+  phx_error err = PHX_ERROR_INIT;
+  char name[24];
+  for (int i = 0; i < SHARDS; i++) {
+    snprintf(name, sizeof name, "s_%04d.bin", i);
+    raw_file(name, TOKENS, i);
+  }
+  cr_assert_eq(setrlimit(RLIMIT_NOFILE, &few), 0);
+  cr_assert_eq(phx__data_open(temp_dir_path(&dir, "s_*.bin"), 10, 257, 1, &d, &err), PHX_OK, "%s", err.message);
+  cr_assert_eq(phx__data_windows(d), 2 * SHARDS);
+  for (int64_t i = 0; i < 2 * SHARDS; i++) {
+    int32_t tokens[10], targets[10];
+    const int64_t window = phx__data_order(d, 0, i);
+    cr_assert_eq(phx__data_window(d, window, tokens, targets, &err), PHX_OK, "%s", err.message);
+    cr_assert_eq(tokens[0], (window / 2 + 10 * (window % 2)) % 251);
+  }
+  raw_file("new.bin", TOKENS, 7);
+  cr_assert_eq(rename(temp_dir_path(&dir, "new.bin"), temp_dir_path(&dir, "s_0007.bin")), 0);
+  for (int64_t i = 100; i < 200; i++) { /* now the seventh is not open */
+    int32_t tokens[10], targets[10];
+    cr_assert_eq(phx__data_window(d, 2 * i, tokens, targets, &err), PHX_OK, "%s", err.message);
+  }
+  unreadable(d, 14, "s_0007.bin is not as it was when the run opened it: another file took its place");
+  cr_assert_eq(unlink(temp_dir_path(&dir, "s_0008.bin")), 0);
+  unreadable(d, 16, "cannot open the token file");
   phx__data_close(d);
 }
 
