@@ -181,7 +181,7 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   PHX__TRY(PHX__SUSPECT(config->strategy.plugin->path, "in estimate",
                         p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err),
                         err));
-  phx__suspect_begin(config->comm.plugin->path, "in buffer_bytes");
+  phx__suspect_begin(config->comm.plugin->path, "in buffer_bytes", PHX__SUSPECT_CALL);
   const int64_t comm_buffers = p->comm->buffer_bytes(config->comm.config, size);
   phx__suspect_end(PHX_OK, NULL);
   PHX__TRY(phx__plan_check_estimate(p, comm_buffers, err));

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/futex.h"
 #include "job/job_segment.h"
 #include "base/status.h"
 #include "base/sys.h"

@@ -5,23 +5,20 @@
  * What it does not do: find out who this process is (identity.c), meet (job_exchange.c), watch (launcher.c).
  * Invariant: rank 0 alone grows the file, and only between two exchanges, so all ranks know the same parts in the same
  * order; a share() that fails on one rank fails on all, and its pages go back.  The file is sealed: nobody can cut it.
- * Threads: [main], but phx__segment_fail, the futex calls and the clock are [any]. */
+ * Threads: [main], but phx__segment_fail is [any]. */
 #include "job/job_segment.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
-#include <linux/futex.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/futex.h"
 #include "base/status.h"
 #include "base/sys.h"
 
@@ -31,15 +28,6 @@
 
 _Static_assert(sizeof(phx__page) == 4096, "a liveness record fits a page");
 _Static_assert(sizeof(phx__post) == 64, "a post is a cache line");
-
-void phx__futex_wait(const uint32_t *word, uint32_t seen, uint64_t ns) {
-  struct timespec t = {(time_t)(ns / UINT64_C(1000000000)), (long)(ns % UINT64_C(1000000000))};
-  syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0);
-}
-
-void phx__futex_wake(const uint32_t *word) {
-  syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-}
 
 void phx__segment_fail(phx__segment *segment, uint32_t who) {
   uint32_t none = 0;

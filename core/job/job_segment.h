@@ -65,9 +65,6 @@ typedef struct phx__segment {
 
 /* [any], and safe in a signal handler: sets *failed to `who` when it is 0, and wakes every sleeper. */
 void phx__segment_fail(phx__segment *segment, uint32_t who);
-/* [any] sleeps on *word while it holds `seen`, at most `ns`; shared between processes. */
-void phx__futex_wait(const uint32_t *word, uint32_t seen, uint64_t ns);
-void phx__futex_wake(const uint32_t *word);
 int phx__job_create_segment(int32_t size, phx_error *err); /* [main] a memfd with a sealed name, or -1 */
 /* [main] maps the segment behind fd and checks its head: PHX_INVALID when it is not a job's of `size` ranks. */
 phx_status phx__segment_map(int fd, int32_t size, phx__segment **out, phx_error *err);

@@ -192,7 +192,7 @@ static phx_status load(const char *path, uint32_t kind, const char *name, const 
   PHX__TRY(check_pin(mine, path, err));
   PHX__TRY(ltdl_start(err));
   snprintf(dlopen_error, sizeof dlopen_error, "libltdl gives no reason");
-  phx__suspect_begin(path, "while it was loaded");
+  phx__suspect_begin(path, "while it was loaded", PHX__SUSPECT_LOADS);
   lt_dlhandle module = lt_dlopen(path);
   phx__suspect_end(PHX_OK, NULL);
   if (!module) {
@@ -204,7 +204,7 @@ static phx_status load(const char *path, uint32_t kind, const char *name, const 
     goto done;
   }
   PHX__TRY(find_entry(module, path, &entry, err));
-  phx__suspect_begin(path, "while its descriptor was read");
+  phx__suspect_begin(path, "while its descriptor was read", PHX__SUSPECT_LOADS);
   const phx_plugin *descriptor = entry();
   PHX__TRY(phx__suspect_end(check(descriptor, kind, name, path, err), err));
   mine->plugin.descriptor = descriptor;

@@ -1,15 +1,21 @@
 /* core/plugin/suspect.c - see suspect.h.
  *
- * The handlers stand only while a suspect's code runs, and where nobody else has one: a rank's own (job_crash.c) and a
- * sanitizer's stay.  They use only what is safe in a handler.  Invariant: suspect is NULL outside begin and end. */
+ * While a suspect's code runs, a thread counts ticks, so that time in which this process is stopped or debugged counts
+ * as one.  The handlers stand only while a suspect's code runs, and where nobody else has one: a rank's own
+ * (job_crash.c) and a sanitizer's stay.  They use only what is safe in a handler.  Invariant: suspect is NULL outside
+ * begin and end. */
 #include "plugin/suspect.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
+#include "base/futex.h"
 #include "base/status.h"
 #include "base/sys.h"
 
@@ -19,6 +25,15 @@ enum { SIGNALS = sizeof signals / sizeof *signals };
 static const char *volatile suspect; /* the file */
 static const char *volatile doing;
 static bool off, taken[SIGNALS];
+
+enum { TICKS = 20 /* of one patience */, READING = 10 /* patiences, where files are read all the time */ };
+int phx__suspect_patience_ms = 20000;
+static struct {
+  pthread_t thread;
+  bool runs;
+  uint32_t end;    /* a futex: nonzero when the call has come back */
+  int patience_ms; /* of this call */
+} guard;
 
 static size_t append(char *message, size_t used, size_t room, const char *text) {
   while (*text && used + 1 < room) message[used++] = *text++;
@@ -50,7 +65,53 @@ static void on_exit_call(void) {
   _exit(PHX__EXIT_REFUSED);
 }
 
-void phx__suspect_begin(const char *path, const char *what) {
+/* ---- a call that does not come back ---- */
+
+/* By the whole process: a plugin's libraries may come slowly from a file system. */
+static int64_t reads_now(void) {
+  struct rusage r;
+  return getrusage(RUSAGE_SELF, &r) ? 0 : (int64_t)r.ru_majflt + r.ru_inblock;
+}
+
+static _Noreturn void end_hanging(void) {
+  char how[80];
+  snprintf(how, sizeof how, ": it has not come back for %g s", 1e-3 * guard.patience_ms);
+  say(" hangs ", how);
+  _exit(PHX__EXIT_REFUSED); /* not exit: [main] may hold the locks of the dynamic loader */
+}
+
+static void *watch(void *arg) {
+  int64_t reads = reads_now();
+  (void)arg;
+  for (int ticks = 0, quiet = 0; ticks < READING * TICKS && quiet < TICKS; ticks++) {
+    phx__futex_wait(&guard.end, 0, UINT64_C(1000000) * (uint64_t)guard.patience_ms / TICKS);
+    if (__atomic_load_n(&guard.end, __ATOMIC_ACQUIRE)) return NULL;
+    const int64_t now = reads_now();
+    quiet = now == reads ? quiet + 1 : 0;
+    reads = now;
+  }
+  end_hanging();
+}
+
+static void start_watching(int patience) {
+  sigset_t all, before;
+  guard.end = 0;
+  guard.patience_ms = patience * phx__suspect_patience_ms;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are [main]'s */
+  guard.runs = pthread_create(&guard.thread, NULL, watch, NULL) == 0; /* without it, a hang is the user's to see */
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static void stop_watching(void) {
+  if (!guard.runs) return;
+  __atomic_store_n(&guard.end, 1, __ATOMIC_RELEASE);
+  phx__futex_wake(&guard.end);
+  pthread_join(guard.thread, NULL);
+  guard.runs = false;
+}
+
+void phx__suspect_begin(const char *path, const char *what, int patience) {
   static bool registered;
   if (off) return;
   if (!registered) registered = atexit(on_exit_call) == 0;
@@ -62,9 +123,11 @@ void phx__suspect_begin(const char *path, const char *what) {
     taken[i] = !PHX__SANITIZED && sigaction(signals[i], NULL, &old) == 0 && old.sa_handler == SIG_DFL &&
                sigaction(signals[i], &action, NULL) == 0;
   }
+  start_watching(patience);
 }
 
 phx_status phx__suspect_end(phx_status status, phx_error *err) {
+  stop_watching();
   for (int i = 0; i < SIGNALS; i++)
     if (taken[i]) signal(signals[i], SIG_DFL);
   memset(taken, 0, sizeof taken);

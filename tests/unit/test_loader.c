@@ -4,10 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include "plugin/descriptor.h"
 #include "plugin/loader.h"
 #include "plugin/loader_search.h"
+#include "plugin/suspect.h"
 #include "base/nearest.h"
 #include "config/option.h"
 #include "base/sha256.h"
@@ -412,4 +414,51 @@ Test(nearest, distances) {
   nearest = (phx__nearest){.word = "xx"};
   phx__nearest_offer(&nearest, "lr");
   cr_assert_null(nearest.best);
+}
+
+/* ---- a plugin that does not come back ---- */
+#define HOSTILE PHX_TEST_ONLY_PLUGINS "/phx_strategy_hostile.so"
+
+/* Its standard error is `said`. */
+static void load_hanging(int said, const char *load) {
+  const phx__plugin *plugin;
+  phx_error err = PHX_ERROR_INIT;
+  dup2(said, STDERR_FILENO);
+  setenv("PHX_HOSTILE_LOAD", load, 1);
+  phx__suspect_patience_ms = 300;
+  alarm(20);
+  _exit(phx__loader_open_file(PHX_KIND_STRATEGY, HOSTILE, "hostile", &plugin, &err) ? 98 : 99);
+}
+
+static void expect_hang(const char *load, const char *says) {
+  char text[1024] = "";
+  int ends[2], state = 0;
+  size_t used = 0;
+  cr_assert_eq(pipe(ends), 0);
+  fflush(NULL);
+  const pid_t pid = fork();
+  if (pid == 0) load_hanging(ends[1], load);
+  close(ends[1]);
+  for (ssize_t n = 1; n > 0 && used < sizeof text - 1; used += n > 0 ? (size_t)n : 0)
+    n = read(ends[0], text + used, sizeof text - 1 - used);
+  close(ends[0]);
+  cr_assert_eq(waitpid(pid, &state, 0), pid);
+  cr_expect(WIFEXITED(state) && WEXITSTATUS(state) == 2, "%s: wait status %x: %s", load, (unsigned)state, text);
+  cr_expect(strstr(text, "/phx_strategy_hostile.so hangs ") && strstr(text, says), "no '%s' in: %s", says, text);
+}
+
+Test(loader, a_hang_is_named, .timeout = 60) {
+  expect_hang("hang", "while it was loaded: it has not come back for 0.3 s\n");
+  expect_hang("endless", "while its descriptor was read: it has not come back for 0.3 s\n");
+}
+
+/* Slow and not lost: the patience begins anew with each call. */
+Test(loader, a_call_that_comes_back_is_no_hang, .timeout = 60) {
+  phx__suspect_patience_ms = 400;
+  for (int i = 0; i < 5; i++) {
+    phx__suspect_begin("slow", "in a test", PHX__SUSPECT_LOADS);
+    usleep(150000);
+    cr_assert_eq(phx__suspect_end(PHX_OK, NULL), PHX_OK);
+  }
+  usleep(500000);
 }

@@ -1,5 +1,6 @@
 /* entry.c - see hostile.h: options, descriptor, and what happens before there is a configuration. */
 #include <signal.h>
+#include <unistd.h>
 
 #include "hostile.h"
 
@@ -31,7 +32,8 @@ static const phx_option own_options[] = {
     {"call", "Where it crashes or fails.", "none", NULL, calls, 0, 0, 0, 0, PHX_OPT_ENUM, 0, AT(call)},
 };
 
-/* PHX_HOSTILE_LOAD: constructor or descriptor crash, exit ends the process, giant and kind are wrong numbers. */
+/* PHX_HOSTILE_LOAD: constructor or descriptor crash, exit ends the process, hang and endless do not come back, giant and
+ * kind are wrong numbers. */
 static bool asked(const char *what) {
   const char *load = getenv("PHX_HOSTILE_LOAD");
   return load && strcmp(load, what) == 0;
@@ -40,6 +42,7 @@ static bool asked(const char *what) {
 __attribute__((constructor)) static void on_load(void) {
   if (asked("constructor")) raise(SIGSEGV);
   if (asked("exit")) exit(0);
+  while (asked("hang")) pause();
 }
 
 void hostile_take_memory(size_t bytes) {
@@ -58,6 +61,7 @@ const phx_plugin *phx_plugin_v1(void) {
   static phx_plugin renamed;
   const phx_plugin *base = hostile_base();
   if (asked("descriptor")) raise(SIGSEGV);
+  while (asked("endless")) continue; /* busy */
   if (base->n_options + OWN > MOST || base->config_size > BASE_ROOM) return NULL;
   renamed = *base;
   memcpy(all, base->options, base->n_options * sizeof *all);
