@@ -479,6 +479,24 @@ static phx__stop_watch who_watches(void) {
   return foreign() ? PHX__STOP_FOREIGN : PHX__STOP_ALONE;
 }
 
+/* Nobody leaves before rank 0 has written its last file and has given the directory back: other launchers end a job
+ * when one of its ranks is gone for a while, or with another status than 0. */
+static phx_status end_together(run *r, phx_error *err) {
+  phx__run_dir_close(r->dir);
+  r->dir = NULL;
+  return phx__job_agree(r->job, (uint64_t)r->step, "the end", err);
+}
+
+static void tell_failure(run *r, phx_status status, phx_error *err) {
+  phx__where_reason(r->job, status, err);
+  phx__complain("rank %d: %s", r->job ? r->job->rank : 0, err->message);
+  if (!r->job) return;
+  phx__watch_leaving();
+  phx__job_state(r->job, PHX__RANK_FAILED, r->engine ? r->engine->step : r->step);
+  phx__job_ends(r->job, r->failed_exit);
+  r->job->fail(r->job->ctx, err->message);
+}
+
 int phx__train_rank(const phx__config *config, const char *resume) {
   phx_error err = PHX_ERROR_INIT;
   run r = {.config = config, .asked = resume, .failed_exit = PHX__EXIT_REFUSED};
@@ -494,24 +512,18 @@ int phx__train_rank(const phx__config *config, const char *resume) {
   const bool refused = status && r.failed_exit != PHX__EXIT_RANK;
   if (refused && r.asked) phx__run_dir_undo(r.dir);
   phx__progress_close(&r.progress);
-  if (status) {
-    phx__where_reason(r.job, status, &err);
-    phx__complain("rank %d: %s", r.job ? r.job->rank : 0, err.message);
-    if (r.job) {
-      phx__watch_leaving();
-      phx__job_state(r.job, PHX__RANK_FAILED, r.engine ? r.engine->step : 0);
-      phx__job_ends(r.job, r.failed_exit);
-      r.job->fail(r.job->ctx, err.message);
-    }
-  }
+  if (status) tell_failure(&r, status, &err);
   phx__checkpoints_close(&r.checkpoints);
   if (!status || refused || r.job->size == 1) { /* after a failure peers may be gone: the process ends as it is */
     phx__drift_close(r.drift);
     phx__engine_destroy(r.engine);
+    r.engine = NULL;
     phx__runtime_close(r.rt);
     phx__prepared_free(r.prepared);
     phx__run_data_close(&r.data);
     phx__step_times_close(&r.times);
+    const phx_status ended = status ? PHX_OK : end_together(&r, &err);
+    if (ended) tell_failure(&r, status = ended, &err);
   }
   if (!status) phx__job_state(r.job, PHX__RANK_DONE, config->s.run.steps);
   phx__run_dir_close(r.dir);

@@ -1,9 +1,12 @@
 /* Ranks that torchrun, mpirun or srun start: how many they are is taken from the launcher, and -n may only say the
  * same. */
 #include <criterion/criterion.h>
+#include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "foreign.h"
 #include "training.h"
@@ -57,5 +60,50 @@ Test(foreign, the_only_task_of_a_step_starts_ranks, .timeout = 60) {
   char *log = command_read_file(dir, "out/rank-1.log");
   cr_expect_not_null(log, "rank 1 was not started");
   free(log);
+  command_remove_dir(dir);
+}
+
+/* Rank 0 is busy for a second after the last step, and rank 1 leaves no sooner: the lock is the last of the files. */
+static void expect_end_together(const char *dir, int kind, int status, foreign *f) {
+  char lock[64];
+  snprintf(lock, sizeof lock, "%s/lock", foreign_names[kind]);
+  const int ended = foreign_status(f, 1, 60);
+  char *left = command_read_file(dir, lock), *log = foreign_log(f, 1);
+  cr_expect_eq(ended, status, "%s: rank 1 ended with %d:\n%s", foreign_names[kind], ended, log);
+  cr_expect_null(left, "%s: rank 1 has left, and rank 0 has not ended", foreign_names[kind]);
+  cr_expect_eq(foreign_status(f, 0, 60), status);
+  free(left);
+  free(log);
+  foreign_end(f);
+}
+
+static void await_step(foreign *f) {
+  for (int i = 0; i < 4000; i++) {
+    char *log = foreign_log(f, 0);
+    const bool there = log && strstr(log, "step    1/");
+    free(log);
+    if (there) return;
+    usleep(5000);
+  }
+}
+
+#define BUSY_END SET("plugins.path=" PHX_TEST_ONLY_PLUGINS), SET("comm.plugin=fault"), SET("fault.what=busy"), \
+                 SET("fault.at=destroy"), SET("fault.rank=0"), SET("fault.seconds=1")
+Test(foreign, nobody_leaves_before_rank_0_is_done, .timeout = 120) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  foreign f = FOREIGN(dir, FOREIGN_MPIRUN, 2, SMALL, BUSY_END, SET("run.out=mpirun"));
+  expect_end_together(dir, FOREIGN_MPIRUN, 0, &f);
+  command_remove_dir(dir);
+}
+
+Test(foreign, nobody_who_stopped_leaves_before_rank_0_is_done, .timeout = 120) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  foreign f = FOREIGN(dir, FOREIGN_SRUN, 2, SMALL, BUSY_END, SET("run.out=srun"), "--steps", "1000000",
+              SET("checkpoint.every=500000"), SET("run.log_every=100000"));
+  await_step(&f);
+  kill(f.pids[1], SIGTERM);
+  expect_end_together(dir, FOREIGN_SRUN, 5, &f);
   command_remove_dir(dir);
 }
