@@ -14,11 +14,15 @@ typedef struct visit {
 /* 0: weights, or the masters they stand behind; 1 and on: states of the optimizer. */
 static uint32_t counted_as(const phx_slice *s) { return s->kind == PHX_STATE_OPTIM ? 1 + s->state_index : 0; }
 
-static phx_status see(void *ctx, const phx_slice *s, phx_error *err) {
+/* From here on a slice has our size: it is copied and kept, and the strategy may know more fields than this core. */
+static phx_status see(void *ctx, const phx_slice *given, phx_error *err) {
   const visit *v = ctx;
   phx__runtime *rt = v->rt;
-  phx_status status = phx__handed_slice(rt, s, err);
+  phx_slice known = {.struct_size = sizeof known};
+  const phx_slice *const s = &known;
+  phx_status status = phx__handed_slice(rt, given, err);
   if (status) return status;
+  phx_struct_take(&known, given);
   const bool counts = s->kind < PHX_STATE_BUFFER && !phx__state_derived(s);
   if (counts && !phx__cover_add(&rt->state_cover, counted_as(s), s->unit, s->flat, s->first_block * PHX_BLOCK,
                                 s->blocks * PHX_BLOCK))

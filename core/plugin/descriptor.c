@@ -92,6 +92,11 @@ phx_status phx__descriptor_check(const phx_plugin *d, uint32_t kind, const char 
   if (d->table_major != PHX_ABI_MAJOR)
     return phx__fail(err, PHX_UNSUPPORTED, "was built for ABI %u, this phalanx speaks ABI %d: build it again",
                      (unsigned)d->table_major, PHX_ABI_MAJOR);
+  if (d->table_minor < PHX_ABI_MINOR_OLDEST)
+    return phx__fail(err, PHX_UNSUPPORTED, "was built for ABI %u.%u, and the oldest that is taken is %d.%d: build it again",
+                     (unsigned)d->table_major, (unsigned)d->table_minor, PHX_ABI_MAJOR, PHX_ABI_MINOR_OLDEST);
+  if (d->reserved0)
+    return phx__fail(err, PHX_INVALID, "its descriptor has reserved0 = %u; expected 0", (unsigned)d->reserved0);
   if (d->kind < PHX_KIND_STRATEGY || d->kind > PHX_KIND_MODEL)
     return phx__fail(err, PHX_INVALID, "says it is of kind %u, which this phalanx does not know; a %s was asked for",
                      (unsigned)d->kind, phx__kind_name(kind));

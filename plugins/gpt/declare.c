@@ -150,15 +150,17 @@ phx_status gpt_declare(const void *config, phx_model *out, phx_model_facts *fact
   }
   declaration_free(&last);
   last = d;
-  *out = (phx_model){.struct_size = sizeof *out, .params = d.params, .units = d.units, .stages = d.stages,
-                     .uses = d.uses, .n_params = d.n_params, .n_units = d.n_units, .n_stages = d.n_stages,
-                     .n_uses = d.n_uses, .param_stride = sizeof *d.params, .unit_stride = sizeof *d.units,
-                     .stage_stride = sizeof *d.stages, .use_stride = sizeof *d.uses};
+  const phx_model model = {.struct_size = sizeof model, .params = d.params, .units = d.units, .stages = d.stages,
+                           .uses = d.uses, .n_params = d.n_params, .n_units = d.n_units, .n_stages = d.n_stages,
+                           .n_uses = d.n_uses, .param_stride = sizeof *d.params, .unit_stride = sizeof *d.units,
+                           .stage_stride = sizeof *d.stages, .use_stride = sizeof *d.uses};
+  phx_struct_give(out, &model);
   snprintf(computes, sizeof computes, "heads %lld, norm_eps %.9g", (long long)s.heads,
            ((const gpt_config *)config)->norm_eps);
   const double l = (double)s.layers, c = (double)s.width, v = (double)s.vocab;
-  *facts = (phx_model_facts){.struct_size = sizeof *facts, .vocabulary = s.vocab, .context = s.context,
-                             .flops_per_token = 6 * (12 * l * c * c + v * c) + 12 * l * c * (double)t,
-                             .computes = computes};
+  const phx_model_facts known = {.struct_size = sizeof known, .vocabulary = s.vocab, .context = s.context,
+                                 .flops_per_token = 6 * (12 * l * c * c + v * c) + 12 * l * c * (double)t,
+                                 .computes = computes};
+  phx_struct_give(facts, &known);
   return PHX_OK;
 }

@@ -134,7 +134,7 @@ phx_status gpt_stage_memory(const void *config, const phx_batch_shape *shape, ui
     m.saved = plan.saved;
     m.workspace = plan.workspace;
   }
-  *out = m;
+  phx_struct_give(out, &m);
   return PHX_OK;
 }
 

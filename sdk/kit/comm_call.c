@@ -51,10 +51,10 @@ void phx_kit_count_wait(phx_kit_counters *own, phx_kit_counters *world, int64_t 
 }
 
 void phx_kit_counters_read(const phx_kit_counters *c, phx_comm_stats *out) {
-  out->struct_size = sizeof *out;
+  phx_comm_stats mine = {.struct_size = sizeof mine, .wait_ns = LOAD(c->wait_ns)};
   for (int32_t i = 0; i < PHX_OPS; i++) {
-    out->calls[i] = LOAD(c->calls[i]);
-    out->bytes[i] = LOAD(c->bytes[i]);
+    mine.calls[i] = LOAD(c->calls[i]);
+    mine.bytes[i] = LOAD(c->bytes[i]);
   }
-  out->wait_ns = LOAD(c->wait_ns);
+  phx_struct_give(out, &mine);
 }

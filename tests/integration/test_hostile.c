@@ -197,7 +197,7 @@ static const misuse wrong_tickets[] = {
     {"ticket_before", 3, "ticket for unit 0 (wte), 8192 elements from -4 on: out of range, it has 8192"},
     {"ticket_negative", 3, "ticket for unit 0 (wte), -9223372036854775808 elements from 0 on: out of range"},
     {"ticket_unit", 3, "update: ticket for unit 9999; the model has 5"},
-    {"ticket_size", 3, "update: a ticket's struct_size is 8; expected 104 or more"},
+    {"ticket_size", 3, "update: a ticket's struct_size is 8; expected 136 or more"},
     {"ticket_null", 3, "update: no ticket (NULL)"},
     {"ticket_weight", 3, "update: the weight of unit 0 (wte) is NULL"},
     {"ticket_gradient", 3, "update: the gradient of unit 0 (wte) is NULL"},

@@ -245,7 +245,7 @@ void comm_suite_try_shape(rig *g, const shape *s, uint64_t seed) {
   int64_t e = (int64_t)phx_dtype_bytes(s->dtype), own = s->numel * e;
   int64_t in = own * (op == PHX_OP_REDUCE_SCATTER || op == PHX_OP_ALL_TO_ALL ? n : 1);
   int64_t out = own * (op == PHX_OP_ALL_GATHER || op == PHX_OP_ALL_TO_ALL ? n : 1);
-  phx_comm_stats before, after;
+  phx_comm_stats before = {.struct_size = sizeof before}, after = {.struct_size = sizeof after};
   char *src, *dst;
   if (s->in_place || op == PHX_OP_BROADCAST) {
     char *p = comm_suite_buffer(g, s->in_arena, in > out ? in : out, s->shift);
@@ -354,7 +354,7 @@ void comm_suite_pairs(fake_rank *rank) {
     }
     if (c->barrier(c->ctx, NULL, &g.err) != PHX_OK) BAD(&g, "%s", g.err.message);
   }
-  phx_comm_stats st;
+  phx_comm_stats st = {.struct_size = sizeof st};
   c->stats(c->ctx, &st);
   int64_t want = 3 * 2 * (comm_suite.table->payload(PHX_OP_RECV, 1, PHX_F32, 0, c->size, 0) +
                           comm_suite.table->payload(PHX_OP_RECV, 1023, PHX_F32, 0, c->size, 0) +
@@ -431,7 +431,7 @@ void comm_suite_splits(fake_rank *rank) {
   for (int k = 10; k < ROUNDS; k += 10) want_a *= (uint32_t)half->size, want_b *= (uint32_t)n;
   for (int i = 0; i < LENGTH; i++) if ((uint32_t)a[i] != want_a || (uint32_t)b[i] != want_b) BAD(&g, "element %d", i);
   for (int k = 0; k < 2; k++) d->stream_destroy(d->ctx, s[k]);
-  phx_comm_stats world, part;
+  phx_comm_stats world = {.struct_size = sizeof world}, part = {.struct_size = sizeof part};
   c->stats(c->ctx, &world);
   half->stats(half->ctx, &part);
   if (part.calls[PHX_OP_ALL_REDUCE] != ROUNDS || world.calls[PHX_OP_ALL_REDUCE] != 2 * ROUNDS) BAD(&g, "stats");
@@ -529,7 +529,7 @@ void comm_suite_late(fake_rank *rank) {
     phx_status status = c->all_reduce(c->ctx, &x, &x, 1, PHX_I32, PHX_MAX, NULL, &g.err);
     FAKE_CHECK(rank, status == PHX_OK, "%s", g.err.message);
   }
-  phx_comm_stats st;
+  phx_comm_stats st = {.struct_size = sizeof st};
   c->stats(c->ctx, &st);
   FAKE_CHECK(rank, st.wait_ns > 200000000, "waited %lld ns", (long long)st.wait_ns);
   const phx_liveness *page = rank->job.mine;
@@ -554,7 +554,7 @@ void comm_suite_suspended(fake_rank *rank) {
   }
   phx_status status = c->all_reduce(c->ctx, &x, &x, 1, PHX_I32, PHX_SUM, NULL, &g.err);
   FAKE_CHECK(rank, status == PHX_OK && x == 2, "%s", g.err.message);
-  phx_comm_stats st;
+  phx_comm_stats st = {.struct_size = sizeof st};
   c->stats(c->ctx, &st);
   FAKE_CHECK(rank, st.wait_ns < 1700000000, "waited %lld ns", (long long)st.wait_ns);
   comm_suite_rig_close(&g);

@@ -79,6 +79,8 @@ gpt_rig *gpt_rig_open_as(int32_t dtype, const char *settings, int64_t micro, int
   r->shape = (phx_batch_shape){sizeof r->shape, micro, sequence, dtype, 0};
   fake_host_init(&r->host, 0, 1);
   r->host.extension = extension;
+  r->model.struct_size = sizeof r->model;
+  r->facts.struct_size = sizeof r->facts;
   MUST(!r->table->declare(r->config.values, &r->model, &r->facts, &r->shape, &err), "declare: %s", err.message);
   r->params = calloc(r->model.n_params, sizeof *r->params);
   r->weights = calloc(r->model.n_params, sizeof *r->weights);
@@ -101,7 +103,7 @@ gpt_rig *gpt_rig_open_as(int32_t dtype, const char *settings, int64_t micro, int
   if (dtype == PHX_BF16) gpt_rig_round(r);
   int64_t workspace = 0;
   for (uint32_t i = 0; i < r->model.n_stages; i++) {
-    phx_stage_memory m;
+    phx_stage_memory m = {.struct_size = sizeof m};
     MUST(!r->table->stage_memory(r->config.values, &r->shape, i, &m, &err), "stage_memory: %s", err.message);
     if (m.output) r->outputs[i] = buffer_make(m.output), r->d_outputs[i] = buffer_make(m.output);
     if (m.saved) r->saved[i] = buffer_make(m.saved);

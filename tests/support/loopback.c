@@ -395,9 +395,9 @@ static void c_annotate(void *ctx, int32_t unit) {
 static void c_stats(void *ctx, phx_comm_stats *out) {
   comm *m = ctx;
   pthread_mutex_lock(&m->lock);
-  *out = m->stats;
+  m->stats.struct_size = sizeof m->stats;
+  phx_struct_give(out, &m->stats);
   pthread_mutex_unlock(&m->lock);
-  out->struct_size = sizeof *out;
 }
 static phx_status c_health(void *ctx, phx_error *err) {
   comm *m = ctx;

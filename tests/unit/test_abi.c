@@ -40,9 +40,9 @@ PIN(phx_plugin, option_stride, 108); PIN(phx_plugin, config_size, 112); PIN(phx_
 
 /* ---- phalanx/model.h ---- */
 NO_TAIL(phx_param, offset);
-PIN(phx_param, name, 0); PIN(phx_param, shape, 8); PIN(phx_param, ndim, 40); PIN(phx_param, flags, 44);
-PIN(phx_param, unit, 48); PIN(phx_param, init, 52); PIN(phx_param, init_std, 56); PIN(phx_param, numel, 64);
-PIN(phx_param, offset, 72);
+PIN(phx_param, name, 0); PIN(phx_param, shape, 8); PIN(phx_param, ndim, 72); PIN(phx_param, flags, 76);
+PIN(phx_param, unit, 80); PIN(phx_param, init, 84); PIN(phx_param, init_std, 88); PIN(phx_param, numel, 96);
+PIN(phx_param, offset, 104);
 NO_TAIL(phx_unit, first_block);
 PIN(phx_unit, name, 0); PIN(phx_unit, first_param, 8); PIN(phx_unit, n_params, 12); PIN(phx_unit, blocks, 16);
 PIN(phx_unit, first_block, 32);
@@ -58,8 +58,8 @@ PIN(phx_model, stage_stride, 64); PIN(phx_model, use_stride, 68); PIN(phx_model,
 
 /* ---- phalanx/comm.h ---- */
 NO_TAIL(phx_comm_stats, wait_ns);
-PIN(phx_comm_stats, struct_size, 0); PIN(phx_comm_stats, calls, 8); PIN(phx_comm_stats, bytes, 88);
-PIN(phx_comm_stats, wait_ns, 168);
+PIN(phx_comm_stats, struct_size, 0); PIN(phx_comm_stats, calls, 8); PIN(phx_comm_stats, bytes, 264);
+PIN(phx_comm_stats, wait_ns, 520);
 NO_TAIL(phx_comm, abort);
 PIN(phx_comm, struct_size, 0); PIN(phx_comm, ctx, 8); PIN(phx_comm, rank, 16); PIN(phx_comm, size, 20);
 PIN(phx_comm, all_reduce, 24); PIN(phx_comm, reduce, 32); PIN(phx_comm, reduce_scatter, 40);
@@ -93,11 +93,11 @@ PIN(phx_optim_state, name, 0); PIN(phx_optim_state, dtype, 8); PIN(phx_optim_sta
 NO_TAIL(phx_ticket, stream);
 PIN(phx_ticket, struct_size, 0); PIN(phx_ticket, unit, 8); PIN(phx_ticket, place, 12); PIN(phx_ticket, first, 16);
 PIN(phx_ticket, numel, 24); PIN(phx_ticket, weight, 32); PIN(phx_ticket, master, 40); PIN(phx_ticket, gradient, 48);
-PIN(phx_ticket, states, 56); PIN(phx_ticket, weight_dtype, 88); PIN(phx_ticket, gradient_dtype, 92);
-PIN(phx_ticket, stream, 96);
+PIN(phx_ticket, states, 56); PIN(phx_ticket, weight_dtype, 120); PIN(phx_ticket, gradient_dtype, 124);
+PIN(phx_ticket, stream, 128);
 NO_TAIL(phx_optim, update);
 PIN(phx_optim, struct_size, 0); PIN(phx_optim, ctx, 8); PIN(phx_optim, name, 16); PIN(phx_optim, grain, 24);
-PIN(phx_optim, n_states, 28); PIN(phx_optim, states, 32); PIN(phx_optim, update, 96);
+PIN(phx_optim, n_states, 28); PIN(phx_optim, states, 32); PIN(phx_optim, update, 160);
 
 /* ---- phalanx/strategy.h ---- */
 NO_TAIL(phx_topology, boundary_bytes);
@@ -105,17 +105,17 @@ PIN(phx_topology, struct_size, 0); PIN(phx_topology, rank, 8); PIN(phx_topology,
 PIN(phx_topology, local_rank, 16); PIN(phx_topology, local_size, 20); PIN(phx_topology, accumulate, 24);
 PIN(phx_topology, reduce, 28); PIN(phx_topology, compute_dtype, 32); PIN(phx_topology, reduce_dtype, 36);
 PIN(phx_topology, overlaps, 40); PIN(phx_topology, n_optim_states, 44); PIN(phx_topology, optim_dtype, 48);
-PIN(phx_topology, payload, 64); PIN(phx_topology, boundary_bytes, 72);
+PIN(phx_topology, payload, 80); PIN(phx_topology, boundary_bytes, 88);
 NO_TAIL(phx_axis, index);
 PIN(phx_axis, name, 0); PIN(phx_axis, size, 24); PIN(phx_axis, index, 28);
 NO_TAIL(phx_layout, unit_owned);
 PIN(phx_layout, struct_size, 0); PIN(phx_layout, data_rank, 8); PIN(phx_layout, data_size, 12);
 PIN(phx_layout, activation_slots, 16); PIN(phx_layout, n_axes, 20); PIN(phx_layout, axes, 24);
-PIN(phx_layout, stage_owned, 152); PIN(phx_layout, unit_owned, 160);
+PIN(phx_layout, stage_owned, 280); PIN(phx_layout, unit_owned, 288);
 NO_TAIL(phx_estimate, state_bytes);
-PIN(phx_estimate, struct_size, 0); PIN(phx_estimate, bytes, 8); PIN(phx_estimate, arena_bytes, 72);
-PIN(phx_estimate, sent, 80); PIN(phx_estimate, calls, 160);
-PIN(phx_estimate, state_bytes, 240);
+PIN(phx_estimate, struct_size, 0); PIN(phx_estimate, bytes, 8); PIN(phx_estimate, arena_bytes, 136);
+PIN(phx_estimate, sent, 144); PIN(phx_estimate, calls, 400);
+PIN(phx_estimate, state_bytes, 656);
 NO_TAIL(phx_slice, where);
 PIN(phx_slice, struct_size, 0); PIN(phx_slice, kind, 8); PIN(phx_slice, state_index, 12); PIN(phx_slice, name, 16);
 PIN(phx_slice, unit, 24); PIN(phx_slice, flat, 28); PIN(phx_slice, first_block, 32); PIN(phx_slice, blocks, 40);

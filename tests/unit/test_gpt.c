@@ -363,14 +363,14 @@ Test(gpt, presets_have_the_published_sizes) {
     rig_config c = rig_config_make(presets[i].settings);
     const phx_model_table *table = c.plugin->table;
     const phx_batch_shape shape = {sizeof shape, 4, 256, PHX_F32, 0};
-    phx_model m;
-    phx_model_facts f;
+    phx_model m = {.struct_size = sizeof m};
+    phx_model_facts f = {.struct_size = sizeof f};
     cr_assert_eq(table->declare(c.values, &m, &f, &shape, NULL), PHX_OK);
     cr_expect_eq(count_parameters(&m), presets[i].parameters, "%s: %lld", presets[i].settings,
                  (long long)count_parameters(&m));
     cr_expect_eq(m.n_stages, presets[i].layers + 2);
     cr_expect_eq(m.n_units, presets[i].layers + 3);
-    phx_stage_memory memory;
+    phx_stage_memory memory = {.struct_size = sizeof memory};
     for (uint32_t s = 0; s < m.n_stages; s++)
       cr_expect_eq(table->stage_memory(c.values, &shape, s, &memory, NULL), PHX_OK);
     cr_expect_neq(table->stage_memory(c.values, &shape, m.n_stages, &memory, NULL), PHX_OK);
@@ -382,8 +382,8 @@ Test(gpt, declaration_is_gpt2s) {
   rig_config c = rig_config_make("size=124M freeze=h.3.*");
   const phx_model_table *table = c.plugin->table;
   const phx_batch_shape shape = {sizeof shape, 4, 256, PHX_F32, 0};
-  phx_model m;
-  phx_model_facts f;
+  phx_model m = {.struct_size = sizeof m};
+  phx_model_facts f = {.struct_size = sizeof f};
   cr_assert_eq(table->declare(c.values, &m, &f, &shape, NULL), PHX_OK);
   cr_expect_eq(f.vocabulary, 50257);
   cr_expect_eq(f.context, 1024);
@@ -440,8 +440,8 @@ Test(gpt, misfits_are_refused) {
     rig_config c = rig_config_make(cases[i].settings);
     const phx_model_table *table = c.plugin->table;
     const phx_batch_shape shape = {sizeof shape, 1, cases[i].sequence, PHX_F32, 0};
-    phx_model m = {.n_params = 77};
-    phx_model_facts f = {0};
+    phx_model m = {.struct_size = sizeof m, .n_params = 77};
+    phx_model_facts f = {.struct_size = sizeof f};
     phx_error err = {.struct_size = sizeof err};
     cr_expect_eq(table->declare(c.values, &m, &f, &shape, &err), PHX_INVALID, "%s", cases[i].settings);
     cr_expect(strstr(err.message, cases[i].message), "%s: %s", cases[i].settings, err.message);
@@ -450,7 +450,7 @@ Test(gpt, misfits_are_refused) {
   }
   rig_config c = rig_config_make("size=1558M");
   const phx_batch_shape huge = {sizeof huge, INT64_MAX / 8, 1024, PHX_F32, 0};
-  phx_stage_memory memory;
+  phx_stage_memory memory = {.struct_size = sizeof memory};
   phx_error err = {.struct_size = sizeof err};
   cr_expect_eq(((const phx_model_table *)c.plugin->table)->stage_memory(c.values, &huge, 1, &memory, &err),
                PHX_INVALID);
@@ -461,8 +461,8 @@ Test(gpt, misfits_are_refused) {
 Test(gpt, explicit_values_override_the_preset) {
   rig_config c = rig_config_make("size=124M layers=2 vocab=1000 width=96 heads=4");
   const phx_batch_shape shape = {sizeof shape, 1, 1024, PHX_F32, 0};
-  phx_model m;
-  phx_model_facts f;
+  phx_model m = {.struct_size = sizeof m};
+  phx_model_facts f = {.struct_size = sizeof f};
   cr_assert_eq(((const phx_model_table *)c.plugin->table)->declare(c.values, &m, &f, &shape, NULL), PHX_OK);
   cr_expect_eq(m.n_stages, 4);
   cr_expect_eq(f.vocabulary, 1000);
@@ -476,7 +476,7 @@ Test(gpt, activations_in_bf16_take_half) {
   rig_config c = rig_config_make("size=124M");
   const phx_model_table *table = c.plugin->table;
   for (uint32_t stage = 0; stage <= 13; stage++) {
-    phx_stage_memory m[2];
+    phx_stage_memory m[2] = {{.struct_size = sizeof *m}, {.struct_size = sizeof *m}};
     for (int low = 0; low < 2; low++) {
       const phx_batch_shape shape = {sizeof shape, 4, 1024, low ? PHX_BF16 : PHX_F32, 0};
       cr_assert_eq(table->stage_memory(c.values, &shape, stage, &m[low], NULL), PHX_OK);

@@ -416,7 +416,7 @@ Test(kit, regions_are_planned_as_they_are_allocated) {
   cr_assert_eq(phx_kit_regions_alloc(&s, table, N, &err), PHX_OK);
   cr_assert_eq(f.alive, 3);
   cr_assert_null(table[1].at);
-  cr_assert_arr_eq(f.bytes, e.bytes, sizeof e.bytes);
+  cr_assert_arr_eq(f.bytes, e.bytes, sizeof f.bytes);
   cr_assert_eq(f.arena, e.arena_bytes);
   cr_assert_eq(e.arena_bytes, 256 + 4096);
   phx_kit_regions_release(&s, table, N);

@@ -2,9 +2,12 @@
  *
  * C11 (and C++17); needs only <stddef.h> and <stdint.h>.  No CUDA, NCCL, MPI or libc-owned object crosses the ABI.
  *
- * Growth    A struct that is passed alone begins with struct_size, set by whoever fills it.  An array of structs
+ * Growth    A struct that is passed alone begins with struct_size, set by whoever owns its memory.  An array of structs
  *           travels with a stride.  Fields are only appended; a later field is read only under PHX_HAS; a missing
  *           field means zero.  No struct has tail padding (tests/unit/test_abi.c pins sizes and offsets).
+ *           A struct that the caller owns and the callee fills in: the caller sets struct_size and zeroes the rest; the
+ *           callee never changes struct_size and writes nothing behind it (phx_struct_give does both).
+ *           An array inside a struct has a fixed length with room to grow (PHX_..._ROOM).  A field named reserved is 0.
  * Memory    Whoever allocates frees, through the function named beside the pointer.
  *           [borrow:call] valid until this call returns; [borrow:self] until destroy(); [static] as long as the
  *           process.  Strings are UTF-8 and never NULL unless the comment says "or NULL".
@@ -21,7 +24,8 @@ extern "C" {
 #endif
 
 #define PHX_ABI_MAJOR 1 /* a break is a new entry symbol, phx_plugin_v2 */
-#define PHX_ABI_MINOR 0 /* an append is +1 and one line in sdk/abi-changelog.md */
+#define PHX_ABI_MINOR 1 /* an append is +1 and one line in sdk/abi-changelog.md */
+#define PHX_ABI_MINOR_OLDEST 1 /* plugins of earlier minors are refused: until 1.1 the structs still moved */
 #if defined(__GNUC__)
 #define PHX_EXPORT __attribute__((visibility("default")))
 #else
@@ -30,6 +34,18 @@ extern "C" {
 
 /* True when *p, as filled by the other side, is long enough to hold `field`. */
 #define PHX_HAS(p, type, field) ((p)->struct_size >= offsetof(type, field) + sizeof(((type *)0)->field))
+
+/* The callee's side of a struct that the caller owns: copies what both know of *mine into *out, keeps the caller's
+ * struct_size, and zeroes what only the caller knows.  Both begin with a size_t struct_size, which is set. */
+static inline void phx_struct_give(void *out, const void *mine) {
+  const size_t room = *(const size_t *)out, have = *(const size_t *)mine;
+  unsigned char *to = (unsigned char *)out;
+  const unsigned char *from = (const unsigned char *)mine;
+  for (size_t i = sizeof(size_t); i < room; i++) to[i] = i < have ? from[i] : 0;
+}
+/* The reader's side of a struct that the other side owns: a copy of our size; what the other side does not know is zero.
+ * mine->struct_size is set to our size before. */
+static inline void phx_struct_take(void *mine, const void *theirs) { phx_struct_give(mine, theirs); }
 
 /* ---- status: the code is for programs and says who must act ---- */
 typedef int32_t phx_status;
@@ -85,7 +101,8 @@ enum {
   PHX_MEM_BUFFER = 5,    /* staging and communication buffers */
   PHX_MEM_ACTIVATION = 6,
   PHX_MEM_WORKSPACE = 7, /* scratch of operations and libraries */
-  PHX_MEM_KINDS = 8
+  PHX_MEM_KINDS = 8,
+  PHX_MEM_KINDS_ROOM = 16 /* length of arrays by kind in structs; the rest is zero */
 };
 #define PHX_ALIGN 256 /* every allocation and every parameter in a flat begins at a multiple of this many bytes */
 /* Bytes that an allocation of `bytes` is accounted as: rounded up to PHX_ALIGN. */

@@ -34,7 +34,12 @@ enum {
   PHX_OP_ALL_TO_ALL = 7,
   PHX_OP_BARRIER = 8,
   PHX_OP_SPLIT = 9,
-  PHX_OPS = 10
+  PHX_OPS = 10,
+  /* Reserved for one count per rank; no communicator has them yet. */
+  PHX_OP_ALL_GATHER_V = 10,
+  PHX_OP_REDUCE_SCATTER_V = 11,
+  PHX_OP_ALL_TO_ALL_V = 12,
+  PHX_OPS_ROOM = 32 /* length of arrays by operation in structs; the rest is zero */
 };
 static inline const char *phx_op_name(int32_t op) {
   static const char *const names[PHX_OPS] = {"all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast",
@@ -44,8 +49,8 @@ static inline const char *phx_op_name(int32_t op) {
 
 typedef struct phx_comm_stats { /* since create(), this rank; the world's count what was split off it, too */
   size_t struct_size;
-  int64_t calls[PHX_OPS];
-  int64_t bytes[PHX_OPS]; /* payload: bytes this rank read from or wrote into a peer's memory, or put on the wire */
+  int64_t calls[PHX_OPS_ROOM];
+  int64_t bytes[PHX_OPS_ROOM]; /* payload: bytes this rank read from or wrote into a peer's memory, or put on the wire */
   int64_t wait_ns;        /* time spent waiting for peers */
 } phx_comm_stats;
 

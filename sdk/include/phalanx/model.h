@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define PHX_BLOCK 1024 /* elements of a canonical block */
-#define PHX_PARAM_DIMS 4
+#define PHX_PARAM_DIMS 8
 
 enum { PHX_PARAM_FROZEN = 1u << 0, PHX_PARAM_DECAY = 1u << 1 /* weight decay applies */ };
 enum { PHX_INIT_ZERO = 0, PHX_INIT_ONE = 1, PHX_INIT_NORMAL = 2 /* mean 0, init_std */ };

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 
 #define PHX_EXT_OPTIM "phx.optim/1"
-#define PHX_OPTIM_STATES_MAX 4
+#define PHX_OPTIM_STATES_MAX 8 /* also the length of arrays by state in structs */
 
 /* The finest part that may be updated on its own. */
 enum { PHX_GRAIN_ELEMENT = 0, PHX_GRAIN_BLOCK = 1, PHX_GRAIN_ROW = 2, PHX_GRAIN_TENSOR = 3 };

@@ -12,7 +12,14 @@ extern "C" {
 
 #define PHX_ENTRY_SYMBOL "phx_plugin_v1"
 
-enum { PHX_KIND_STRATEGY = 1, PHX_KIND_DEVICE = 2, PHX_KIND_COMM = 3, PHX_KIND_MODEL = 4 };
+enum {
+  PHX_KIND_STRATEGY = 1,
+  PHX_KIND_DEVICE = 2,
+  PHX_KIND_COMM = 3,
+  PHX_KIND_MODEL = 4,
+  PHX_KIND_OPTIMIZER = 5, /* reserved */
+  PHX_KIND_OBSERVER = 6   /* reserved: sees metrics and events, never blocks the run */
+};
 
 /* provides: the core ignores bits it does not know. */
 #define PHX_CAP_SHARDS_WEIGHTS (1ull << 0)

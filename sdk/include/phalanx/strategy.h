@@ -39,6 +39,7 @@ typedef struct phx_topology {
   const int64_t *boundary_bytes;
 } phx_topology;
 
+enum { PHX_AXES_ROOM = 8 };
 typedef struct phx_axis {
   char name[24]; /* "data", "pipeline", ... */
   int32_t size, index;
@@ -51,17 +52,17 @@ typedef struct phx_layout {
   int32_t data_rank, data_size;   /* which part of each step's batch this rank reads */
   int32_t activation_slots;       /* micro-batches whose activations live at once, >= 1 */
   uint32_t n_axes;
-  phx_axis axes[4];
+  phx_axis axes[PHX_AXES_ROOM];
   uint8_t *stage_owned;           /* (n_stages) 1: this rank runs the stage */
   uint8_t *unit_owned;            /* (n_units) 1: this rank holds (part of) the unit */
 } phx_layout;
 
 typedef struct phx_estimate {
   size_t struct_size;
-  int64_t bytes[PHX_MEM_KINDS];   /* what create() will hold through host->alloc, aligned as accounted */
+  int64_t bytes[PHX_MEM_KINDS_ROOM]; /* what create() will hold through host->alloc, aligned as accounted */
   int64_t arena_bytes;            /* the part of the above that is allocated with a communicator */
-  int64_t sent[PHX_OPS];          /* payload bytes of this rank in one training step, by collective, norm excluded */
-  int64_t calls[PHX_OPS];         /* collective calls in one training step */
+  int64_t sent[PHX_OPS_ROOM];     /* payload bytes of this rank in one training step, by collective, norm excluded */
+  int64_t calls[PHX_OPS_ROOM];    /* collective calls in one training step */
   /* Of the slices that visit_state names on this rank, low-precision weights left out: what a checkpoint holds of it.
    * With PHX_CAP_LIVE_STATE memory for copies is planned from it; 0: not said, and that is known when the run begins */
   int64_t state_bytes;

@@ -41,6 +41,7 @@ static const phx_plugin plugin = {
 #else
     .table_major = PHX_ABI_MAJOR,
 #endif
+    .table_minor = PHX_ABI_MINOR,
 #ifdef CASE_WRONGID
     .id = "rightid",
 #elif defined CASE_UNNAMED

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SLOTS = PHX_OPTIM_STATES_MAX };
+enum { SLOTS = 4 }; /* a state of each kind, and two to spare */
 enum { WEIGHT = 0, FROZEN = 1, GRADIENT = 2, REDUCED = 3, SLICES = 4, REGIONS = 5 };
 
 typedef struct fileopt_config {
