@@ -192,21 +192,6 @@ static int32_t last_bucket(const zero_plan *p, uint32_t unit) {
   return (int32_t)b;
 }
 
-/* First fit among the open windows. */
-static int64_t window_fit(const zero_plan *p, const uint8_t *open, int64_t numel) {
-  int64_t at = 0;
-  for (bool moved = true; moved;) {
-    moved = false;
-    for (uint32_t u = 0; u < p->model->n_units; u++) {
-      int64_t begin = p->gradient_at[u], end = begin + trainable_numel(p, u);
-      if (!open[u] || begin >= at + numel || end <= at) continue;
-      at = end;
-      moved = true;
-    }
-  }
-  return at;
-}
-
 /* The last bucket of the windows that were where the unit's is now, -1: none. */
 static int32_t taken_over(const zero_plan *p, const uint8_t *closed, uint32_t unit) {
   int64_t begin = p->gradient_at[unit], end = begin + trainable_numel(p, unit);
@@ -225,6 +210,7 @@ static phx_status plan_windows(zero_plan *p, phx_error *err) {
   const phx_model *m = p->model;
   uint8_t *open = calloc(m->n_units + 1u, 1), *complete = calloc(m->n_units + 1u, 1);
   uint8_t *closed = calloc(m->n_units + 1u, 1);
+  phx_kit_pool pool = {0};
   uint32_t next = 0;
   phx_status status = PHX_OK;
   if (!open || !complete || !closed) {
@@ -237,10 +223,9 @@ static phx_status plan_windows(zero_plan *p, phx_error *err) {
       const phx_use *use = phx_model_use(m, stage->first_use + i);
       int64_t numel = trainable_numel(p, use->unit);
       if (!(use->flags & PHX_USE_GRADIENT) || numel == 0 || open[use->unit]) continue;
-      p->gradient_at[use->unit] = window_fit(p, open, numel);
+      PHX_KIT_TRY(phx_kit_pool_take(&pool, numel, &p->gradient_at[use->unit], err));
       p->gradient_after[use->unit] = taken_over(p, closed, use->unit);
       open[use->unit] = 1;
-      if (p->gradient_at[use->unit] + numel > p->windows) p->windows = p->gradient_at[use->unit] + numel;
     }
     for (uint32_t i = 0; i < stage->n_uses; i++) {
       const phx_use *use = phx_model_use(m, stage->first_use + i);
@@ -250,11 +235,14 @@ static phx_status plan_windows(zero_plan *p, phx_error *err) {
     while (next < p->n_buckets && complete[p->order.units[p->buckets[next].last]]) next++;
     for (uint32_t u = 0; u < m->n_units; u++) {
       if (!open[u] || !complete[u] || last_bucket(p, u) >= (int32_t)(p->config->overlap_comm ? before : next)) continue;
+      phx_kit_pool_give_back(&pool, p->gradient_at[u]);
       open[u] = 0;
       closed[u] = 1;
     }
   }
+  p->windows = pool.numel;
 done:
+  phx_kit_pool_destroy(&pool);
   free(open), free(complete), free(closed);
   return status;
 }

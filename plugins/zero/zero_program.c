@@ -15,7 +15,8 @@ typedef struct player {
   zero_program *out;
   int64_t *offset; /* (n_units) in the pool, -1: not gathered */
   uint8_t *ahead;  /* (n_units) gathered ahead and not yet used */
-  int64_t live, ahead_numel, pool;
+  int64_t live, ahead_numel;
+  phx_kit_pool pool;
 } player;
 
 static bool needs(const zero_plan *p, const zero_program *out, uint32_t position, uint32_t unit) {
@@ -35,22 +36,9 @@ static uint32_t next_use(const player *p, uint32_t unit, uint32_t position) {
   return position;
 }
 
-static int64_t first_fit(const player *p, int64_t numel) {
-  int64_t at = 0;
-  for (bool moved = true; moved;) { /* past every window that is in the way */
-    moved = false;
-    for (uint32_t u = 0; u < p->plan->model->n_units; u++) {
-      int64_t begin = p->offset[u], end = begin + p->plan->window[u];
-      if (begin < 0 || begin >= at + numel || end <= at) continue;
-      at = end;
-      moved = true;
-    }
-  }
-  return at;
-}
-
-static phx_status act(player *p, uint32_t unit, int64_t offset, phx_error *err) {
+static phx_status act(player *p, uint32_t unit, bool gather, phx_error *err) {
   zero_program *out = p->out;
+  int64_t offset = -1;
   if (out->n_actions == out->room) {
     uint32_t room = out->room ? 2 * out->room : 64;
     zero_action *more = realloc(out->actions, room * sizeof *more);
@@ -58,10 +46,14 @@ static phx_status act(player *p, uint32_t unit, int64_t offset, phx_error *err) 
     out->actions = more;
     out->room = room;
   }
+  if (!gather) phx_kit_pool_give_back(&p->pool, p->offset[unit]);
+  if (gather) {
+    phx_status status = phx_kit_pool_take(&p->pool, p->plan->window[unit], &offset, err);
+    if (status != PHX_OK) return status;
+  }
   out->actions[out->n_actions++] = (zero_action){.unit = unit, .offset = offset};
   p->live += offset < 0 ? -p->plan->window[unit] : p->plan->window[unit];
   p->offset[unit] = offset;
-  if (offset + p->plan->window[unit] > p->pool) p->pool = offset + p->plan->window[unit];
   return PHX_OK;
 }
 
@@ -78,7 +70,7 @@ static phx_status make_room(player *p, int64_t numel, uint32_t position, uint32_
     if (victim == UINT32_MAX) return PHX_OK;
     if (p->ahead[victim]) p->ahead_numel -= p->plan->window[victim];
     p->ahead[victim] = 0;
-    phx_status status = act(p, victim, -1, err);
+    phx_status status = act(p, victim, false, err);
     if (status != PHX_OK) return status;
   }
   *made = true;
@@ -91,7 +83,7 @@ static phx_status play_position(player *p, uint32_t position, phx_error *err) {
   phx_status status = PHX_OK;
   bool made = true;
   for (uint32_t u = 0; u < n_units; u++)
-    if (p->offset[u] >= 0 && next_use(p, u, position) == end) PHX_KIT_TRY(act(p, u, -1, err));
+    if (p->offset[u] >= 0 && next_use(p, u, position) == end) PHX_KIT_TRY(act(p, u, false, err));
   for (uint32_t u = 0; u < n_units; u++) {
     if (!needs(plan, p->out, position, u)) continue;
     if (p->ahead[u]) p->ahead_numel -= plan->window[u];
@@ -107,7 +99,7 @@ static phx_status play_position(player *p, uint32_t position, phx_error *err) {
           phx_model_stage(plan->model,
                           position < plan->model->n_stages ? position : 2 * plan->model->n_stages - 1 - position)
               ->name);
-    PHX_KIT_TRY(act(p, u, first_fit(p, plan->window[u]), err));
+    PHX_KIT_TRY(act(p, u, true, err));
   }
   for (uint32_t q = position + 1; q < end; q++)
     for (uint32_t u = 0; u < n_units; u++) {
@@ -115,7 +107,7 @@ static phx_status play_position(player *p, uint32_t position, phx_error *err) {
       if (p->ahead_numel >= plan->config->stage3_prefetch_bucket_size) return PHX_OK;
       PHX_KIT_TRY(make_room(p, plan->window[u], position, q, &made, err));
       if (!made) return PHX_OK; /* nothing that is used later overtakes */
-      PHX_KIT_TRY(act(p, u, first_fit(p, plan->window[u]), err));
+      PHX_KIT_TRY(act(p, u, true, err));
       p->ahead[u] = 1;
       p->ahead_numel += plan->window[u];
     }
@@ -140,8 +132,9 @@ phx_status zero_program_create(zero_plan *plan, uint32_t n_positions, zero_progr
     PHX_KIT_TRY(play_position(&p, position, err));
   }
   out->first[n_positions] = out->n_actions;
-  if (p.pool > plan->pool) plan->pool = p.pool;
+  if (p.pool.numel > plan->pool) plan->pool = p.pool.numel;
 done:
+  phx_kit_pool_destroy(&p.pool);
   free(p.offset);
   free(p.ahead);
   return status;

@@ -12,17 +12,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct window {
-  int64_t offset, numel;
-} window;
-
 typedef struct player {
   const phx_model *m;
   const phx_kit_policy *policy;
   phx_kit_program *out;
   uint32_t capacity; /* of out->actions */
-  window *live;      /* by offset */
-  uint32_t n_live;
+  phx_kit_pool pool;
   int64_t *weight;                /* (n_units) offset or -1 */
   int64_t *gradient;              /* (n_units) offset or -1 */
   uint32_t *list;                 /* (n_units) what is wanted at a position, in the order of use */
@@ -31,29 +26,6 @@ typedef struct player {
   uint32_t *pending, n_pending;   /* reduced, window still open */
   int64_t live_units, live_numel; /* gathered now */
 } player;
-
-static int64_t first_fit(player *p, int64_t numel) {
-  uint32_t i = 0;
-  int64_t at = 0;
-  for (; i < p->n_live; i++) {
-    if (p->live[i].offset - at >= numel) break;
-    at = p->live[i].offset + p->live[i].numel;
-  }
-  memmove(p->live + i + 1, p->live + i, (p->n_live - i) * sizeof *p->live);
-  p->live[i] = (window){at, numel};
-  p->n_live++;
-  if (at + numel > p->out->pool_numel) p->out->pool_numel = at + numel;
-  return at;
-}
-
-static void give_back(player *p, int64_t offset) {
-  for (uint32_t i = 0; i < p->n_live; i++)
-    if (p->live[i].offset == offset) {
-      memmove(p->live + i, p->live + i + 1, (p->n_live - i - 1) * sizeof *p->live);
-      p->n_live--;
-      return;
-    }
-}
 
 static phx_status act(player *p, int32_t what, uint32_t unit, int64_t offset, phx_error *err) {
   if (p->out->n_actions == p->capacity) {
@@ -122,11 +94,11 @@ static phx_status gather_wanted(player *p, phx_error *err) {
       return phx_kit_fail(err, PHX_INVALID, "at most %lld units may be gathered at once, but unit '%s' is needed too",
                           (long long)k->live_units, phx_model_unit(p->m, u)->name);
     if (i >= p->n_needed && (full || weight_numel(p, u) > k->live_numel - p->live_numel)) return PHX_OK;
-    p->weight[u] = first_fit(p, weight_numel(p, u));
+    phx_status status = phx_kit_pool_take(&p->pool, weight_numel(p, u), &p->weight[u], err);
+    if (status == PHX_OK) status = act(p, PHX_KIT_GATHER, u, p->weight[u], err);
+    if (status != PHX_OK) return status;
     p->live_numel += weight_numel(p, u);
     if (++p->live_units > p->out->most_units) p->out->most_units = p->live_units;
-    phx_status status = act(p, PHX_KIT_GATHER, u, p->weight[u], err);
-    if (status != PHX_OK) return status;
   }
   return PHX_OK;
 }
@@ -137,8 +109,8 @@ static phx_status open_gradients(player *p, const phx_stage *stage, phx_error *e
     const phx_use *use = phx_model_use(p->m, stage->first_use + i);
     int64_t numel = p->policy->gradient_numel[use->unit];
     if (!(use->flags & PHX_USE_GRADIENT) || numel == 0 || p->gradient[use->unit] >= 0) continue;
-    p->gradient[use->unit] = first_fit(p, numel);
-    phx_status status = act(p, PHX_KIT_OPEN, use->unit, p->gradient[use->unit], err);
+    phx_status status = phx_kit_pool_take(&p->pool, numel, &p->gradient[use->unit], err);
+    if (status == PHX_OK) status = act(p, PHX_KIT_OPEN, use->unit, p->gradient[use->unit], err);
     if (status != PHX_OK) return status;
   }
   return PHX_OK;
@@ -168,7 +140,7 @@ static phx_status drop_rest(player *p, uint32_t next, phx_error *err) {
     if (p->weight[u] < 0 || p->listed[u] || (p->policy->keep && backward_comes(p, u, next))) continue;
     phx_status status = act(p, PHX_KIT_DROP, u, p->weight[u], err);
     if (status != PHX_OK) return status;
-    give_back(p, p->weight[u]);
+    phx_kit_pool_give_back(&p->pool, p->weight[u]);
     p->weight[u] = -1;
     p->live_units--;
     p->live_numel -= weight_numel(p, u);
@@ -181,7 +153,7 @@ static phx_status close_pending(player *p, phx_error *err) {
     uint32_t u = p->pending[p->n_pending - 1];
     phx_status status = act(p, PHX_KIT_CLOSE, u, p->gradient[u], err);
     if (status != PHX_OK) return status;
-    give_back(p, p->gradient[u]);
+    phx_kit_pool_give_back(&p->pool, p->gradient[u]);
     p->gradient[u] = -1;
   }
   return PHX_OK;
@@ -228,23 +200,23 @@ phx_status phx_kit_program_create(const phx_model *m, const phx_kit_policy *poli
   player p = {.m = m,
               .policy = policy,
               .out = &program,
-              .live = calloc(2 * units, sizeof *p.live),
               .weight = calloc(units, sizeof *p.weight),
               .gradient = calloc(units, sizeof *p.gradient),
               .list = calloc(units, sizeof *p.list),
               .listed = calloc(units, 1),
               .pending = calloc(units, sizeof *p.pending)};
   phx_status status = PHX_OK;
-  if (!program.first || !p.live || !p.weight || !p.gradient || !p.list || !p.listed || !p.pending) {
+  if (!program.first || !p.weight || !p.gradient || !p.list || !p.listed || !p.pending) {
     status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the windows of %u units", m->n_units);
     goto done;
   }
   for (uint32_t u = 0; u < m->n_units; u++) p.weight[u] = p.gradient[u] = -1;
   PHX_KIT_TRY(play(&p, err));
+  program.pool_numel = p.pool.numel;
   *out = program;
 done:
   if (status != PHX_OK) phx_kit_program_destroy(&program);
-  free(p.live);
+  phx_kit_pool_destroy(&p.pool);
   free(p.weight);
   free(p.gradient);
   free(p.list);

@@ -90,6 +90,60 @@ Test(kit, a_gradient_that_no_stage_writes_is_refused_by_name) {
   toy_free(t);
 }
 
+/* ---- the pool ---- */
+
+static int64_t taken(phx_kit_pool *p, int64_t numel) {
+  int64_t at = -1;
+  cr_assert_eq(phx_kit_pool_take(p, numel, &at, NULL), PHX_OK);
+  return at;
+}
+
+Test(kit, a_window_is_at_the_lowest_offset_where_it_fits) {
+  phx_kit_pool p = {0};
+  cr_assert_eq(taken(&p, 10), 0);
+  cr_assert_eq(taken(&p, 20), 10);
+  cr_assert_eq(taken(&p, 5), 30);
+  phx_kit_pool_give_back(&p, 10);
+  cr_assert_eq(taken(&p, 21), 35, "the gap of 20 is too small");
+  cr_assert_eq(taken(&p, 12), 10);
+  cr_assert_eq(taken(&p, 8), 22, "the rest of the gap, to the last element");
+  phx_kit_pool_give_back(&p, 0);
+  phx_kit_pool_give_back(&p, 10);
+  cr_assert_eq(taken(&p, 22), 0, "two neighbours that were given back are one gap");
+  cr_assert_eq(p.numel, 56, "as high as it ever was");
+  cr_assert_eq(p.n, 4u);
+  phx_kit_pool_destroy(&p);
+  cr_assert_eq(p.numel, 0);
+}
+
+/* Against a map of single elements. */
+Test(kit, a_pool_of_many_windows_is_first_fit) {
+  enum { ELEMENTS = 4096, WINDOWS = 60 };
+  static uint8_t used[ELEMENTS];
+  int64_t offset[WINDOWS], numel[WINDOWS] = {0}, highest = 0;
+  phx_kit_pool p = {0};
+  for (uint64_t turn = 0; turn < 3000; turn++) {
+    uint32_t w = (uint32_t)(toy_mix(turn) % WINDOWS);
+    if (numel[w] > 0) {
+      phx_kit_pool_give_back(&p, offset[w]);
+      memset(used + offset[w], 0, (size_t)numel[w]);
+      numel[w] = 0;
+      continue;
+    }
+    int64_t at = 0, free_from = 0;
+    numel[w] = 1 + (int64_t)(toy_mix(turn + 5000) % 40);
+    for (; at - free_from < numel[w]; at++)
+      if (used[at]) free_from = at + 1;
+    offset[w] = taken(&p, numel[w]);
+    cr_assert_eq(offset[w], free_from);
+    memset(used + offset[w], 1, (size_t)numel[w]);
+    if (offset[w] + numel[w] > highest) highest = offset[w] + numel[w];
+  }
+  cr_assert_eq(p.numel, highest);
+  cr_assert_gt(p.n, 16u, "more than the pool begins with");
+  phx_kit_pool_destroy(&p);
+}
+
 /* ---- the window planner, played back ---- */
 
 typedef struct playback {

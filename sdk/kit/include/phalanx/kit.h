@@ -151,6 +151,20 @@ typedef struct phx_kit_bucket {
 phx_status phx_kit_buckets_create(const phx_model *model, const phx_kit_order *order, int64_t first_numel,
                                   int64_t numel, phx_kit_bucket **out, uint32_t *n_out, phx_error *err);
 
+/* ---- a pool: windows of a memory that is taken once ---- */
+typedef struct phx_kit_window {
+  int64_t offset, numel;
+} phx_kit_window;
+typedef struct phx_kit_pool { /* begin with a zeroed one: nothing is in use */
+  phx_kit_window *windows;    /* (n) in use, by offset */
+  uint32_t n, room;
+  int64_t numel; /* elements that all windows so far fit in, at their offsets */
+} phx_kit_pool;
+/* First fit: *out is the lowest offset from which numel (> 0) elements are free. */
+phx_status phx_kit_pool_take(phx_kit_pool *p, int64_t numel, int64_t *out, phx_error *err);
+void phx_kit_pool_give_back(phx_kit_pool *p, int64_t offset); /* of a window that was taken */
+void phx_kit_pool_destroy(phx_kit_pool *p);
+
 /* ---- windows: gathers and gradients that pass through one pool, as a fixed program ---- */
 enum {
   PHX_KIT_GATHER = 1, /* acquire: the unit's weights go to pool + offset */
