@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static int sys_direct(int fd, int on) {
@@ -34,12 +35,14 @@ static int sys_lock(int fd) {
   return fcntl(fd, F_OFD_SETLK, &whole);
 }
 
+static int sys_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
+
 phx__sys_table phx__sys = {
     .calloc = calloc, .realloc = realloc, .free = free, .open = sys_open, .close = close, .read = read, .write = write,
     .pwrite = pwrite, .fsync = fsync, .rename = rename, .ftruncate = ftruncate, .mkdir = mkdir, .mmap = mmap,
     .munmap = munmap, .memfd_create = memfd_create, .pread = pread, .fstat = fstat, .unlink = unlink,
     .unlinkat = unlinkat, .rmdir = rmdir, .direct = sys_direct, .openat = sys_openat, .lock = sys_lock,
-    .link = link, .statvfs = statvfs,
+    .link = link, .statvfs = statvfs, .pidfd_open = sys_pidfd_open,
 };
 
 void *phx__calloc(size_t n, size_t bytes) { return phx__sys.calloc(n ? n : 1, bytes ? bytes : 1); }

@@ -41,6 +41,7 @@ typedef struct phx__sys_table {
   int (*statvfs)(const char *path, struct statvfs *out);
   int (*lock)(int fd);           /* the whole file, for writing, by its open file description; does not wait */
   int (*link)(const char *from, const char *to);
+  int (*pidfd_open)(pid_t pid);
 } phx__sys_table;
 extern phx__sys_table phx__sys;
 

@@ -11,11 +11,11 @@
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/clock.h"
 #include "base/futex.h"
+#include "base/process_stat.h"
 #include "job/job_segment.h"
 #include "base/status.h"
 #include "base/sys.h"
@@ -50,8 +50,8 @@ static int32_t first_absent(const phx__segment *segment, int32_t size, uint64_t 
 static bool is_dead(const phx__segment *segment, int32_t rank) {
   int32_t pid = __atomic_load_n(&segment->pages[rank].alive.pid, __ATOMIC_ACQUIRE);
   if (pid <= 0) return false;
-  int fd = (int)syscall(SYS_pidfd_open, pid, 0);
-  if (fd < 0) return errno == ESRCH;
+  int fd = phx__sys.pidfd_open(pid);
+  if (fd < 0) return errno == ESRCH || phx__process_has_ended(pid, 0);
   struct pollfd ready = {.fd = fd, .events = POLLIN};
   bool dead = poll(&ready, 1, 0) == 1;
   phx__sys.close(fd);

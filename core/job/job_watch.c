@@ -26,11 +26,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/cgroup.h"
 #include "base/clean.h"
+#include "base/process_stat.h"
 #include "base/clock.h"
 #include "base/job_calls.h"
 #include "job/job_segment.h"
@@ -60,6 +60,8 @@ static struct watcher {
   phx__segment *segment;
   pid_t pid;
   int pidfds[PHX_RANKS_MAX]; /* -1: not open */
+  bool no_pidfd[PHX_RANKS_MAX]; /* refused, as containers and old kernels do: /proc says it, a tick later */
+  uint64_t starts[PHX_RANKS_MAX]; /* with no_pidfd, of its process; 0: not known */
   bool gone[PHX_RANKS_MAX];  /* nothing more to see */
   int32_t stopped;           /* the rank that is stopped, or -1 */
   uint64_t stopped_ns;
@@ -136,28 +138,22 @@ static bool is_near(const struct watcher *w, int32_t rank) {
   return rank != w->job->rank && state_of(&page->alive) != 0 && page->pid_space && page->pid_space == mine->pid_space;
 }
 
-static void open_near(struct watcher *w) {
-  for (int32_t r = 0; r < w->job->size; r++) {
-    if (w->gone[r] || w->pidfds[r] >= 0 || !is_near(w, r)) continue;
-    w->pidfds[r] = (int)syscall(SYS_pidfd_open, w->segment->pages[r].alive.pid, 0);
-    if (w->pidfds[r] >= 0) continue;
-    if (errno == ESRCH) found_dead(w, r);
-    else if (errno != EMFILE && errno != ENFILE) w->gone[r] = true; /* a kernel before 5.3: nothing to watch with */
-  }
+static void look_without_pidfd(struct watcher *w, int32_t r) {
+  const int32_t pid = w->segment->pages[r].alive.pid;
+  phx__process_stat it;
+  if (phx__process_has_ended(pid, w->starts[r])) found_dead(w, r);
+  else if (!w->starts[r] && phx__process_stat_read(pid, &it)) w->starts[r] = it.start;
 }
 
-/* The state's letter in /proc/PID/stat, or 0. */
-static char process_state(int32_t pid) {
-  char path[48], text[512];
-  snprintf(path, sizeof path, "/proc/%d/stat", pid);
-  const int fd = phx__sys.open(path, O_RDONLY | O_CLOEXEC, 0);
-  if (fd < 0) return 0;
-  const ssize_t n = phx__sys.read(fd, text, sizeof text - 1);
-  phx__sys.close(fd);
-  if (n <= 0) return 0;
-  text[n] = 0;
-  const char *name_end = strrchr(text, ')');
-  return name_end && name_end[1] == ' ' ? name_end[2] : 0;
+static void look_near(struct watcher *w) {
+  for (int32_t r = 0; r < w->job->size; r++) {
+    if (w->gone[r] || w->pidfds[r] >= 0 || !is_near(w, r)) continue;
+    if (!w->no_pidfd[r]) w->pidfds[r] = phx__sys.pidfd_open(w->segment->pages[r].alive.pid);
+    if (w->pidfds[r] >= 0) continue;
+    if (!w->no_pidfd[r] && errno == ESRCH) found_dead(w, r);
+    else look_without_pidfd(w, r);
+    w->no_pidfd[r] = true;
+  }
 }
 
 /* Every rank looks at the next one that runs: so a stopped one is seen as long as any rank runs. */
@@ -168,8 +164,9 @@ static void look_for_stop(struct watcher *w, uint64_t now) {
     const int32_t r = (w->job->rank + k) % w->job->size;
     if (!w->gone[r] && is_near(w, r) && state_of(&w->segment->pages[r].alive) < DONE) next = r;
   }
-  /* 't' is a debugger's doing */
-  if (next < 0 || process_state(w->segment->pages[next].alive.pid) != 'T') {
+  phx__process_stat it = {0};
+  if (next >= 0) phx__process_stat_read(w->segment->pages[next].alive.pid, &it);
+  if (it.state != 'T') { /* 't' is a debugger's doing */
     w->stopped = -1;
     return;
   }
@@ -303,7 +300,7 @@ static void *watch(void *arg) {
     listen(w, now);
     if (late) w->stopped = -1;
     if (!w->segment->launcher_pid && !late) {
-      open_near(w);
+      look_near(w);
       look_for_stop(w, now);
     }
     if (!w->failed_ns) judge_main(w, now);

@@ -17,7 +17,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/signalfd.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -264,7 +263,7 @@ static phx_status start(struct launch *l, const phx__spawn *spawn, phx_error *er
     rank->running = true;
     rank->moved_ns = phx__now_ns();
     /* Without pidfds (a kernel before 5.3) the tick finds the death. */
-    rank->pidfd = (int)syscall(SYS_pidfd_open, rank->pid, 0);
+    rank->pidfd = phx__sys.pidfd_open(rank->pid);
     l->started++;
     l->running++;
   }

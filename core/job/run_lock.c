@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "base/complain.h"
+#include "base/process_stat.h"
 #include "base/status.h"
 #include "base/sys.h"
 
@@ -52,18 +53,9 @@ static struct {
 
 /* ---- who ---- */
 static uint64_t start_of(long pid) {
-  char path[64], text[1024];
-  unsigned long long start = 0;
-  snprintf(path, sizeof path, "/proc/%ld/stat", pid);
-  const int fd = phx__sys.open(path, O_RDONLY, 0);
-  if (fd < 0) return 0;
-  const ssize_t n = phx__sys.read(fd, text, sizeof text - 1);
-  phx__sys.close(fd);
-  text[n > 0 ? n : 0] = 0;
-  const char *at = strrchr(text, ')'); /* a command's name may hold anything */
-  for (int field = 2; at && field < 22; field++) at = strchr(at + 1, ' ');
-  if (!at || sscanf(at, "%llu", &start) != 1) return 0;
-  return start;
+  phx__process_stat it;
+  phx__process_stat_read(pid, &it);
+  return it.start;
 }
 
 /* Where a process number means something: this boot of this machine, and this namespace. */

@@ -19,3 +19,8 @@ void *fail_mmap(void *at, size_t bytes, int prot, int flags, int fd, off_t offse
   errno = ENOMEM;
   return MAP_FAILED;
 }
+int fail_pidfd_open(pid_t pid) {
+  (void)pid;
+  errno = EPERM;
+  return -1;
+}

@@ -427,6 +427,54 @@ Test(job, a_missing_rank_of_torchrun_is_named, .timeout = 60) {
   job_ranks_run(3, one_short);
 }
 
+/* A container that refuses pidfd_open: the watch sees a lost rank in /proc, a stopped one and one that has ended. */
+static int lost_signal;
+static int without_pidfds(int rank, int size) {
+  job_ranks_forget();
+  job_ranks_set("RANK", rank);
+  job_ranks_set("WORLD_SIZE", size);
+  job_ranks_set("LOCAL_RANK", rank);
+  job_ranks_set("MASTER_PORT", (long)getppid());
+  phx__sys.pidfd_open = fail_pidfd_open;
+  const phx_job *job = job_ranks_open(20);
+  phx_error err = PHX_ERROR_INIT;
+  NEED(phx__job_watch(job, &err) == PHX_OK && phx__job_agree(job, 1, "start", &err) == PHX_OK);
+  usleep(500000); /* the watch has looked */
+  if (rank == 1) {
+    raise(lost_signal);
+    pause();
+  }
+  for (int i = 0; i < 800 && !__atomic_load_n(job->failed, __ATOMIC_ACQUIRE); i++) usleep(10000);
+  NEED(*job->failed == 2);
+  NEED(strstr(job->ranks[1]->message, lost_signal == SIGSTOP ? "its process has been stopped for"
+                                                             : "its process has ended without saying"));
+  if (rank == 0) kill(job->ranks[1]->pid, SIGKILL);
+  _exit(0);
+}
+static void lose_without_pidfds(int number) {
+  pid_t pids[3], parent = getpid();
+  int state = 0;
+  lost_signal = number;
+  for (int r = 0; r < 3; r++) {
+    pids[r] = fork();
+    if (pids[r]) continue;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) _exit(98);
+    _exit(without_pidfds(r, 3));
+  }
+  for (int r = 0; r < 3; r++) {
+    cr_assert_eq(waitpid(pids[r], &state, 0), pids[r]);
+    if (r == 1) cr_expect(WIFSIGNALED(state));
+    else cr_expect(WIFEXITED(state) && WEXITSTATUS(state) == 0, "rank %d: wait status %x", r, (unsigned)state);
+  }
+}
+Test(job, a_killed_rank_is_found_without_pidfds, .timeout = 60) {
+  lose_without_pidfds(SIGKILL);
+}
+Test(job, a_stopped_rank_is_found_without_pidfds, .timeout = 60) {
+  lose_without_pidfds(SIGSTOP);
+}
+
 static int no_leader(int rank, int size) {
   phx_error err = PHX_ERROR_INIT;
   const phx_job *job = NULL;
