@@ -161,7 +161,9 @@ static phx_status finish(phx__checkpoints *c, phx_error *err) {
   return ended(c, status, &report, &why, err);
 }
 
+/* One in the background is committed between two later steps: the step has its line by then. */
 static phx_status save_now(phx__checkpoints *c, phx_error *err) {
+  phx__progress_line(c->progress);
   const double begin = phx__now();
   phx__save_report r = {.step = c->at.step};
   const phx_status status = phx__checkpoint_save(c->rt, c->rt->config->s.run.out, &c->at, &c->retention, &r.bytes, err);

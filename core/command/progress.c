@@ -57,7 +57,7 @@ static void keep_metric(void *arg, const char *plugin, const char *name, double 
 
 phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err) {
   char path[4200];
-  *p = (phx__progress){.rt = rt, .first = first, .last = first, .started = phx__now()};
+  *p = (phx__progress){.rt = rt, .first = first, .last = first, .step = first, .started = phx__now()};
   p->tokens_per_step = rt->prepared->shape.micro * rt->prepared->shape.sequence * rt->prepared->topology.accumulate *
                        rt->prepared->layout.data_size;
   if (rt->job->rank != 0) return PHX_OK;
@@ -69,10 +69,11 @@ phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first,
   return phx__metrics_open(&p->metrics, path, first, err);
 }
 
-static void say(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, double valid_loss) {
-  const int64_t steps = p->rt->config->s.run.steps;
+static void say(const phx__progress *p, double valid_loss) {
+  const phx__step_result *r = &p->done;
+  const int64_t step = p->step, steps = p->rt->config->s.run.steps;
   phx__screen_line l = {.step = step, .steps = steps, .loss = r->loss, .norm = r->grad_norm, .lr = r->lr,
-                        .seconds = seconds, .rate = (double)p->tokens_per_step / seconds};
+                        .seconds = p->seconds, .rate = (double)p->tokens_per_step / p->seconds};
   phx__bytes_text(p->rt->book.now_all, l.memory);
   l.left = (phx__now() - p->started) / (double)(step - p->first) * (double)(steps - step);
   if (isfinite(valid_loss)) snprintf(l.note, sizeof l.note, "held-out %.4f", valid_loss);
@@ -102,31 +103,54 @@ static void put_real(line *l, const char *name, double value) {
   else put(l, ",\"%s\":null", name);
 }
 
-void phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, int64_t bytes_sent,
-                        double valid_loss, const char *hash) {
-  const phx__settings *s = &p->rt->config->s;
-  line l = {.n = 0};
-  if (!p->mine) return;
-  put(&l, "{\"step\":%" PRId64, step);
-  put_real(&l, "loss", r->loss);
-  put_real(&l, "grad_norm", r->grad_norm);
-  put(&l, ",\"lr\":%.17g,\"tokens_per_s\":%.6g,\"step_ms\":%.6g,\"bytes\":{", r->lr,
-      (double)p->tokens_per_step / seconds, 1e3 * seconds);
-  for (int32_t k = 0; k < PHX_MEM_KINDS; k++)
-    put(&l, "%s\"%s\":%" PRId64, k ? "," : "", phx__memory_name(k), p->rt->book.now[k]);
-  put(&l, "},\"bytes_sent\":%" PRId64, bytes_sent);
-  if (!isnan(valid_loss)) put_real(&l, "valid_loss", valid_loss);
-  if (r->skipped) put(&l, ",\"skipped\":true");
-  if (hash) put(&l, ",\"state_hash\":\"%s\"", hash);
-  put(&l, "%s}\n", p->extra);
-  phx__metrics_line(&p->metrics, l.text, l.n, step);
+static void end_line(phx__progress *p, line *l) {
+  put(l, "%s}\n", p->extra);
+  phx__metrics_line(&p->metrics, l->text, l->n, p->step);
   p->extra[0] = 0;
   p->holds_save = false;
-  p->last = step;
-  if (step == p->first + 1 || step % s->run.log_every == 0 || step == s->run.steps || !isnan(valid_loss) ||
-      r->skipped) {
-    say(p, step, r, seconds, valid_loss);
-  }
+  p->last = p->step;
+}
+
+static void put_step(const phx__progress *p, line *l) {
+  const phx__step_result *r = &p->done;
+  put(l, "{\"step\":%" PRId64, p->step);
+  put_real(l, "loss", r->loss);
+  put_real(l, "grad_norm", r->grad_norm);
+  put(l, ",\"lr\":%.17g,\"tokens_per_s\":%.6g,\"step_ms\":%.6g,\"bytes\":{", r->lr,
+      (double)p->tokens_per_step / p->seconds, 1e3 * p->seconds);
+  for (int32_t k = 0; k < PHX_MEM_KINDS; k++)
+    put(l, "%s\"%s\":%" PRId64, k ? "," : "", phx__memory_name(k), p->rt->book.now[k]);
+  put(l, "},\"bytes_sent\":%" PRId64, p->bytes_sent);
+  if (r->skipped) put(l, ",\"skipped\":true");
+}
+
+void phx__progress_done(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, int64_t bytes_sent) {
+  p->step = step;
+  p->done = *r;
+  p->seconds = seconds;
+  p->bytes_sent = bytes_sent;
+}
+
+void phx__progress_line(phx__progress *p) {
+  line l = {.n = 0};
+  if (!p->mine || p->last == p->step) return;
+  put_step(p, &l);
+  end_line(p, &l);
+}
+
+void phx__progress_tell(phx__progress *p, double valid_loss, const char *hash) {
+  const phx__settings *s = &p->rt->config->s;
+  const bool behind = p->last == p->step; /* the step has its line */
+  line l = {.n = 0};
+  if (!p->mine) return;
+  if (behind) put(&l, "{\"after_step\":%" PRId64, p->step);
+  else put_step(p, &l);
+  if (!isnan(valid_loss)) put_real(&l, "valid_loss", valid_loss);
+  if (hash) put(&l, ",\"state_hash\":\"%s\"", hash);
+  if (!behind || !isnan(valid_loss) || hash) end_line(p, &l);
+  if (p->step == p->first + 1 || p->step % s->run.log_every == 0 || p->step == s->run.steps || !isnan(valid_loss) ||
+      p->done.skipped)
+    say(p, valid_loss);
 }
 
 phx_status phx__progress_flush(phx__progress *p, phx_error *err) {

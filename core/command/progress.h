@@ -11,6 +11,10 @@ typedef struct phx__progress {
   bool mine;              /* this is rank 0 */
   bool bar;               /* else plain lines */
   int64_t tokens_per_step, first, last; /* the step that this run began after; of the last line */
+  int64_t step;          /* the last that is done, and its numbers */
+  phx__step_result done;
+  double seconds;
+  int64_t bytes_sent;
   double started;      /* seconds, monotonic */
   char extra[4096];    /* plugins' metrics of this step, as JSON members */
   bool holds_save;     /* extra has a save in it */
@@ -20,10 +24,13 @@ typedef struct phx__progress {
 /* first: the step of the checkpoint that the run goes on from, or 0.  Lines of later steps are cut from metrics.jsonl.
  */
 phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first, phx_error *err);
-/* One step; valid_loss NaN and hash NULL when not taken at this step.  A line that cannot be written waits: see
- * metrics.h. */
-void phx__progress_step(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, int64_t bytes_sent,
-                        double valid_loss, const char *hash);
+/* A step is done; its line comes with what is told of it, or before a save that training waits for. */
+void phx__progress_done(phx__progress *p, int64_t step, const phx__step_result *r, double seconds, int64_t bytes_sent);
+/* The line of the step that is done, if it is not written yet: a save holds no step that has none. */
+void phx__progress_line(phx__progress *p);
+/* What else there is to tell of it: in its line, or in one of its own behind it, {"after_step":N,...}.  valid_loss NaN
+ * and hash NULL when not taken at this step.  A line that cannot be written waits: see metrics.h. */
+void phx__progress_tell(phx__progress *p, double valid_loss, const char *hash);
 /* Members for the next line, with a comma before each; false: there is no room for them. */
 bool phx__progress_add(phx__progress *p, const char *members);
 /* What became of a save, as members for the next line; where another waits for that line, or no step comes any more,

@@ -220,7 +220,7 @@ static phx_status save_due(run *r, phx_error *err) {
   return status;
 }
 
-/* Held-out loss and hash where they are due, and the step's line.  Who is to stop does not begin an evaluation; who
+/* Held-out loss and hash where they are due, and the step's line, if no save has asked for it before.  Who is to stop does not begin an evaluation; who
  * hears of it meanwhile does not end it, but that of the last step. */
 static phx_status tell_step(run *r, phx_error *err) {
   const phx__settings *s = &r->config->s;
@@ -245,7 +245,7 @@ static phx_status tell_step(run *r, phx_error *err) {
     r->result.valid_loss = valid_loss;
     memcpy(r->result.state_hash, hash, sizeof hash);
   }
-  phx__progress_step(&r->progress, step, &r->done, r->seconds, r->sent, valid_loss, hashed ? hash : NULL);
+  phx__progress_tell(&r->progress, valid_loss, hashed ? hash : NULL);
   return validated ? heed(r, err) : PHX_OK;
 }
 
@@ -464,6 +464,7 @@ static phx_status run_steps(run *r, phx_error *err) {
     if (status) save_before_failing(r);
     if (status) break;
     r->step++;
+    phx__progress_done(&r->progress, r->step, &r->done, r->seconds, r->sent);
     status = phx__run_lock_seen(err);
     if (!status) status = save_due(r, err);
     if (!status) status = tell_step(r, err);

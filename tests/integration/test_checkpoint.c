@@ -91,8 +91,7 @@ static char *losses_of(const char *dir, const char *out) {
       kept += end - at;
       *kept++ = '\n';
     } else {
-      cr_assert(!strncmp(strchr(at, ','), ",\"checkpoint\":", 14), "%s: neither step nor save: %.*s", name, (int)line,
-                at);
+      cr_assert(!strncmp(at, "{\"after_step\":", 14), "%s: neither a step nor behind one: %.*s", name, (int)line, at);
     }
     at += line + (at[line] == '\n');
   }

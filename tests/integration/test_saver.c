@@ -40,6 +40,7 @@ typedef struct disk {
   int stop_at; /* the n-th piece sends SIGTERM to the process; 0: none */
   int stop_in; /* the evaluation after this step sends it; 0: none */
   int stop_step; /* this step itself does */
+  int die_in;    /* the evaluation after this step is killed */
   int watched; /* evaluations and hashes say whether their step was saved by then */
 } disk;
 static disk plan;
@@ -95,6 +96,7 @@ phx_status __wrap_phx__engine_validate(phx__engine *, phx__data *, int64_t, doub
 phx_status __wrap_phx__engine_validate(phx__engine *e, phx__data *data, int64_t n, double *loss, phx_error *err) {
   say_saved("evaluation", e->step);
   if (e->step == plan.stop_in && my_rank == 1) kill(getpid(), SIGTERM);
+  if (e->step == plan.die_in) kill(getpid(), SIGKILL);
   return __real_phx__engine_validate(e, data, n, loss, err);
 }
 phx_status __real_phx__engine_step(phx__engine *, phx__data *, int64_t, phx__step_result *, phx_error *);
@@ -227,23 +229,24 @@ static void clean(const char *dir) {
 /* ---- what there is afterwards ---- */
 typedef struct metrics {
   char hashes[STEPS + 1][33];
+  int first; /* the step before them */
   int background, lines, saves;
   double stall, copies, waits; /* ms */
 } metrics;
 
-static metrics read_metrics(const char *dir, const char *name) {
-  metrics m = {0};
+static metrics read_metrics_after(int first, const char *dir, const char *name) {
+  metrics m = {.first = first};
   char *text = command_read_file(dir, name);
   cr_assert_not_null(text, "%s", name);
   for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
     cJSON *json = cJSON_Parse(line);
     const cJSON *hash = training_get(json, "state_hash"), *save = training_get(json, "checkpoint");
-    const cJSON *at = training_get(json, hash ? "step" : "after_step");
-    cr_assert((hash || save) && at, "neither of a step nor of a save: %s", line);
+    const cJSON *own = training_get(json, "step"), *at = own ? own : training_get(json, "after_step");
+    cr_assert(at && (own || hash || save), "neither of a step nor of a save: %s", line);
     const int step = (int)at->valuedouble;
     cr_assert(step >= 1 && step <= STEPS);
     if (hash) snprintf(m.hashes[step], 33, "%s", hash->valuestring);
-    m.lines += hash != NULL;
+    if (own) cr_assert_eq(step, ++m.lines + m.first, "%s: not the next step", line);
     if (save) {
       m.saves++;
       m.background += cJSON_IsTrue(training_get(save, "background"));
@@ -256,6 +259,8 @@ static metrics read_metrics(const char *dir, const char *name) {
   free(text);
   return m;
 }
+
+static metrics read_metrics(const char *dir, const char *name) { return read_metrics_after(0, dir, name); }
 
 /* Each checkpoint there is holds the state of its step, from end to end; returns how many. */
 static int check_saved(const char *dir, const metrics *m, const char *what) {
@@ -358,7 +363,7 @@ Test(saver, resumed_is_uninterrupted, .timeout = 60) {
       cr_assert_eq(system(again), 0);
       o = train(dir, ranks, from, "run.out=again run.strategy=fsdp");
       cr_assert_eq(o.status, 0, "%s", o.said);
-      const metrics rest = read_metrics(dir, "again/metrics.jsonl");
+      const metrics rest = read_metrics_after(step, dir, "again/metrics.jsonl");
       cr_assert_eq(rest.lines, STEPS - step);
       for (int k = step + 1; k <= STEPS; k++) cr_assert_str_eq(rest.hashes[k], whole.hashes[k], "step %d", k);
       free(o.said);
@@ -424,6 +429,27 @@ Test(saver, a_save_comes_before_evaluation_and_hash, .timeout = 60) {
     snprintf(text, sizeof text, "evaluation of step %d: %s\n", step, step % 4 ? "not saved" : "saved");
     cr_expect_eq(strstr(o.said, text) != NULL, step % 2 == 0, "'%s' in %s", text, o.said);
   }
+  free(o.said);
+  clean(dir);
+  command_remove_dir(dir);
+}
+
+/* What is saved has its line, though the run dies before it knows all that the line may hold. */
+Test(saver, a_saved_step_keeps_its_line, .timeout = 60) {
+  char *dir = begin();
+  const char *words = "checkpoint.every=4 data.valid=valid.bin run.valid_every=2 checkpoint.background=no";
+  plan = (disk){.die_in = 4};
+  outcome o = train(dir, 1, NULL, words);
+  cr_assert_eq(o.status, 128 + SIGKILL, "%s", o.said);
+  cr_assert_eq(count(dir, "step-00000004"), 1, "%s", o.said);
+  metrics m = read_metrics(dir, "out/metrics.jsonl");
+  cr_assert_eq(m.lines, 4, "step 4 is saved, and there are %d lines", m.lines);
+  free(o.said);
+  plan = (disk){0};
+  o = train(dir, 1, "", words);
+  cr_assert_eq(o.status, 0, "%s", o.said);
+  m = read_metrics(dir, "out/metrics.jsonl");
+  cr_assert_eq(m.lines, STEPS);
   free(o.said);
   clean(dir);
   command_remove_dir(dir);

@@ -35,11 +35,18 @@ static void write_lines(rank_rig *rig, void *arg) {
   const phx_host *host = &rig->rt->strategy_host.table;
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) host->metric(host->ctx, names[i], (double)i);
   phx__progress_save(p, ",\"checkpoint\":{\"saved_step\":1}");
-  phx__progress_step(p, 1, &result, 0.5, 64, 2.5, NULL);
+  phx__progress_done(p, 1, &result, 0.5, 64);
+  phx__progress_tell(p, 2.5, NULL);
   phx__progress_save(p, ",\"checkpoint\":{\"saved_step\":2}"); /* two wait for one step */
   phx__progress_save(p, ",\"checkpoint\":{\"saved_step\":3}");
-  phx__progress_step(p, 2, &result, 0.5, 64, 0.0 / 0.0, "0123");
-  phx__progress_save(p, ",\"checkpoint\":{\"saved_step\":4}"); /* and no step comes */
+  phx__progress_done(p, 2, &result, 0.5, 64);
+  phx__progress_tell(p, 0.0 / 0.0, "0123");
+  phx__progress_done(p, 3, &result, 0.5, 64);
+  phx__progress_line(p); /* before the save, and once */
+  phx__progress_line(p);
+  phx__progress_save(p, ",\"checkpoint\":{\"saved_step\":4}");
+  phx__progress_tell(p, 2.5, "0123"); /* behind it */
+  phx__progress_save(p, ",\"checkpoint\":{\"saved_step\":5}"); /* and no step comes */
   for (int i = 0; i < 1000; i++) host->metric(host->ctx, "one that takes more and more room", i);
   phx__progress_close(p);
   free(p);
@@ -53,14 +60,17 @@ Test(progress, every_line_is_json_of_its_shape) {
   char *text = command_read_file(dir, "out/metrics.jsonl"), *line = strtok(text, "\n");
   static const char *const names[] = {"ddp.plain", "ddp.a\"b", "ddp.line\nbreak", "ddp.back\\slash", "ddp.\x1b[2J",
                                       "ddp.}, \"step\": 7"};
-  static const char *const shapes[] = {"step", "after_step", "step", "after_step"};
-  static const int steps[] = {1, 1, 2, 2}, saves[] = {1, 2, 3, 4};
-  for (int i = 0; i < 4; i++, line = strtok(NULL, "\n")) {
+  static const char *const shapes[] = {"step", "after_step", "step", "step", "after_step", "after_step"};
+  static const int steps[] = {1, 1, 2, 3, 3, 3}, saves[] = {1, 2, 3, 0, 4, 5};
+  static const int losses[] = {1, 0, 0, 0, 1, 0}; /* held out */
+  for (int i = 0; i < 6; i++, line = strtok(NULL, "\n")) {
     cJSON *json = line ? cJSON_Parse(line) : NULL;
     cr_assert(json, "line %d is no JSON: %s", i + 1, line);
     cr_assert_eq((int)cJSON_GetNumberValue(member(json, shapes[i])), steps[i], "%s", line);
-    cr_assert_eq((int)cJSON_GetNumberValue(member(member(json, "checkpoint"), "saved_step")), saves[i], "%s", line);
-    cr_expect_eq(member(json, "loss") != NULL, i % 2 == 0, "%s", line);
+    if (saves[i])
+      cr_assert_eq((int)cJSON_GetNumberValue(member(member(json, "checkpoint"), "saved_step")), saves[i], "%s", line);
+    cr_expect_eq(member(json, "loss") != NULL, !strcmp(shapes[i], "step"), "%s", line);
+    cr_expect_eq(member(json, "valid_loss") != NULL, losses[i], "%s", line);
     for (size_t k = 0; i == 0 && k < sizeof names / sizeof *names; k++)
       cr_expect_eq((int)cJSON_GetNumberValue(member(json, names[k])), (int)k, "no '%s' in %s", names[k], line);
     cJSON_Delete(json);
