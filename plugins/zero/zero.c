@@ -6,8 +6,8 @@
  *   stage 2  whole, gathered beside next forward  until reduced, then the share     share
  *   stage 3  share, gathered for each pass        until reduced, then the share     share
  *
- * Reading order: zero.h (words), zero_plan.c (who owns what), zero_program.c (what is gathered when), zero_whole.c,
- * zero_gather.c, zero_reduce.c, and here what the core calls.
+ * Reading order: zero.h (words), zero_plan.c (who owns what, what is gathered when), zero_whole.c, zero_gather.c,
+ * zero_reduce.c, and here what the core calls.
  * Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is on
  * the communication stream, in one order that every rank derives from the declared stages.  With [precision] compute =
  * bf16 the weights above are bf16, and the share has fp32 masters.  Does not: offload.  [main] only; the stream's

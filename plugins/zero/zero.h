@@ -28,17 +28,6 @@ typedef struct zero_pieces { /* of many lists, one after the other: list i is of
   uint32_t n, room;
 } zero_pieces;
 
-/* Stage 3: what is gathered and what is dropped before each pass.  Position p: actions [first[p], first[p + 1]). */
-typedef struct zero_action {
-  uint32_t unit, reserved0;
-  int64_t offset; /* gather to this element of the pool; -1: drop */
-} zero_action;
-typedef struct zero_program {
-  zero_action *actions;
-  uint32_t *first;
-  uint32_t n_positions, n_actions, room, reserved0;
-} zero_program;
-
 enum {
   ZERO_WEIGHT = 0,   /* + flat; stages 1 and 2: whole; stage 3: the share */
   ZERO_PERSIST = 2,  /* + flat; stage 3: small parameters, whole on every rank */
@@ -70,9 +59,7 @@ typedef struct zero_plan {
   int64_t pack[PHX_FLATS]; /* elements of the packs */
   int64_t *window;         /* (n_units) elements of a gathered unit; 0: nothing to gather */
   zero_pieces gathers;     /* lists: by unit */
-  int64_t max_live;        /* elements gathered at once, at most */
-  zero_program train, evaluate;
-  int64_t pool; /* elements of the pool that both programs need */
+  phx_kit_program train, evaluate;
   /* gradients */
   phx_kit_order order;
   phx_kit_bucket *buckets;
@@ -100,12 +87,6 @@ static inline bool zero_at_once(const zero_plan *p, uint32_t flat) {
   return zero_share(p, flat) * p->topology->world_size <= p->config->allgather_bucket_size;
 }
 
-/* zero_program.c */
-phx_status zero_program_create(zero_plan *plan, uint32_t n_positions, zero_program *out, phx_error *err);
-void zero_program_destroy(zero_program *p);
-/* auto: the fewest elements with which no gather ahead is held up: a stage's own, and what its prefetch wants. */
-int64_t zero_enough_live(const zero_plan *p);
-
 struct phx_strategy {
   zero_plan plan;
   phx_kit_services s;
@@ -115,7 +96,7 @@ struct phx_strategy {
   phx_event **reduced;  /* (n_buckets) */
   phx_event **whole;    /* (1) all that the last update gathers is here */
   /* gathers */
-  const zero_program *program;
+  const phx_kit_program *program;
   uint32_t next;       /* the position whose actions come next */
   uint32_t n_gathers;  /* so far in this program; gives gathers their order */
   uint32_t *gather_no; /* (n_units) its place in that order */
@@ -142,7 +123,7 @@ phx_event *zero_whole_ready(const phx_strategy *self, uint32_t stage, int32_t pa
 void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *out);
 
 /* zero_gather.c */
-void zero_begin_program(phx_strategy *self, const zero_program *program);
+void zero_begin_program(phx_strategy *self, const phx_kit_program *program);
 /* The unit's weights for this pass; ready: what it must wait for, or NULL. */
 phx_status zero_gather(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream, phx_event **ready,
                        phx_error *err);

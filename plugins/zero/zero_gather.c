@@ -63,22 +63,25 @@ static void drop_unit(phx_strategy *self, uint32_t u) {
   self->gather_no[u] = 0;
 }
 
-void zero_begin_program(phx_strategy *self, const zero_program *program) {
+void zero_begin_program(phx_strategy *self, const phx_kit_program *program) {
   self->program = program;
   self->next = self->n_gathers = 0;
   for (uint32_t u = 0; self->plan.config->stage == 3 && u < self->plan.model->n_units; u++) drop_unit(self, u);
 }
 
+/* What left after the pass before, then what this one gathers, dropping what makes room.  Gradients are reduced by
+ * bucket, and not where the program says REDUCE (zero_reduce.c). */
 static phx_status run_actions(phx_strategy *self, uint32_t position, phx_stream *stream, phx_error *err) {
-  const zero_program *g = self->program;
+  const phx_kit_program *g = self->program;
   phx_status status = PHX_OK;
-  if (g->first[position] < g->first[position + 1])
-    PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
-  for (uint32_t i = g->first[position]; i < g->first[position + 1]; i++) {
-    if (g->actions[i].offset < 0)
-      drop_unit(self, g->actions[i].unit);
-    else
-      PHX_KIT_TRY(gather_unit(self, g->actions[i].unit, g->actions[i].offset, err));
+  bool marked = false;
+  for (uint32_t i = position > 0 ? g->first[2 * position - 1] : 0; i < g->first[2 * position + 1]; i++) {
+    const phx_kit_action *a = &g->actions[i];
+    if (a->what == PHX_KIT_DROP) drop_unit(self, a->unit);
+    if (a->what != PHX_KIT_GATHER) continue;
+    if (!marked) PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
+    marked = true;
+    PHX_KIT_TRY(gather_unit(self, a->unit, a->offset, err));
   }
 done:
   return status;
@@ -120,7 +123,7 @@ phx_status zero_gather(phx_strategy *self, uint32_t s, int32_t pass, phx_stream 
 void zero_gather_traffic(const zero_plan *p, phx_estimate *out) {
   for (uint32_t a = 0; a < p->train.n_actions; a++) {
     uint32_t u = p->train.actions[a].unit;
-    if (p->train.actions[a].offset < 0) continue;
+    if (p->train.actions[a].what != PHX_KIT_GATHER) continue;
     for (uint32_t i = p->gathers.first[u]; i < p->gathers.first[u + 1]; i++)
       phx_kit_estimate_call(out, p->topology, PHX_OP_BROADCAST, p->gathers.of[i].numel,
                             p->topology->compute_dtype, p->gathers.of[i].owner, p->topology->accumulate);

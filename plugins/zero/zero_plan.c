@@ -3,7 +3,7 @@
  * Pure arithmetic over (model, topology, options): estimate() adds it up, create() allocates it, the step follows it.
  * Invariants: every rank makes the same plan; windows that are in use at once do not overlap; every block is in exactly
  * one bucket.  The partition is ZeRO's (Rajbhandari et al., arXiv 1910.02054, 5): the whole model as one flat, cut in
- * equal shares.  What is gathered when is in zero_program.c. */
+ * equal shares.  What stage 3 gathers when, the kit's planner says (kit: program.c). */
 #include "zero.h"
 #include <stdlib.h>
 #include <string.h>
@@ -155,6 +155,36 @@ done:
   return status;
 }
 
+/* Whatever fits stays, and what is needed last leaves: DeepSpeed guesses the same by a reuse distance.  auto: as many
+ * elements as make no gather ahead wait. */
+static phx_status plan_programs(zero_plan *p, phx_error *err) {
+  const zero_config *c = p->config;
+  phx_kit_policy policy = {.weight_numel = p->window,
+                           .ahead_units = INT64_MAX,
+                           .ahead_numel = c->stage3_prefetch_bucket_size,
+                           .live_units = INT64_MAX,
+                           .live_numel = c->stage3_max_live_parameters,
+                           .evict = PHX_KIT_EVICT_FARTHEST};
+  phx_error why = {.struct_size = sizeof why};
+  phx_status status = PHX_OK;
+  if (policy.live_numel < 0) {
+    phx_kit_program free_of_bounds;
+    policy.live_numel = INT64_MAX;
+    PHX_KIT_TRY(phx_kit_program_create(p->model, &policy, &free_of_bounds, err));
+    policy.live_numel = free_of_bounds.enough_numel;
+    phx_kit_program_destroy(&free_of_bounds);
+  }
+  status = phx_kit_program_create(p->model, &policy, &p->train, &why);
+  if (status == PHX_INVALID)
+    return phx_kit_fail(err, status, "stage3_max_live_parameters = %lld is too small: %s; make it larger, or auto",
+                        (long long)policy.live_numel, why.message);
+  if (status != PHX_OK) return phx_kit_fail(err, status, "%s", why.message);
+  policy.evaluate = 1;
+  PHX_KIT_TRY(phx_kit_program_create(p->model, &policy, &p->evaluate, err));
+done:
+  return status;
+}
+
 /* ---- gradients ---- */
 
 /* The elements of a bucket, cut by unit and owner.  A unit is taken from its end: what backward completes one after the
@@ -269,6 +299,7 @@ static void plan_regions(zero_plan *p) {
   const phx_topology *t = p->topology;
   bool sharded = p->config->stage == 3, adds = phx_kit_adds_reduced(t);
   int64_t piece = 0, share = zero_share(p, PHX_FLAT_TRAINABLE), size = phx_kit_weight_bytes(t);
+  int64_t pool = p->train.pool_numel > p->evaluate.pool_numel ? p->train.pool_numel : p->evaluate.pool_numel;
   for (uint32_t i = 0; i < p->reduces.n; i++)
     if (p->reduces.of[i].numel > piece) piece = p->reduces.of[i].numel;
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
@@ -288,7 +319,7 @@ static void plan_regions(zero_plan *p) {
       (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = !p->whole || adds ? share * 4 : 0};
   p->regions[ZERO_STAGING] =
       (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = !p->whole && adds ? piece * 4 : 0};
-  p->regions[ZERO_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->pool * size};
+  p->regions[ZERO_POOL] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = pool * size};
   p->regions[ZERO_WINDOWS] = (phx_kit_region){.kind = PHX_MEM_GATHERED, .shared = 1, .bytes = p->windows * 4};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
     p->regions[ZERO_STATES + k] = (phx_kit_region){
@@ -331,11 +362,8 @@ phx_status zero_plan_create(const zero_config *config, const phx_topology *t, co
   if (config->stage == 3 && p.several) {
     choose_persistent(&p);
     PHX_KIT_TRY(plan_gathers(&p, err));
-    p.max_live = config->stage3_max_live_parameters;
-    if (p.max_live < 0) p.max_live = zero_enough_live(&p);
   }
-  PHX_KIT_TRY(zero_program_create(&p, 2 * m->n_stages, &p.train, err));
-  PHX_KIT_TRY(zero_program_create(&p, m->n_stages, &p.evaluate, err));
+  PHX_KIT_TRY(plan_programs(&p, err));
   for (uint32_t b = 0; b < p.n_buckets; b++) PHX_KIT_TRY(plan_bucket(&p, b, err));
   if (!p.whole) PHX_KIT_TRY(plan_windows(&p, err));
   plan_regions(&p);
@@ -355,8 +383,8 @@ void zero_plan_destroy(zero_plan *p) {
   free(p->spread.of), free(p->spread.first);
   free(p->gathers.of), free(p->gathers.first);
   free(p->reduces.of), free(p->reduces.first);
-  zero_program_destroy(&p->train);
-  zero_program_destroy(&p->evaluate);
+  phx_kit_program_destroy(&p->train);
+  phx_kit_program_destroy(&p->evaluate);
   free(p->gradient_at), free(p->gradient_after);
   memset(p, 0, sizeof *p);
 }

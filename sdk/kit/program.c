@@ -4,6 +4,16 @@
  * This file plays it once and writes it down: which unit is gathered where in the pool, when it leaves, when a gradient
  * is reduced.  estimate() adds the program up, create() keeps it, the step only follows it.
  *
+ *   action         one thing to do in the acquire or the release of a position: gather a unit into its window, drop it,
+ *                  open a window for its gradient, reduce that, close the window
+ *   pool           all windows of the program, first fit (pool.c); the strategy allocates pool_numel elements once, and
+ *                  an action's offset is the place in them
+ *   eviction rule  which gathered unit leaves, and when.  UNWANTED: after each pass, whatever the next position does not
+ *                  want.  FARTHEST: whatever fits stays, so that backward finds what forward gathered; when room is
+ *                  wanted, what is needed last leaves (Belady, IBM Systems Journal 5(2), 1966), and what is not needed
+ *                  again leaves after its last pass
+ *
+ * The strategy owns the policy during create, the program and the pool's memory; the planner keeps nothing.
  * Invariant: two windows that are live at the same action do not overlap; the program begins and ends empty; a reduced
  * gradient's window stays until the next reduction is started, so that one reduction always runs beside backward.
  * Does not: move data, know streams.  The order and the bound on what is gathered ahead follow FSDP (arXiv 2304.11277,
@@ -25,6 +35,8 @@ typedef struct player {
   uint32_t n_list, n_needed;      /* the first n_needed are needed now, the rest is ahead */
   uint32_t *pending, n_pending;   /* reduced, window still open */
   int64_t live_units, live_numel; /* gathered now */
+  uint8_t *ahead;                 /* (n_units) gathered ahead, and not used yet */
+  int64_t ahead_units, ahead_numel;
 } player;
 
 static phx_status act(player *p, int32_t what, uint32_t unit, int64_t offset, phx_error *err) {
@@ -49,10 +61,31 @@ static int64_t weight_numel(const player *p, uint32_t u) {
   return p->policy->weight_numel ? p->policy->weight_numel[u] : 0;
 }
 
-/* Units that the position reads and that must be gathered for it, appended to the list. */
+static bool farthest_leaves(const player *p) {
+  return p->policy->evict == PHX_KIT_EVICT_FARTHEST;
+}
+
+/* The first position from `position` on that reads the unit's weights; n_positions: none. */
+static uint32_t next_use(const player *p, uint32_t unit, uint32_t position) {
+  for (; position < p->out->n_positions; position++) {
+    bool backward;
+    const phx_stage *stage = stage_at(p, position, &backward);
+    for (uint32_t i = 0; i < stage->n_uses; i++) {
+      const phx_use *use = phx_model_use(p->m, stage->first_use + i);
+      if (use->unit == unit && (use->flags & (backward ? PHX_USE_BACKWARD : PHX_USE_FORWARD))) return position;
+    }
+  }
+  return position;
+}
+
+/* ---- what should be gathered at a position ---- */
+
+/* Units that the position reads and that must be gathered for it, appended to the list: in the order of its uses, where
+ * the farthest leaves in the model's. */
 static void list_position(player *p, uint32_t position, int64_t most_units, int64_t most_numel, int64_t *numel) {
   bool backward;
   const phx_stage *stage = stage_at(p, position, &backward);
+  uint32_t first = farthest_leaves(p) ? p->n_list : UINT32_MAX;
   for (uint32_t i = 0; i < stage->n_uses; i++) {
     const phx_use *use = phx_model_use(p->m, stage->first_use + i);
     int64_t size = weight_numel(p, use->unit);
@@ -61,13 +94,16 @@ static void list_position(player *p, uint32_t position, int64_t most_units, int6
       *numel = most_numel; /* nothing that is used later overtakes */
       return;
     }
+    uint32_t at = p->n_list++;
+    for (; at > first && p->list[at - 1] > use->unit; at--) p->list[at] = p->list[at - 1];
+    p->list[at] = use->unit;
     p->listed[use->unit] = 1;
-    p->list[p->n_list++] = use->unit;
     *numel += size;
   }
 }
 
-/* What should be gathered at a position: what it needs, then what comes next, as far as the policy allows. */
+/* What the position needs, then what comes next: as far as the policy allows, or to the end where the farthest leaves,
+ * since there what is at hand already does not count as ahead. */
 static void list_wanted(player *p, uint32_t position) {
   const phx_kit_policy *k = p->policy;
   memset(p->listed, 0, p->m->n_units);
@@ -78,30 +114,130 @@ static void list_wanted(player *p, uint32_t position) {
   int64_t most = k->ahead_units < k->live_units - p->n_needed ? k->ahead_units : k->live_units - p->n_needed;
   int64_t room = k->live_numel > needed ? k->live_numel - needed : 0;
   int64_t most_numel = k->ahead_numel < room ? k->ahead_numel : room;
-  if (most > (int64_t)p->m->n_units) most = p->m->n_units;
+  if (most > (int64_t)p->m->n_units || farthest_leaves(p)) most = p->m->n_units;
+  if (farthest_leaves(p)) most_numel = INT64_MAX;
   int64_t ahead = 0;
   for (uint32_t q = position + 1; q < p->out->n_positions && p->n_list < p->n_needed + most && ahead < most_numel; q++)
     list_position(p, q, (int64_t)p->n_needed + most, most_numel, &ahead);
 }
 
-static phx_status gather_wanted(player *p, phx_error *err) {
-  const phx_kit_policy *k = p->policy;
-  for (uint32_t i = 0; i < p->n_list; i++) {
-    uint32_t u = p->list[i];
-    if (p->weight[u] >= 0) continue;
-    bool full = p->live_units >= k->live_units;
-    if (i < p->n_needed && full)
-      return phx_kit_fail(err, PHX_INVALID, "at most %lld units may be gathered at once, but unit '%s' is needed too",
-                          (long long)k->live_units, phx_model_unit(p->m, u)->name);
-    if (i >= p->n_needed && (full || weight_numel(p, u) > k->live_numel - p->live_numel)) return PHX_OK;
-    phx_status status = phx_kit_pool_take(&p->pool, weight_numel(p, u), &p->weight[u], err);
-    if (status == PHX_OK) status = act(p, PHX_KIT_GATHER, u, p->weight[u], err);
+/* Elements of what the list asks for, when nothing is at hand yet. */
+static int64_t wanted_numel(const player *p) {
+  int64_t needed = 0, ahead = 0;
+  for (uint32_t i = 0; i < p->n_needed; i++) needed += weight_numel(p, p->list[i]);
+  for (uint32_t i = p->n_needed; i < p->n_list && ahead < p->policy->ahead_numel; i++)
+    if (i - p->n_needed < p->policy->ahead_units) ahead += weight_numel(p, p->list[i]);
+  return needed + ahead;
+}
+
+/* ---- gathers and evictions ---- */
+
+static void set_ahead(player *p, uint32_t unit, bool ahead) {
+  int change = (int)ahead - (int)p->ahead[unit];
+  p->ahead[unit] = ahead;
+  p->ahead_units += change;
+  p->ahead_numel += change * weight_numel(p, unit);
+}
+
+static phx_status gather(player *p, uint32_t unit, phx_error *err) {
+  phx_status status = phx_kit_pool_take(&p->pool, weight_numel(p, unit), &p->weight[unit], err);
+  if (status != PHX_OK) return status;
+  p->live_numel += weight_numel(p, unit);
+  if (++p->live_units > p->out->most_units) p->out->most_units = p->live_units;
+  return act(p, PHX_KIT_GATHER, unit, p->weight[unit], err);
+}
+
+static phx_status drop(player *p, uint32_t unit, phx_error *err) {
+  int64_t offset = p->weight[unit];
+  phx_kit_pool_give_back(&p->pool, offset);
+  p->weight[unit] = -1;
+  p->live_units--;
+  p->live_numel -= weight_numel(p, unit);
+  set_ahead(p, unit, false);
+  return act(p, PHX_KIT_DROP, unit, offset, err);
+}
+
+/* Where what is unwanted leaves, a stage gets as many elements as it needs. */
+static bool fits(const player *p, uint32_t unit, bool needed) {
+  if (p->live_units >= p->policy->live_units) return false;
+  return (needed && !farthest_leaves(p)) || weight_numel(p, unit) <= p->policy->live_numel - p->live_numel;
+}
+
+/* The gathered unit that is needed last, later than at `use`, which is `position` or later; UINT32_MAX: none. */
+static uint32_t farthest(const player *p, uint32_t position, uint32_t use) {
+  uint32_t unit = UINT32_MAX;
+  for (uint32_t u = 0; u < p->m->n_units; u++) {
+    uint32_t next = p->weight[u] < 0 ? 0 : next_use(p, u, position);
+    if (next <= use) continue;
+    use = next;
+    unit = u;
+  }
+  return unit;
+}
+
+/* Room for a unit whose next use is `use`, if the rule finds it. */
+static phx_status make_room(player *p, uint32_t unit, uint32_t position, uint32_t use, phx_error *err) {
+  while (!fits(p, unit, use == position) && farthest_leaves(p)) {
+    uint32_t victim = farthest(p, position, use);
+    if (victim == UINT32_MAX) return PHX_OK;
+    phx_status status = drop(p, victim, err);
     if (status != PHX_OK) return status;
-    p->live_numel += weight_numel(p, u);
-    if (++p->live_units > p->out->most_units) p->out->most_units = p->live_units;
   }
   return PHX_OK;
 }
+
+static phx_status refuse(const player *p, uint32_t unit, uint32_t position, phx_error *err) {
+  bool backward;
+  if (p->live_units >= p->policy->live_units)
+    return phx_kit_fail(err, PHX_INVALID, "at most %lld units may be gathered at once, but unit '%s' is needed too",
+                        (long long)p->policy->live_units, phx_model_unit(p->m, unit)->name);
+  return phx_kit_fail(err, PHX_INVALID, "stage '%s' alone gathers more than %lld elements at once",
+                      stage_at(p, position, &backward)->name, (long long)p->policy->live_numel);
+}
+
+static bool enough_ahead(const player *p) {
+  return farthest_leaves(p) &&
+         (p->ahead_units >= p->policy->ahead_units || p->ahead_numel >= p->policy->ahead_numel);
+}
+
+static phx_status gather_wanted(player *p, uint32_t position, phx_error *err) {
+  phx_status status = PHX_OK;
+  for (uint32_t i = 0; i < p->n_needed; i++) set_ahead(p, p->list[i], false);
+  for (uint32_t i = 0; i < p->n_list; i++) {
+    uint32_t u = p->list[i];
+    bool needed = i < p->n_needed;
+    if (p->weight[u] >= 0) continue;
+    if (!needed && enough_ahead(p)) return PHX_OK;
+    PHX_KIT_TRY(make_room(p, u, position, next_use(p, u, position), err));
+    if (!fits(p, u, needed)) return needed ? refuse(p, u, position, err) : PHX_OK;
+    PHX_KIT_TRY(gather(p, u, err));
+    set_ahead(p, u, !needed);
+  }
+done:
+  return status;
+}
+
+/* Does what is gathered stay after the position before `next`?  The list is the next position's. */
+static bool stays(const player *p, uint32_t unit, uint32_t next) {
+  uint32_t backward = next > p->m->n_stages ? next : p->m->n_stages, end = p->out->n_positions;
+  if (farthest_leaves(p)) return next_use(p, unit, next) < end;
+  return p->listed[unit] || (p->policy->keep && next_use(p, unit, backward) < end);
+}
+
+static phx_status drop_rest(player *p, uint32_t next, phx_error *err) {
+  if (next < p->out->n_positions) {
+    list_wanted(p, next);
+  } else {
+    memset(p->listed, 0, p->m->n_units);
+  }
+  for (uint32_t u = 0; u < p->m->n_units; u++) {
+    phx_status status = p->weight[u] < 0 || stays(p, u, next) ? PHX_OK : drop(p, u, err);
+    if (status != PHX_OK) return status;
+  }
+  return PHX_OK;
+}
+
+/* ---- gradients ---- */
 
 static phx_status open_gradients(player *p, const phx_stage *stage, phx_error *err) {
   if (!p->policy->gradient_numel) return PHX_OK;
@@ -112,38 +248,6 @@ static phx_status open_gradients(player *p, const phx_stage *stage, phx_error *e
     phx_status status = phx_kit_pool_take(&p->pool, numel, &p->gradient[use->unit], err);
     if (status == PHX_OK) status = act(p, PHX_KIT_OPEN, use->unit, p->gradient[use->unit], err);
     if (status != PHX_OK) return status;
-  }
-  return PHX_OK;
-}
-
-/* Does backward read the unit at or after a position? */
-static bool backward_comes(const player *p, uint32_t unit, uint32_t position) {
-  for (uint32_t q = position; q < p->out->n_positions; q++) {
-    bool backward;
-    const phx_stage *stage = stage_at(p, q, &backward);
-    for (uint32_t i = 0; backward && i < stage->n_uses; i++) {
-      const phx_use *use = phx_model_use(p->m, stage->first_use + i);
-      if (use->unit == unit && (use->flags & PHX_USE_BACKWARD)) return true;
-    }
-  }
-  return false;
-}
-
-/* Drops what the next position does not want. */
-static phx_status drop_rest(player *p, uint32_t next, phx_error *err) {
-  if (next < p->out->n_positions) {
-    list_wanted(p, next);
-  } else {
-    memset(p->listed, 0, p->m->n_units);
-  }
-  for (uint32_t u = 0; u < p->m->n_units; u++) {
-    if (p->weight[u] < 0 || p->listed[u] || (p->policy->keep && backward_comes(p, u, next))) continue;
-    phx_status status = act(p, PHX_KIT_DROP, u, p->weight[u], err);
-    if (status != PHX_OK) return status;
-    phx_kit_pool_give_back(&p->pool, p->weight[u]);
-    p->weight[u] = -1;
-    p->live_units--;
-    p->live_numel -= weight_numel(p, u);
   }
   return PHX_OK;
 }
@@ -173,6 +277,8 @@ static phx_status reduce_complete(player *p, const phx_stage *stage, phx_error *
   return status;
 }
 
+/* ---- the whole ---- */
+
 static phx_status play(player *p, phx_error *err) {
   phx_kit_program *out = p->out;
   phx_status status = PHX_OK;
@@ -181,7 +287,9 @@ static phx_status play(player *p, phx_error *err) {
     const phx_stage *stage = stage_at(p, position, &backward);
     out->first[2 * position] = out->n_actions;
     list_wanted(p, position);
-    status = gather_wanted(p, err);
+    int64_t wanted = wanted_numel(p);
+    if (wanted > out->enough_numel) out->enough_numel = wanted;
+    status = gather_wanted(p, position, err);
     if (status == PHX_OK && backward) status = open_gradients(p, stage, err);
     out->first[2 * position + 1] = out->n_actions;
     if (status == PHX_OK) status = drop_rest(p, position + 1, err);
@@ -204,10 +312,15 @@ phx_status phx_kit_program_create(const phx_model *m, const phx_kit_policy *poli
               .gradient = calloc(units, sizeof *p.gradient),
               .list = calloc(units, sizeof *p.list),
               .listed = calloc(units, 1),
-              .pending = calloc(units, sizeof *p.pending)};
+              .pending = calloc(units, sizeof *p.pending),
+              .ahead = calloc(units, 1)};
   phx_status status = PHX_OK;
-  if (!program.first || !p.weight || !p.gradient || !p.list || !p.listed || !p.pending) {
+  if (!program.first || !p.weight || !p.gradient || !p.list || !p.listed || !p.pending || !p.ahead) {
     status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the windows of %u units", m->n_units);
+    goto done;
+  }
+  if (policy->keep && policy->evict == PHX_KIT_EVICT_FARTHEST) {
+    status = phx_kit_fail(err, PHX_INVALID, "what is needed last cannot leave and be kept for backward, too");
     goto done;
   }
   for (uint32_t u = 0; u < m->n_units; u++) p.weight[u] = p.gradient[u] = -1;
@@ -222,6 +335,7 @@ done:
   free(p.list);
   free(p.listed);
   free(p.pending);
+  free(p.ahead);
   return status;
 }
 

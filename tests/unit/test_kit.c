@@ -151,7 +151,7 @@ typedef struct playback {
   const phx_kit_policy *k;
   int64_t weight[TOY_UNITS], gradient[TOY_UNITS]; /* offset, -1: none */
   bool reduced[TOY_UNITS];
-  int64_t high;
+  int64_t high, live_numel;
   int gathers, live, most;
 } playback;
 
@@ -183,6 +183,8 @@ static void play_action(playback *p, const phx_kit_action *a) {
       p->weight[a->unit] = a->offset;
       p->gathers++;
       if (++p->live > p->most) p->most = p->live;
+      p->live_numel += p->k->weight_numel[a->unit];
+      cr_assert(p->k->evict == PHX_KIT_EVICT_UNWANTED || p->live_numel <= p->k->live_numel);
       if (a->offset + p->k->weight_numel[a->unit] > p->high) p->high = a->offset + p->k->weight_numel[a->unit];
       break;
     case PHX_KIT_OPEN:
@@ -194,6 +196,7 @@ static void play_action(playback *p, const phx_kit_action *a) {
       cr_assert_eq(p->weight[a->unit], a->offset);
       p->weight[a->unit] = -1;
       p->live--;
+      p->live_numel -= p->k->weight_numel[a->unit];
       break;
     case PHX_KIT_REDUCE:
       cr_assert_eq(p->gradient[a->unit], a->offset);
@@ -318,6 +321,96 @@ Test(kit, bounds_on_what_is_gathered) {
   k.live_units = 9; /* forward keeps 10 for backward */
   cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_INVALID);
   cr_assert(strstr(err.message, "at most 9 units"), "%s", err.message);
+  toy_free(t);
+}
+
+/* With the farthest leaving, at every bound from what a stage needs to more than all. */
+Test(kit, every_program_of_the_farthest_plays_back) {
+  for (int which = 0; which < 2; which++) {
+    toy *t = which ? toy_odd() : toy_plain(9, 40);
+    int64_t weight[TOY_UNITS], gradient[TOY_UNITS];
+    sizes(t, weight, gradient);
+    for (int variant = 0; variant < 2 * 2 * 4 * 3 * 8; variant++) {
+      static const int64_t numels[] = {INT64_MAX, 0, 5000, 20000}, units[] = {INT64_MAX, 1, 3};
+      phx_kit_policy k = plain_policy;
+      phx_kit_program g;
+      phx_error err = PHX_ERROR_INIT;
+      k.weight_numel = weight;
+      k.evict = PHX_KIT_EVICT_FARTHEST;
+      k.evaluate = variant & 1;
+      k.gradient_numel = !k.evaluate && (variant >> 1 & 1) ? gradient : NULL;
+      k.ahead_numel = numels[(variant >> 2) % 4];
+      k.ahead_units = units[(variant >> 4) % 3];
+      cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_OK, "%s", err.message);
+      playback all = play_back(&t->model, &k, &g);
+      int64_t enough = g.enough_numel, most = 0;
+      phx_kit_program_destroy(&g);
+      for (uint32_t u = 0; u < t->model.n_units; u++) most += weight[u] > 0;
+      cr_assert_leq(all.gathers, most, "without a bound nothing is gathered twice");
+      k.live_numel = enough + (variant / 48 - 4) * 3000;
+      if (phx_kit_program_create(&t->model, &k, &g, &err) != PHX_OK) {
+        cr_assert_lt(k.live_numel, enough, "%s", err.message);
+        cr_assert(strstr(err.message, "alone gathers more than"), "%s", err.message);
+        continue;
+      }
+      cr_assert_geq(play_back(&t->model, &k, &g).gathers, all.gathers);
+      phx_kit_program_destroy(&g);
+    }
+    toy_free(t);
+  }
+}
+
+Test(kit, what_is_needed_last_leaves) {
+  toy *t = toy_plain(9, 40); /* windows of one size: embed, 9 layers, head; backward reads all but the embedding */
+  int64_t weight[TOY_UNITS], gradient[TOY_UNITS];
+  sizes(t, weight, gradient);
+  phx_error err = PHX_ERROR_INIT;
+  for (int by_units = 0; by_units < 2; by_units++)
+    for (int64_t room = 1; room <= 12; room++) {
+      phx_kit_policy k = plain_policy;
+      phx_kit_program g;
+      k.weight_numel = weight;
+      k.evict = PHX_KIT_EVICT_FARTHEST;
+      k.ahead_units = 0;
+      if (by_units) k.live_units = room;
+      if (!by_units) k.live_numel = room * weight[1] + weight[1] - 1;
+      cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_OK, "%s", err.message);
+      int64_t kept = room < 10 ? room : 10; /* of the last stages, from forward to backward */
+      cr_assert_eq(play_back(&t->model, &k, &g).gathers, 11 + 10 - kept, "room for %lld", (long long)room);
+      cr_assert_eq(g.pool_numel, kept * weight[1]);
+      cr_assert_eq(g.enough_numel, weight[1], "a stage's own");
+      phx_kit_program_destroy(&g);
+    }
+  toy_free(t);
+}
+
+Test(kit, the_farthest_makes_room_for_what_is_ahead) {
+  toy *t = toy_plain(9, 40);
+  int64_t weight[TOY_UNITS], gradient[TOY_UNITS];
+  sizes(t, weight, gradient);
+  phx_error err = PHX_ERROR_INIT;
+  phx_kit_policy k = plain_policy;
+  phx_kit_program g;
+  k.weight_numel = weight;
+  k.evict = PHX_KIT_EVICT_FARTHEST;
+  k.ahead_units = INT64_MAX;
+  k.ahead_numel = weight[1] + 1; /* one waits, which is less: a second is gathered */
+  cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_OK, "%s", err.message);
+  cr_assert_eq(g.enough_numel, 3 * weight[1]);
+  cr_assert_eq(g.first[1], 3u, "the embedding, and two layers ahead");
+  phx_kit_program_destroy(&g);
+  k.live_numel = 3 * weight[1];
+  cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_OK, "%s", err.message);
+  play_back(&t->model, &k, &g);
+  cr_assert_eq(g.most_units, 3);
+  phx_kit_program_destroy(&g);
+  k.live_numel = weight[1] - 1;
+  cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_INVALID);
+  cr_assert(strstr(err.message, "stage 'embed' alone gathers more than"), "%s", err.message);
+  k.live_numel = INT64_MAX;
+  k.keep = 1;
+  cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_INVALID);
+  cr_assert(strstr(err.message, "kept for backward"), "%s", err.message);
   toy_free(t);
 }
 

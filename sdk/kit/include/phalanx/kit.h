@@ -169,7 +169,7 @@ void phx_kit_pool_destroy(phx_kit_pool *p);
 enum {
   PHX_KIT_GATHER = 1, /* acquire: the unit's weights go to pool + offset */
   PHX_KIT_OPEN = 2,   /* acquire: its gradient lives at pool + offset */
-  PHX_KIT_DROP = 3,   /* release: its weights are no longer there */
+  PHX_KIT_DROP = 3,   /* release, or acquire to make room: its weights are no longer there */
   PHX_KIT_REDUCE = 4, /* release: its gradient is complete */
   PHX_KIT_CLOSE = 5   /* release: the gradient's window returns to the pool (one reduction after it was reduced) */
 };
@@ -178,17 +178,27 @@ typedef struct phx_kit_action {
   uint32_t unit;
   int64_t offset; /* elements from the start of the pool */
 } phx_kit_action;
+/* Which gathered unit leaves, and when. */
+enum {
+  PHX_KIT_EVICT_UNWANTED = 0, /* after each pass: whatever the next position does not want */
+  PHX_KIT_EVICT_FARTHEST = 1  /* whatever fits stays; when room is wanted, what is needed last leaves */
+};
 typedef struct phx_kit_policy {
   const int64_t *weight_numel;   /* (n_units) elements of a gathered unit, multiples of 64; 0: needs no gather;
                                     NULL: none does */
   const int64_t *gradient_numel; /* (n_units) elements of its gradient window; 0: its gradient lives elsewhere;
                                     NULL: all do (REDUCE is still listed, OPEN and CLOSE are not) */
-  int64_t ahead_units;           /* the next units in the order of use are gathered ahead: at most so many ... */
-  int64_t ahead_numel;           /* ... and so many elements (INT64_MAX: no bound) */
+  /* The next units in the order of use are gathered ahead.  UNWANTED: at most ahead_units of them with at most
+   * ahead_numel elements together.  FARTHEST: while fewer units and fewer elements than these were gathered ahead and
+   * wait for their use; what is still there from an earlier use does not count.  INT64_MAX: no bound. */
+  int64_t ahead_units, ahead_numel;
   int64_t live_units; /* units gathered at once, at most (INT64_MAX: no bound); too small for a stage is refused */
-  int64_t live_numel; /* elements gathered at once, at most, for gathers ahead only: what a stage needs, it gets */
-  int32_t keep;       /* 1: what forward gathered stays until backward has used it */
+  int64_t live_numel; /* elements gathered at once, at most.  UNWANTED: for gathers ahead only, what a stage needs, it
+                         gets; FARTHEST: for all, and too small for a stage is refused */
+  int32_t keep;       /* 1: what forward gathered stays until backward has used it; UNWANTED only */
   int32_t evaluate;   /* 1: a program of forward passes only */
+  int32_t evict;      /* PHX_KIT_EVICT_* */
+  int32_t reserved0;
 } phx_kit_policy;
 /* Positions: forward passes of the stages in order, then backward passes in reverse: one micro-batch. */
 typedef struct phx_kit_program {
@@ -196,8 +206,10 @@ typedef struct phx_kit_program {
   uint32_t *first; /* (2 * n_positions + 1) acquire of p: actions [first[2p], first[2p+1]);
                       release of p: [first[2p+1], first[2p+2]) */
   phx_kit_action *actions;
-  int64_t pool_numel; /* elements of the pool that all windows fit in, at their offsets */
-  int64_t most_units; /* units gathered at once */
+  int64_t pool_numel;   /* elements of the pool that all windows fit in, at their offsets */
+  int64_t most_units;   /* units gathered at once */
+  int64_t enough_numel; /* the least live_numel with which no gather ahead waits for room: what a position needs, and
+                           what is gathered ahead there */
 } phx_kit_program;
 phx_status phx_kit_program_create(const phx_model *model, const phx_kit_policy *policy, phx_kit_program *out,
                                   phx_error *err);
