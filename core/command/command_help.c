@@ -1,5 +1,5 @@
-/* core/command/command_help.c - `phalanx help [NAME|PATH.so] [FILE.ini]`: options from the tables, so that they are
- * never out of date. */
+/* core/command/command_help.c - `phalanx help [NAME|PATH.so|--markdown] [FILE.ini]`: options from the tables, so that
+ * they are never out of date. */
 #include "command/cli.h"
 #include "command/commands.h"
 #include "base/complain.h"
@@ -30,6 +30,34 @@ static int help_index(const phx__found *found, size_t n) {
     if (!found[i].shadowed) printf(" %s (%s)", found[i].name, phx__kind_name(found[i].kind));
   printf("%s\n", n ? "" : " none found");
   return PHX__EXIT_OK;
+}
+
+/* All sections, and those of all plugins that are found: what docs/configuration.md holds. */
+static int help_markdown(const phx__found *found, size_t n) {
+  const phx__core_table *table;
+  int exit_status = PHX__EXIT_OK;
+  for (uint32_t i = 0; (table = phx__core_table_at(i)); i++) {
+    printf("## [%s]\n\n", table->section);
+    phx__config_markdown(table->options, table->n, sizeof(phx_option), stdout);
+    printf("\n");
+  }
+  for (size_t i = 0; i < n; i++) {
+    phx_error err = PHX_ERROR_INIT;
+    const phx__plugin *plugin;
+    if (found[i].shadowed) continue;
+    if (phx__loader_open_file(found[i].kind, found[i].path, found[i].name, &plugin, &err)) {
+      phx__complain("%s", err.message);
+      exit_status = PHX__EXIT_REFUSED;
+      continue;
+    }
+    const phx_plugin *d = plugin->descriptor;
+    if (d->kind == PHX_KIND_MODEL) printf("## [model] with plugin = %s\n\n", d->id);
+    else printf("## [%s]\n\n", d->id);
+    printf("The %s %s: %s\n\n", phx__kind_name(d->kind), d->id, d->summary);
+    phx__config_markdown(d->options, d->n_options, d->option_stride, stdout);
+    printf("\n");
+  }
+  return exit_status;
 }
 
 /* Every plugin of that name: kinds have names of their own. */
@@ -70,8 +98,9 @@ static int take(int argc, char **argv, const char **name, const char **file) {
     const size_t length = strlen(argv[i]);
     const bool ini = length > 4 && strcmp(argv[i] + length - 4, ".ini") == 0;
     const char **place = ini ? file : name;
-    if (*place || argv[i][0] == '-') {
-      phx__complain("help takes a NAME or PATH.so, and a FILE.ini whose [plugins] path is searched ('%s')", argv[i]);
+    if (*place || (argv[i][0] == '-' && strcmp(argv[i], "--markdown"))) {
+      phx__complain("help takes a NAME, PATH.so or --markdown, and a FILE.ini whose [plugins] path is searched ('%s')",
+                    argv[i]);
       return 0;
     }
     *place = argv[i];
@@ -96,7 +125,9 @@ int phx__command_help(int argc, char **argv) {
     goto done;
   }
   if (phx__loader_list(search, &found, &n, &err) != PHX_OK) goto refused;
-  exit_status = name ? help_name(name, found, n) : help_index(found, n);
+  if (!name) exit_status = help_index(found, n);
+  else if (strcmp(name, "--markdown") == 0) exit_status = help_markdown(found, n);
+  else exit_status = help_name(name, found, n);
   goto done;
 refused:
   phx__complain("%s", err.message);

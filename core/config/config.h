@@ -39,4 +39,6 @@ typedef void phx__config_fn(void *arg, const char *section, const char *key, con
 void phx__config_each(const phx__config *config, phx__config_fn *fn, void *arg);
 /* Help of one plugin or core section: the options as a table, and a sample INI section. */
 void phx__config_help(const char *section, const phx_option *options, uint32_t n, uint32_t stride, FILE *out);
+/* The options as a table in Markdown, for docs/configuration.md. */
+void phx__config_markdown(const phx_option *options, uint32_t n, uint32_t stride, FILE *out);
 #endif

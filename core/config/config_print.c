@@ -125,3 +125,37 @@ void phx__config_help(const char *section, const phx_option *options, uint32_t n
     fprintf(out, "%s%s = %s\n", o->dflt ? "" : "; ", o->name, o->dflt ? o->dflt : "");
   }
 }
+
+/* A cell of a table in Markdown: '|' would end it. */
+static void print_cell(const char *text, FILE *out) {
+  for (; *text; text++) {
+    if (*text == '|') fputs("\\|", out);
+    else fputc(*text, out);
+  }
+}
+
+static void print_markdown_row(const phx_option *o, FILE *out) {
+  char expected[300];
+  phx__option_describe(o, expected, sizeof expected);
+  fprintf(out, "| `%s` | ", o->name);
+  if (!o->dflt) fputs("must be given", out);
+  else if (*o->dflt) fprintf(out, "`%s`", o->dflt);
+  fputs(" | ", out);
+  print_cell(expected, out);
+  if (o->unit) fprintf(out, ", in %s", o->unit);
+  fputs(" | ", out);
+  print_cell(o->doc, out);
+  if (o->flags & PHX_OPTF_PER_RANK) fputs(" May differ between ranks.", out);
+  if (o->flags & PHX_OPTF_DEPRECATED) fputs(" Deprecated.", out);
+  if (o->flags & PHX_OPTF_EXPERIMENTAL) fputs(" Experimental.", out);
+  fputs(" |\n", out);
+}
+
+void phx__config_markdown(const phx_option *options, uint32_t n, uint32_t stride, FILE *out) {
+  if (n == 0) {
+    fputs("It has no options.\n", out);
+    return;
+  }
+  fputs("| key | default | values | meaning |\n|---|---|---|---|\n", out);
+  for (uint32_t i = 0; i < n; i++) print_markdown_row(phx__option_at(options, stride, i), out);
+}
