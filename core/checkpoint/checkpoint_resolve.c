@@ -6,7 +6,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/checkpoint_dir.h"
 #include "checkpoint/elements.h"
+#include "plugin/host.h"
 #include "base/status.h"
 #include "base/sys.h"
 
@@ -27,6 +30,32 @@ bool phx__is_checkpoint(const char *path) {
   return phx__is_there(path, PHX__MANIFEST_NAME) || phx__is_step_name(slash ? slash + 1 : path);
 }
 
+bool phx__has_checkpoints(const char *run) {
+  phx__checkpoint_list list = {0};
+  if (phx__is_there(run, "checkpoints/latest")) return true;
+  if (phx__checkpoint_list_read(run, &list, NULL)) return false;
+  const bool any = list.n > 0;
+  phx__checkpoint_list_free(&list);
+  return any;
+}
+
+/* Of a run whose checkpoints were copied without `latest`, or that was killed before it was written. */
+static phx_status resolve_newest(const char *run, char out[PHX__TOOL_PATH], phx_error *err) {
+  char newest[PHX__CHECKPOINT_PATH], text[PHX__TOOL_PATH + 200];
+  int64_t step;
+  bool found;
+  phx_status status = phx__checkpoint_newest(run, INT64_MAX, &step, &found, err);
+  if (!status && !found)
+    status = phx__fail(err, PHX_INVALID, "%s is neither a checkpoint (it has no %s) nor a run with checkpoints", run,
+                       PHX__MANIFEST_NAME);
+  if (!status) status = phx__checkpoint_path(run, step, newest, err);
+  if (status) return status;
+  snprintf(out, PHX__TOOL_PATH, "%s", newest);
+  snprintf(text, sizeof text, "%s/checkpoints has no file `latest`: takes %s, the newest whole one", run, newest);
+  phx__log(0, "checkpoint", PHX_LOG_WARN, text);
+  return PHX_OK;
+}
+
 phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], phx_error *err) {
   char latest[PHX__TOOL_PATH], name[64] = "";
   int fd = -1;
@@ -37,9 +66,7 @@ phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], p
     return PHX_OK;
   }
   snprintf(latest, sizeof latest, "%s/checkpoints/latest", path);
-  if (access(latest, F_OK))
-    return phx__fail(err, PHX_INVALID, "%s is neither a checkpoint (it has no %s) nor a run with checkpoints", path,
-                     PHX__MANIFEST_NAME);
+  if (access(latest, F_OK)) return resolve_newest(path, out, err);
   phx_status status = phx__file_open(latest, &fd, &bytes, err);
   if (status) return status;
   if (bytes >= (int64_t)sizeof name) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);

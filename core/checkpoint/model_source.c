@@ -4,6 +4,7 @@
  * shape, a mask, or a head that equals wte.weight; nothing is missing. */
 #include "checkpoint/model_source.h"
 
+#include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
@@ -13,6 +14,7 @@
 
 #include "checkpoint/checkpoint_resolve.h"
 #include "checkpoint/elements.h"
+#include "plugin/host.h"
 #include "base/status.h"
 #include "base/sys.h"
 
@@ -227,7 +229,23 @@ static phx_status create(const char *path, phx__source **out, phx_error *err) {
   return phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
 }
 
+/* By its name, or by what stands behind the length: a header that is JSON. */
+static bool looks_like_safetensors(const char *path) {
+  static const char suffix[] = ".safetensors";
+  const size_t n = strlen(path);
+  char head[9] = "";
+  if (n >= sizeof suffix && !strcmp(path + n - (sizeof suffix - 1), suffix)) return true;
+  const int fd = phx__sys.open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY, 0);
+  const bool read = fd >= 0 && phx__sys.pread(fd, head, sizeof head, 0) == (ssize_t)sizeof head;
+  if (fd >= 0) phx__sys.close(fd);
+  return fd < 0 || (read && head[8] == '{'); /* what cannot be opened is told by who tries */
+}
+
 static phx_status fill_file(phx__source *s, phx_error *err) {
+  if (!looks_like_safetensors(s->path))
+    return phx__fail(err, PHX_INVALID,
+                     "%s is a file, and none of safetensors: name a run, a checkpoint's directory, a folder with "
+                     PHX__GPT2_WEIGHTS ", or a .safetensors file", s->path);
   const phx_status status = phx__tensor_files_open_one(s->path, &s->files, err);
   if (status) return status;
   s->kind = PHX__SOURCE_FILE;
@@ -268,12 +286,41 @@ static int64_t step_of_name(const char *dir) {
   return !strncmp(leaf, "step-", 5) && strlen(leaf) < 23 ? strtoll(leaf + 5, NULL, 10) : -1;
 }
 
+static void forget_folder(phx__source *s) {
+  phx__transposer_close(&s->turn);
+  phx__tensor_files_close(s->files);
+  s->files = NULL;
+  s->turning.tensor = NULL;
+  s->turned = s->has_config = false;
+  s->run[0] = 0;
+}
+
+/* The final weights of a run, where they are newer than its checkpoint; damaged, they leave the checkpoint as it is. */
+static phx_status fill_newer_folder(phx__source *s, int64_t step, bool *filled, phx_error *err) {
+  char text[PHX__TOOL_PATH + sizeof err->message];
+  phx_error why = PHX_ERROR_INIT;
+  phx__tensor_files *files = NULL;
+  phx_status status = phx__tensor_files_open(s->path, &files, &why);
+  const bool newer = !status && step_of_files(files) > step;
+  phx__tensor_files_close(files);
+  if (newer) status = fill_folder(s, &why);
+  *filled = newer && !status;
+  if (!status) return PHX_OK;
+  forget_folder(s);
+  if (status != PHX_IO && status != PHX_INVALID) return phx__fail(err, status, "%s", why.message);
+  snprintf(text, sizeof text, "the final weights of %s cannot be used: %s; takes the checkpoint of step %" PRId64,
+           s->path, why.message, step);
+  phx__log(0, "checkpoint", PHX_LOG_WARN, text);
+  return PHX_OK;
+}
+
 static phx_status fill(phx__source *s, phx_error *err) {
   char dir[PHX__TOOL_PATH];
+  bool filled = false;
   struct stat st;
   if (!stat(s->path, &st) && !S_ISDIR(st.st_mode)) return fill_file(s, err);
   const bool weights = phx__source_is_folder(s->path);
-  const bool checkpoints = exists(s->path, "checkpoints/latest") || exists(s->path, PHX__MANIFEST_NAME);
+  const bool checkpoints = phx__has_checkpoints(s->path) || exists(s->path, PHX__MANIFEST_NAME);
   if (weights && !checkpoints) return fill_folder(s, err);
   if (!checkpoints && step_of_name(s->path) < 0)
     return phx__fail(err, PHX_INVALID,
@@ -282,14 +329,9 @@ static phx_status fill(phx__source *s, phx_error *err) {
                      ".index.json", s->path);
   phx_status status = phx__checkpoint_resolve(s->path, dir, err);
   if (status) return status;
-  if (weights) { /* a run that has both: the newer */
-    phx__tensor_files *files = NULL;
-    status = phx__tensor_files_open(s->path, &files, err);
-    if (status) return status;
-    const bool newer = step_of_files(files) > step_of_name(dir);
-    phx__tensor_files_close(files);
-    if (newer) return fill_folder(s, err);
-  }
+  if (weights) status = fill_newer_folder(s, step_of_name(dir), &filled, err);
+  if (status || filled) return status;
+  if (!exists(s->path, "checkpoints/latest")) memcpy(s->path, dir, sizeof s->path); /* which was told, and is enough */
   return fill_checkpoint(s, err);
 }
 

@@ -336,7 +336,7 @@ static int verify_checkpoint(const char *path) {
 static int command_verify(int argc, char **argv) {
   if (argc != 2) return phx__checkpoint_usage("verify CHECKPOINT|RUN|FOLDER");
   const bool weights = !phx__is_checkpoint(argv[1]) && phx__source_is_folder(argv[1]);
-  const int one = weights && !phx__is_there(argv[1], "checkpoints/latest") ? PHX__EXIT_OK : verify_checkpoint(argv[1]);
+  const int one = weights && !phx__has_checkpoints(argv[1]) ? PHX__EXIT_OK : verify_checkpoint(argv[1]);
   const int other = weights ? verify_folder(argv[1]) : PHX__EXIT_OK;
   return one > other ? one : other;
 }

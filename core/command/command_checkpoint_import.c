@@ -15,6 +15,7 @@
 #include "checkpoint/checkpoint_dir.h"
 #include "command/command_checkpoint.h"
 #include "plugin/config_load.h"
+#include "checkpoint/checkpoint_resolve.h"
 #include "checkpoint/elements.h"
 #include "engine/layout.h"
 #include "checkpoint/model_config.h"
@@ -44,7 +45,6 @@ typedef struct import {
 
 /* ---- where it goes ---- */
 static phx_status choose_target(import *in, const char *out, phx_error *err) {
-  char path[PHX__TOOL_PATH];
   struct stat st;
   const char *slash = strrchr(out, '/');
   const bool named = !strncmp(slash ? slash + 1 : out, "step-", 5);
@@ -60,8 +60,7 @@ static phx_status choose_target(import *in, const char *out, phx_error *err) {
   snprintf(in->part, sizeof in->part, "%.4000s/.step-import.%d.part", in->parent, (int)getpid());
   if (!lstat(in->target, &st))
     return phx__fail(err, PHX_INVALID, "%s is there already, and is not overwritten", in->target);
-  snprintf(path, sizeof path, "%.4000s/checkpoints/latest", in->run);
-  if (in->run[0] && !lstat(path, &st))
+  if (in->run[0] && phx__has_checkpoints(in->run))
     return phx__fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
   return PHX_OK;
 }
@@ -218,8 +217,7 @@ static phx_status lock_run(const import *in, phx_error *err) {
   struct stat st;
   const phx_status status = phx__run_lock_take(in->run, err);
   if (status) return status;
-  snprintf(path, sizeof path, "%.4000s/checkpoints/latest", in->run);
-  if (!lstat(path, &st))
+  if (phx__has_checkpoints(in->run))
     return phx__fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
   snprintf(path, sizeof path, "%.4000s/" PHX__GPT2_WEIGHTS, in->run); /* a resume from the import would replace them */
   if (!lstat(path, &st))

@@ -143,3 +143,37 @@ Test(model_folders, damage_and_misfits_are_refused) {
   EXPECT(4, "has no tensor ln_f.bias", "checkpoint", "ls", "out");
   hf_free(&f);
 }
+
+static void spoil(const char *name, int64_t bytes) { cr_assert_eq(truncate(at(name), bytes), 0, "%s", name); }
+
+/* What is damaged, or copied in part, hides nothing that is whole. */
+Test(model_folders, checkpoints_serve_where_the_final_weights_cannot) {
+  TRAIN("run", "--steps", "4", "--set", "checkpoint.every=2");
+  EXPECT(0, "equal", "checkpoint", "diff", "run", "run/checkpoints/step-00000004");
+  cr_assert_eq(unlink(at("run/checkpoints/latest")), 0);
+  char *r = EXPECT(0, "run/checkpoints has no file `latest`: takes ", "sample", "run", "--tokens", "3");
+  cr_expect(strstr(r, "step-00000004, the newest whole one"), "%s", r);
+  EXPECT(0, "has no file `latest`", "checkpoint", "verify", "run");
+  spoil("run/checkpoints/step-00000004/manifest.json", 100);
+  r = EXPECT(0, "step-00000004 cannot be used", "checkpoint", "export", "run", "two"); /* its weights are newer */
+  cr_expect(strstr(r, "takes ") && strstr(r, "step-00000002, the newest whole one"), "%s", r);
+  EXPECT(0, "equal", "checkpoint", "diff", "two", "run/model.safetensors", "--weights");
+  spoil("run/model.safetensors", 1000);
+  r = EXPECT(0, "run/model.safetensors", "sample", "run", "--tokens", "3");
+  cr_expect(strstr(r, "cannot be used") && strstr(r, "takes the checkpoint of step 2"), "%s", r);
+  EXPECT(0, "takes the checkpoint of step 2", "checkpoint", "export", "run", "three");
+  EXPECT(0, "equal", "checkpoint", "diff", "three", "run/checkpoints/step-00000002", "--weights");
+  EXPECT(4, "run/model.safetensors", "checkpoint", "verify", "run"); /* which asks for damage */
+}
+
+Test(model_folders, a_file_of_another_kind_is_no_damage) {
+  command_write_file(dir, "notes.txt", "no checkpoint at all\n", 21);
+  static const char says[] = "notes.txt is a file, and none of safetensors: name a run";
+  EXPECT(2, says, "sample", "notes.txt");
+  EXPECT(2, says, "checkpoint", "export", "notes.txt", "out");
+  EXPECT(2, says, "checkpoint", "diff", "notes.txt", "notes.txt");
+  EXPECT(2, "notes.txt", "checkpoint", "verify", "notes.txt");
+  EXPECT(2, "notes.txt", "checkpoint", "ls", "notes.txt");
+  command_write_file(dir, "broken.safetensors", "no checkpoint at all\n", 21);
+  EXPECT(4, "broken.safetensors", "checkpoint", "diff", "broken.safetensors", "broken.safetensors");
+}
