@@ -10,7 +10,8 @@
  * zero_reduce.c, and here what the core calls.
  * Invariants: all memory is taken in create, from one table of regions that estimate adds up; every collective is on
  * the communication stream, in one order that every rank derives from the declared stages.  With [precision] compute =
- * bf16 the weights above are bf16, and the share has fp32 masters.  Does not: offload.  [main] only; the stream's
+ * bf16 the weights above are bf16, and the share has fp32 masters.  What create opens is const from then on
+ * (zero_rank); what changes in a step has one file that may change it.  Does not: offload.  [main] only; the stream's
  * thread runs what is enqueued. */
 #include "zero.h"
 #include <stdio.h>
@@ -44,6 +45,13 @@ static const phx_option options[] = {
         "The update works through the share in groups of this many elements, rounded down to blocks of 1024."),
 };
 
+struct phx_strategy {
+  zero_rank rank; /* const after create */
+  phx_kit_views views;
+  zero_gathering gathering;
+  zero_reducing reducing;
+};
+
 /* ---- life ---- */
 
 static phx_status zero_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
@@ -62,37 +70,37 @@ static phx_status zero_estimate(const void *config, const phx_topology *t, const
 
 static void zero_destroy(phx_strategy *self) {
   if (!self) return;
-  if (self->s.stream) self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, NULL);
-  phx_kit_events_destroy(&self->s, self->plan.n_buckets, self->reduced);
-  if (self->gathered) phx_kit_events_destroy(&self->s, self->plan.model->n_units, self->gathered);
-  phx_kit_events_destroy(&self->s, 1, self->whole);
-  phx_kit_events_destroy(&self->s, 1, self->mark);
-  phx_kit_regions_release(&self->s, self->plan.regions, ZERO_REGIONS);
-  phx_kit_services_close(&self->s);
+  zero_rank *r = &self->rank;
+  if (r->s.stream) r->s.device->stream_synchronize(r->s.device->ctx, r->s.stream, NULL);
+  phx_kit_events_destroy(&r->s, r->plan.n_buckets, r->reduced);
+  if (r->gathered) phx_kit_events_destroy(&r->s, r->plan.model->n_units, r->gathered);
+  phx_kit_events_destroy(&r->s, 1, r->whole);
+  phx_kit_events_destroy(&r->s, 1, r->mark);
+  phx_kit_regions_release(&r->s, r->plan.regions, ZERO_REGIONS);
+  phx_kit_services_close(&r->s);
+  zero_gathering_destroy(&self->gathering);
+  zero_reducing_destroy(&self->reducing);
   phx_kit_views_destroy(&self->views);
-  zero_plan_destroy(&self->plan);
-  free(self->gather_no);
-  free(self->open);
-  free(self->complete);
+  zero_plan_destroy(&r->plan);
   free(self);
 }
 
 /* A run that accumulates chooses between memory and traffic; say what it chose. */
-static void tell_cost_of_accumulation(const phx_strategy *self) {
-  const phx_topology *t = self->plan.topology;
-  const phx_host *h = self->s.host;
+static void tell_cost_of_accumulation(const zero_rank *r) {
+  const phx_topology *t = r->plan.topology;
+  const phx_host *h = r->s.host;
   char line[320];
-  if (t->accumulate == 1 || self->plan.config->stage == 1 || !self->plan.several) return;
-  if (self->plan.whole)
+  if (t->accumulate == 1 || r->plan.config->stage == 1 || !r->plan.several) return;
+  if (r->plan.whole)
     snprintf(line, sizeof line,
              "accumulate = %d with reduce = step keeps whole gradients on every rank: %.1f MiB; reduce = micro_batch "
              "keeps shares, and sends %d times as much",
-             t->accumulate, (double)self->plan.regions[ZERO_GRADIENT].bytes / (1 << 20), t->accumulate);
+             t->accumulate, (double)r->plan.regions[ZERO_GRADIENT].bytes / (1 << 20), t->accumulate);
   else
     snprintf(line, sizeof line,
              "accumulate = %d with reduce = micro_batch reduces %d times a step; reduce = step sends once, and keeps "
              "whole gradients on every rank: %.1f MiB",
-             t->accumulate, t->accumulate, (double)self->plan.order.numel * 4 / (1 << 20));
+             t->accumulate, t->accumulate, (double)r->plan.order.numel * 4 / (1 << 20));
   h->log(h->ctx, PHX_LOG_INFO, line);
 }
 
@@ -100,26 +108,20 @@ static phx_status zero_create(const phx_host *host, const void *config, const ph
                               const phx_model *model, phx_strategy **out, phx_error *err) {
   phx_strategy *self = calloc(1, sizeof *self);
   if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  zero_rank *r = &self->rank;
   phx_status status;
-  PHX_KIT_TRY(zero_plan_create(config, topology, model, &self->plan, err));
-  PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &self->s, err));
+  PHX_KIT_TRY(zero_plan_create(config, topology, model, &r->plan, err));
+  PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &r->s, err));
   PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->mark, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->whole, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, self->plan.n_buckets, &self->reduced, err));
-  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->plan.regions, ZERO_REGIONS, err));
-  self->gather_no = calloc(model->n_units + 1u, sizeof *self->gather_no);
-  self->open = calloc(model->n_units + 1u, 1);
-  self->complete = calloc(model->n_units + 1u, 1);
-  if (!self->gather_no || !self->open || !self->complete) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
-    goto done;
-  }
+  PHX_KIT_TRY(phx_kit_events_create(&r->s, 1, &r->mark, err));
+  PHX_KIT_TRY(phx_kit_events_create(&r->s, 1, &r->whole, err));
+  PHX_KIT_TRY(phx_kit_events_create(&r->s, model->n_units, &r->gathered, err));
+  PHX_KIT_TRY(phx_kit_events_create(&r->s, r->plan.n_buckets, &r->reduced, err));
+  PHX_KIT_TRY(phx_kit_regions_alloc(&r->s, r->plan.regions, ZERO_REGIONS, err));
+  PHX_KIT_TRY(zero_gathering_create(r, self->views.places, &self->gathering, err));
+  PHX_KIT_TRY(zero_reducing_create(r, &self->views, &self->reducing, err));
   self->views.weight_dtype = topology->compute_dtype;
-  zero_place_weights(self);
-  zero_begin_program(self, &self->plan.train);
-  tell_cost_of_accumulation(self);
+  tell_cost_of_accumulation(r);
   *out = self;
   return PHX_OK;
 done:
@@ -130,13 +132,14 @@ done:
 /* ---- state: this rank's share ---- */
 
 static phx_status zero_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  phx_status status = zero_settle(self, err);
+  const zero_rank *r = &self->rank;
+  const zero_plan *p = &r->plan;
+  phx_status status = zero_settle(r, err);
   if (status != PHX_OK) return status;
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     for (phx_kit_part part = {0};
          phx_kit_part_next(p->model, flat, p->shard[flat].first, p->shard[flat].blocks, &part);) {
-      status = phx_kit_visit(visitor, self->s.optim, p->topology->compute_dtype, part.unit, flat, part.first,
+      status = phx_kit_visit(visitor, r->s.optim, p->topology->compute_dtype, part.unit, flat, part.first,
                              part.blocks, err);
       if (status != PHX_OK) return status;
     }
@@ -144,33 +147,34 @@ static phx_status zero_visit_state(phx_strategy *self, const phx_visitor *visito
 }
 
 /* An owned element's place in a region of weights. */
-static void *weight_at(const phx_strategy *self, uint32_t flat, int64_t at) {
-  const zero_plan *p = &self->plan;
+static void *weight_at(const zero_rank *r, uint32_t flat, int64_t at) {
+  const zero_plan *p = &r->plan;
   if (p->config->stage == 3) at -= zero_share(p, flat) * p->topology->rank;
-  return zero_weights(self, ZERO_WEIGHT + flat, at);
+  return zero_weights(r, ZERO_WEIGHT + flat, at);
 }
 /* Its master, or NULL in fp32. */
-static float *master_at(const phx_strategy *self, uint32_t flat, int64_t at) {
-  float *masters = zero_region(self, ZERO_MASTER + flat);
-  return masters ? masters + (at - zero_share(&self->plan, flat) * self->plan.topology->rank) : NULL;
+static float *master_at(const zero_rank *r, uint32_t flat, int64_t at) {
+  float *masters = zero_region(r, ZERO_MASTER + flat);
+  return masters ? masters + (at - zero_share(&r->plan, flat) * r->plan.topology->rank) : NULL;
 }
-static void *state_at(const phx_strategy *self, uint32_t state, int64_t at) {
-  int64_t inside = at - zero_share(&self->plan, PHX_FLAT_TRAINABLE) * self->plan.topology->rank;
-  return (char *)self->plan.regions[ZERO_STATES + state].at +
-         inside * (int64_t)phx_dtype_bytes(self->plan.topology->optim_dtype[state]);
+static void *state_at(const zero_rank *r, uint32_t state, int64_t at) {
+  int64_t inside = at - zero_share(&r->plan, PHX_FLAT_TRAINABLE) * r->plan.topology->rank;
+  return (char *)r->plan.regions[ZERO_STATES + state].at +
+         inside * (int64_t)phx_dtype_bytes(r->plan.topology->optim_dtype[state]);
 }
 
 static phx_status zero_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
+  const zero_rank *r = &self->rank;
   (void)mode;
-  bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->plan.topology);
+  bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(r->plan.topology);
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
     return phx_kit_fail(err, PHX_INVALID, "zero keeps no state of kind %d", slice->kind);
-  phx_status status = zero_settle(self, err);
+  phx_status status = zero_settle(r, err);
   if (status != PHX_OK) return status;
-  int64_t at = zero_unit_first(&self->plan, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
-  *out = master                              ? master_at(self, slice->flat, at)
-         : slice->kind == PHX_STATE_WEIGHT ? weight_at(self, slice->flat, at)
-                                             : state_at(self, slice->state_index, at);
+  int64_t at = zero_unit_first(&r->plan, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
+  *out = master                              ? master_at(r, slice->flat, at)
+         : slice->kind == PHX_STATE_WEIGHT ? weight_at(r, slice->flat, at)
+                                             : state_at(r, slice->state_index, at);
   return PHX_OK;
 }
 
@@ -180,132 +184,137 @@ static phx_status zero_unmap(phx_strategy *self, const phx_slice *slice, int32_t
 }
 
 /* The share's low-precision weights, from its masters. */
-static phx_status derive_weights(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_device *d = self->s.device;
+static phx_status derive_weights(const zero_rank *r, uint32_t flat, phx_error *err) {
+  const zero_plan *p = &r->plan;
+  const phx_device *d = r->s.device;
   int64_t at = p->shard[flat].first * PHX_BLOCK;
   if (p->shard[flat].blocks == 0 || !phx_kit_masters(p->topology)) return PHX_OK;
-  return d->cast(d->ctx, weight_at(self, flat, at), p->topology->compute_dtype, master_at(self, flat, at), PHX_F32,
+  return d->cast(d->ctx, weight_at(r, flat, at), p->topology->compute_dtype, master_at(r, flat, at), PHX_F32,
                  p->shard[flat].blocks * PHX_BLOCK, NULL, err);
 }
 
 static phx_status zero_state_changed(phx_strategy *self, phx_error *err) {
-  phx_status status = zero_settle(self, err);
-  for (uint32_t flat = 0; flat < PHX_FLATS && status == PHX_OK; flat++) status = derive_weights(self, flat, err);
-  if (status == PHX_OK) status = zero_make_whole(self, PHX_FLAT_TRAINABLE, err);
-  if (status == PHX_OK) status = zero_make_whole(self, PHX_FLAT_FROZEN, err);
-  return status == PHX_OK ? zero_settle(self, err) : status;
+  const zero_rank *r = &self->rank;
+  phx_status status = zero_settle(r, err);
+  for (uint32_t flat = 0; flat < PHX_FLATS && status == PHX_OK; flat++) status = derive_weights(r, flat, err);
+  if (status == PHX_OK) status = zero_make_whole(r, PHX_FLAT_TRAINABLE, err);
+  if (status == PHX_OK) status = zero_make_whole(r, PHX_FLAT_FROZEN, err);
+  return status == PHX_OK ? zero_settle(r, err) : status;
 }
 
 /* ---- the step ---- */
 
 static phx_status zero_begin_micro_batch(phx_strategy *self, int32_t index, int32_t last, phx_error *err) {
+  const zero_rank *r = &self->rank;
   (void)err;
-  zero_begin_program(self, &self->plan.train);
-  zero_begin_gradients(self, index, last != 0);
+  zero_begin_program(r, &self->gathering, &r->plan.train);
+  zero_begin_gradients(r, &self->reducing, index, last != 0);
   return PHX_OK;
 }
 
 /* Small parameters are read where they are whole. */
-static void point_to_persistent(phx_strategy *self, uint32_t stage, int32_t pass) {
-  const zero_plan *p = &self->plan;
+static void point_to_persistent(const zero_rank *r, phx_kit_views *views, uint32_t stage, int32_t pass) {
+  const zero_plan *p = &r->plan;
   const phx_stage *s = phx_model_stage(p->model, stage);
-  phx_param_view *view = self->views.params + (self->views.views[stage].params - self->views.params);
+  phx_param_view *view = views->params + (views->views[stage].params - views->params);
   for (uint32_t i = 0; i < s->n_uses; i++) {
     const phx_use *use = phx_model_use(p->model, s->first_use + i);
     bool reads = use->flags & (pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD);
     for (uint32_t k = 0; k < phx_model_unit(p->model, use->unit)->n_params; k++, view++) {
       uint32_t flat = phx_model_param(p->model, view->param)->flags & PHX_PARAM_FROZEN ? PHX_FLAT_FROZEN : 0;
       if (reads && p->persist[view->param] >= 0)
-        view->weight = zero_weights(self, ZERO_PERSIST + flat, p->persist[view->param]);
+        view->weight = zero_weights(r, ZERO_PERSIST + flat, p->persist[view->param]);
     }
   }
 }
 
 static phx_status zero_acquire(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch,
                                phx_stream *stream, const phx_view **out, phx_error *err) {
+  const zero_rank *r = &self->rank;
   (void)micro_batch;
   phx_event *ready = NULL;
-  phx_status status = zero_gather(self, stage, pass, stream, &ready, err);
-  if (status == PHX_OK && pass == PHX_PASS_BACKWARD) status = zero_open_gradients(self, stage, stream, err);
+  phx_status status = zero_gather(r, &self->gathering, stage, pass, stream, &ready, err);
   if (status != PHX_OK) return status;
+  if (pass == PHX_PASS_BACKWARD) PHX_KIT_TRY(zero_open_gradients(r, &self->reducing, stage, stream, err));
   *out = phx_kit_view(&self->views, stage, pass, ready);
-  point_to_persistent(self, stage, pass);
-  return PHX_OK;
+  point_to_persistent(r, &self->views, stage, pass);
+done:
+  return status;
 }
 
 static phx_status zero_release(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
                                phx_stream *stream, phx_error *err) {
+  const zero_rank *r = &self->rank;
   (void)micro_batch;
   phx_status status = PHX_OK;
   if (pass != PHX_PASS_BACKWARD) return PHX_OK;
   if (flags & PHX_RELEASE_NO_GRADIENT)
-    PHX_KIT_TRY(phx_kit_view_unused(&self->views, self->s.device, stage, stream, err));
-  if ((flags & PHX_RELEASE_LAST_USE) && self->reducing) PHX_KIT_TRY(zero_complete(self, stage, stream, err));
+    PHX_KIT_TRY(phx_kit_view_unused(&self->views, r->s.device, stage, stream, err));
+  if (flags & PHX_RELEASE_LAST_USE) PHX_KIT_TRY(zero_complete(r, &self->reducing, stage, stream, err));
 done:
   return status;
 }
 
 static phx_status zero_finish_gradients(phx_strategy *self, phx_error *err) {
-  return zero_finish(self, err);
+  return zero_finish(&self->rank, &self->reducing, err);
 }
 
 static phx_status zero_discard_gradients(phx_strategy *self, phx_error *err) {
-  self->next_bucket = 0;
-  self->reducing = false;
-  return self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err);
+  return zero_discard(&self->rank, &self->reducing, err);
 }
 
 static phx_status zero_gradient_norm(phx_strategy *self, const phx_accumulator *acc, phx_error *err) {
-  const zero_plan *p = &self->plan;
+  const zero_rank *r = &self->rank;
+  const zero_plan *p = &r->plan;
   const phx_kit_shard *mine = &p->shard[PHX_FLAT_TRAINABLE];
   for (phx_kit_part part = {0}; phx_kit_part_next(p->model, PHX_FLAT_TRAINABLE, mine->first, mine->blocks, &part);) {
     phx_status status = acc->add(acc->ctx, part.unit, part.first, part.blocks,
-                                 zero_reduced(self, (mine->first + part.at) * PHX_BLOCK), NULL, err);
+                                 zero_reduced(r, (mine->first + part.at) * PHX_BLOCK), NULL, err);
     if (status != PHX_OK) return status;
   }
   return PHX_OK;
 }
 
 /* Blocks [first, first + blocks) of the model: one group, cut at units. */
-static phx_status update_group(phx_strategy *self, int64_t first, int64_t blocks, float scale, phx_error *err) {
-  const zero_plan *p = &self->plan;
+static phx_status update_group(const zero_rank *r, int64_t first, int64_t blocks, float scale, phx_error *err) {
+  const zero_plan *p = &r->plan;
   for (phx_kit_part part = {0}; phx_kit_part_next(p->model, PHX_FLAT_TRAINABLE, first, blocks, &part);) {
     int64_t at = (first + part.at) * PHX_BLOCK;
     phx_kit_slice slice = {.unit = part.unit,
                            .place = PHX_SPACE_DEVICE,
                            .first = part.first,
                            .blocks = part.blocks,
-                           .weight = weight_at(self, PHX_FLAT_TRAINABLE, at),
-                           .master = master_at(self, PHX_FLAT_TRAINABLE, at),
+                           .weight = weight_at(r, PHX_FLAT_TRAINABLE, at),
+                           .master = master_at(r, PHX_FLAT_TRAINABLE, at),
                            .weight_dtype = p->topology->compute_dtype,
-                           .gradient = zero_reduced(self, at)};
-    for (uint32_t k = 0; k < p->topology->n_optim_states; k++) slice.states[k] = state_at(self, k, at);
-    phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
+                           .gradient = zero_reduced(r, at)};
+    for (uint32_t k = 0; k < p->topology->n_optim_states; k++) slice.states[k] = state_at(r, k, at);
+    phx_status status = phx_kit_update(r->s.optim, &slice, scale, NULL, err);
     if (status != PHX_OK) return status;
   }
   return PHX_OK;
 }
 
 static phx_status zero_update(phx_strategy *self, int64_t step, float scale, phx_error *err) {
+  const zero_rank *r = &self->rank;
   (void)step;
-  const phx_kit_shard *mine = &self->plan.shard[PHX_FLAT_TRAINABLE];
-  int64_t group = self->plan.config->sub_group_size / PHX_BLOCK;
-  phx_status settled = zero_settle(self, err); /* peers may still read the share, units that no stage waits for */
+  const phx_kit_shard *mine = &r->plan.shard[PHX_FLAT_TRAINABLE];
+  int64_t group = r->plan.config->sub_group_size / PHX_BLOCK;
+  phx_status settled = zero_settle(r, err); /* peers may still read the share, units that no stage waits for */
   if (settled != PHX_OK) return settled;
   for (int64_t at = 0; at < mine->blocks; at += group) {
     int64_t blocks = mine->blocks - at < group ? mine->blocks - at : group;
-    phx_status status = update_group(self, mine->first + at, blocks, scale, err);
+    phx_status status = update_group(r, mine->first + at, blocks, scale, err);
     if (status != PHX_OK) return status;
   }
-  return zero_make_whole(self, PHX_FLAT_TRAINABLE, err);
+  return zero_make_whole(r, PHX_FLAT_TRAINABLE, err);
 }
 
 static phx_status zero_health(phx_strategy *self, phx_error *err) {
-  return self->s.comm->health(self->s.comm->ctx, err);
+  return self->rank.s.comm->health(self->rank.s.comm->ctx, err);
 }
 static void zero_abort(phx_strategy *self) {
-  self->s.comm->abort(self->s.comm->ctx);
+  self->rank.s.comm->abort(self->rank.s.comm->ctx);
 }
 
 static const phx_strategy_table table = {

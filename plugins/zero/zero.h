@@ -87,54 +87,67 @@ static inline bool zero_at_once(const zero_plan *p, uint32_t flat) {
   return zero_share(p, flat) * p->topology->world_size <= p->config->allgather_bucket_size;
 }
 
-struct phx_strategy {
-  zero_plan plan;
+/* What a rank has opened by its plan.  After create it is const for everybody: the files get it as `const zero_rank *`,
+ * beside the one part of the state that is theirs to change. */
+typedef struct zero_rank {
+  zero_plan plan; /* its regions are allocated */
   phx_kit_services s;
-  phx_kit_views views;
   phx_event **mark;     /* (1) the compute stream's progress */
   phx_event **gathered; /* (n_units) its weights are here: for a pass (stage 3), since the last update (1 and 2) */
   phx_event **reduced;  /* (n_buckets) */
   phx_event **whole;    /* (1) all that the last update gathers is here */
-  /* gathers */
+} zero_rank;
+static inline float *zero_region(const zero_rank *r, uint32_t region) {
+  return r->plan.regions[region].at;
+}
+/* An element of a region of weights (ZERO_WEIGHT, ZERO_PERSIST, ZERO_POOL), which have the model's type. */
+static inline char *zero_weights(const zero_rank *r, uint32_t region, int64_t element) {
+  return (char *)r->plan.regions[region].at + element * phx_kit_weight_bytes(r->plan.topology);
+}
+
+/* The state, of a pass over the stages and of a micro-batch. */
+typedef struct zero_gathering { /* zero_gather.c's */
+  phx_kit_place *places;        /* [borrow:self] of the views; it sets their weights */
   const phx_kit_program *program;
-  uint32_t next;       /* the position whose actions come next */
-  uint32_t n_gathers;  /* so far in this program; gives gathers their order */
-  uint32_t *gather_no; /* (n_units) its place in that order */
-  /* gradients */
+  uint32_t next;      /* the position whose actions come next */
+  uint32_t n_gathers; /* so far in this program; gives gathers their order */
+  uint32_t *number;   /* (n_units) its place in that order; 0: not gathered */
+} zero_gathering;
+typedef struct zero_reducing { /* zero_reduce.c's */
+  phx_kit_views *views;        /* [borrow:self] it sets the places of their gradients */
   int32_t micro_batch;
   uint32_t next_bucket;
   bool reducing;     /* buckets are reduced in this micro-batch */
   bool settled;      /* nothing of the micro-batch before is still being reduced */
   uint8_t *open;     /* (n_units) its gradient window is in use */
   uint8_t *complete; /* (n_units) */
-};
-static inline float *zero_region(const phx_strategy *self, uint32_t region) {
-  return self->plan.regions[region].at;
-}
-/* An element of a region of weights (ZERO_WEIGHT, ZERO_PERSIST, ZERO_POOL), which have the model's type. */
-static inline char *zero_weights(const phx_strategy *self, uint32_t region, int64_t element) {
-  return (char *)self->plan.regions[region].at + element * phx_kit_weight_bytes(self->plan.topology);
-}
+} zero_reducing;
 
-/* zero_whole.c */
-phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err); /* begins; after init, load or update */
-phx_status zero_settle(phx_strategy *self, phx_error *err); /* compute waits for all that was begun */
-phx_event *zero_whole_ready(const phx_strategy *self, uint32_t stage, int32_t pass); /* or NULL */
+/* zero_whole.c: no state of its own */
+phx_status zero_make_whole(const zero_rank *r, uint32_t flat, phx_error *err); /* begins; after init, load or update */
+phx_status zero_settle(const zero_rank *r, phx_error *err); /* compute waits for all that was begun */
+phx_event *zero_whole_ready(const zero_rank *r, uint32_t stage, int32_t pass); /* or NULL */
 void zero_make_whole_traffic(const zero_plan *p, uint32_t flat, phx_estimate *out);
 
 /* zero_gather.c */
-void zero_begin_program(phx_strategy *self, const phx_kit_program *program);
+phx_status zero_gathering_create(const zero_rank *r, phx_kit_place *places, zero_gathering *out, phx_error *err);
+void zero_gathering_destroy(zero_gathering *now);
+void zero_begin_program(const zero_rank *r, zero_gathering *now, const phx_kit_program *program);
 /* The unit's weights for this pass; ready: what it must wait for, or NULL. */
-phx_status zero_gather(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream, phx_event **ready,
-                       phx_error *err);
+phx_status zero_gather(const zero_rank *r, zero_gathering *now, uint32_t stage, int32_t pass, phx_stream *stream,
+                       phx_event **ready, phx_error *err);
 void zero_gather_traffic(const zero_plan *p, phx_estimate *out);
-void zero_place_weights(phx_strategy *self);
 
 /* zero_reduce.c */
-void zero_begin_gradients(phx_strategy *self, int32_t index, bool last);
-phx_status zero_open_gradients(phx_strategy *self, uint32_t stage, phx_stream *stream, phx_error *err);
-phx_status zero_complete(phx_strategy *self, uint32_t stage, phx_stream *stream, phx_error *err);
-phx_status zero_finish(phx_strategy *self, phx_error *err);
+phx_status zero_reducing_create(const zero_rank *r, phx_kit_views *views, zero_reducing *out, phx_error *err);
+void zero_reducing_destroy(zero_reducing *now);
+void zero_begin_gradients(const zero_rank *r, zero_reducing *now, int32_t index, bool last);
+phx_status zero_open_gradients(const zero_rank *r, zero_reducing *now, uint32_t stage, phx_stream *stream,
+                               phx_error *err);
+/* A stage's backward pass is over: reduces the buckets that are complete with it. */
+phx_status zero_complete(const zero_rank *r, zero_reducing *now, uint32_t stage, phx_stream *stream, phx_error *err);
+phx_status zero_finish(const zero_rank *r, const zero_reducing *now, phx_error *err);
+phx_status zero_discard(const zero_rank *r, zero_reducing *now, phx_error *err);
 void zero_reduce_traffic(const zero_plan *p, phx_estimate *out);
-const float *zero_reduced(const phx_strategy *self, int64_t at); /* an owned element's reduced gradient */
+const float *zero_reduced(const zero_rank *r, int64_t at); /* an owned element's reduced gradient */
 #endif

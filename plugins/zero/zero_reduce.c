@@ -6,66 +6,79 @@
  * live in windows that are taken over once their bucket was reduced.
  * Invariant: buckets are reduced in one order on one stream, so waiting for one waits for all before it. */
 #include "zero.h"
+#include <stdlib.h>
 #include <string.h>
 
-void zero_begin_gradients(phx_strategy *self, int32_t index, bool last) {
-  const phx_model *m = self->plan.model;
-  bool adds = phx_kit_adds_reduced(self->plan.topology);
-  self->micro_batch = index;
-  self->reducing = adds || last;
-  self->settled = index == 0; /* a step begins after the one before was finished or discarded */
-  self->next_bucket = 0;
-  memset(self->complete, 0, m->n_units);
-  memset(self->open, 0, m->n_units);
-  phx_kit_views_begin(&self->views, adds || index == 0);
+phx_status zero_reducing_create(const zero_rank *r, phx_kit_views *views, zero_reducing *out, phx_error *err) {
+  size_t n = r->plan.model->n_units + 1u;
+  *out = (zero_reducing){.views = views, .open = calloc(n, 1), .complete = calloc(n, 1)};
+  if (out->open && out->complete) return PHX_OK;
+  return phx_kit_fail(err, PHX_NOMEM, "no memory for the gradients of %u units", r->plan.model->n_units);
+}
+
+void zero_reducing_destroy(zero_reducing *now) {
+  free(now->open);
+  free(now->complete);
+  memset(now, 0, sizeof *now);
+}
+
+void zero_begin_gradients(const zero_rank *r, zero_reducing *now, int32_t index, bool last) {
+  const phx_model *m = r->plan.model;
+  bool adds = phx_kit_adds_reduced(r->plan.topology);
+  now->micro_batch = index;
+  now->reducing = adds || last;
+  now->settled = index == 0; /* a step begins after the one before was finished or discarded */
+  now->next_bucket = 0;
+  memset(now->complete, 0, m->n_units);
+  memset(now->open, 0, m->n_units);
+  phx_kit_views_begin(now->views, adds || index == 0);
   for (uint32_t u = 0; u < m->n_units; u++) {
-    bool trainable = phx_model_unit(m, u)->blocks[PHX_FLAT_TRAINABLE] > 0;
-    self->views.places[u].gradient =
-        !trainable         ? NULL
-        : self->plan.whole ? zero_region(self, ZERO_GRADIENT) + zero_unit_first(&self->plan, u, PHX_FLAT_TRAINABLE)
-                           : zero_region(self, ZERO_WINDOWS) + self->plan.gradient_at[u];
+    if (phx_model_unit(m, u)->blocks[PHX_FLAT_TRAINABLE] == 0) continue;
+    now->views->places[u].gradient =
+        r->plan.whole ? zero_region(r, ZERO_GRADIENT) + zero_unit_first(&r->plan, u, PHX_FLAT_TRAINABLE)
+                      : zero_region(r, ZERO_WINDOWS) + r->plan.gradient_at[u];
   }
 }
 
-phx_status zero_open_gradients(phx_strategy *self, uint32_t s, phx_stream *stream, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_device *d = self->s.device;
+phx_status zero_open_gradients(const zero_rank *r, zero_reducing *now, uint32_t s, phx_stream *stream, phx_error *err) {
+  const zero_plan *p = &r->plan;
+  const phx_device *d = r->s.device;
   const phx_stage *stage = phx_model_stage(p->model, s);
   phx_status status = PHX_OK;
-  if (!self->settled && p->n_buckets > 0 && phx_kit_adds_reduced(p->topology))
-    PHX_KIT_TRY(d->stream_wait(d->ctx, stream, self->reduced[p->n_buckets - 1], err));
-  self->settled = true;
+  if (!now->settled && p->n_buckets > 0 && phx_kit_adds_reduced(p->topology))
+    PHX_KIT_TRY(d->stream_wait(d->ctx, stream, r->reduced[p->n_buckets - 1], err));
+  now->settled = true;
   for (uint32_t i = 0; i < stage->n_uses && !p->whole; i++) {
     const phx_use *use = phx_model_use(p->model, stage->first_use + i);
-    float *gradient = self->views.places[use->unit].gradient;
-    if (!(use->flags & PHX_USE_GRADIENT) || !gradient || self->open[use->unit]) continue;
+    float *gradient = now->views->places[use->unit].gradient;
+    if (!(use->flags & PHX_USE_GRADIENT) || !gradient || now->open[use->unit]) continue;
     if (p->gradient_after[use->unit] >= 0)
-      PHX_KIT_TRY(d->stream_wait(d->ctx, stream, self->reduced[p->gradient_after[use->unit]], err));
+      PHX_KIT_TRY(d->stream_wait(d->ctx, stream, r->reduced[p->gradient_after[use->unit]], err));
     PHX_KIT_TRY(phx_kit_zero_gaps(d, p->model, use->unit, gradient, stream, err));
-    self->open[use->unit] = 1;
+    now->open[use->unit] = 1;
   }
 done:
   return status;
 }
 
-static float *share_at(const phx_strategy *self, int64_t at) {
-  return zero_region(self, ZERO_SHARE) + (at - zero_share(&self->plan, PHX_FLAT_TRAINABLE) * self->plan.topology->rank);
+static float *share_at(const zero_rank *r, int64_t at) {
+  return zero_region(r, ZERO_SHARE) + (at - zero_share(&r->plan, PHX_FLAT_TRAINABLE) * r->plan.topology->rank);
 }
 
-const float *zero_reduced(const phx_strategy *self, int64_t at) {
-  return zero_region(self, ZERO_SHARE) ? share_at(self, at) : zero_region(self, ZERO_GRADIENT) + at;
+const float *zero_reduced(const zero_rank *r, int64_t at) {
+  return zero_region(r, ZERO_SHARE) ? share_at(r, at) : zero_region(r, ZERO_GRADIENT) + at;
 }
 
 /* One piece's sum: from every rank's part to its owner; one rank rounds as many would. */
-static phx_status reduce_through(phx_strategy *self, const zero_piece *piece, float *from, float *to, phx_error *err) {
-  const phx_comm *c = self->s.comm;
-  const phx_device *d = self->s.device;
-  phx_stream *s = self->s.stream;
-  int32_t dtype = self->plan.topology->reduce_dtype;
-  void *wire = zero_region(self, ZERO_WIRE), *src = wire ? wire : from, *dst = wire ? wire : to;
+static phx_status reduce_through(const zero_rank *r, const zero_piece *piece, float *from, float *to, phx_error *err) {
+  const phx_comm *c = r->s.comm;
+  const phx_device *d = r->s.device;
+  phx_stream *s = r->s.stream;
+  int32_t dtype = r->plan.topology->reduce_dtype;
+  void *wire = zero_region(r, ZERO_WIRE), *src = wire ? wire : from, *dst = wire ? wire : to;
   phx_status status = PHX_OK;
   if (wire) PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, from, PHX_F32, piece->numel, s, err));
-  if (self->plan.several)
+  if (r->plan.several)
     PHX_KIT_TRY(c->reduce(c->ctx, src, dst, piece->numel, dtype, PHX_SUM, piece->owner, s, err));
   else if (src != dst)
     PHX_KIT_TRY(d->copy(d->ctx, dst, src, piece->numel * 4, s, err));
@@ -76,65 +89,74 @@ done:
 }
 
 /* The first sums of a step go where they stay; those of later micro-batches pass through memory of their own. */
-static phx_status reduce_piece(phx_strategy *self, const zero_piece *piece, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_comm *c = self->s.comm;
-  const phx_device *d = self->s.device;
+static phx_status reduce_piece(const zero_rank *r, const zero_reducing *now, const zero_piece *piece, phx_error *err) {
+  const zero_plan *p = &r->plan;
+  const phx_comm *c = r->s.comm;
+  const phx_device *d = r->s.device;
   phx_status status = PHX_OK;
-  bool mine = piece->owner == c->rank, later = phx_kit_adds_reduced(p->topology) && self->micro_batch > 0;
-  const phx_kit_place *place = &self->views.places[piece->unit];
-  float *from = p->whole ? zero_region(self, ZERO_GRADIENT) + piece->at
+  bool mine = piece->owner == c->rank, later = phx_kit_adds_reduced(p->topology) && now->micro_batch > 0;
+  const phx_kit_place *place = &now->views->places[piece->unit];
+  float *from = p->whole ? zero_region(r, ZERO_GRADIENT) + piece->at
                          : place->gradient + (piece->at - zero_unit_first(p, piece->unit, PHX_FLAT_TRAINABLE));
-  float *stays = !mine ? NULL : zero_region(self, ZERO_SHARE) ? share_at(self, piece->at) : from;
-  float *to = mine && later ? (p->whole ? from : zero_region(self, ZERO_STAGING)) : stays;
-  PHX_KIT_TRY(reduce_through(self, piece, from, to, err));
-  if (mine && later) PHX_KIT_TRY(d->add(d->ctx, stays, to, piece->numel, self->s.stream, err));
+  float *stays = NULL;
+  if (mine) stays = zero_region(r, ZERO_SHARE) ? share_at(r, piece->at) : from;
+  float *to = mine && later ? (p->whole ? from : zero_region(r, ZERO_STAGING)) : stays;
+  PHX_KIT_TRY(reduce_through(r, piece, from, to, err));
+  if (mine && later) PHX_KIT_TRY(d->add(d->ctx, stays, to, piece->numel, r->s.stream, err));
 done:
   return status;
 }
 
-static phx_status reduce_bucket(phx_strategy *self, uint32_t b, phx_stream *stream, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_device *d = self->s.device;
+static phx_status reduce_bucket(const zero_rank *r, const zero_reducing *now, uint32_t b,
+                                phx_stream *stream, phx_error *err) {
+  const zero_plan *p = &r->plan;
+  const phx_device *d = r->s.device;
   phx_status status = PHX_OK;
-  self->s.comm->annotate(self->s.comm->ctx, (int32_t)p->order.units[p->buckets[b].last]);
+  r->s.comm->annotate(r->s.comm->ctx, (int32_t)p->order.units[p->buckets[b].last]);
   for (uint32_t i = p->reduces.first[b]; i < p->reduces.first[b + 1]; i++)
-    PHX_KIT_TRY(reduce_piece(self, &p->reduces.of[i], err));
-  PHX_KIT_TRY(d->event_record(d->ctx, self->reduced[b], self->s.stream, err));
-  if (!p->config->overlap_comm) PHX_KIT_TRY(d->stream_wait(d->ctx, stream, self->reduced[b], err));
+    PHX_KIT_TRY(reduce_piece(r, now, &p->reduces.of[i], err));
+  PHX_KIT_TRY(d->event_record(d->ctx, r->reduced[b], r->s.stream, err));
+  if (!p->config->overlap_comm) PHX_KIT_TRY(d->stream_wait(d->ctx, stream, r->reduced[b], err));
 done:
   return status;
 }
 
-phx_status zero_complete(phx_strategy *self, uint32_t s, phx_stream *stream, phx_error *err) {
-  const zero_plan *p = &self->plan;
+phx_status zero_complete(const zero_rank *r, zero_reducing *now, uint32_t s, phx_stream *stream, phx_error *err) {
+  const zero_plan *p = &r->plan;
   const phx_stage *stage = phx_model_stage(p->model, s);
   phx_status status = PHX_OK;
   bool marked = false;
+  if (!now->reducing) return PHX_OK;
   for (uint32_t i = 0; i < stage->n_uses; i++) {
     const phx_use *use = phx_model_use(p->model, stage->first_use + i);
-    if (use->flags & PHX_USE_LAST) self->complete[use->unit] = 1;
+    if (use->flags & PHX_USE_LAST) now->complete[use->unit] = 1;
   }
-  while (self->next_bucket < p->n_buckets && self->complete[p->order.units[p->buckets[self->next_bucket].last]]) {
-    if (!marked) PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
+  while (now->next_bucket < p->n_buckets && now->complete[p->order.units[p->buckets[now->next_bucket].last]]) {
+    if (!marked) PHX_KIT_TRY(phx_kit_after(&r->s, r->mark[0], stream, r->s.stream, err));
     marked = true;
-    PHX_KIT_TRY(reduce_bucket(self, self->next_bucket, stream, err));
-    self->next_bucket++;
+    PHX_KIT_TRY(reduce_bucket(r, now, now->next_bucket, stream, err));
+    now->next_bucket++;
   }
 done:
   return status;
 }
 
-phx_status zero_finish(phx_strategy *self, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_device *d = self->s.device;
-  if (self->next_bucket < p->n_buckets)
+phx_status zero_finish(const zero_rank *r, const zero_reducing *now, phx_error *err) {
+  const zero_plan *p = &r->plan;
+  const phx_device *d = r->s.device;
+  if (now->next_bucket < p->n_buckets)
     return phx_kit_fail(err, PHX_STATE,
                         "gradients are to be finished, but bucket %u of %u waits for unit '%s': its last stage was not "
                         "released with LAST_USE in the step's last micro-batch",
-                        self->next_bucket, p->n_buckets,
-                        phx_model_unit(p->model, p->order.units[p->buckets[self->next_bucket].last])->name);
-  return p->n_buckets > 0 ? d->stream_wait(d->ctx, NULL, self->reduced[p->n_buckets - 1], err) : PHX_OK;
+                        now->next_bucket, p->n_buckets,
+                        phx_model_unit(p->model, p->order.units[p->buckets[now->next_bucket].last])->name);
+  return p->n_buckets > 0 ? d->stream_wait(d->ctx, NULL, r->reduced[p->n_buckets - 1], err) : PHX_OK;
+}
+
+phx_status zero_discard(const zero_rank *r, zero_reducing *now, phx_error *err) {
+  now->next_bucket = 0;
+  now->reducing = false;
+  return r->s.device->stream_synchronize(r->s.device->ctx, r->s.stream, err);
 }
 
 void zero_reduce_traffic(const zero_plan *p, phx_estimate *out) {

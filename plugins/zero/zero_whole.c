@@ -8,10 +8,10 @@
  * is done: whoever writes weights settles first. */
 #include "zero.h"
 
-static phx_status copy_owned_to_pack(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_device *d = self->s.device;
-  int64_t share = zero_share(p, flat), border = share * self->s.comm->rank;
+static phx_status copy_owned_to_pack(const zero_rank *r, uint32_t flat, phx_error *err) {
+  const zero_plan *p = &r->plan;
+  const phx_device *d = r->s.device;
+  int64_t share = zero_share(p, flat), border = share * r->s.comm->rank;
   for (uint32_t i = 0; i < p->model->n_params; i++) {
     const phx_param *param = phx_model_param(p->model, i);
     if (p->persist[i] < 0 || ((param->flags & PHX_PARAM_FROZEN) != 0) != (flat == PHX_FLAT_FROZEN)) continue;
@@ -19,86 +19,86 @@ static phx_status copy_owned_to_pack(phx_strategy *self, uint32_t flat, phx_erro
     int64_t from = begin > border ? begin : border, to = end < border + share ? end : border + share;
     if (from >= to) continue;
     phx_status status =
-        d->copy(d->ctx, zero_weights(self, ZERO_PERSIST + flat, p->persist[i] + from - begin),
-                zero_weights(self, ZERO_WEIGHT + flat, from - border),
-                (to - from) * phx_kit_weight_bytes(p->topology), self->s.stream, err);
+        d->copy(d->ctx, zero_weights(r, ZERO_PERSIST + flat, p->persist[i] + from - begin),
+                zero_weights(r, ZERO_WEIGHT + flat, from - border),
+                (to - from) * phx_kit_weight_bytes(p->topology), r->s.stream, err);
     if (status != PHX_OK) return status;
   }
   return PHX_OK;
 }
 
 /* What a rank owns of a pack is contiguous in it: one broadcast from each. */
-static phx_status refresh_pack(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const phx_comm *c = self->s.comm;
-  phx_status status = copy_owned_to_pack(self, flat, err);
+static phx_status refresh_pack(const zero_rank *r, uint32_t flat, phx_error *err) {
+  const phx_comm *c = r->s.comm;
+  phx_status status = copy_owned_to_pack(r, flat, err);
   for (int32_t owner = 0; owner < c->size && status == PHX_OK; owner++) {
-    int64_t first, numel = zero_pack_part(&self->plan, flat, owner, &first);
+    int64_t first, numel = zero_pack_part(&r->plan, flat, owner, &first);
     if (numel == 0) continue;
-    status = c->broadcast(c->ctx, zero_weights(self, ZERO_PERSIST + flat, first), numel,
-                          self->plan.topology->compute_dtype, owner, self->s.stream, err);
+    status = c->broadcast(c->ctx, zero_weights(r, ZERO_PERSIST + flat, first), numel,
+                          r->plan.topology->compute_dtype, owner, r->s.stream, err);
   }
   return status;
 }
 
 /* Either all at once, or unit after unit from their owners (a range of the model is nobody's equal part, so there is
  * nothing an all_gather could fill in place). */
-static phx_status spread_flat(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const phx_comm *c = self->s.comm;
-  const phx_device *d = self->s.device;
-  const zero_plan *p = &self->plan;
+static phx_status spread_flat(const zero_rank *r, uint32_t flat, phx_error *err) {
+  const phx_comm *c = r->s.comm;
+  const phx_device *d = r->s.device;
+  const zero_plan *p = &r->plan;
   int32_t dtype = p->topology->compute_dtype;
   int64_t share = zero_share(p, flat);
   phx_status status = PHX_OK;
   if (zero_at_once(p, flat))
-    PHX_KIT_TRY(c->all_gather(c->ctx, zero_weights(self, ZERO_WEIGHT + flat, c->rank * share),
-                              zero_weights(self, ZERO_WEIGHT + flat, 0), share, dtype, self->s.stream, err));
+    PHX_KIT_TRY(c->all_gather(c->ctx, zero_weights(r, ZERO_WEIGHT + flat, c->rank * share),
+                              zero_weights(r, ZERO_WEIGHT + flat, 0), share, dtype, r->s.stream, err));
   for (uint32_t k = 0, list = flat * p->model->n_units; k < p->model->n_units; k++, list++) {
     uint32_t u = p->forward[k];
     if (phx_model_unit(p->model, u)->blocks[flat] == 0) continue;
     c->annotate(c->ctx, (int32_t)u);
     for (uint32_t i = p->spread.first[list]; i < p->spread.first[list + 1]; i++) {
       const zero_piece *piece = &p->spread.of[i];
-      PHX_KIT_TRY(c->broadcast(c->ctx, zero_weights(self, ZERO_WEIGHT + flat, piece->at), piece->numel, dtype,
-                               piece->owner, self->s.stream, err));
+      PHX_KIT_TRY(c->broadcast(c->ctx, zero_weights(r, ZERO_WEIGHT + flat, piece->at), piece->numel, dtype,
+                               piece->owner, r->s.stream, err));
     }
-    PHX_KIT_TRY(d->event_record(d->ctx, self->gathered[u], self->s.stream, err));
+    PHX_KIT_TRY(d->event_record(d->ctx, r->gathered[u], r->s.stream, err));
   }
 done:
   return status;
 }
 
-phx_status zero_make_whole(phx_strategy *self, uint32_t flat, phx_error *err) {
-  const zero_plan *p = &self->plan;
-  const phx_device *d = self->s.device;
+phx_status zero_make_whole(const zero_rank *r, uint32_t flat, phx_error *err) {
+  const zero_plan *p = &r->plan;
+  const phx_device *d = r->s.device;
   phx_status status = PHX_OK;
   bool sharded = p->config->stage == 3;
   if (!p->several || p->model->total_blocks[flat] == 0 || (sharded && p->pack[flat] == 0)) return PHX_OK;
-  self->s.comm->annotate(self->s.comm->ctx, -1);
-  PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
-  PHX_KIT_TRY(sharded ? refresh_pack(self, flat, err) : spread_flat(self, flat, err));
-  PHX_KIT_TRY(d->event_record(d->ctx, self->whole[0], self->s.stream, err));
+  r->s.comm->annotate(r->s.comm->ctx, -1);
+  PHX_KIT_TRY(phx_kit_after(&r->s, r->mark[0], NULL, r->s.stream, err));
+  PHX_KIT_TRY(sharded ? refresh_pack(r, flat, err) : spread_flat(r, flat, err));
+  PHX_KIT_TRY(d->event_record(d->ctx, r->whole[0], r->s.stream, err));
 done:
   return status;
 }
 
-phx_status zero_settle(phx_strategy *self, phx_error *err) {
-  return self->s.device->stream_wait(self->s.device->ctx, NULL, self->whole[0], err);
+phx_status zero_settle(const zero_rank *r, phx_error *err) {
+  return r->s.device->stream_wait(r->s.device->ctx, NULL, r->whole[0], err);
 }
 
 /* Frozen weights never change in a step: state_changed has settled them. */
-phx_event *zero_whole_ready(const phx_strategy *self, uint32_t stage, int32_t pass) {
-  const zero_plan *p = &self->plan;
+phx_event *zero_whole_ready(const zero_rank *r, uint32_t stage, int32_t pass) {
+  const zero_plan *p = &r->plan;
   const phx_stage *s = phx_model_stage(p->model, stage);
   uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD, last = 0;
   if (!p->several) return NULL;
-  if (p->config->stage == 3) return p->pack[PHX_FLAT_TRAINABLE] > 0 ? self->whole[0] : NULL;
+  if (p->config->stage == 3) return p->pack[PHX_FLAT_TRAINABLE] > 0 ? r->whole[0] : NULL;
   phx_event *ready = NULL;
   for (uint32_t i = 0; i < s->n_uses; i++) {
     const phx_use *use = phx_model_use(p->model, s->first_use + i);
     if (!(use->flags & reads) || phx_model_unit(p->model, use->unit)->blocks[PHX_FLAT_TRAINABLE] == 0) continue;
     if (ready && p->turn[use->unit] < last) continue;
     last = p->turn[use->unit];
-    ready = self->gathered[use->unit];
+    ready = r->gathered[use->unit];
   }
   return ready;
 }
