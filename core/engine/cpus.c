@@ -134,6 +134,7 @@ phx_status phx__threads_of_rank(const phx__config *config, const phx_job *job, i
 void phx__cpus_say(const phx__config *config, int32_t local_ranks) {
   const int32_t count = phx__cpus_count(), worth = phx__cpus_worth(), threads = phx__threads(config, local_ranks);
   char text[300];
+  if (!(config->device.plugin->descriptor->provides & PHX_CAP_HOST_MEMORY)) return; /* it computes elsewhere */
   if (worth < count) {
     snprintf(text, sizeof text, "the cgroup's quota is worth %d of %d CPUs: %d thread%s for each of %d rank%s here",
              worth, count, threads, threads == 1 ? "" : "s", local_ranks, local_ranks == 1 ? "" : "s");

@@ -29,6 +29,6 @@ int32_t phx__threads(const phx__config *config, int32_t local_ranks);
 phx_status phx__threads_of_rank(const phx__config *config, const phx_job *job, int32_t *out, phx_error *err);
 /* What rank `me` of n gets, when each rank may run on masks[rank]: its CPUs, each divided by how many ranks have it. */
 int32_t phx__cpus_share(const cpu_set_t *masks, int32_t n, int32_t me);
-/* Says where ranks * threads are more than the CPUs, or a quota is what decides. */
+/* On a device that computes on CPUs: says where ranks * threads are more than the CPUs, or a quota is what decides. */
 void phx__cpus_say(const phx__config *config, int32_t local_ranks);
 #endif

@@ -2,6 +2,7 @@
  * that share the device, and checkpoints there and back.  On a GPU: gpu/test_gpu_runs.c. */
 #include <criterion/criterion.h>
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -38,5 +39,25 @@ Test(cuda_runs, a_failure_names_operation_unit_and_rank, .timeout = 150) {
   must_say(dir, "fail=cublasLtMatmul:3:719", "linear", "; in stage 1 (");
   must_say(dir, "fail=backward_kernel:1:719", "layer_norm_backward", ", backward");
   must_say(dir, "fail=update_kernel:2:719", "adamw", "; in the update of unit ");
+  command_remove_dir(dir);
+}
+
+/* Two ranks on one CPU: slow where the CPU computes, and nothing to say where a GPU does. */
+Test(cuda_runs, few_cpus_are_no_matter, .timeout = 100) {
+  static const char *const devices[] = {"device.plugin=cpu", "device.plugin=cuda"};
+  char *dir = command_temp_dir();
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(sched_getcpu(), &one);
+  cr_assert_eq(sched_setaffinity(0, sizeof one, &one), 0);
+  training_files(dir, training_odd_model);
+  for (int i = 0; i < 2; i++) {
+    command_result r = RUN(dir, 60, "train", "run.ini", "-n", "2", "--steps", "1", "--set", "model.layers=1", "--set",
+                           devices[i], "--set", "plugins.path=" PHX_TEST_BUILD "/lib/phalanx-emulated", "--set",
+                           i ? "cuda.share=yes" : "run.seed=1");
+    cr_expect_eq(r.status, 0, "%s:\n%s", devices[i], r.out);
+    cr_expect_eq(strstr(r.out, "which is slow") != NULL, i == 0, "%s:\n%s", devices[i], r.out);
+    command_free(&r);
+  }
   command_remove_dir(dir);
 }
