@@ -119,18 +119,28 @@ static void serve_one(const phx__identity *me, int peer, int segment, serving *s
   memcpy(s->last, why, sizeof why);
 }
 
-static phx_status fail_missing(const phx__identity *me, const serving *s, double timeout_s, phx_error *err) {
-  const bool *seen = s->seen;
-  char list[128] = "";
+/* Those that came, or did not; as many as there is room for. */
+static void list_ranks(const serving *s, int32_t size, bool came, char *out, size_t bytes) {
   size_t used = 0;
-  for (int32_t r = 1; r < me->size; r++)
-    if (!seen[r] && used + 8 < sizeof list)
-      used += (size_t)snprintf(list + used, sizeof list - used, "%s%d", used ? ", " : "", r);
+  out[0] = 0;
+  for (int32_t r = 0; r < size; r++) {
+    if (s->seen[r] != came) continue;
+    used += (size_t)snprintf(out + used, bytes - used, used + 16 < bytes ? "%s%d" : "%s...", used ? ", " : "", r);
+    if (used + 8 >= bytes) return;
+  }
+}
+
+/* Of a rank that never came nothing is known here, not even its process: only its launcher knows how it ended. */
+static phx_status fail_missing(const phx__identity *me, const serving *s, double timeout_s, phx_error *err) {
+  char list[128], came[128];
+  list_ranks(s, me->size, false, list, sizeof list);
+  list_ranks(s, me->size, true, came, sizeof came);
   if (s->refused)
     return phx__fail(err, PHX_COMM,
-                     "rank(s) %s of job %s did not come within %g s; %d processes were refused, the "
-                     "last: %s", list, me->key, timeout_s, s->refused, s->last);
-  return phx__fail(err, PHX_COMM, "rank(s) %s of job %s did not come within %g s", list, me->key, timeout_s);
+                     "rank(s) %s of job %s did not come within %g s, rank(s) %s did; %d processes were refused, the "
+                     "last: %s", list, me->key, timeout_s, came, s->refused, s->last);
+  return phx__fail(err, PHX_COMM, "rank(s) %s of job %s did not come within %g s, rank(s) %s did: they did not start, or ended before "
+                   "they joined, which the launcher's own report says", list, me->key, timeout_s, came);
 }
 
 static phx_status serve(const phx__identity *me, double timeout_s, int *fd_out, phx_error *err) {
