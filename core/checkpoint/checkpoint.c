@@ -313,6 +313,7 @@ static phx_status describe_run(const phx__save *s, phx__manifest *m, phx_error *
   phx_status status = PHX_OK;
   m->step = s->at.step;
   m->samples = s->at.samples;
+  m->skipped = s->at.skipped;
   snprintf(threads, sizeof threads, "%d", rt->device->threads);
   PHX__TRY(phx__checkpoint_describe(m, rt->prepared, &rt->optim.table, rt->job->size, err));
   PHX__TRY(phx__manifest_add_identity(m, "phalanx", PHX__VERSION, err));

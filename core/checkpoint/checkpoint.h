@@ -18,6 +18,7 @@ struct phx__manifest; /* manifest.h */
 typedef struct phx__position { /* of the run, after a whole step */
   int64_t step;    /* updates made */
   int64_t samples; /* sequences consumed by them, all ranks together */
+  int64_t skipped; /* of the steps, so many in a row up to this one were not finite */
 } phx__position;
 
 /* ---- saving ---- */

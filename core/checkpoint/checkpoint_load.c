@@ -28,7 +28,7 @@ phx_status phx__checkpoint_fits(const char *path, const phx__prepared *prepared,
   phx__fit fit;
   phx_status status = phx__manifest_read(path, &m, err);
   if (!status) status = phx__manifest_fits(path, m, prepared, &fit, err);
-  if (!status) *at = (phx__position){.step = m->step, .samples = m->samples};
+  if (!status) *at = (phx__position){.step = m->step, .samples = m->samples, .skipped = m->skipped};
   phx__manifest_free(m);
   return status;
 }
@@ -286,7 +286,8 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   PHX__TRY(PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err)));
   if (rt->job->rank == 0) say_all(&walk, path);
   if (rt->job->rank == 0 && fit.restart) say_restart(rt, &fit);
-  out->at = (phx__position){.step = m->step, .samples = verdict.most ? 0 : m->samples};
+  out->at = (phx__position){
+      .step = m->step, .samples = verdict.most ? 0 : m->samples, .skipped = m->skipped};
   snprintf(out->path, sizeof out->path, "%s", path);
 done:
   phx__free(walk.zeros);

@@ -182,6 +182,7 @@ static void print_plugin(phx__text *t, const phx__manifest_plugin *p) {
 
 static void print_data(phx__text *t, const phx__manifest *m) {
   phx__text_add(t, "\"data\":{\"seed\":\"%" PRIu64 "\",\"samples\":%" PRId64, m->data_seed, m->samples);
+  if (m->skipped > 0) phx__text_add(t, ",\"skipped\":%" PRId64, m->skipped);
   if (m->data_sequence > 0) {
     phx__text_add(t, ",\"sequence\":%" PRId64 ",\"batch\":%" PRId64 ",\"files\":[", m->data_sequence, m->data_batch);
     for (uint32_t i = 0; i < m->n_data; i++) {

@@ -89,6 +89,7 @@ typedef struct phx__manifest {
   int64_t step;                  /* completed steps */
   uint64_t data_seed;
   int64_t samples;               /* sequences consumed by all ranks */
+  int64_t skipped;               /* steps in a row up to this one that were not finite; 0 is not in the file */
   uint64_t generator_seed;
   char state_hash[33];
   int32_t ranks;

@@ -60,9 +60,9 @@ static bool shown_name(const char *name) {
 
 /* ---- members ---- */
 static phx_status check_head(const char *path, const phx__manifest *m, phx_error *err) {
-  if (m->step < 0 || m->samples < 0 || m->time < 0 || m->step > PHX__JSON_INTEGER_MOST ||
+  if (m->step < 0 || m->samples < 0 || m->skipped < 0 || m->skipped > m->step || m->time < 0 || m->step > PHX__JSON_INTEGER_MOST ||
       m->samples > PHX__JSON_INTEGER_MOST || m->time > PHX__JSON_INTEGER_MOST)
-    return phx__fail(err, PHX_IO, "%s: step, samples or time is not a count", path);
+    return phx__fail(err, PHX_IO, "%s: step, samples, skipped or time is not a count", path);
   if (m->ranks < 1 || m->ranks > PHX_RANKS_MAX)
     return phx__fail(err, PHX_IO, "%s: ranks = %" PRId32 "; 1 to %d are possible", path, m->ranks, PHX_RANKS_MAX);
   if (strlen(m->state_hash) != 32 || strspn(m->state_hash, "0123456789abcdef") != 32)

@@ -188,10 +188,12 @@ static void read_head(reader *r, phx__manifest *m, const cJSON *root) {
   snprintf(m->state_hash, sizeof m->state_hash, "%s", hash);
   const cJSON *data = member(r, root, "data"), *generator = member(r, root, "generator");
   const bool known = data && cJSON_HasObjectItem(data, "sequence"); /* earlier ones say nothing of the files */
-  object_of(r, data, "data", known ? 5 : 2);
+  const bool skipped = data && cJSON_HasObjectItem(data, "skipped");
+  object_of(r, data, "data", (known ? 5 : 2) + skipped);
   object_of(r, generator, "generator", 1);
   m->data_seed = seed(r, data, "seed");
   m->samples = integer(r, data, "samples", 0, PHX__JSON_INTEGER_MOST);
+  if (skipped) m->skipped = integer(r, data, "skipped", 1, PHX__JSON_INTEGER_MOST);
   m->generator_seed = seed(r, generator, "seed");
   if (known) read_data(r, m, data);
 }

@@ -187,7 +187,8 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
 
 /* ---- checkpoints ---- */
 static phx_status save(run *r, bool last, phx_error *err) {
-  const phx__position at = {.step = r->step, .samples = phx__engine_samples(r->engine, r->step)};
+  const phx__position at = {.step = r->step, .samples = phx__engine_samples(r->engine, r->step),
+                            .skipped = r->engine->skipped};
   return phx__checkpoints_save(&r->checkpoints, &at, last, err);
 }
 
@@ -435,6 +436,7 @@ static phx_status begin_state(run *r, phx_error *err) {
   if (status == PHX_IO) r->failed_exit = PHX__EXIT_DAMAGED;
   if (status) return status;
   r->step = r->resumed.at.step;
+  r->engine->skipped = r->resumed.at.skipped;
   r->engine->samples_ahead = r->resumed.at.samples - phx__engine_samples(r->engine, r->step);
   if (r->engine->samples_ahead) say_position(r);
   if (r->step == r->config->s.run.steps)

@@ -361,20 +361,22 @@ static phx_status run_micro_batches(phx__engine *e, phx_error *err) {
 /* What happens to a step that cannot be applied: the run stops, or goes on with the weights and states as they are. */
 static phx_status not_finite(phx__engine *e, phx__step_result *result, phx_error *err) {
   const phx__settings *s = &e->rt->config->s;
-  const bool too_many = s->run.on_nonfinite == 1 && s->run.max_skipped > 0 && ++e->skipped >= s->run.max_skipped;
+  const int64_t row = e->skipped + 1;
+  const bool too_many = s->run.on_nonfinite == 1 && s->run.max_skipped > 0 && row >= s->run.max_skipped;
   e->not_finite = s->run.on_nonfinite == 0 || too_many;
   if (too_many)
     return phx__fail(err, PHX_INVALID,
                      "step %lld: loss %g, gradient norm %g: not finite, as in the %lld steps before: nothing has been "
                      "learned since step %lld (run.max_skipped = %lld in a row); the run has diverged: go on from an "
                      "earlier checkpoint with a lower optimizer.lr, or set optimizer.clip",
-                     (long long)e->step, result->loss, result->grad_norm, (long long)(e->skipped - 1),
-                     (long long)(e->step - e->skipped), (long long)s->run.max_skipped);
+                     (long long)e->step, result->loss, result->grad_norm, (long long)(row - 1),
+                     (long long)(e->step - row), (long long)s->run.max_skipped);
   if (e->not_finite)
     return phx__fail(err, PHX_INVALID,
                      "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr, "
                      "set optimizer.clip, or pass over such steps with run.on_nonfinite = skip",
                      (long long)e->step, result->loss, result->grad_norm);
+  e->skipped = row;
   result->skipped = true;
   return PHX__IN_STRATEGY(e->rt->job, PHX_IN_FINISH, -1,
                           e->rt->prepared->strategy->discard_gradients(e->rt->strategy, err));

@@ -28,7 +28,7 @@ typedef struct phx__engine {
   int64_t *sums;       /* the norm, then the counts of the step check */
   phx__step_check check;
   int64_t step;                  /* in progress, from 1 */
-  int64_t skipped;               /* steps in a row, up to this one */
+  int64_t skipped;               /* steps in a row, up to the last whole one */
   bool not_finite;               /* the step was stopped before its update, on all ranks (run.on_nonfinite = stop) */
   int64_t samples_ahead;         /* step k begins with sample (k - 1) * global batch + this: not 0 after a resume with
                                   * another batch size */

@@ -209,6 +209,23 @@ Test(failures, a_step_that_is_not_finite_is_skipped_alike_everywhere, .timeout =
   command_remove_dir(dir);
 }
 
+/* Step 7, the last whole one, is saved with the three steps that were skipped. */
+Test(failures, a_resume_goes_on_counting_skipped_steps, .timeout = 120) {
+#define NEVER_FINITE "-n", "2", "--set", "run.on_nonfinite=skip", "--set", "fault.what=nan", "--set", \
+                     "fault.on=reduction", "--set", "fault.lasting=yes", "--set", "run.max_skipped=4", "--set", \
+                     "checkpoint.every=100"
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  command_result r[] = {UNDER(dir, "ddp", NEVER_FINITE), UNDER(dir, "ddp", NEVER_FINITE, "--resume")};
+  for (int i = 0; i < 2; i++) {
+    cr_expect_eq(r[i].status, 3, "%d: status %d\n%s", i, r[i].status, r[i].out);
+    EXPECT(r[i].out, "step 8: loss ");
+    EXPECT(r[i].out, "not finite, as in the 3 steps before: nothing has been learned since step 4");
+    command_free(&r[i]);
+  }
+  command_remove_dir(dir);
+}
+
 Test(failures, a_run_is_restarted_and_ends_with_the_same_bits, .timeout = 120) {
   char *dir = command_temp_dir(), plain[33], restarted[33];
   training_files(dir, training_odd_model);
