@@ -405,6 +405,7 @@ static phx_status open_run(run *r, phx_error *err) {
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   const bool makes = r->job->rank == 0 && foreign();
   if (!status && makes) status = phx__disk_room_at_start(r->config, r->prepared->model, err);
+  if (makes) phx__run_lock_limit_ms = (int)(500 * fmin(r->config->s.run.timeout, 1000)); /* the others wait already */
   if (!status && makes) status = phx__run_dir_open(r->config, &r->dir, err);
   if (!status && is_if_any(r->asked)) status = decide_resume(r, err);
   if (!status && makes) {

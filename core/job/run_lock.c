@@ -31,6 +31,7 @@
 
 enum { PATH_BYTES = 4200, TEXT_BYTES = 640, LOOK_S = 2, LEFT_BEHIND_MS = 5000, ATTEMPTS = 200 };
 
+int phx__run_lock_limit_ms;
 int phx__run_lock_patience_ms = 15000; /* several beats, and what a network file system remembers of a file */
 
 typedef struct holder { /* what a lock file says */
@@ -114,13 +115,17 @@ static reading read_holder(const char *path, holder *out, uint64_t *start) {
   return got == 7 ? READ_OK : READ_EMPTY;
 }
 
+static bool is_of_this_machine(const holder *h) {
+  char place[96];
+  place_of_this(place);
+  return !strcmp(place, h->place);
+}
+
 /* Is the process alive that wrote this?  Elsewhere only its beats tell: this waits for one. */
 static bool seems_alive(const char *path, const holder *h, uint64_t start) {
-  char place[96];
   holder again;
   uint64_t ignored;
-  place_of_this(place);
-  if (!strcmp(place, h->place)) return (!kill((pid_t)h->pid, 0) || errno == EPERM) && start_of(h->pid) == start;
+  if (is_of_this_machine(h)) return (!kill((pid_t)h->pid, 0) || errno == EPERM) && start_of(h->pid) == start;
   phx__complain("%s is of process %ld on host %s, of which nothing more is known here: waiting %.1f s for a sign of "
           "life", path, h->pid, h->host, 1e-3 * phx__run_lock_patience_ms);
   for (int ms = 0; ms < phx__run_lock_patience_ms; ms += 250) {
@@ -133,6 +138,16 @@ static bool seems_alive(const char *path, const holder *h, uint64_t start) {
 }
 
 /* ---- taking ---- */
+static bool beyond_limit(int ms) { return phx__run_lock_limit_ms > 0 && ms > phx__run_lock_limit_ms; }
+
+/* A shorter look at the file would take a run that lives for a dead one. */
+static phx_status refuse_to_wait(const char *dir, const char *path, const holder *h, phx_error *err) {
+  return phx__fail(err, PHX_INVALID,
+                   "run.out = %s: %s is of process %ld on host %s, of which nothing more is known here; to wait %.1f s "
+                   "for a sign of life is more than [run] timeout allows the other ranks: raise it, or remove the file "
+                   "if that run has ended", dir, path, h->pid, h->host, 1e-3 * phx__run_lock_patience_ms);
+}
+
 static phx_status refuse(const char *dir, const char *path, const holder *h, phx_error *err) {
   if (!h->host[0])
     return phx__fail(err, PHX_INVALID,
@@ -205,7 +220,6 @@ static phx_status judge(const char *dir, const char *path, bool *free, bool *lef
   struct stat st;
   holder h;
   uint64_t start;
-  char place[96];
   *free = *leftover = false;
   const int fd = phx__sys.open(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK, 0);
   if (fd < 0 && errno == ENOENT) {
@@ -225,9 +239,10 @@ static phx_status judge(const char *dir, const char *path, bool *free, bool *lef
   if (r == READ_UNKNOWN) {
     status = phx__fail_errno(err, PHX_INVALID, errno, "cannot read %s", path);
   } else if (locked) { /* ranks of a launcher that was killed may be on their way out */
-    place_of_this(place);
-    *leftover = r != READ_OK || (!strcmp(place, h.place) && start_of(h.pid) != start);
+    *leftover = r != READ_OK || (is_of_this_machine(&h) && start_of(h.pid) != start);
     status = refuse(dir, path, &h, err);
+  } else if (r == READ_OK && beyond_limit(phx__run_lock_patience_ms) && !is_of_this_machine(&h)) {
+    status = refuse_to_wait(dir, path, &h, err);
   } else if (r == READ_OK && seems_alive(path, &h, start)) {
     status = refuse(dir, path, &h, err);
   } else if (r != READ_GONE && same_file(fd, path)) {
@@ -247,7 +262,7 @@ static phx_status take_file(const char *dir, const char *path, int *fd, phx_erro
   for (int i = 0; i < ATTEMPTS; i++) {
     bool taken = false, free = false, leftover = false;
     status = judge(dir, path, &free, &leftover, err);
-    if (status && (!leftover || waited_ms >= LEFT_BEHIND_MS)) return status;
+    if (status && (!leftover || waited_ms >= LEFT_BEHIND_MS || beyond_limit(waited_ms + 50))) return status;
     if (free) status = create(path, fd, &taken, err);
     if (taken || (free && status)) return status;
     if (free) continue;

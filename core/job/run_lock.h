@@ -13,6 +13,8 @@
 
 /* How long a sign of life of a process on another machine is waited for; tests shorten it. */
 extern int phx__run_lock_patience_ms;
+/* How long the other ranks let this one wait; 0: for ever.  What cannot be told within it is refused. */
+extern int phx__run_lock_limit_ms;
 
 /* dir exists.  PHX_INVALID: another run has it, which the message names by host, process and start.  A lock that a dead
  * process has left is taken over. */

@@ -14,6 +14,7 @@
 
 #include "command.h"
 #include "job/run_lock.h"
+#include "base/clock.h"
 #include "base/status.h"
 #include "base/sys.h"
 
@@ -147,6 +148,23 @@ Test(run_lock, a_holder_elsewhere_lives_while_it_counts, .timeout = 60) {
   phx__run_lock_patience_ms = 500;
   cr_assert_eq(phx__run_lock_take(dir, &err), PHX_OK, "%s", err.message);
   phx__run_lock_release();
+  command_remove_dir(dir);
+}
+
+/* Other ranks wait meanwhile: what cannot be told in their time is refused, and the file stays. */
+Test(run_lock, no_wait_is_longer_than_the_limit, .timeout = 60) {
+  char *dir = command_temp_dir();
+  phx_error err = PHX_ERROR_INIT;
+  phx__run_lock_patience_ms = 3000;
+  phx__run_lock_limit_ms = 500;
+  write_holder(dir, "another-boot/1", 1, 0);
+  const double began = phx__now();
+  cr_assert_eq(phx__run_lock_take(dir, &err), PHX_INVALID);
+  cr_expect_lt(phx__now() - began, 1.5);
+  cr_expect(strstr(err.message, "is more than [run] timeout allows the other ranks"), "%s", err.message);
+  char *text = command_read_file(dir, "lock");
+  cr_expect(text && strstr(text, "host elsewhere"));
+  free(text);
   command_remove_dir(dir);
 }
 
