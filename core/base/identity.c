@@ -209,6 +209,13 @@ int32_t phx__job_foreign_size(const char **launcher) {
   return me.size;
 }
 
+const char *phx__job_half_set(void) {
+  if (phx__identity_kind() != PHX__ALONE) return NULL;
+  if (getenv("RANK")) return "RANK is set, and neither WORLD_SIZE nor MASTER_PORT";
+  if (getenv("WORLD_SIZE")) return "WORLD_SIZE is set, and RANK is not";
+  return NULL;
+}
+
 int32_t phx__job_local_size(int32_t ranks) {
   phx__identity me;
   return phx__job_is_rank() && phx__identity_read(&me, NULL) == PHX_OK ? me.local_size : ranks;

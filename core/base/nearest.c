@@ -30,7 +30,7 @@ size_t phx__edit_distance(const char *a, const char *b) {
 void phx__nearest_offer(phx__nearest *nearest, const char *candidate) {
   size_t distance = phx__edit_distance(nearest->word, candidate);
   size_t near_enough = 1 + strlen(candidate) / 3;
-  if (distance > near_enough || distance >= strlen(candidate)) return;
+  if (distance > near_enough || 2 * distance > strlen(candidate)) return; /* half of it is another word */
   if (nearest->best && nearest->distance <= distance) return;
   nearest->best = candidate;
   nearest->distance = distance;

@@ -66,12 +66,12 @@ static void compare_file(const phx__manifest_data *was, const phx__data_file *is
                          size_t bytes) {
   char which[64] = "";
   const phx__data_scan *now = is->scan;
-  if (n > 1) snprintf(which, sizeof which, "file %u of %u, ", i + 1, n);
+  if (n > 1) snprintf(which, sizeof which, "file %u of %u: ", i + 1, n);
   if (now->bytes != was->bytes)
-    snprintf(text, bytes, "%s%.160s, has %" PRId64 " bytes, and %.160s had %" PRId64, which, is->path, now->bytes,
+    snprintf(text, bytes, "%s%.160s has %" PRId64 " bytes, and %.160s had %" PRId64, which, is->path, now->bytes,
              was->name, was->bytes);
   else if (is->read && (now->high != was->high || now->low != was->low))
-    snprintf(text, bytes, "%s%.160s, has other contents than %.160s had", which, is->path, was->name);
+    snprintf(text, bytes, "%s%.160s has other contents than %.160s had", which, is->path, was->name);
 }
 
 /* The first difference; "" where every sequence is the one it was. */

@@ -11,6 +11,7 @@
 #include "base/sys.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -185,6 +186,10 @@ static int take_resume(char **argv, phx__arguments *out) {
   const bool joined = argv[0][8] == '=';
   const bool taken = !joined && next && next[0] != '-' && next[0] &&
                      (out->file || is_directory(next) || !strcmp(next, PHX__RESUME_IF_ANY));
+  if (out->resume && !getenv("PHALANX_RANK")) { /* a restart puts one of its own behind the user's, for its ranks */
+    phx__complain("--resume is given twice: one run goes on from one place");
+    return 0;
+  }
   out->resume = joined ? argv[0] + 9 : taken ? next : "";
   if (joined && !argv[0][9]) phx__complain("--resume= needs a directory, or " PHX__RESUME_IF_ANY);
   if (joined && !argv[0][9]) return 0;
@@ -212,6 +217,10 @@ static int take(char **argv, unsigned accept, phx__arguments *out) {
   value = joined ? word + length + 1 : argv[1];
   if (!value || !*value) {
     phx__complain("%s needs a value", flag->name);
+    return 0;
+  }
+  if (!joined && !strncmp(value, "--", 2)) {
+    phx__complain("%s needs a value, and %s is another flag", flag->name, value);
     return 0;
   }
   if (flag->accept == PHX__ACCEPT_STRATEGIES)

@@ -24,6 +24,7 @@ static phx_status check_data(const phx__config *config, phx_error *err) {
   if (!status) {
     phx__run_data_line(config, p, &data, line, sizeof line);
     printf("\n; The data: %s\n", line);
+    phx__run_data_say_same(&data);
   }
   if (data.train) phx__run_data_close(&data);
   phx__prepared_free(p);

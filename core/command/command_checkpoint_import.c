@@ -23,6 +23,7 @@
 #include "engine/prepare.h"
 #include "job/run_lock.h"
 #include "engine/state_hash.h"
+#include "base/complain.h"
 #include "base/status.h"
 #include "base/sys.h"
 
@@ -275,6 +276,10 @@ int phx__checkpoint_import(int argc, char **argv) {
   phx_error err = PHX_ERROR_INIT;
   if (argc != 4 || strcmp(argv[2], "-o"))
     return phx__checkpoint_usage("import FOLDER|CHECKPOINT|RUN -o CHECKPOINT|RUN");
+  if (!strncmp(argv[3], "--", 2)) {
+    phx__complain("-o needs a value, and %s is an option (a directory of that name is ./%s)", argv[3], argv[3]);
+    return PHX__EXIT_REFUSED;
+  }
   import *in = phx__calloc(1, sizeof *in);
   if (!in) return phx__checkpoint_refuse(phx__fail(&err, PHX_NOMEM, "no memory to import"), &err);
   phx_status status = run_import(in, argv[1], argv[3], &err);

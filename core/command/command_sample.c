@@ -57,6 +57,10 @@ int phx__command_sample(int argc, char **argv) {
       phx__complain("%s needs a value", known[flag]);
       return PHX__EXIT_REFUSED;
     }
+    if (flag != 0 && !strncmp(value, "--", 2)) { /* a prompt may be any text */
+      phx__complain("%s needs a value, and %s is another flag", known[flag], value);
+      return PHX__EXIT_REFUSED;
+    }
     int ok = 1;
     switch (flag) {
       case 0: o.prompt = value; break;

@@ -113,6 +113,25 @@ phx_status phx__run_data_meet(phx__run_data *data, const phx_job *job, phx_error
   return job->size > 1 ? compare(data, job, reader, err) : PHX_OK;
 }
 
+static bool same_contents(const phx__data_file *a, const phx__data_file *b) {
+  return a->read && b->read && a->scan->bytes == b->scan->bytes && a->scan->low == b->scan->low &&
+         a->scan->high == b->scan->high;
+}
+
+void phx__run_data_say_same(const phx__run_data *data) {
+  char text[1000];
+  for (int64_t v = 0; data->valid && v < phx__data_files(data->valid); v++)
+    for (int64_t t = 0; t < phx__data_files(data->train); t++) {
+      const phx__data_file held = phx__data_file_at(data->valid, v), seen = phx__data_file_at(data->train, t);
+      if (!same_contents(&held, &seen)) continue;
+      snprintf(text, sizeof text,
+               "[data] valid, %.300s, has the contents of [data] train, %.300s: the held-out loss is of what the model "
+               "is trained on; hold a part of the text out with phalanx data tokenize --valid", held.path, seen.path);
+      phx__log(0, "data", PHX_LOG_WARN, text);
+      return; /* once is enough */
+    }
+}
+
 /* 1234567 as "1,234,567". */
 static const char *grouped(int64_t value, char text[32]) {
   char plain[24];

@@ -20,6 +20,8 @@ phx_status phx__run_data_read(phx__run_data *data, phx_error *err);
  * long it takes.  Refuses machines whose files differ.  Afterwards rank 0 knows every file's contents. */
 phx_status phx__run_data_meet(phx__run_data *data, const phx_job *job, phx_error *err);
 void phx__run_data_close(phx__run_data *data);
+/* Warns of a held-out file whose contents a training file has, too; of files that were read. */
+void phx__run_data_say_same(const phx__run_data *data);
 /* Format, tokens, windows, epochs, parameters: one line. */
 void phx__run_data_line(const phx__config *config, const phx__prepared *prepared, const phx__run_data *data, char *text,
                         size_t bytes);

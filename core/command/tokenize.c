@@ -6,6 +6,7 @@
 #include "command/commands.h"
 #include "base/complain.h"
 #include "engine/data.h"
+#include "engine/data_kind.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -48,6 +49,13 @@ static const char usage[] =
 
 /* ---- the command line ---- */
 
+/* A value that looks like an option is one: `--valid --force`.  A file of such a name is ./--force. */
+static phx_status check_value(const char *option, const char *value, phx_error *err) {
+  if (strncmp(value, "--", 2)) return PHX_OK;
+  return phx__fail(err, PHX_INVALID, "%s needs a value, and %s is an option (a file of that name is ./%s)", option,
+                   value, value);
+}
+
 static phx_status parse(int argc, char **argv, arguments *a, phx_error *err) {
   *a = (arguments){.texts = argv};
   bool only_texts = false;
@@ -62,10 +70,15 @@ static phx_status parse(int argc, char **argv, arguments *a, phx_error *err) {
       a->force = true;
     } else if (!strcmp(argv[i], "-o")) {
       if (i + 1 >= argc) return phx__fail(err, PHX_INVALID, "-o needs the name of the token file");
+      const phx_status status = check_value(argv[i], argv[i + 1], err);
+      if (status) return status;
       if (a->out) return phx__fail(err, PHX_INVALID, "-o is given twice: %s and %s", a->out, argv[i + 1]);
       a->out = argv[++i];
     } else if (!strcmp(argv[i], "--valid")) {
       if (i + 2 >= argc) return phx__fail(err, PHX_INVALID, "--valid needs a fraction and the name of a token file");
+      phx_status status = check_value(argv[i], argv[i + 1], err);
+      if (!status) status = check_value(argv[i], argv[i + 2], err);
+      if (status) return status;
       if (a->valid) return phx__fail(err, PHX_INVALID, "--valid is given twice: %s and %s", a->valid, argv[i + 2]);
       char *end = NULL;
       a->fraction = strtod(argv[i + 1], &end);
@@ -96,6 +109,22 @@ static phx_status open_text(const char *path, int *fd, struct stat *st, phx_erro
   return PHX_OK;
 }
 
+/* Text is what is in no other format that people have at hand: an archive's bytes as tokens teach nothing. */
+static phx_status check_text(const char *path, int fd, const struct stat *st, phx_error *err) {
+  unsigned char head[512] = {0};
+  const size_t most = st->st_size < (off_t)sizeof head ? (size_t)st->st_size : sizeof head;
+  ssize_t n;
+  while ((n = phx__sys.pread(fd, head, most, 0)) < 0 && errno == EINTR) continue;
+  if (n < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot read %s", path);
+  int32_t magic = 0;
+  if (n >= 4) memcpy(&magic, head, sizeof magic);
+  if (magic == PHX__TOKENS_MAGIC)
+    return phx__fail(err, PHX_INVALID, "%s is no text: it is a token file already; name it in [data] train", path);
+  const char *what = phx__data_mark_of(head, (size_t)n);
+  if (!what) return PHX_OK;
+  return phx__fail(err, PHX_INVALID, "%s is no text: it is %s; take the text out of it, and name that", path, what);
+}
+
 /* Is `path` there (*st filled)?  A file that cannot be looked at counts as there: open says why later. */
 static bool exists(const char *path, struct stat *st) {
   memset(st, 0, sizeof *st);
@@ -124,7 +153,8 @@ static phx_status survey(const arguments *a, int64_t *total, phx_error *err) {
   for (int i = 0; i < a->n_texts; i++) {
     struct stat st = {0};
     int fd = -1;
-    const phx_status status = open_text(a->texts[i], &fd, &st, err);
+    phx_status status = open_text(a->texts[i], &fd, &st, err);
+    if (!status) status = check_text(a->texts[i], fd, &st, err);
     if (fd >= 0) phx__sys.close(fd);
     if (status != PHX_OK) return status;
     for (int k = 0; k < 2; k++)
@@ -144,7 +174,7 @@ static phx_status write_all(const output *o, const void *bytes, size_t n, phx_er
   for (size_t done = 0; done < n;) {
     const ssize_t w = phx__sys.write(o->fd, (const char *)bytes + done, n - done);
     if (w < 0 && errno == EINTR) continue;
-    if (w <= 0) return phx__fail_errno(err, PHX_IO, w < 0 ? errno : ENOSPC, "cannot write %s", o->temporary);
+    if (w <= 0) return phx__fail_errno(err, PHX_STATE, w < 0 ? errno : ENOSPC, "cannot write %s", o->temporary);
     done += (size_t)w;
   }
   return PHX_OK;
@@ -158,7 +188,9 @@ static phx_status output_open(output *o, const char *path, int64_t expected, phx
   o->fd = phx__sys.open(o->temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
   if (o->fd < 0) {
     const int number = errno;
-    const phx_status status = phx__fail_errno(err, PHX_IO, number, "cannot create %s", o->temporary);
+    const bool full = number == ENOSPC || number == EDQUOT;
+    const phx_status status =
+        phx__fail_errno(err, full ? PHX_STATE : PHX_IO, number, "cannot create %s", o->temporary);
     o->temporary[0] = 0; /* not ours to remove */
     return status;
   }
@@ -203,11 +235,11 @@ static phx_status output_close(output *o, phx_error *err) {
     status = phx__fail(err, PHX_IO, "the texts changed while they were read: %" PRId64 " tokens instead of %" PRId64,
                        o->tokens, o->expected);
   if (status == PHX_OK && phx__sys.fsync(o->fd))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", o->temporary);
+    status = phx__fail_errno(err, PHX_STATE, errno, "cannot write %s", o->temporary);
   const int fd = o->fd;
   o->fd = -1;
   if (phx__sys.close(fd) && status == PHX_OK)
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", o->temporary);
+    status = phx__fail_errno(err, PHX_STATE, errno, "cannot write %s", o->temporary);
   return status;
 }
 
@@ -244,7 +276,7 @@ static phx_status tokenize(const arguments *a, phx_error *err) {
   for (int i = 0; i < n; i++) PHX__TRY(output_close(&outputs[i], err));
   for (int i = 0; i < n; i++) {
     if (phx__sys.rename(outputs[i].temporary, outputs[i].path)) {
-      status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s%s", outputs[i].temporary,
+      status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s%s", outputs[i].temporary,
                                i ? " (the training file was made)" : "");
       goto done;
     }
@@ -281,5 +313,5 @@ int phx__command_data(int argc, char **argv) {
   if (status == PHX_OK) status = tokenize(&a, &err);
   if (status == PHX_OK) return PHX__EXIT_OK;
   phx__complain("data tokenize: %s", err.message);
-  return PHX__EXIT_REFUSED;
+  return status == PHX_STATE ? PHX__EXIT_RANK : PHX__EXIT_REFUSED; /* PHX_STATE: it could not be written */
 }

@@ -350,7 +350,18 @@ static void say_plugins(const phx__config *config) {
   say_chosen("comm", config->comm_why);
 }
 
+/* A launcher's variables of which one was lost would else start a run of its own in every process. */
+static void say_half_set(void) {
+  char line[200];
+  const char *what = phx__job_half_set();
+  if (!what) return;
+  snprintf(line, sizeof line, "the environment's %s: this is taken for a run of its own, and for no launcher's rank",
+           what);
+  phx__log(0, "core", PHX_LOG_WARN, line);
+}
+
 static void say_start(const phx__config *config, int32_t local_ranks) {
+  say_half_set();
   say_plugins(config);
   phx__cpus_say(config, local_ranks);
 }
@@ -375,6 +386,7 @@ static void say_data(const run *r) {
   char text[400];
   phx__run_data_line(r->config, r->prepared, &r->data, text, sizeof text);
   phx__log(0, "data", PHX_LOG_INFO, text);
+  phx__run_data_say_same(&r->data);
 }
 
 static phx_status open_run(run *r, phx_error *err) {

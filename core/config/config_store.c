@@ -229,8 +229,17 @@ phx__setting *phx__config_setting(const store *p, const char *section, const cha
   return NULL;
 }
 
+/* The key stands in another section of the core: which; NULL: in none. */
+static const char *section_with(const store *p, const char *key) {
+  for (const phx__section *s = p->sections; s; s = s->next)
+    for (uint32_t i = 0; !s->plugin && i < s->n; i++)
+      if (!strcmp(s->settings[i].option->name, key)) return s->name;
+  return NULL;
+}
+
 static void complain_key(store *p, phx__entry *entry) {
   char hint[80];
+  const char *other = section_with(p, entry->key);
   phx__nearest nearest = {.word = entry->key};
   const char *instead = phx__core_replaced(entry->section, entry->key);
   if (instead) {
@@ -239,8 +248,9 @@ static void complain_key(store *p, phx__entry *entry) {
   }
   for (const phx__section *s = NULL; (s = phx__config_section(p, entry->section, s));)
     for (uint32_t i = 0; i < s->n; i++) phx__nearest_offer(&nearest, s->settings[i].option->name);
-  phx__config_error(p, entry, "[%s] has no key '%s'%s%s", entry->section, entry->key,
-                    phx__nearest_hint(&nearest, hint, sizeof hint),
+  phx__nearest_hint(&nearest, hint, sizeof hint);
+  if (!nearest.best && other) snprintf(hint, sizeof hint, ": [%.60s] has it", other);
+  phx__config_error(p, entry, "[%s] has no key '%s'%s%s", entry->section, entry->key, hint,
                     strchr(entry->value, '=') ? " (':' ends a key, like '=')" : "");
 }
 

@@ -78,6 +78,12 @@ static bool is_wide(const unsigned char *head, size_t n) {
   return n >= LEAST && (most[0] <= SMALL) != (most[1] <= SMALL);
 }
 
+const char *phx__data_mark_of(const unsigned char *head, size_t n) {
+  for (size_t i = 0; i < sizeof marks / sizeof marks[0]; i++)
+    if (n >= marks[i].at + marks[i].n && !memcmp(head + marks[i].at, marks[i].bytes, marks[i].n)) return marks[i].what;
+  return NULL;
+}
+
 phx__data_kind phx__data_kind_of(const unsigned char *head, size_t n, int64_t bytes) {
   for (size_t i = 0; i < sizeof marks / sizeof marks[0]; i++)
     if (n >= marks[i].at + marks[i].n && !memcmp(head + marks[i].at, marks[i].bytes, marks[i].n))

@@ -13,4 +13,6 @@ typedef struct phx__data_kind {
 
 /* head: the first n bytes of a file of `bytes` bytes that has no llm.c header. */
 phx__data_kind phx__data_kind_of(const unsigned char *head, size_t n, int64_t bytes);
+/* The same by marks only, where text is what is wanted: "compressed by gzip"; NULL: it has none. */
+const char *phx__data_mark_of(const unsigned char *head, size_t n);
 #endif

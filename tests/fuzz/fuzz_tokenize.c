@@ -1,11 +1,12 @@
 /* Fuzz target: any bytes as texts for `phalanx data tokenize`.
  *
  * Properties: the token files hold the bytes of the texts, 256 between two of them, divided where --valid says; a text
- * that makes no file of two tokens is refused, and leaves no file.  Input: texts, part for validation, then the texts.
+ * that makes no file of two tokens is refused, and leaves no file, as is one that begins as another format does.  Input: texts, part for validation, then the texts.
  * With libFuzzer:
  *   build-clang/tests/fuzz_tokenize tests/fuzz/tokenize  The corpus is replayed by tests/unit/test_corpus.c. */
 #include "../../core/command/commands.h"
 #include "../../core/base/sys.h"
+#include "../../core/engine/data_kind.h"
 #include "check.h"
 
 #include <string.h>
@@ -44,6 +45,11 @@ static void check_outputs(const uint16_t *expected, size_t n, int status, double
   CHECK(second == (long)((double)n * part));
 }
 
+static int is_foreign(const uint8_t *text, size_t n) {
+  static const uint8_t tokens[] = {0x88, 0xd8, 0x34, 0x01}; /* 20240520 */
+  return phx__data_mark_of(text, n < 512 ? n : 512) || (n >= 4 && !memcmp(text, tokens, 4));
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   static uint16_t expected[1 << 16];
   static char dir[40] = "", paths[5][64];
@@ -62,19 +68,20 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
   static char command[] = "data", what[] = "tokenize", out[] = "-o", valid_too[] = "--valid";
   char fraction[32], *argv[] = {command, what, out, paths[3], valid_too, fraction, paths[4], NULL, NULL, NULL};
   size_t n = 0;
-  int argc = part > 0 ? 7 : 4, empty = each == 0;
+  int argc = part > 0 ? 7 : 4, refused = each == 0;
   snprintf(fraction, sizeof fraction, "%.3f", part);
   for (int i = 0; i < texts; i++) {
     const uint8_t *from = data + 2 + (size_t)i * each;
     FILE *f = fopen(paths[i], "wb");
     CHECK(f && fwrite(from, 1, each, f) == each && fclose(f) == 0);
+    refused |= is_foreign(from, each);
     if (i) expected[n++] = 256;
     for (size_t k = 0; k < each; k++) expected[n++] = from[k];
     argv[argc++] = paths[i];
   }
   const int status = phx__command_data(argc, argv);
   const long valid = (long)((double)n * part), train = (long)n - valid;
-  CHECK(status == (empty || train < 2 || (part > 0 && valid < 2) ? 2 : 0));
+  CHECK(status == (refused || train < 2 || (part > 0 && valid < 2) ? 2 : 0));
   check_outputs(expected, n, status, part, paths[3], paths[4]);
   for (int i = 0; i < texts; i++) unlink(paths[i]);
   CHECK(rmdir(dir) == 0); /* nothing is left */

@@ -57,6 +57,7 @@ Test(refusals, configuration) {
   EXPECT_INI(GOOD "[zreo]\nstage = 3\n", "a.ini:3: there is no section [zreo], in the core or of an installed plugin: "
                                          "did you mean 'zero'?");
   EXPECT_INI(GOOD "[run]\nstrategy = fspd\n", "a.ini:4: [run] strategy: there is no strategy plugin 'fspd' (found: ");
+  EXPECT_INI(GOOD "[model]\nplugin = bert\n", "there is no model plugin 'bert' (found: gpt)\n");
   EXPECT_INI(GOOD "[device]\nplugin = tpu\n", "a.ini:4: [device] plugin: there is no device plugin 'tpu' (found: cpu");
   EXPECT_INI(GOOD "[comm]\nplugin = gloo\n", "a.ini:4: [comm] plugin: there is no comm plugin 'gloo' (found: ");
   EXPECT_INI(GOOD "[model]\nplugin = llama\n", "a.ini:4: [model] plugin: there is no model plugin 'llama' (found: gpt");
@@ -137,6 +138,15 @@ Test(refusals, command_line) {
   expect_result(RUN(dir, 20, "train", "a.ini", "--strategies", "ddp"), "flag", "unknown flag '--strategies'");
   expect_result(RUN(dir, 20, "train", "a.ini", "-n"), "value", "-n needs a value");
   expect_result(RUN(dir, 20, "train", "a.ini", "--set="), "value", "--set needs a value");
+  expect_result(RUN(dir, 20, "train", "a.ini", "--strategy", "--steps", "3"), "value",
+                "--strategy needs a value, and --steps is another flag");
+  expect_result(RUN(dir, 20, "sample", "run", "--tokens", "--seed"), "value",
+                "--tokens needs a value, and --seed is another flag");
+  expect_result(RUN(dir, 20, "checkpoint", "import", "a", "-o", "--bogus"), "value",
+                "-o needs a value, and --bogus is an option");
+  expect_result(RUN(dir, 20, "train", "a.ini", "--resume", "x", "--resume=y"), "resume", "--resume is given twice");
+  expect_result(RUN(dir, 20, "check", "a.ini", "--set", "data.valid_windows=3"), "set",
+                "[data] has no key 'valid_windows': [run] has it");
   expect_result(RUN(dir, 20, "train", "a.ini", "-n", "0"), "range", "-n 0: [run] '0' is not valid for ranks");
   expect_result(RUN(dir, 20, "check", "a.ini", "--set", "run.steps"), "set", "expected section.key=value");
   expect_result(RUN(dir, 20, "check", "a.ini", "--set", "run.stesp=1"), "set", "did you mean 'steps'?");

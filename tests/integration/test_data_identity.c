@@ -67,11 +67,33 @@ static void append(const char *name, const char *from, size_t more) {
   free(all);
 }
 
+/* What is left of a launcher's environment makes no rank of it, which is said. */
+Test(data_identity, half_of_a_launchers_variables_is_said) {
+  setenv("RANK", "1", 1);
+  TRAIN(0, "the environment's RANK is set, and neither WORLD_SIZE nor MASTER_PORT: this is taken for a run of its own",
+        "--steps", "1");
+  unsetenv("RANK");
+  setenv("WORLD_SIZE", "2", 1);
+  TRAIN(0, "the environment's WORLD_SIZE is set, and RANK is not: this is taken", "--steps", "1");
+}
+
+Test(data_identity, held_out_data_that_is_trained_on_is_said) {
+  static const char says[] = "[data] valid, copy.bin, has the contents of [data] train, train.bin: the held-out loss";
+  append("copy.bin", "train.bin", 0);
+  TRAIN(0, says, "-n", "2", "--steps", "1", "--set", "data.valid=copy.bin");
+  command_result r = RUN(dir, 60, "check", "run.ini", "--set", "data.valid=copy.bin");
+  cr_expect(r.status == 0 && strstr(r.out, says), "%s", r.out);
+  command_free(&r);
+  r = RUN(dir, 60, "check", "run.ini", "--set", "data.valid=valid.bin");
+  cr_expect(r.status == 0 && !strstr(r.out, "has the contents of"), "%s", r.out);
+  command_free(&r);
+}
+
 Test(data_identity, a_resume_compares_the_data) {
   before();
   RESUME(2, "it was trained on sequences of 8 tokens, and batch.sequence is 9", "--set", "batch.sequence=9");
   append("grown.bin", "train.bin", 200);
-  RESUME(2, "grown.bin, has 80200 bytes, and train.bin had 80000", "--set", "data.train=grown.bin");
+  RESUME(2, "grown.bin has 80200 bytes, and train.bin had 80000", "--set", "data.train=grown.bin");
   append("moved.bin", "train.bin", 0);
   RESUME(0, "step", "--set", "data.train=moved.bin");
   const double on = metric("after", "loss");
@@ -79,7 +101,7 @@ Test(data_identity, a_resume_compares_the_data) {
   snprintf(path, sizeof path, "%s/moved.bin", dir);
   FILE *f = fopen(path, "r+");
   cr_assert(f && !fseek(f, 79998, SEEK_SET) && fputc(1, f) == 1 && !fclose(f)); /* the last token of all */
-  RESUME(2, "moved.bin, has other contents than train.bin had", "--set", "data.train=moved.bin");
+  RESUME(2, "moved.bin has other contents than train.bin had", "--set", "data.train=moved.bin");
   RESUME(0, "the order of the sequences begins anew (data.on_change = restart)", "--set", "data.train=moved.bin",
          "--set", "data.on_change=restart");
   cr_expect_neq(metric("after", "loss"), on, "the step read what it would have read anyway");

@@ -245,6 +245,21 @@ Test(failures, a_run_is_restarted_and_ends_with_the_same_bits, .timeout = 120) {
   command_remove_dir(dir);
 }
 
+/* The restart's --resume stands behind the user's own. */
+Test(failures, a_resumed_run_is_restarted, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  command_result r = UNDER(dir, "zero", "-n", "2", "--set", "checkpoint.every=3", "--set", "run.steps=3");
+  cr_assert_eq(r.status, 0, "%s", r.out);
+  command_free(&r);
+  r = UNDER(dir, "zero", "-n", "2", "--resume", "out", "--set", "checkpoint.every=3", "--set", "fault.step=8", "--set",
+            "fault.what=kill", "--set", "fault.once=once", "--set", "run.max_restarts=1");
+  cr_assert_eq(r.status, 0, "%s", r.out);
+  EXPECT(r.out, "restart 1 of at most 1");
+  command_free(&r);
+  command_remove_dir(dir);
+}
+
 Test(failures, a_restart_goes_on_from_the_latest_checkpoint, .timeout = 120) {
   char *dir = command_temp_dir(), plain[33], restarted[33];
   training_files(dir, training_odd_model);

@@ -71,7 +71,7 @@ static int steps_in_a_row(void) {
 Test(full_disk, no_room_at_the_start_is_refused) {
   command_result r = on_disk("240k", "train --set checkpoint.every=5; s=$?; ls -A disk; exit $s");
   EXPECT(r, 2);
-  SAYS(r, "run.out: a checkpoint and the final weights needs ");
+  SAYS(r, "run.out: a checkpoint and the final weights take ");
   SAYS(r, "free");
   cr_expect_eq(times(r.out, "\n"), 1, "something was left: %s", r.out);
   command_free(&r);
@@ -80,7 +80,7 @@ Test(full_disk, no_room_at_the_start_is_refused) {
   command_free(&r);
   r = on_disk("40k", "train");
   EXPECT(r, 2);
-  SAYS(r, "run.out: the final weights needs ");
+  SAYS(r, "run.out: the final weights take ");
   command_free(&r);
   /* what a dead save left counts as free */
   r = on_disk("600k", "train --set checkpoint.every=5 --set run.steps=5 && mkdir disk/out/checkpoints/.step-9.part &&"

@@ -128,6 +128,9 @@ Test(tokenize, bad_arguments_are_refused) {
       {{"tokenize", "/nonexistent.txt", "-o", out}, "No such file"},
       {{"tokenize", a, "-o", "/nonexistent/out.bin"}, "cannot create /nonexistent/out.bin"},
       {{"tokenize", a, "-o", long_name}, "longer than 4064 characters"},
+      {{"tokenize", a, "-o", "--force"}, "-o needs a value, and --force is an option"},
+      {{"tokenize", a, "-o", out, "--valid", "--force", v}, "--valid needs a value, and --force is an option"},
+      {{"tokenize", a, "-o", out, "--valid", "0.1", "--force"}, "--valid needs a value, and --force is an option"},
   };
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
     cr_expect_eq(run(cases[i].arguments), 2, "case %zu", i);
@@ -136,6 +139,37 @@ Test(tokenize, bad_arguments_are_refused) {
   }
   cr_expect_eq(RUN("--help"), 0);
   cr_expect_eq(RUN("-o", out, "--", a), 0, "%s", messages);
+}
+
+Test(tokenize, what_is_no_text_is_refused) {
+  static const struct {
+    const char *bytes, *message;
+    size_t n;
+  } kinds[] = {{"\x1f\x8b\x08\0\0\0\0\0", "it is compressed by gzip; take the text out of it", 8},
+               {"\x28\xb5\x2f\xfd\0\0\0\0", "it is compressed by zstd", 8},
+               {"PK\x03\x04 and more", "it is a zip archive", 13},
+               {"\x88\xd8\x34\x01\x01\0\0\0", "it is a token file already; name it in [data] train", 8}};
+  const char *out = temp_dir_path(&dir, "out.bin");
+  for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+    const char *text = temp_dir_write(&dir, "text", kinds[i].bytes, kinds[i].n);
+    cr_expect_eq(RUN(text, "-o", out), 2);
+    cr_expect(strstr(messages, kinds[i].message), "no '%s' in %s", kinds[i].message, messages);
+    cr_expect_eq(temp_dir_count(&dir), 1);
+  }
+}
+
+static ssize_t full_write(int fd, const void *bytes, size_t n) {
+  (void)fd, (void)bytes, (void)n;
+  errno = ENOSPC;
+  return -1;
+}
+
+Test(tokenize, a_full_disk_is_no_refusal) {
+  const char *text = temp_dir_write(&dir, "a.txt", "some text", 9), *out = temp_dir_path(&dir, "out.bin");
+  phx__sys.write = full_write;
+  cr_expect_eq(RUN(text, "-o", out), 3);
+  cr_expect(strstr(messages, "No space left on device"), "%s", messages);
+  cr_expect_eq(temp_dir_count(&dir), 1);
 }
 
 Test(tokenize, more_tokens_than_the_format_counts_are_refused) {
