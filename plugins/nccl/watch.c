@@ -75,13 +75,18 @@ static int list_comms(ncx_world *w, ncx_comm *list[NCX_COMMS_MAX]) {
   return n;
 }
 
+static _Thread_local int is_watchdog; /* else [main]: nobody else takes `calls` */
+
 void ncx_abort_now(ncx_world *w) {
   ncx_comm *list[NCX_COMMS_MAX];
   if (!enter_within(w)) {
     if (__atomic_exchange_n(&w->stuck, 1, __ATOMIC_ACQ_REL)) return; /* said before */
-    w->host->log(w->host->ctx, PHX_LOG_ERROR, "cannot abort NCCL: [main] is in a call that does not return");
+    w->host->log(w->host->ctx, PHX_LOG_ERROR,
+                 is_watchdog ? "cannot abort NCCL: [main] is in a call that does not return"
+                             : "cannot abort NCCL: the watchdog is in a call that does not return");
     return;
   }
+  __atomic_store_n(&w->stuck, 0, __ATOMIC_RELEASE); /* it has returned */
   const int n = list_comms(w, list);
   for (int i = 0; i < n; i++) {
     ncclComm_t nccl = list[i]->nccl;
@@ -360,6 +365,7 @@ static int is_anything_pending(const ncx_world *w) {
 static void *watch(void *arg) {
   ncx_world *w = arg;
   int64_t last = phx_kit_now_ns();
+  is_watchdog = 1;
   const cudaError_t set = cudaSetDevice(w->cuda_device);
   if (set != cudaSuccess) {
     char message[160];
