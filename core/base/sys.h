@@ -49,6 +49,8 @@ extern phx__sys_table phx__sys;
 void *phx__calloc(size_t n, size_t bytes);
 char *phx__strdup(const char *text); /* NULL when out of memory */
 void phx__free(void *p);
+/* [any], and in signal handlers: the process ends at once, by our own will; _exit is a plugin's (main.c). */
+_Noreturn void phx__exit_now(int status);
 
 /* Is this a build with a sanitizer?  They report crashes better, and take memory of their own. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)

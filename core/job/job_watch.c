@@ -8,7 +8,7 @@
  *   - Under another launcher, a rank of this machine is named at once when its process ends without saying that it is
  *     done, and after 3.8 s when it is stopped.  Our own launcher sees both itself.
  *   - When the job has failed and [main] does not come back, the process ends: at once when it was asked to (SIGTERM).
- *   - exit() in the middle of a run, which is a plugin's, is a failure, whatever its status says.
+ *   - exit() or _exit() in the middle of a run, which is a plugin's, is a failure, whatever its status says.
  * What it does not do: wait, or take a lock that [main] or a plugin holds.  It reads pages and /proc only.
  * Never counted: time in which this process did not run (Ctrl-Z), in which somebody debugs it, in which it meets the
  * other ranks (that wait has a deadline), timeout = 0.
@@ -245,7 +245,7 @@ static bool is_quiet(const struct watcher *w, uint64_t now, uint64_t limit) {
 }
 
 static _Noreturn void end_process(void) {
-  _exit(PHX__EXIT_RANK); /* not exit: its handlers may be what hangs */
+  phx__exit_now(PHX__EXIT_RANK); /* not exit: its handlers may be what hangs */
 }
 
 static void judge_main(struct watcher *w, uint64_t now) {
@@ -314,17 +314,23 @@ void phx__watch_leaving(void) { __atomic_store_n(&watcher.leaving_ns, phx__now_n
 
 /* ---- exit() ---- */
 
-static void on_ending(int status, void *arg) {
-  struct watcher *w = arg;
+static void judge_ending(struct watcher *w, const char *call, int status) {
   char place[240], message[480];
   if (getpid() != w->pid) return; /* a child that a plugin forked */
   const int32_t state = state_of(w->job->mine);
   if (state == DONE || state == FAILED) return;
   say_place(w->job->mine, place, sizeof place);
-  snprintf(message, sizeof message, "a plugin, or a library that it uses, has called exit(%d),%s", status, place);
+  snprintf(message, sizeof message, "a plugin, or a library that it uses, has called %s(%d),%s", call, status,
+           place);
   say("phalanx: rank %d: %s", w->job->rank, message);
   w->job->fail(w->job->ctx, message);
   if (status <= MEANINGS) end_process(); /* not done, not refused: failed */
+}
+
+static void on_ending(int status, void *arg) { judge_ending(arg, "exit", status); }
+
+void phx__watch_exits(int status) {
+  if (watcher.job) judge_ending(&watcher, "_exit", status);
 }
 
 phx_status phx__watch_start(const phx_job *job, phx__segment *segment, phx_error *err) {

@@ -282,7 +282,7 @@ static void see_out(phx__store *s) {
                            "itself within %g s, and is ended\n", s->place.rank, s->message, w.limit_s);
     const ssize_t heard = write(STDERR_FILENO, text, (size_t)n);
     (void)heard; /* the same end */
-    _exit(status ? status : PHX__EXIT_RANK);
+    phx__exit_now(status ? status : PHX__EXIT_RANK);
   }
 }
 

@@ -30,6 +30,7 @@ enum { TICKS = 20 /* of one patience */, READING = 10 /* patiences, where files 
 int phx__suspect_patience_ms = 20000;
 static struct {
   pthread_t thread;
+  pid_t pid; /* whose plugin it is */
   bool runs;
   uint32_t end;    /* a futex: nonzero when the call has come back */
   int patience_ms; /* of this call */
@@ -56,13 +57,13 @@ static void on_crash(int number) {
   if (number == SIGILL) how = ": SIGILL, an instruction this CPU lacks";
   if (!suspect) raise(number); /* SA_RESETHAND: the default action now */
   say(" crashed ", how);
-  _exit(PHX__EXIT_REFUSED);
+  phx__exit_now(PHX__EXIT_REFUSED);
 }
 
-static void on_exit_call(void) {
-  if (!suspect) return;
+void phx__suspect_exits(void) {
+  if (!suspect || getpid() != guard.pid) return; /* a child that a plugin forked may end as it likes */
   say(" ended the process ", "");
-  _exit(PHX__EXIT_REFUSED);
+  phx__exit_now(PHX__EXIT_REFUSED);
 }
 
 /* ---- a call that does not come back ---- */
@@ -77,7 +78,7 @@ static _Noreturn void end_hanging(void) {
   char how[80];
   snprintf(how, sizeof how, ": it has not come back for %g s", 1e-3 * guard.patience_ms);
   say(" hangs ", how);
-  _exit(PHX__EXIT_REFUSED); /* not exit: [main] may hold the locks of the dynamic loader */
+  phx__exit_now(PHX__EXIT_REFUSED); /* not exit: [main] may hold the locks of the dynamic loader */
 }
 
 static void *watch(void *arg) {
@@ -114,7 +115,8 @@ static void stop_watching(void) {
 void phx__suspect_begin(const char *path, const char *what, int patience) {
   static bool registered;
   if (off) return;
-  if (!registered) registered = atexit(on_exit_call) == 0;
+  if (!registered) registered = atexit(phx__suspect_exits) == 0;
+  guard.pid = getpid();
   doing = what;
   suspect = path;
   for (int i = 0; i < SIGNALS; i++) {

@@ -308,6 +308,7 @@ Test(hostile, loading_is_not_trusted, .timeout = 120) {
       {"constructor", "phx_strategy_hostile.so crashed while it was loaded: SIGSEGV, a bad memory access", 1},
       {"descriptor", "phx_strategy_hostile.so crashed while its descriptor was read: SIGSEGV, a bad memory access", 1},
       {"exit", "phx_strategy_hostile.so ended the process while it was loaded", 0},
+      {"vanish", "phx_strategy_hostile.so ended the process while it was loaded", 1},
       {"giant", "its descriptor says it has 1073741824 bytes: not plausible", 0},
       {"kind", "says it is of kind 77, which this phalanx does not know; a strategy was asked for", 0},
   };

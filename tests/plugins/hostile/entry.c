@@ -32,7 +32,7 @@ static const phx_option own_options[] = {
     {"call", "Where it crashes or fails.", "none", NULL, calls, 0, 0, 0, 0, PHX_OPT_ENUM, 0, AT(call)},
 };
 
-/* PHX_HOSTILE_LOAD: constructor or descriptor crash, exit ends the process, hang and endless do not come back, giant and
+/* PHX_HOSTILE_LOAD: constructor or descriptor crash, exit and vanish end the process, hang and endless do not come back, giant and
  * kind are wrong numbers. */
 static bool asked(const char *what) {
   const char *load = getenv("PHX_HOSTILE_LOAD");
@@ -42,6 +42,7 @@ static bool asked(const char *what) {
 __attribute__((constructor)) static void on_load(void) {
   if (asked("constructor")) raise(SIGSEGV);
   if (asked("exit")) exit(0);
+  if (asked("vanish")) _exit(0);
   while (asked("hang")) pause();
 }
 
