@@ -10,6 +10,7 @@
 #include "engine/prepare.h"
 #include "command/memory_room.h"
 #include "command/run_data.h"
+#include "command/run_dir.h"
 #include "base/status.h"
 
 /* The data as `train` opens them, and their line. */
@@ -47,6 +48,7 @@ static phx_status print_all(const phx__config *config) {
   phx__room_read("", &room);
   if (!status) status = check_data(config, &err);
   if (!status) status = phx__room_check(config, &room, &err);
+  if (!status) status = phx__run_dir_check(config, &err);
   if (status) phx__complain("%s", err.message);
   free(plan);
   return status;

@@ -159,17 +159,20 @@ static bool work_is_in(const char *dir) {
   return !strncmp(here, real, n) && (!here[n] || here[n] == '/');
 }
 
+static phx_status check_aside(const char *dir, char name[RUN_DIR_MAX + 32], phx_error *err) {
+  const phx_status status = aside_name(dir, name, err);
+  if (status || !name[0] || !work_is_in(dir)) return status;
+  return phx__fail(err, PHX_INVALID,
+                   "run.out = %s holds an earlier run, and is the directory you work in: go to another one, or name a "
+                   "new one in it", dir);
+}
+
 /* Two that start at once: both have seen the earlier run's lock, and one of them holds it; while the name is free a
  * third may take it, with a lock of its own. */
 static phx_status move_aside(phx__run_dir *d, phx_error *err) {
   char name[RUN_DIR_MAX + 32];
-  phx_status status = aside_name(d->dir, name, err);
+  phx_status status = check_aside(d->dir, name, err);
   if (status || !name[0]) return status;
-  if (work_is_in(d->dir))
-    return phx__fail(err, PHX_INVALID,
-                     "run.out = %s holds an earlier run, and is the directory you work in: go to another one, or name "
-                     "a new one in it",
-                     d->dir);
   if (phx__sys.rename(d->dir, name)) {
     const bool stuck = errno == EBUSY || errno == EXDEV;
     return phx__fail_errno(err, stuck ? PHX_INVALID : PHX_IO, errno,
@@ -249,6 +252,32 @@ phx_status phx__run_dir_open(const phx__config *config, phx__run_dir **out, phx_
   remember(d);
   *out = d;
   return PHX_OK;
+}
+
+/* Would make_dirs succeed?  The first part that is not there tells. */
+static phx_status check_parents(const char *path, phx_error *err) {
+  char part[RUN_DIR_MAX], above[RUN_DIR_MAX] = ".";
+  struct stat st;
+  snprintf(part, sizeof part, "%s", path);
+  for (char *slash = strchr(part + 1, '/');; slash = strchr(slash + 1, '/')) {
+    if (slash) *slash = 0;
+    errno = 0;
+    if (stat(part, &st)) {
+      if (errno == ENOENT) errno = access(above, W_OK | X_OK) ? errno : 0;
+      if (!errno) return PHX_OK;
+      return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
+    }
+    if (!slash) return PHX_OK;
+    snprintf(above, sizeof above, "%s", part);
+    *slash = '/';
+  }
+}
+
+phx_status phx__run_dir_check(const phx__config *config, phx_error *err) {
+  char dir[RUN_DIR_MAX], name[RUN_DIR_MAX + 32];
+  phx_status status = resolve(config, dir, err);
+  if (!status) status = check_parents(dir, err);
+  return status ? status : check_aside(dir, name, err);
 }
 
 phx_status phx__run_dir_begin(phx__run_dir *d, const phx__config *config, bool continues, phx_error *err) {

@@ -14,6 +14,8 @@ typedef struct phx__run_dir phx__run_dir;
 /* Makes run.out and its parents where they are not there, and takes its lock.  PHX_INVALID: another run has it, or it
  * is not ours.  On failure no new directory is left. */
 phx_status phx__run_dir_open(const phx__config *config, phx__run_dir **out, phx_error *err);
+/* What open and begin of a new run would refuse, as far as looking tells: nothing is made, moved or locked. */
+phx_status phx__run_dir_check(const phx__config *config, phx_error *err);
 /* Writes config.ini.  continues: the run that lies there goes on; else an earlier run is moved aside to run.out.N.  On
  * failure everything is as before. */
 phx_status phx__run_dir_begin(phx__run_dir *dir, const phx__config *config, bool continues, phx_error *err);

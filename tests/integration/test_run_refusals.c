@@ -107,6 +107,29 @@ Test(run_refusals, batches_and_ranks) {
 }
 
 /* The directories that were made on the way are taken back. */
+/* What train refuses, check does, too, below what it prints. */
+static void check_refuses(const char *message, const char *set) {
+  const int before = entries(dir);
+  command_result r = RUN(dir, 60, "check", "run.ini", "--set", set);
+  cr_expect(r.status == 2 && strstr(r.out, message), "%s: status %d, no '%s' in\n%s", set, r.status, message, r.out);
+  cr_expect_eq(entries(dir), before, "%s: something was left on disk", set);
+  command_free(&r);
+}
+
+Test(run_refusals, check_looks_at_the_run_directory) {
+  check_refuses("cannot create the directory run.ini/x (run.out): Not a directory", "run.out=run.ini/x");
+  check_refuses("run.out = run.ini is not a directory", "run.out=run.ini");
+  check_refuses("File name too long", "run.out=" /* 300 of them */
+                "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+                "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+                "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx");
+  command_write_file(dir, "run.json", "{}", 2);
+  check_refuses("holds an earlier run, and is the directory you work in", "run.out=.");
+  command_result r = RUN(dir, 60, "check", "run.ini", "--set", "run.out=made/on/the/way");
+  cr_expect_eq(r.status, 0, "%s", r.out);
+  command_free(&r);
+}
+
 Test(run_refusals, run_directory) {
   char too_long[400], set[5000];
   TRAIN("cannot create the directory /proc/", "--set", "run.out=/proc/phalanx/out");
