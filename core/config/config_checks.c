@@ -97,8 +97,26 @@ static void check_strategy(store *p, const phx__settings *s, const phx_plugin *s
                      strategy->id);
 }
 
+static void check_pins(store *p, const phx__settings *s) {
+  const phx__entry *entry = at(p, "plugins", "pin");
+  bool whole = true;
+  for (const char *pin = s->plugins.pin + strspn(s->plugins.pin, ", "); *pin;) {
+    const size_t n = strcspn(pin, ", ");
+    const bool sum = n == 64 && strspn(pin, "0123456789abcdefABCDEF") >= n;
+    whole = whole && sum;
+    if (!sum)
+      phx__config_error(p, entry, "[plugins] pin: '%.*s' is no SHA-256 sum, which has 64 hexadecimal digits",
+                        n > 80 ? 80 : (int)n, pin);
+    pin += n;
+    pin += strspn(pin, ", ");
+  }
+  if (whole && s->plugins.pin[0] && !s->plugins.path[0] && !strchr(s->run.strategy, '/'))
+    phx__config_warn(p, entry, "[plugins] pin guards nothing: there is neither a [plugins] path nor a strategy's path");
+}
+
 void phx__config_check_together(phx__config *config) {
   store *p = config->priv;
+  check_pins(p, &config->s);
   check_batch(p, &config->s);
   check_not_offered(p, &config->s);
   check_precision(p, config);

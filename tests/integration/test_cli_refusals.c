@@ -145,6 +145,8 @@ Test(refusals, command_line) {
   expect_result(RUN(dir, 20, "checkpoint", "import", "a", "-o", "--bogus"), "value",
                 "-o needs a value, and --bogus is an option");
   expect_result(RUN(dir, 20, "train", "a.ini", "--resume", "x", "--resume=y"), "resume", "--resume is given twice");
+  expect_result(RUN(dir, 20, "check", "a.ini", "--set", "plugins.pin=abc"), "pin",
+                "[plugins] pin: 'abc' is no SHA-256 sum, which has 64 hexadecimal digits");
   expect_result(RUN(dir, 20, "check", "a.ini", "--set", "data.valid_windows=3"), "set",
                 "[data] has no key 'valid_windows': [run] has it");
   expect_result(RUN(dir, 20, "train", "a.ini", "-n", "0"), "range", "-n 0: [run] '0' is not valid for ranks");
@@ -155,7 +157,7 @@ Test(refusals, command_line) {
   expect_result(RUN(dir, 20, "check", "none.ini"), "file", "none.ini: No such file or directory");
   expect_result(RUN(dir, 20, "check", "."), "file", ".: not a regular file");
   expect_result(RUN(dir, 20, "help", "fsdpp"), "help", "there is no section or plugin 'fsdpp': did you mean 'fsdp'?");
-  expect_result(RUN(dir, 20, "help", "a", "b"), "help", "help takes a NAME or PATH.so, and a FILE.ini");
+  expect_result(RUN(dir, 20, "help", "a", "b"), "help", "help takes a NAME, PATH.so or --markdown, and a FILE.ini");
   expect_result(RUN(dir, 20, "plugins", "x", "y"), "plugins", "plugins takes a FILE.ini at most");
   command_result r = RUN(dir, 20, "--help");
   cr_expect(r.status == 0 && strstr(r.out, "usage: phalanx") == r.out);

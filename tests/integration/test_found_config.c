@@ -83,8 +83,9 @@ Test(found_config, what_the_user_names_is_loaded, .timeout = 90) {
 Test(found_config, long_values_are_read_back, .timeout = 60) {
   char *dir = command_temp_dir(), pin[4200] = "plugins.pin=";
   training_files(dir, tiny);
-  for (size_t at = strlen(pin); at < 3900; at++) pin[at] = 'f';
-  expect(RUN(dir, 60, "train", "run.ini", "-n", "1", "--set", "run.steps=4", "--set", pin), 0, NULL);
+  for (size_t at = strlen(pin), n = 0; n < 60 * 65 - 1; at++, n++) pin[at] = n % 65 == 64 ? ',' : 'f';
+  expect(RUN(dir, 60, "train", "run.ini", "-n", "1", "--set", "run.steps=4", "--set", pin), 0,
+         "[plugins] pin guards nothing: there is neither a [plugins] path nor a strategy's path");
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "6"), 0, NULL);
   command_remove_dir(dir);
 }
