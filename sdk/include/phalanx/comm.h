@@ -73,7 +73,8 @@ struct phx_comm {
   phx_status (*broadcast)(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t root, phx_stream *s,
                           phx_error *err);
   phx_status (*send)(void *ctx, const void *buf, int64_t numel, int32_t dtype, int32_t peer, phx_stream *s,
-                     phx_error *err); /* matched with the peer's recv, in order; not [collective] */
+                     phx_error *err); /* not [collective]: it meets the peer's recv, in order, and is
+                                                 over when the peer has the data; nothing is buffered */
   phx_status (*recv)(void *ctx, void *buf, int64_t numel, int32_t dtype, int32_t peer, phx_stream *s, phx_error *err);
   phx_status (*all_to_all)(void *ctx, const void *src, void *dst, int64_t numel_per_peer, int32_t dtype,
                            phx_stream *s, phx_error *err); /* src != dst */

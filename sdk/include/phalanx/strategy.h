@@ -1,11 +1,15 @@
 /* phalanx/strategy.h - what a strategy implements: where weights, gradients and states live, and when they move.
  *
- * Call order:  layout, estimate (pure, any number of times, before anything is opened)
- *              create, visit_state(init), state_changed,
- *              { begin_micro_batch, { acquire, release } per stage forward then backward }  x micro-batches,
- *              finish_gradients (or discard_gradients), gradient_norm, update }  x steps,
- *              destroy.    Evaluation: acquire/release with PHX_PASS_EVALUATE between steps.
- * A strategy with run_step replaces the part from begin_micro_batch to the last release. */
+ * Call order (docs/call-order.md draws it):
+ *     layout, estimate            pure, any number of times, before anything is opened
+ *     create, visit_state (the core fills the state), state_changed
+ *     each step:  for each micro-batch: begin_micro_batch,
+ *                   acquire, release of each stage, forward, then of each stage in reverse order, backward;
+ *                 finish_gradients, gradient_norm, then update, or discard_gradients where the step is skipped
+ *     between steps: visit_state, map, unmap; acquire, release with PHX_PASS_EVALUATE
+ *     destroy
+ * A strategy with run_step replaces the part from begin_micro_batch to the last release.
+ */
 #ifndef PHALANX_STRATEGY_H
 #define PHALANX_STRATEGY_H
 #include <phalanx/comm.h>
@@ -74,7 +78,7 @@ enum {
   PHX_STATE_MASTER = 1,
   PHX_STATE_OPTIM = 2,   /* state_index says which optimizer state */
   PHX_STATE_BUFFER = 3,  /* state without gradient */
-  PHX_STATE_PRIVATE = 4  /* the strategy's own; restored at equal strategy and world size */
+  PHX_STATE_PRIVATE = 4  /* the strategy's own, under names of this rank; restored at equal strategy and world size */
 };
 enum { PHX_MAP_READ = 1, PHX_MAP_WRITE = 2 };
 
@@ -101,7 +105,9 @@ typedef struct phx_visitor {
 enum { PHX_PASS_FORWARD = 0, PHX_PASS_RECOMPUTE = 1, PHX_PASS_BACKWARD = 2, PHX_PASS_EVALUATE = 3 };
 enum { PHX_GRAD_NONE = 0, PHX_GRAD_WRITE = 1, PHX_GRAD_ADD = 2 };
 enum {
-  PHX_RELEASE_LAST_USE = 1u << 0,   /* BACKWARD: gradients of the units whose use has PHX_USE_LAST are complete */
+  /* BACKWARD, in every micro-batch: what this micro-batch adds to the gradients of the units whose use has PHX_USE_LAST
+   * is complete */
+  PHX_RELEASE_LAST_USE = 1u << 0,
   PHX_RELEASE_NO_GRADIENT = 1u << 1 /* BACKWARD: the stage was not run; what it would write is zero, still reduced */
 };
 
@@ -184,7 +190,9 @@ typedef struct phx_strategy_table {
                         phx_stream *stream, phx_error *err); /* [main][collective] */
   phx_status (*finish_gradients)(phx_strategy *self,
                                  phx_error *err); /* [main][collective] waits for what is in flight */
-  phx_status (*discard_gradients)(phx_strategy *self, phx_error *err); /* [main][collective] drops it: a skipped step */
+  /* [main][collective] in the place of update, after finish_gradients and gradient_norm: the step is skipped, and its
+   * gradients are dropped */
+  phx_status (*discard_gradients)(phx_strategy *self, phx_error *err);
   phx_status (*gradient_norm)(phx_strategy *self, const phx_accumulator *acc, phx_error *err); /* [main] */
   /* [main][collective] one ticket per owned slice, then weights whole where they are kept whole: that may go on beside
    * the next passes, whose views wait for it (ready).  step from 1 */
