@@ -8,8 +8,8 @@
 #include "plugin/config_load.h"
 
 #include "config/config_checks.h"
+#include "plugin/automatic.h"
 #include "plugin/descriptor.h"
-#include "base/identity.h"
 #include "plugin/loader.h"
 #include "plugin/loader_search.h"
 #include "base/nearest.h"
@@ -22,8 +22,9 @@
 
 typedef struct phx__config_private store;
 
-/* Plugins of this project that a build may lack (no toolkit): their sections may stand in a file anyway. */
-static const char *const house[] = {"ddp", "fsdp", "zero", "cpu", "cuda", "shm", "mpi", "nccl"};
+/* Plugins of the source tree, which a build may lack (no toolkit): their sections may stand in a file anyway.  The
+ * build gives the list. */
+static const char *const house[] = {PHX__TREE_PLUGINS};
 
 typedef struct loading {
   phx__config *config;
@@ -98,57 +99,15 @@ static void *add_plugin_section(loading *l, const phx__plugin *plugin, bool sele
   return base;
 }
 
-/* Can this plugin be loaded, and run here?  If not, `why` says so. */
-static bool can_run(const loading *l, uint32_t kind, const char *name, char *why, size_t bytes) {
-  phx_error err = PHX_ERROR_INIT;
-  const phx__plugin *plugin = NULL;
-  const phx__found *found = NULL;
-  for (size_t i = 0; i < l->n_found && !found; i++)
-    if (l->found[i].kind == kind && strcmp(l->found[i].name, name) == 0) found = &l->found[i];
-  if (!found) snprintf(why, bytes, "%s is not installed", name);
-  else if (phx__loader_open_file(kind, found->path, name, &plugin, &err)) {
-    snprintf(why, bytes, "%s cannot be loaded: %.180s", name, err.message);
-    if (err.code == PHX_NOMEM) phx__config_error(l->config->priv, NULL, "%s", err.message); /* not a choice, then */
-  }
-  else if (phx__descriptor_probe(plugin->descriptor, &err))
-    snprintf(why, bytes, "%s cannot run here: %.180s", name, err.message);
-  else return true;
-  return false;
-}
-
-/* What [device] plugin = auto comes to. */
-static const char *choose_device(loading *l) {
-  char why[224];
-  const bool cuda = can_run(l, PHX_KIND_DEVICE, "cuda", why, sizeof why);
-  snprintf(l->config->device_why, sizeof l->config->device_why, "%s%s", cuda ? "cuda: " : "cpu: ",
-           cuda ? "it can run here" : why);
-  return cuda ? "cuda" : "cpu";
-}
-
-/* Ranks of one machine that have to share devices, by their number: under a launcher that shows each rank its own, each
- * counts one. */
-static bool crowded(const phx__config *c, char *why, size_t size) {
-  const phx_device_table *table = c->device.plugin->descriptor->table;
-  if (c->priv->oom) return false; /* perhaps without a config: nothing will be chosen */
-  const bool counts = PHX_HAS(table, phx_device_table, count) && table->count;
-  const bool may_share = !PHX_HAS(table, phx_device_table, shared) || !table->shared || table->shared(c->device.config);
-  const int32_t local = phx__job_local_size((int32_t)c->s.run.ranks), count = counts ? table->count() : INT32_MAX;
-  if (!may_share || local <= count) return false;
-  snprintf(why, size, "%d ranks may share %d devices", local, count);
-  return true;
-}
-
-/* [comm] plugin = auto, once the device is known. */
-static const char *choose_comm(loading *l) {
-  phx__config *c = l->config;
-  const phx_plugin *device = c->device.plugin ? c->device.plugin->descriptor : NULL;
-  char why[224] = "";
-  bool nccl = device && strcmp(device->id, "cuda") == 0;
-  if (!nccl) snprintf(why, sizeof why, "device %s is not cuda", device ? device->id : "(none)");
-  if (nccl) nccl = !crowded(c, why, sizeof why);
-  if (nccl) nccl = can_run(l, PHX_KIND_COMM, "nccl", why, sizeof why);
-  snprintf(c->comm_why, sizeof c->comm_why, "%s%s", nccl ? "nccl: no two ranks share a GPU" : "shm: ", why);
-  return nccl ? "nccl" : "shm";
+/* What `auto` comes to; NULL: it was complained about. */
+static const char *choose(loading *l, uint32_t kind, const phx__setting *setting, char *why, size_t size) {
+  phx__automatic a = {.found = l->found, .n = l->n_found, .config = l->config};
+  const char *id = phx__automatic_choose(&a, kind);
+  snprintf(why, size, "%s", id ? a.why : "");
+  if (!id)
+    phx__config_error(l->config->priv, setting->entry, "[%s] plugin = auto: no installed plugin can be taken: %s",
+                      phx__kind_name(kind), a.why);
+  return id;
 }
 
 /* [run] deterministic = auto: yes where the device promises it without being asked. */
@@ -169,9 +128,10 @@ static void resolve_deterministic(loading *l) {
         device->id);
 }
 
-/* `wish` is the text of section.key; what `auto` comes to (choose, or NULL) is stored back into it. */
-static void select_plugin(loading *l, uint32_t kind, const char *section, const char *key,
-                          const char *(*choose)(loading *), const char **wish, phx__selected *out) {
+/* `wish` is the text of section.key; what `auto` comes to is stored back into it, and the reason into why (NULL: there
+ * is no auto). */
+static void select_plugin(loading *l, uint32_t kind, const char *section, const char *key, char *why, size_t why_bytes,
+                          const char **wish, phx__selected *out) {
   store *p = l->config->priv;
   phx_error err = PHX_ERROR_INIT;
   const phx__plugin *plugin = NULL;
@@ -183,9 +143,11 @@ static void select_plugin(loading *l, uint32_t kind, const char *section, const 
                       "--set %s.%s=%s, or its SHA-256 in plugins.pin", section, key, *wish, section, key, *wish);
     goto refused;
   }
-  if (choose && strcmp(*wish, "auto") == 0) {
+  if (why && strcmp(*wish, "auto") == 0) {
+    const char *id = choose(l, kind, setting, why, why_bytes);
+    if (!id) goto refused;
     setting->was_auto = true;
-    setting->value.s = *wish = choose(l);
+    setting->value.s = *wish = id;
   }
   if (phx__loader_open(l->search, kind, *wish, &plugin, &err) != PHX_OK) {
     phx__config_error(p, setting->entry, "[%s] %s: %s", section, key, err.message);
@@ -291,11 +253,12 @@ static void judge_sections(loading *l) {
 
 static void select_plugins(loading *l) {
   phx__config *c = l->config;
-  select_plugin(l, PHX_KIND_STRATEGY, "run", "strategy", NULL, &c->s.run.strategy, &c->strategy);
-  select_plugin(l, PHX_KIND_DEVICE, "device", "plugin", choose_device, &c->s.device.plugin, &c->device);
-  select_plugin(l, PHX_KIND_COMM, "comm", "plugin", choose_comm, &c->s.comm.plugin, &c->comm);
+  select_plugin(l, PHX_KIND_STRATEGY, "run", "strategy", NULL, 0, &c->s.run.strategy, &c->strategy);
+  select_plugin(l, PHX_KIND_DEVICE, "device", "plugin", c->device_why, sizeof c->device_why, &c->s.device.plugin,
+                &c->device);
+  select_plugin(l, PHX_KIND_COMM, "comm", "plugin", c->comm_why, sizeof c->comm_why, &c->s.comm.plugin, &c->comm);
   resolve_deterministic(l);
-  select_plugin(l, PHX_KIND_MODEL, "model", "plugin", NULL, &c->s.model.plugin, &c->model);
+  select_plugin(l, PHX_KIND_MODEL, "model", "plugin", NULL, 0, &c->s.model.plugin, &c->model);
 }
 
 static void fill(loading *l) {

@@ -56,7 +56,8 @@ static phx_status check_table(const phx_plugin *d, phx_error *err) {
 
 static phx_status check_needs(const phx_plugin *d, phx_error *err) {
   static const char *const offered[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, PHX_EXT_OPS, PHX_EXT_JOB};
-  uint64_t unknown = d->needs & ~(uint64_t)(PHX_NEED_HOST_MEMORY | PHX_NEED_TWO_RANKS | PHX_NEED_ONE_MACHINE);
+  uint64_t unknown = d->needs & ~(uint64_t)(PHX_NEED_HOST_MEMORY | PHX_NEED_TWO_RANKS | PHX_NEED_ONE_MACHINE |
+                                            PHX_NEED_OWN_DEVICE);
   if (unknown)
     return phx__fail(err, PHX_UNSUPPORTED, "needs bit %d, which this phalanx does not know: use a newer phalanx",
                      __builtin_ctzll(unknown));
@@ -95,8 +96,10 @@ phx_status phx__descriptor_check(const phx_plugin *d, uint32_t kind, const char 
   if (d->table_minor < PHX_ABI_MINOR_OLDEST)
     return phx__fail(err, PHX_UNSUPPORTED, "was built for ABI %u.%u, and the oldest that is taken is %d.%d: build it again",
                      (unsigned)d->table_major, (unsigned)d->table_minor, PHX_ABI_MAJOR, PHX_ABI_MINOR_OLDEST);
-  if (d->reserved0)
-    return phx__fail(err, PHX_INVALID, "its descriptor has reserved0 = %u; expected 0", (unsigned)d->reserved0);
+  const unsigned reserved1 = PHX_HAS(d, phx_plugin, reserved1) ? d->reserved1 : 0;
+  if (d->reserved0 || reserved1)
+    return phx__fail(err, PHX_INVALID, "its descriptor has reserved0 = %u, reserved1 = %u; expected 0",
+                     (unsigned)d->reserved0, reserved1);
   if (d->kind < PHX_KIND_STRATEGY || d->kind > PHX_KIND_MODEL)
     return phx__fail(err, PHX_INVALID, "says it is of kind %u, which this phalanx does not know; a %s was asked for",
                      (unsigned)d->kind, phx__kind_name(kind));

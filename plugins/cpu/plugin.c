@@ -197,7 +197,8 @@ static const phx_plugin plugin = {.struct_size = sizeof(phx_plugin),
                                   .build = __VERSION__,
                                   .provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_HOST_MEMORY,
                                   .option_stride = sizeof(phx_option),
-                                  .table = &table};
+                                  .table = &table,
+                                  .preference = 10};
 
 const phx_plugin *phx_plugin_v1(void) {
   return &plugin;

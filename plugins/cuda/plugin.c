@@ -268,6 +268,7 @@ static const phx_plugin plugin = {
     .n_options = sizeof options / sizeof options[0],
     .option_stride = sizeof(phx_option),
     .config_size = sizeof(phx__cuda_config),
-    .table = &table};
+    .table = &table,
+    .preference = 20};
 
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }

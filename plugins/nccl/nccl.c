@@ -111,11 +111,14 @@ static const phx_plugin plugin = {
     .license = "unspecified",
     .build = __VERSION__,
     .provides = PHX_CAP_DETERMINISTIC,
+    .needs = PHX_NEED_OWN_DEVICE,
     .extensions = extensions,
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .option_stride = sizeof(phx_option),
     .config_size = sizeof(ncx_config),
     .table = &table,
+    .preference = 20,
+    .device = "cuda",
 };
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }

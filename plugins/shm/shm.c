@@ -256,5 +256,6 @@ static const phx_plugin plugin = {
     .option_stride = sizeof(phx_option),
     .config_size = sizeof(shm_config),
     .table = &table,
+    .preference = 10,
 };
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }

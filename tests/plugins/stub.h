@@ -75,5 +75,8 @@ STUB_UNUSED static phx_status stub_update(phx_strategy *self, int64_t step, floa
 #define STUB_DESCRIPTOR(plugin_kind)                                                                           \
   .struct_size = sizeof(phx_plugin), .kind = plugin_kind, .table_major = PHX_ABI_MAJOR,                        \
   .table_minor = PHX_ABI_MINOR, .version = "1.0", .summary = "For tests.", .vendor = "phalanx",                \
-  .license = "unspecified", .build = "test"
+  .license = "unspecified", .build = "test", .preference = STUB_PREFERENCE
+#ifndef STUB_PREFERENCE
+#define STUB_PREFERENCE 10
+#endif
 #endif

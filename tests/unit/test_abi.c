@@ -30,13 +30,14 @@ PIN(phx_option, rmax, 64); PIN(phx_option, type, 72); PIN(phx_option, flags, 76)
 PIN(phx_option, size, 84);
 
 /* ---- phalanx/plugin.h ---- */
-NO_TAIL(phx_plugin, table);
+NO_TAIL(phx_plugin, device);
 PIN(phx_plugin, struct_size, 0); PIN(phx_plugin, kind, 8); PIN(phx_plugin, table_major, 12);
 PIN(phx_plugin, table_minor, 16); PIN(phx_plugin, reserved0, 20); PIN(phx_plugin, id, 24);
 PIN(phx_plugin, version, 32); PIN(phx_plugin, summary, 40); PIN(phx_plugin, vendor, 48); PIN(phx_plugin, license, 56);
 PIN(phx_plugin, build, 64); PIN(phx_plugin, provides, 72); PIN(phx_plugin, needs, 80);
 PIN(phx_plugin, extensions, 88); PIN(phx_plugin, options, 96); PIN(phx_plugin, n_options, 104);
 PIN(phx_plugin, option_stride, 108); PIN(phx_plugin, config_size, 112); PIN(phx_plugin, table, 120);
+PIN(phx_plugin, preference, 128); PIN(phx_plugin, reserved1, 132); PIN(phx_plugin, device, 136);
 
 /* ---- phalanx/model.h ---- */
 NO_TAIL(phx_param, offset);

@@ -141,10 +141,19 @@ Test(config, unselected_sections_are_validated) {
   expect_report(DATA "[fsdp]\nsharding = half\nprefech = 2\n",
                 ":4: [fsdp] 'half' is not valid for sharding: expected full | grad_op | none\n"
                 ":5: [fsdp] has no key 'prefech': did you mean 'prefetch'?\n");
-  phx__config *c =
-      expect_good(DATA "[mpi]\nanything = 1\n[pair]\nratio = 0\n"); /* pair's required note is not needed */
-  cr_expect_str_eq(report, ":3: warning: [mpi] is not checked: no plugin of that name is installed\n");
-  phx__config_free(c);
+  phx__config_free(expect_good(DATA "[pair]\nratio = 0\n")); /* pair's required note is not needed */
+}
+
+/* A plugin of the source tree that this build may lack. */
+Test(config, the_section_of_a_plugin_that_is_not_built) {
+  if (access(PHX_TEST_PLUGINS "/phx_comm_nccl.so", F_OK) == 0) {
+    expect_report(DATA "[nccl]\nanything = 1\n", ":3: [nccl] has no key 'anything'\n");
+  } else {
+    phx__config_free(expect_good(DATA "[nccl]\nanything = 1\n"));
+    cr_expect_str_eq(report, ":3: warning: [nccl] is not checked: no plugin of that name is installed\n");
+  }
+  expect_report(DATA "[mpi]\nanything = 1\n",
+                ":3: there is no section [mpi], in the core or of an installed plugin: did you mean 'cpu'?\n");
 }
 
 Test(config, strategy_by_path) {
@@ -188,8 +197,10 @@ Test(config, all_errors_at_once) {
 
 Test(config, automatic_plugins) {
   phx__config *c = expect_good(DATA);
-  cr_expect(strncmp(c->device_why, "cpu: cuda ", 10) == 0, "%s", c->device_why); /* not installed, or no GPU here */
-  cr_expect_str_eq(c->comm_why, "shm: device cpu is not cuda");
+  const bool built = strstr(c->device_why, "cuda") != NULL; /* else neither cuda nor nccl is installed */
+  if (built) cr_expect(strncmp(c->device_why, "cpu: cuda cannot run here", 25) == 0, "%s", c->device_why);
+  else cr_expect_str_eq(c->device_why, "cpu: it can run here");
+  cr_expect_str_eq(c->comm_why, built ? "shm: device cpu is not cuda" : "shm: it can run here");
   phx__config_free(c);
   c = expect_good(DATA "[plugins]\npath = " PHX_TEST_ONLY_PLUGINS "/refusing\n");
   cr_expect_str_eq(c->device_why, "cpu: cuda cannot run here: cuda is for tests of the loader: it cannot run");
@@ -201,13 +212,16 @@ Test(config, automatic_plugins) {
   c = expect_good(DATA "[device]\nplugin = cpu\n");
   cr_expect_str_eq(c->device_why, "");
   phx__config_free(c);
+  c = expect_good("[device]\nplugin = cpu\n" DATA GPUS);
+  cr_expect_str_eq(c->comm_why, "shm: device cpu is not cuda");
+  phx__config_free(c);
 }
 
 Test(config, automatic_plugins_on_gpus) {
   phx__config *c = expect_good("[run]\nranks = 2\n" DATA GPUS);
   cr_expect_str_eq(c->s.device.plugin, "cuda");
   cr_expect_str_eq(c->s.comm.plugin, "nccl");
-  cr_expect_str_eq(c->comm_why, "nccl: no two ranks share a GPU");
+  cr_expect_str_eq(c->comm_why, "nccl: no two ranks share a device");
   cr_expect_eq(c->s.run.deterministic, 0);
   cr_expect(strstr(report, "deterministic = auto comes to no on device cuda"), "%s", report);
   phx__config_free(c);
@@ -223,7 +237,7 @@ Test(config, each_rank_may_be_shown_its_own_gpus) {
   const char *const variables[] = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"};
   for (int i = 0; i < 5; i++) setenv(variables[i], i < 2 ? "3" : "4", 1);
   phx__config *c = expect_good("[run]\nranks = 4\n" DATA GPUS);
-  cr_expect_str_eq(c->comm_why, "nccl: no two ranks share a GPU");
+  cr_expect_str_eq(c->comm_why, "nccl: no two ranks share a device");
   phx__config_free(c);
   c = expect_good("[run]\nranks = 4\n" DATA GPUS "[cuda]\nshare = yes\n");
   cr_expect_str_eq(c->comm_why, "shm: 4 ranks may share 2 devices");

@@ -162,7 +162,7 @@ Test(growth, reserved_fields_are_zero_and_old_minors_refused) {
   cr_assert_eq(phx__descriptor_check(&d, PHX_KIND_STRATEGY, NULL, &err), PHX_OK, "%s", err.message);
   d.reserved0 = 3;
   cr_expect_eq(phx__descriptor_check(&d, PHX_KIND_STRATEGY, NULL, &err), PHX_INVALID);
-  cr_expect_not_null(strstr(err.message, "reserved0 = 3; expected 0"), "%s", err.message);
+  cr_expect_not_null(strstr(err.message, "reserved0 = 3, reserved1 = 0; expected 0"), "%s", err.message);
   d.reserved0 = 0;
   d.table_minor = PHX_ABI_MINOR_OLDEST - 1;
   cr_expect_eq(phx__descriptor_check(&d, PHX_KIND_STRATEGY, NULL, &err), PHX_UNSUPPORTED);

@@ -42,6 +42,7 @@ enum {
 #define PHX_NEED_HOST_MEMORY (1ull << 0) /* device memory must be readable by the CPU */
 #define PHX_NEED_TWO_RANKS (1ull << 1)   /* makes no sense at world size 1 */
 #define PHX_NEED_ONE_MACHINE (1ull << 2) /* a communicator whose ranks share memory */
+#define PHX_NEED_OWN_DEVICE (1ull << 3)  /* a communicator: no two ranks share a device */
 
 typedef struct phx_plugin {
   size_t struct_size;
@@ -56,6 +57,11 @@ typedef struct phx_plugin {
   uint32_t n_options, option_stride;
   size_t config_size;                 /* the core zero-fills this many bytes, then applies options[] */
   const void *table;                  /* phx_strategy_table, phx_device_table, phx_comm_table or phx_model_table */
+  /* Device and communicator: `plugin = auto` takes the one with the highest preference that can run here; 0: it is only
+   * taken by name. */
+  int32_t preference;
+  uint32_t reserved1;                 /* 0 */
+  const char *device;                 /* communicator: id of the only device that it works with, or NULL: any */
 } phx_plugin;
 
 /* Pure: no allocation, thread, device call or output; the same pointer each time.  [any] [static] */

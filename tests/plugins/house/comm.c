@@ -33,7 +33,12 @@ static void *arena(phx_comm *world) {
 static const phx_comm_table table = {.struct_size = sizeof table, .probe = probe, .payload = payload,
                                      .buffer_bytes = buffer_bytes, .create = create, .destroy = destroy,
                                      .arena = arena};
-static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_COMM), .id = STUB_ID, .options = options, .n_options = 1,
+#ifdef STUB_FOR_DEVICE
+#define STUB_NEEDS .needs = PHX_NEED_OWN_DEVICE, .device = STUB_FOR_DEVICE
+#else
+#define STUB_NEEDS .needs = 0
+#endif
+static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_COMM), STUB_NEEDS, .id = STUB_ID, .options = options, .n_options = 1,
                                   .option_stride = sizeof options[0], .config_size = sizeof(settings),
                                   .table = &table};
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }
