@@ -1,7 +1,7 @@
 /* Every allocation of the core fails once, in a run of one rank from its configuration to its final weights: a clear
  * error and a status that is not 0, never a crash, and never a file with its final name that is not whole.
  *
- * ASan: run.  Every one of these runs looks for what it leaks. */
+ * Under the address sanitizer every one of these runs looks for what it leaks, too. */
 #include <criterion/criterion.h>
 #include <fcntl.h>
 #include <stdio.h>

@@ -1,7 +1,7 @@
 /* Every system call of the save path fails once, in turn: a clear error that names the file, the checkpoint before is
  * whole, nothing half is left, and the run can be gone on with.
  *
- * ASan: run.  A save that fails leaks nothing. */
+ * Under the address sanitizer: a save that fails leaks nothing. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <errno.h>

@@ -1,8 +1,8 @@
 /* tests/integration/test_saver.c - checkpoints in the background, over a disk that is slow or fails.
  *
- * TSan: run.  The ranks are processes of the test itself, so that phx__sys can be replaced: they meet as those of
- * torchrun do.  Every run hashes its state at every step, so what a checkpoint holds can be compared with the step it
- * is of, though updates went on while it was written. */
+ * The ranks are processes of the test itself, so that phx__sys can be replaced: they meet as those of torchrun do.
+ * Every run hashes its state at every step, so what a checkpoint holds can be compared with the step it is of, though
+ * updates went on while it was written. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <errno.h>

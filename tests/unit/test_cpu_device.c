@@ -1,5 +1,4 @@
-/* The cpu device: creation, memory, streams, events, errors, elementwise operations.
- * TSan: run. */
+/* The cpu device: creation, memory, streams, events, errors, elementwise operations. */
 #include <criterion/criterion.h>
 #include <float.h>
 #include <math.h>

@@ -461,7 +461,7 @@ Test(cpu_ops, pointers_do_not_change_bits) {
   enum { n = 65, ic = 96, oc = 160, MOVES = 4 };
   float *first = NULL;
   for (int move = 0; move < MOVES; move++) {
-    void *room;
+    void *room = NULL;
     cr_assert_eq(posix_memalign(&room, 4096, 1 << 20), 0);
     float *x = (float *)room + 64 * move, *w = x + n * ic / 64 * 64 + 64 * (1 + move), *out = w + oc * ic + 64 * move;
     uint64_t seed = 5;

@@ -113,7 +113,7 @@ Test(cpu_suite, bf16_products_repeat, .timeout = 60) {
   static float first_dw[OC * IC];
   for (int move = 0; move < MOVES; move++) {
     device_ops d;
-    void *room;
+    void *room = NULL;
     phx_error err = {.struct_size = sizeof err};
     cr_assert_eq(device_ops_open(&d, 1, NULL, &err), PHX_OK, "%s", err.message);
     cr_assert_eq(posix_memalign(&room, 4096, 1 << 20), 0);

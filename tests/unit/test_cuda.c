@@ -1,7 +1,5 @@
 /* The cuda device on the processor: the plugin's own sources against the double of the CUDA runtime (inline, and with
- * streams as threads) and of cuBLASLt.  What only a GPU can show is in tests/gpu.
- * TSan: run.
- * Links: cuda_double */
+ * streams as threads) and of cuBLASLt.  What only a GPU can show is in tests/gpu. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,8 +1,7 @@
 /* Attention by cuDNN, without a GPU.  The graphs, as the real library's heuristics and compilers take them for the
  * properties of an H100 and an A100 (skipped where libcudnn.so.9 is not found); and the device's use of it, numbers
  * included, against a libcudnn.so.9 that carries graphs out on the processor.  What is left for a GPU: that the fused
- * kernels do what the graphs say.
- * Links: attention_graph cuda_double */
+ * kernels do what the graphs say. */
 #include <criterion/criterion.h>
 #include <dlfcn.h>
 #include <stdio.h>

@@ -1,6 +1,4 @@
-/* The double of the CUDA runtime and the emulation of kernels: what the tests of CUDA plugins rest on.
- * TSan: run.
- * Links: emulation_selftest */
+/* The double of the CUDA runtime and the emulation of kernels: what the tests of CUDA plugins rest on. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <signal.h>

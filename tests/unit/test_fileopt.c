@@ -1,5 +1,4 @@
-/* fileopt: optimizer states in a file, mapped slice by slice, give the reference's bits.
- * TSan: run. */
+/* fileopt: optimizer states in a file, mapped slice by slice, give the reference's bits. */
 #include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>

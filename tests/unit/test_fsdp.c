@@ -1,5 +1,4 @@
-/* fsdp on the harness: the reference's bits under every sharding, planned = measured, and what each option does.
- * TSan: run. */
+/* fsdp on the harness: the reference's bits under every sharding, planned = measured, and what each option does. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>

@@ -1,7 +1,6 @@
 /* The communicator "nccl" on doubles of NCCL and of the CUDA runtime: the suite of every communicator, in both orders
  * of reduction, and what only nccl has: joining, GPUs in common, asynchronous errors, hangs, abort, what is left
- * behind.
- * TSan: run, alone. */
+ * behind. */
 #include <criterion/criterion.h>
 #include <cuda_double.h>
 #include <pthread.h>

@@ -1,6 +1,5 @@
 /* The communicator "shm" on forked ranks: every collective against a plain reference, bit for bit; order, faults,
- * traffic. Each rank generates every rank's data itself, so the reference needs no communication.
- * TSan: run, alone. */
+ * traffic. Each rank generates every rank's data itself, so the reference needs no communication. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <signal.h>

@@ -1,6 +1,5 @@
-/* core/checkpoint/stream.c against plain reads and writes: any order, odd ends, refusals of direct I/O, failures in the thread.
- *
- * TSan: run. */
+/* core/checkpoint/stream.c against plain reads and writes: any order, odd ends, refusals of direct I/O, failures in
+ * the thread. */
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>

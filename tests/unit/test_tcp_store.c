@@ -1,7 +1,5 @@
 /* The store where ranks of several machines meet: ranks are threads here, each with its own connection over 127.0.0.1;
- * strangers, liars and the dead are sockets that the test drives itself, byte by byte.
- *
- * TSan: run, alone. */
+ * strangers, liars and the dead are sockets that the test drives itself, byte by byte. */
 #include <arpa/inet.h>
 #include <criterion/criterion.h>
 #include <errno.h>

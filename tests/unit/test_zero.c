@@ -1,5 +1,4 @@
-/* zero on the harness: the reference's bits, planned = measured, and what each option does.
- * TSan: run. */
+/* zero on the harness: the reference's bits, planned = measured, and what each option does. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>
