@@ -18,29 +18,11 @@
  *
  * With [precision] compute = bf16 the held weights are bf16, and so is what is gathered; fp32 masters of the same
  * blocks stand behind them.  [main] only.  Does not: offload, shard within groups (fsdp_plan.group is where it comes).
- */
+ * Reading order: fsdp.h, plan.c, state.c (what a rank holds), and here what moves in a step. */
 #include "fsdp.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-struct phx_strategy {
-  phx_kit_services s;
-  const phx_topology *topology;
-  const phx_model *model;
-  fsdp_plan plan;
-  phx_kit_views views;
-  phx_event **gathered, **reduced;        /* (n_units) each */
-  phx_event **mark;                       /* (1) a point of the compute stream */
-  int64_t *gather_number;                 /* (n_units) order of issue of the last gather; 0: not gathered */
-  int64_t *reduce_number, *reduce_offset; /* (n_units) of the last reduction that ran in a window; number 0: none */
-  int64_t issued;
-  const phx_kit_program *program; /* NULL: between steps */
-  uint32_t position;              /* next in the program */
-  bool open;                      /* its acquire is done */
-  int32_t micro_batch;
-  bool reducing; /* this micro-batch's gradients are reduced */
-};
 
 /* ---- life ---- */
 
@@ -60,33 +42,6 @@ static void fsdp_destroy(phx_strategy *self) {
   free(self);
 }
 
-static phx_kit_shard held(const phx_strategy *self, uint32_t unit, uint32_t flat) {
-  return fsdp_held(&self->plan, self->topology, phx_model_unit(self->model, unit), flat);
-}
-
-static void *held_weight(const phx_strategy *self, uint32_t unit, uint32_t flat) {
-  return (char *)self->plan.regions[FSDP_WEIGHT + flat].at +
-         self->plan.at[flat][unit] * phx_kit_weight_bytes(self->topology);
-}
-
-/* Of the block that `mastered` begins with; NULL in fp32. */
-static float *held_master(const phx_strategy *self, uint32_t unit, uint32_t flat) {
-  const phx_kit_region *r = &self->plan.regions[FSDP_MASTER + flat];
-  bool part = !self->plan.sharded && flat == PHX_FLAT_FROZEN;
-  return r->at ? (float *)r->at + self->plan.at[flat][unit] / (part ? self->topology->world_size : 1) : NULL;
-}
-
-/* The unit's gradients in the region: the held part, or the whole that it lies in. */
-static float *kept_gradient(const phx_strategy *self, uint32_t unit) {
-  int64_t copies = self->plan.windows ? 1 : self->plan.group;
-  return (float *)self->plan.regions[FSDP_GRADIENT].at + self->plan.at[PHX_FLAT_TRAINABLE][unit] * copies;
-}
-
-static float *held_gradient(const phx_strategy *self, uint32_t unit) {
-  int64_t before = !self->plan.windows && self->plan.sharded ? self->topology->rank : 0;
-  return kept_gradient(self, unit) + before * held(self, unit, PHX_FLAT_TRAINABLE).per * PHX_BLOCK;
-}
-
 /* Everything that is not in a window is where it always is. */
 static void place_at_rest(phx_strategy *self) {
   for (uint32_t u = 0; u < self->model->n_units; u++) {
@@ -94,8 +49,8 @@ static void place_at_rest(phx_strategy *self) {
     phx_kit_place *place = &self->views.places[u];
     *place = (phx_kit_place){{NULL, NULL}, NULL};
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
-      if (!self->plan.sharded && unit->blocks[flat] > 0) place->weight[flat] = held_weight(self, u, flat);
-    if (!self->plan.windows && unit->blocks[PHX_FLAT_TRAINABLE] > 0) place->gradient = kept_gradient(self, u);
+      if (!self->plan.sharded && unit->blocks[flat] > 0) place->weight[flat] = fsdp_held_weight(self, u, flat);
+    if (!self->plan.windows && unit->blocks[PHX_FLAT_TRAINABLE] > 0) place->gradient = fsdp_kept_gradient(self, u);
     self->gather_number[u] = self->reduce_number[u] = 0;
   }
 }
@@ -148,119 +103,11 @@ done:
   return status;
 }
 
-/* ---- state ---- */
-
-/* The part of a unit that this rank is the writer of: its shard; where all ranks hold all, its share of the work. */
-static phx_kit_shard mine(const phx_strategy *self, uint32_t unit, uint32_t flat) {
-  return phx_kit_shard_of(phx_model_unit(self->model, unit)->blocks[flat], self->topology->rank,
-                          self->topology->world_size);
-}
-
-/* Blocks whose masters this rank keeps, in compute = bf16. */
-static phx_kit_shard mastered(const phx_strategy *self, uint32_t unit, uint32_t flat) {
-  return flat == PHX_FLAT_FROZEN ? mine(self, unit, flat) : held(self, unit, flat);
-}
-
-static phx_status fsdp_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
-  phx_status status = PHX_OK;
-  for (uint32_t u = 0; u < self->model->n_units; u++)
-    for (uint32_t flat = 0; status == PHX_OK && flat < PHX_FLATS; flat++) {
-      phx_kit_shard part = mine(self, u, flat);
-      status = phx_kit_visit(visitor, self->s.optim, self->topology->compute_dtype, u, flat, part.first, part.blocks,
-                             err);
-    }
-  return status;
-}
-
-static char *held_state(const phx_strategy *self, uint32_t unit, uint32_t k) {
-  int64_t size = (int64_t)phx_dtype_bytes(self->topology->optim_dtype[k]);
-  return (char *)self->plan.regions[FSDP_STATES + k].at + self->plan.at[PHX_FLAT_TRAINABLE][unit] * size;
-}
-
-static phx_status fsdp_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
-  (void)mode;
-  bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
-  if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
-    return phx_kit_fail(err, PHX_INVALID, "fsdp keeps no state of kind %d", slice->kind);
-  char *base = slice->kind == PHX_STATE_OPTIM ? held_state(self, slice->unit, slice->state_index)
-               : master                       ? (char *)held_master(self, slice->unit, slice->flat)
-                                              : held_weight(self, slice->unit, slice->flat);
-  phx_kit_shard part =
-      master ? mastered(self, slice->unit, slice->flat) : held(self, slice->unit, slice->flat);
-  int64_t block = slice->first_block - part.first;
-  *out = base + block * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype);
-  return PHX_OK;
-}
-
-static phx_status fsdp_unmap(phx_strategy *self, const phx_slice *slice, int32_t mode, void *p, phx_error *err) {
-  (void)self, (void)slice, (void)mode, (void)p, (void)err;
-  return PHX_OK;
-}
-
-static phx_status forget_windows(phx_strategy *self, phx_error *err) {
+phx_status fsdp_forget_windows(phx_strategy *self, phx_error *err) {
   self->program = NULL;
   self->open = false;
   place_at_rest(self);
   return self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err);
-}
-
-/* The low-precision weights of the blocks whose masters are here. */
-static phx_status derive_weights(phx_strategy *self, uint32_t unit, uint32_t flat, phx_error *err) {
-  const phx_device *d = self->s.device;
-  phx_kit_shard part = mastered(self, unit, flat);
-  if (part.blocks == 0 || !phx_kit_masters(self->topology)) return PHX_OK;
-  int64_t before = (part.first - held(self, unit, flat).first) * PHX_BLOCK * phx_kit_weight_bytes(self->topology);
-  return d->cast(d->ctx, (char *)held_weight(self, unit, flat) + before, self->topology->compute_dtype,
-                 held_master(self, unit, flat), PHX_F32, part.blocks * PHX_BLOCK, self->s.stream, err);
-}
-
-/* Where all is held, the writers' parts go around: of masters, else of weights themselves. */
-static phx_status share_weights(phx_strategy *self, uint32_t unit, uint32_t flat, phx_error *err) {
-  bool masters = phx_kit_masters(self->topology);
-  int64_t numel = mine(self, unit, flat).per * PHX_BLOCK;
-  phx_status status = PHX_OK;
-  if (masters && flat == PHX_FLAT_TRAINABLE) {
-    float *master = held_master(self, unit, flat);
-    PHX_KIT_TRY(phx_kit_make_whole(&self->s, master, numel, PHX_F32, err));
-    return derive_weights(self, unit, flat, err);
-  }
-  PHX_KIT_TRY(derive_weights(self, unit, flat, err));
-  void *weight = held_weight(self, unit, flat);
-  PHX_KIT_TRY(phx_kit_make_whole(&self->s, weight, numel, self->topology->compute_dtype, err));
-done:
-  return status;
-}
-
-/* A shard is all there is. */
-static phx_status derive_shards(phx_strategy *self, phx_error *err) {
-  phx_status status = PHX_OK;
-  for (uint32_t u = 0; u < self->model->n_units; u++)
-    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) PHX_KIT_TRY(derive_weights(self, u, flat, err));
-  PHX_KIT_TRY(self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err));
-done:
-  return status;
-}
-
-static phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
-  phx_status status = forget_windows(self, err);
-  if (status != PHX_OK) return status;
-  const phx_device *d = self->s.device;
-  PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
-  if (self->plan.sharded) return derive_shards(self, err);
-  for (uint32_t u = 0; u < self->model->n_units; u++) {
-    self->s.comm->annotate(self->s.comm->ctx, (int32_t)u);
-    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
-      phx_kit_shard part = mine(self, u, flat);
-      if (part.per == 0) continue;
-      PHX_KIT_TRY(share_weights(self, u, flat, err));
-      for (uint32_t k = 0; flat == PHX_FLAT_TRAINABLE && k < self->topology->n_optim_states; k++)
-        PHX_KIT_TRY(phx_kit_make_whole(&self->s, held_state(self, u, k), part.per * PHX_BLOCK,
-                                       self->topology->optim_dtype[k], err));
-    }
-  }
-  PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
-done:
-  return status;
 }
 
 /* ---- actions ---- */
@@ -271,10 +118,10 @@ static phx_status gather(phx_strategy *self, const phx_kit_action *a, phx_error 
   int32_t dtype = self->topology->compute_dtype;
   c->annotate(c->ctx, (int32_t)a->unit);
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
-    int64_t numel = held(self, a->unit, flat).per * PHX_BLOCK;
+    int64_t numel = fsdp_part(self, a->unit, flat).per * PHX_BLOCK;
     if (numel == 0) continue;
     phx_status status =
-        c->all_gather(c->ctx, held_weight(self, a->unit, flat), window, numel, dtype, self->s.stream, err);
+        c->all_gather(c->ctx, fsdp_held_weight(self, a->unit, flat), window, numel, dtype, self->s.stream, err);
     if (status != PHX_OK) return status;
     self->views.places[a->unit].weight[flat] = window;
     window += numel * self->plan.group * phx_kit_weight_bytes(self->topology);
@@ -332,9 +179,9 @@ done:
 static phx_status reduce(phx_strategy *self, const phx_kit_action *a, phx_error *err) {
   const phx_comm *c = self->s.comm;
   const phx_device *d = self->s.device;
-  float *source = self->views.places[a->unit].gradient, *total = held_gradient(self, a->unit), *target = total;
+  float *source = self->views.places[a->unit].gradient, *total = fsdp_held_gradient(self, a->unit), *target = total;
   bool adds = self->plan.adds && self->micro_batch > 0;
-  phx_kit_shard part = held(self, a->unit, PHX_FLAT_TRAINABLE);
+  phx_kit_shard part = fsdp_part(self, a->unit, PHX_FLAT_TRAINABLE);
   int64_t numel = (self->plan.sharded ? part.per : part.blocks) * PHX_BLOCK;
   phx_status status;
   c->annotate(c->ctx, (int32_t)a->unit);
@@ -406,7 +253,7 @@ static phx_status open_position(phx_strategy *self, uint32_t stage, int32_t pass
   uint32_t position = phx_kit_position(self->model, stage, pass);
   phx_status status = PHX_OK;
   if (pass == PHX_PASS_EVALUATE && (self->program != &self->plan.evaluate || position < self->position)) {
-    PHX_KIT_TRY(forget_windows(self, err));
+    PHX_KIT_TRY(fsdp_forget_windows(self, err));
     self->program = &self->plan.evaluate;
     self->position = 0;
   }
@@ -425,7 +272,7 @@ static phx_status fsdp_begin_micro_batch(phx_strategy *self, int32_t index, int3
   if (self->program == &self->plan.train)
     PHX_KIT_TRY(go_to(self, self->program->n_positions, NULL, err));
   else if (self->program)
-    PHX_KIT_TRY(forget_windows(self, err)); /* an evaluation, maybe not to its end */
+    PHX_KIT_TRY(fsdp_forget_windows(self, err)); /* an evaluation, maybe not to its end */
   self->program = &self->plan.train;
   self->position = 0;
   self->micro_batch = index;
@@ -490,20 +337,21 @@ static phx_status fsdp_finish_gradients(phx_strategy *self, phx_error *err) {
   if (self->program != &self->plan.train)
     return phx_kit_fail(err, PHX_STATE, "gradients are to be finished, but no micro-batch was begun");
   phx_status status = go_to(self, self->program->n_positions, NULL, err);
-  return status == PHX_OK ? forget_windows(self, err) : status;
+  return status == PHX_OK ? fsdp_forget_windows(self, err) : status;
 }
 
 static phx_status fsdp_discard_gradients(phx_strategy *self, phx_error *err) {
-  return forget_windows(self, err);
+  return fsdp_forget_windows(self, err);
 }
 
 static phx_status fsdp_gradient_norm(phx_strategy *self, const phx_accumulator *acc, phx_error *err) {
   phx_status status = PHX_OK;
   for (uint32_t u = 0; status == PHX_OK && u < self->model->n_units; u++) {
-    phx_kit_shard part = mine(self, u, PHX_FLAT_TRAINABLE);
-    int64_t before = part.first - held(self, u, PHX_FLAT_TRAINABLE).first;
+    phx_kit_shard part = fsdp_mine(self, u, PHX_FLAT_TRAINABLE);
+    int64_t before = part.first - fsdp_part(self, u, PHX_FLAT_TRAINABLE).first;
     if (part.blocks > 0)
-      status = acc->add(acc->ctx, u, part.first, part.blocks, held_gradient(self, u) + before * PHX_BLOCK, NULL, err);
+      status = acc->add(acc->ctx, u, part.first, part.blocks, fsdp_held_gradient(self, u) + before * PHX_BLOCK, NULL,
+                        err);
   }
   return status;
 }
@@ -512,17 +360,17 @@ static phx_status fsdp_update(phx_strategy *self, int64_t step, float scale, phx
   (void)step;
   phx_status status = PHX_OK;
   for (uint32_t u = 0; status == PHX_OK && u < self->model->n_units; u++) {
-    phx_kit_shard part = held(self, u, PHX_FLAT_TRAINABLE);
+    phx_kit_shard part = fsdp_part(self, u, PHX_FLAT_TRAINABLE);
     if (part.blocks == 0) continue;
     phx_kit_slice slice = {.unit = u,
                            .place = PHX_SPACE_DEVICE,
                            .first = part.first,
                            .blocks = part.blocks,
-                           .weight = held_weight(self, u, PHX_FLAT_TRAINABLE),
-                           .master = held_master(self, u, PHX_FLAT_TRAINABLE),
+                           .weight = fsdp_held_weight(self, u, PHX_FLAT_TRAINABLE),
+                           .master = fsdp_held_master(self, u, PHX_FLAT_TRAINABLE),
                            .weight_dtype = self->topology->compute_dtype,
-                           .gradient = held_gradient(self, u)};
-    for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = held_state(self, u, k);
+                           .gradient = fsdp_held_gradient(self, u)};
+    for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = fsdp_held_state(self, u, k);
     status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
   }
   return status;

@@ -46,4 +46,42 @@ phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_mo
 /* Blocks of a unit's flat that this rank holds and updates, and their size in memory (per). */
 phx_kit_shard fsdp_held(const fsdp_plan *p, const phx_topology *t, const phx_unit *unit, uint32_t flat);
 extern const phx_strategy_table fsdp_table;
+
+struct phx_strategy {
+  phx_kit_services s;
+  const phx_topology *topology;
+  const phx_model *model;
+  fsdp_plan plan;
+  phx_kit_views views;
+  phx_event **gathered, **reduced;        /* (n_units) each */
+  phx_event **mark;                       /* (1) a point of the compute stream */
+  int64_t *gather_number;                 /* (n_units) order of issue of the last gather; 0: not gathered */
+  int64_t *reduce_number, *reduce_offset; /* (n_units) of the last reduction that ran in a window; number 0: none */
+  int64_t issued;
+  const phx_kit_program *program; /* NULL: between steps */
+  uint32_t position;              /* next in the program */
+  bool open;                      /* its acquire is done */
+  int32_t micro_batch;
+  bool reducing; /* this micro-batch's gradients are reduced */
+};
+
+/* state.c: of one unit's flat, what this rank holds, and of that the part that it is the writer of. */
+static inline phx_kit_shard fsdp_part(const phx_strategy *self, uint32_t unit, uint32_t flat) {
+  return fsdp_held(&self->plan, self->topology, phx_model_unit(self->model, unit), flat);
+}
+phx_kit_shard fsdp_mine(const phx_strategy *self, uint32_t unit, uint32_t flat);
+/* Its first held element; of the master: the first that has one, NULL in fp32. */
+void *fsdp_held_weight(const phx_strategy *self, uint32_t unit, uint32_t flat);
+float *fsdp_held_master(const phx_strategy *self, uint32_t unit, uint32_t flat);
+char *fsdp_held_state(const phx_strategy *self, uint32_t unit, uint32_t k);
+float *fsdp_held_gradient(const phx_strategy *self, uint32_t unit);
+/* The unit's gradients in the region: the held part, or the whole that it lies in. */
+float *fsdp_kept_gradient(const phx_strategy *self, uint32_t unit);
+phx_status fsdp_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err);
+phx_status fsdp_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err);
+phx_status fsdp_unmap(phx_strategy *self, const phx_slice *slice, int32_t mode, void *p, phx_error *err);
+phx_status fsdp_state_changed(phx_strategy *self, phx_error *err);
+
+/* fsdp.c: the program is over or given up, and all windows are free. */
+phx_status fsdp_forget_windows(phx_strategy *self, phx_error *err);
 #endif
