@@ -154,12 +154,14 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   phx_comm_stats before, after;
   const int64_t first = r->resumed.at.step, steady = first + MEASURED_STEP;
   const bool measured = step == (s->run.steps < steady ? s->run.steps : steady);
+  const bool drift = r->drift && (step == s->run.steps || step % s->run.drift_every == 0);
   const int64_t allocator_calls = r->rt->book.calls;
   r->engine->at_stage = measured ? sample_pss : NULL;
   r->engine->at_stage_arg = r;
   r->sampling = 0;
   phx_status status = measured ? settle(r->rt, err) : PHX_OK;
   if (status) return status;
+  if (drift) phx__drift_watch(r->drift);
   strategy_traffic(r->rt, &before);
   const double begin = phx__now();
   status = phx__engine_step(r->engine, r->data.train, step, &r->done, err);
@@ -181,8 +183,7 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   r->result.skipped += r->done.skipped;
   if (step == s->run.steps) status = check_last(r, err);
   if (status) return status;
-  if (!r->drift || (step != s->run.steps && step % s->run.drift_every != 0)) return PHX_OK;
-  return phx__drift_check(r->drift, step, err);
+  return drift ? phx__drift_check(r->drift, step, err) : PHX_OK;
 }
 
 /* ---- checkpoints ---- */
@@ -458,6 +459,18 @@ static phx_status begin_state(run *r, phx_error *err) {
   return PHX_OK;
 }
 
+/* Replicas begin alike: where the strategy makes them, and wherever drift is looked for. */
+static phx_status check_drift_at_start(run *r, phx_error *err) {
+  const bool asked = r->config->s.run.drift_every > 0;
+  if (r->job->size == 1 || (!asked && !phx__drift_at_start(r->rt->prepared))) return PHX_OK;
+  phx_status status = phx__drift_open(r->rt, &r->drift, err);
+  if (!status) status = phx__drift_check(r->drift, 0, err);
+  if (status || asked) return status;
+  phx__drift_close(r->drift);
+  r->drift = NULL;
+  return PHX_OK;
+}
+
 static phx_status run_steps(run *r, phx_error *err) {
   phx__prepared *prepared = r->prepared;
   r->prepared = NULL;
@@ -466,8 +479,7 @@ static phx_status run_steps(run *r, phx_error *err) {
   if (!status) status = phx__engine_create(r->rt, &r->engine, err);
   if (!status) status = begin_state(r, err);
   if (!status && r->config->s.run.checked == 1) status = phx__weight_check(r->rt, "at start", err);
-  if (!status && r->config->s.run.drift_every > 0 && r->job->size > 1)
-    status = phx__drift_open(r->rt, &r->drift, err);
+  if (!status) status = check_drift_at_start(r, err);
   if (!status) status = phx__progress_open(&r->progress, r->rt, r->resumed.at.step, err);
   if (!status)
     status = phx__checkpoints_open(&r->checkpoints, r->rt, &r->progress, r->step, r->resume.continues ? r->step : 0,

@@ -61,7 +61,8 @@ static const phx_option run_options[] = {
     INT(run, balance_every, "100", 0, STEPS_MOST, "steps", 0,
         "Steps between lines that say which rank is the slowest; 0 says it only at the end."),
     INT(run, drift_every, "0", 0, STEPS_MOST, "steps", 0,
-        "Steps between checks that all ranks compute with the same weights; 0 never checks."),
+        "Steps between checks that all ranks have the same weights, masters and optimizer states; weights also at the "
+        "start. 0: at the start only, of a strategy that keeps whole weights on every rank."),
     INT(run, max_restarts, "0", 0, 1000000, "restarts", 0,
         "Times that a run is started again after a failure, from its latest checkpoint or else from the beginning."),
     BOOL(run, elastic, "no",

@@ -1,9 +1,10 @@
 /* core/engine/drift.c - see drift.h.
  *
- * Each rank hashes the weights of every stage's forward view; one all_reduce of the hashes and of their complements
- * gives least and greatest, and only a difference costs a second exchange, which says whose it is.  Optimizer states
- * are not looked at: what is wrong in one shows in the weights after the next update.
- * Does not: repair, or look at gradients.  A parameter that no forward pass reads is passed over. */
+ * Each rank hashes the weights of every stage's forward view, and in the update the masters and states of every ticket;
+ * one all_reduce of the hashes and of their complements gives least and greatest, and only a difference costs a second
+ * exchange, which says whose it is.  A tensor that a rank does not hold whole takes no part there: of a shard there is
+ * one.  An update that was skipped hands nothing over, and then the next one's states are compared.
+ * Does not: repair, or look at gradients.  A parameter that no forward pass reads is passed over, of weights. */
 #include "engine/drift.h"
 
 #include <inttypes.h>
@@ -14,6 +15,7 @@
 
 #include "engine/handed.h"
 #include "base/job_calls.h"
+#include "engine/layout.h"
 #include "engine/state_io.h"
 #include "base/status.h"
 #include "base/sys.h"
@@ -21,8 +23,15 @@
 
 struct phx__drift {
   phx__runtime *rt;
-  uint64_t *own;    /* (n_params) this rank's */
-  uint64_t *spread; /* (2, n_params) least, and the complement of the greatest */
+  uint32_t n_params, n; /* n: tensors, the weights of all parameters, then masters if there are, then each state */
+  bool masters;
+  uint64_t *own;        /* (n) this rank's hashes */
+  int64_t *updated;     /* (n_params) elements that this rank's tickets had */
+  uint64_t *spread;     /* (2, n) least, and the complement of the greatest */
+  /* while a ticket is read */
+  const phx_ticket *ticket;
+  uint64_t *hashes; /* (n_params) */
+  int64_t size;     /* bytes of an element */
 };
 
 phx_status phx__drift_supported(const phx__prepared *p, phx_error *err) {
@@ -35,16 +44,24 @@ phx_status phx__drift_supported(const phx__prepared *p, phx_error *err) {
   return PHX_OK;
 }
 
+bool phx__drift_at_start(const phx__prepared *p) {
+  for (uint32_t s = 0; s < p->model->n_stages; s++)
+    if (!p->layout.stage_owned[s]) return false;
+  return !(p->config->strategy.plugin->descriptor->provides & PHX_CAP_SHARDS_WEIGHTS);
+}
+
 phx_status phx__drift_open(phx__runtime *rt, phx__drift **out, phx_error *err) {
-  const size_t n = rt->prepared->model->n_params;
+  const uint32_t n_params = rt->prepared->model->n_params;
   phx__drift *d = phx__calloc(1, sizeof *d);
   if (!d) return phx__fail(err, PHX_NOMEM, "no memory for the check of replicas");
-  d->rt = rt;
-  d->own = phx__calloc(n, sizeof *d->own);
-  d->spread = phx__calloc(2 * n, sizeof *d->spread);
-  if (!d->own || !d->spread) {
+  *d = (phx__drift){.rt = rt, .n_params = n_params, .masters = rt->prepared->topology.compute_dtype != PHX_F32};
+  d->n = n_params * (1 + d->masters + rt->optim.table.n_states);
+  d->own = phx__calloc(d->n, sizeof *d->own);
+  d->updated = phx__calloc(n_params, sizeof *d->updated);
+  d->spread = phx__calloc(2 * (size_t)d->n, sizeof *d->spread);
+  if (!d->own || !d->updated || !d->spread) {
     phx__drift_close(d);
-    return phx__fail(err, PHX_NOMEM, "no memory for the hashes of %zu parameters", n);
+    return phx__fail(err, PHX_NOMEM, "no memory for the hashes of %u tensors", d->n);
   }
   *out = d;
   return PHX_OK;
@@ -52,10 +69,14 @@ phx_status phx__drift_open(phx__runtime *rt, phx__drift **out, phx_error *err) {
 
 void phx__drift_close(phx__drift *d) {
   if (!d) return;
+  if (d->rt->optim.after_ticket_arg == d) d->rt->optim.after_ticket = NULL;
   phx__free(d->spread);
+  phx__free(d->updated);
   phx__free(d->own);
   phx__free(d);
 }
+
+/* ---- weights, as a stage would compute with them ---- */
 
 static phx_status hash_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
   (void)at, (void)err;
@@ -96,55 +117,152 @@ static phx_status hash_stage(phx__drift *d, uint32_t stage, phx_error *err) {
                           strategy->release(rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, err));
 }
 
-/* "rank 2": those whose hash is not what most have. */
-static void name_ranks(const uint64_t *all, int32_t size, char *text, size_t bytes) {
+/* ---- masters and optimizer states, as an update leaves them ---- */
+
+/* splitmix64's finalizer. */
+static uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+  x = (x ^ (x >> 27)) * UINT64_C(0x94D049BB133111EB);
+  return x ^ (x >> 31);
+}
+
+static uint64_t bits_at(const char *element, int64_t size) {
+  uint64_t bits = 0;
+  uint32_t usual;
+  if (size == sizeof usual) {
+    memcpy(&usual, element, sizeof usual);
+    return usual;
+  }
+  memcpy(&bits, element, (size_t)size);
+  return bits;
+}
+
+/* A sum over elements, so that it is the same however the tickets cut a parameter. */
+static uint64_t hash_elements(const char *data, int64_t size, int64_t numel, int64_t in_param) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < numel; i++) {
+    const uint64_t bits = bits_at(data + i * size, size);
+    sum += mix(bits + (uint64_t)(in_param + i + 1) * UINT64_C(0x9E3779B97F4A7C15));
+  }
+  return sum;
+}
+
+static phx_status hash_ticket_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
+  phx__drift *d = ctx;
+  const phx_model *m = d->rt->prepared->model;
+  const int64_t first = d->ticket->first + at / d->size;
+  phx__range r = {0};
+  (void)err;
+  while (phx__layout_next(m, d->ticket->unit, PHX_FLAT_TRAINABLE, first, bytes / d->size, &r))
+    d->hashes[r.param - m->params] +=
+        hash_elements((const char *)data + (r.first - first) * d->size, d->size, r.numel, r.in_param);
+  return PHX_OK;
+}
+
+/* kind: 1 for the first behind the weights. */
+static phx_status hash_tensor(phx__drift *d, uint32_t kind, const void *from, int32_t dtype, phx_error *err) {
+  d->hashes = d->own + (size_t)kind * d->n_params;
+  d->size = (int64_t)phx_dtype_bytes(dtype);
+  return phx__state_read(d->rt, d->ticket->place, from, d->ticket->numel * d->size, hash_ticket_part, d, err);
+}
+
+static phx_status look_at_ticket(void *arg, const phx_ticket *t, phx_error *err) {
+  phx__drift *d = arg;
+  const phx_device *device = d->rt->device;
+  const phx_model *m = d->rt->prepared->model;
+  const phx_optim *o = &d->rt->optim.table;
+  phx__range r = {0};
+  phx_status status = device->stream_synchronize(device->ctx, t->stream, err);
+  d->ticket = t;
+  if (!status && d->masters) status = hash_tensor(d, 1, t->master, PHX_F32, err);
+  for (uint32_t k = 0; k < o->n_states && !status; k++)
+    status = hash_tensor(d, 1 + d->masters + k, t->states[k], o->states[k].dtype, err);
+  while (phx__layout_next(m, t->unit, PHX_FLAT_TRAINABLE, t->first, t->numel, &r))
+    d->updated[r.param - m->params] += r.numel;
+  return status;
+}
+
+void phx__drift_watch(phx__drift *d) {
+  memset(d->own, 0, d->n * sizeof *d->own);
+  memset(d->updated, 0, d->n_params * sizeof *d->updated);
+  d->rt->optim.after_ticket = look_at_ticket;
+  d->rt->optim.after_ticket_arg = d;
+}
+
+/* ---- what differs ---- */
+
+/* Has this rank all of tensor i? */
+static bool whole(const phx__drift *d, uint32_t i) {
+  const uint32_t param = i % d->n_params;
+  return i < d->n_params || d->updated[param] == phx_model_param(d->rt->prepared->model, param)->numel;
+}
+
+/* "rank 2": those whose hash is not what most have, of the ranks that have the tensor. */
+static void name_ranks(uint64_t (*all)[2], int32_t size, char *text, size_t bytes) {
   int32_t usual = 0, most = 0, named = 0;
   size_t used = 0;
   for (int32_t r = 0; r < size; r++) {
     int32_t count = 0;
-    for (int32_t s = 0; s < size; s++) count += all[s] == all[r];
+    for (int32_t s = 0; s < size && all[r][1]; s++) count += all[s][1] && all[s][0] == all[r][0];
     if (count > most) {
       most = count;
       usual = r;
     }
   }
   for (int32_t r = 0; r < size && used + 24 < bytes; r++)
-    if (all[r] != all[usual])
+    if (all[r][1] && all[r][0] != all[usual][0])
       used += (size_t)snprintf(text + used, bytes - used, named++ ? ", %d" : "rank %d", r);
   snprintf(text + used, bytes - used, " against rank %d%s", usual, most > 1 ? " and those that agree with it" : "");
 }
 
+/* "weights", "masters", "optimizer states v" */
+static void name_kind(const phx__drift *d, uint32_t kind, char *text, size_t bytes) {
+  const uint32_t states = 1 + d->masters;
+  if (kind >= states)
+    snprintf(text, bytes, "optimizer states %s", d->rt->optim.table.states[kind - states].name);
+  else
+    snprintf(text, bytes, "%s", kind ? "masters" : "weights");
+}
+
 static phx_status say_drift(phx__drift *d, int64_t step, uint32_t first, uint32_t different, phx_error *err) {
   const phx_comm *c = d->rt->core;
-  uint64_t all[PHX_RANKS_MAX];
-  char ranks[160];
-  phx_status status = PHX__IN_COMM(d->rt->job, c->all_gather(c->ctx, &d->own[first], all, 1, PHX_U64, NULL, err));
+  const uint64_t mine[2] = {d->own[first], whole(d, first)};
+  uint64_t all[PHX_RANKS_MAX][2];
+  char ranks[160], kind[64], when[48] = "at the start";
+  phx_status status = PHX__IN_COMM(d->rt->job, c->all_gather(c->ctx, mine, all, 2, PHX_U64, NULL, err));
   if (status) return status;
   name_ranks(all, c->size, ranks, sizeof ranks);
+  name_kind(d, first / d->n_params, kind, sizeof kind);
+  if (step > 0) snprintf(when, sizeof when, "step %" PRId64, step);
   return phx__fail(err, PHX_COMM,
-                   "step %" PRId64 ": the ranks' weights have drifted apart: '%s' is the first of %u tensors that "
-                   "differ, %s; a rank's memory or its arithmetic is wrong: do not go on from this state",
-                   step, phx_model_param(d->rt->prepared->model, first)->name, different, ranks);
+                   "%s: the ranks' %s have drifted apart: '%s' is the first of %u tensors that differ, %s; a rank's "
+                   "memory or its arithmetic is wrong: do not go on from this state",
+                   when, kind, phx_model_param(d->rt->prepared->model, first % d->n_params)->name, different, ranks);
+}
+
+/* After the exchange: who has the tensor has the same, or nobody has it. */
+static bool equal(const phx__drift *d, uint32_t i) {
+  const uint64_t least = d->spread[i], complement = d->spread[d->n + i];
+  return least == ~complement || (least == UINT64_MAX && complement == UINT64_MAX);
 }
 
 phx_status phx__drift_check(phx__drift *d, int64_t step, phx_error *err) {
   const phx__runtime *rt = d->rt;
-  const phx_model *m = rt->prepared->model;
-  const uint32_t n = m->n_params;
   uint32_t different = 0, first = 0;
   phx_status status = PHX_OK;
-  memset(d->own, 0, n * sizeof *d->own);
-  for (uint32_t s = 0; s < m->n_stages && !status; s++) status = hash_stage(d, s, err);
+  d->rt->optim.after_ticket = NULL;
+  memset(d->own, 0, d->n_params * sizeof *d->own);
+  for (uint32_t s = 0; s < rt->prepared->model->n_stages && !status; s++) status = hash_stage(d, s, err);
   if (status) return status;
-  for (uint32_t i = 0; i < n; i++) {
-    d->spread[i] = d->own[i];
-    d->spread[n + i] = ~d->own[i];
+  for (uint32_t i = 0; i < d->n; i++) {
+    d->spread[i] = whole(d, i) ? d->own[i] : UINT64_MAX;
+    d->spread[d->n + i] = whole(d, i) ? ~d->own[i] : UINT64_MAX;
   }
-  status = PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, d->spread, d->spread, 2 * (int64_t)n, PHX_U64,
+  status = PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, d->spread, d->spread, 2 * (int64_t)d->n, PHX_U64,
                                                       PHX_MIN, NULL, err));
   if (status) return status;
-  for (uint32_t i = n; i-- > 0;)
-    if (d->spread[i] != ~d->spread[n + i]) {
+  for (uint32_t i = d->n; i-- > 0;)
+    if (!equal(d, i)) {
       different++;
       first = i;
     }

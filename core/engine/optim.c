@@ -90,7 +90,7 @@ static phx_status optim_update(void *ctx, const phx_ticket *t, float scale, phx_
       return phx__fail_in(err, status, "; in the update of unit %u (%s)", t->unit,
                           phx_model_unit(o->model, t->unit)->name);
   }
-  return PHX_OK;
+  return o->after_ticket ? o->after_ticket(o->after_ticket_arg, t, err) : PHX_OK;
 }
 
 void phx__optim_states(const phx__settings *settings, phx_optim *out) {

@@ -22,6 +22,9 @@ typedef struct phx__optim {
   /* Looks at a ticket before it is used; NULL: nobody does.  core/engine/step_check.c. */
   phx_status (*on_ticket)(void *arg, const phx_ticket *ticket, float scale, phx_error *err);
   void *on_ticket_arg;
+  /* Looks at what a ticket left, which may still be on its way; NULL: nobody does.  core/engine/drift.c. */
+  phx_status (*after_ticket)(void *arg, const phx_ticket *ticket, phx_error *err);
+  void *after_ticket_arg;
 } phx__optim;
 
 /* States and name, before any device exists: for the topology. */

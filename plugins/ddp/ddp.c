@@ -8,13 +8,14 @@
  * Invariants: replicas are equal after state_changed and after every update; buckets are reduced in one fixed order on
  * all ranks.  Of state, rank r is the writer of the r-th part of the whole model's blocks.  [main] only; it owns one
  * stream.  With [precision] compute = bf16 the weights above are bf16 and stand beside whole fp32 masters, which the
- * optimizer updates; of frozen parameters each rank keeps its part's masters only.  Does not: shard anything else. */
+ * optimizer updates; of frozen parameters each rank keeps its part's masters only.  Does not: shard anything else,
+ * compare replicas (the core does: [run] drift_every). */
 #include <phalanx/kit.h>
 #include <stdlib.h>
 #include <string.h>
 
 typedef struct ddp_config {
-  int64_t bucket_bytes, first_bucket_bytes, broadcast_check;
+  int64_t bucket_bytes, first_bucket_bytes;
 } ddp_config;
 
 static const phx_option options[] = {
@@ -22,8 +23,6 @@ static const phx_option options[] = {
               "Gradients are reduced in buckets of this size, rounded up to blocks of 4 KiB."),
     PHX_BYTES(ddp_config, first_bucket_bytes, "1MiB", 4096, (int64_t)1 << 40, 0,
               "The first bucket is smaller, so that communication starts early in backward."),
-    PHX_INT(ddp_config, broadcast_check, "0", 0, INT32_MAX, "steps", 0,
-            "Every so many steps ranks compare hashes of all weights and optimizer states; 0 never does."),
 };
 
 enum {
@@ -34,26 +33,20 @@ enum {
   MASTER,   /* compute = bf16: the trainable flat in fp32 */
   ICE,      /* compute = bf16: this rank's part of the frozen flat in fp32 */
   WIRE,     /* reduce = bf16: a bucket's gradients on their way; the stream's order makes one enough */
-  STAGING,  /* device memory comes here to be hashed */
-  HASHES,
-  EXCHANGE, /* hashes on their way between ranks */
   STATES,
   N_REGIONS = STATES + PHX_OPTIM_STATES_MAX
 };
-#define STAGING_BYTES (256 << 10)
 
 /* What config, topology and model decide; the same code plans and allocates. */
 typedef struct ddp_plan {
   phx_kit_order order;
   phx_kit_bucket *buckets;
   uint32_t n_buckets;
-  int64_t n_hashes;
   phx_kit_region regions[N_REGIONS];
 } ddp_plan;
 
 struct phx_strategy {
   phx_kit_services s;
-  const ddp_config *config;
   const phx_topology *topology;
   const phx_model *model;
   ddp_plan plan;
@@ -78,8 +71,7 @@ static void plan_destroy(ddp_plan *p) {
 
 static phx_status plan_create(const ddp_config *c, const phx_topology *t, const phx_model *m, ddp_plan *out,
                               phx_error *err) {
-  bool masters = phx_kit_masters(t);
-  ddp_plan p = {.n_hashes = (int64_t)m->n_params * (1 + masters + t->n_optim_states)};
+  ddp_plan p = {0};
   phx_status status = phx_kit_check_precision(t, err);
   if (status != PHX_OK) return status;
   PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
@@ -93,7 +85,7 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
     if (p.buckets[b].numel > largest) largest = p.buckets[b].numel;
   p.regions[WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = trainable * size};
   p.regions[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = frozen * size};
-  if (masters) {
+  if (phx_kit_masters(t)) {
     p.regions[MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .shared = 1, .bytes = trainable * 4};
     p.regions[ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = frozen / t->world_size * 4};
   }
@@ -101,9 +93,6 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
   p.regions[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = trainable * 4};
   if (phx_kit_adds_reduced(t))
     p.regions[REDUCED] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = p.order.numel * 4};
-  p.regions[STAGING] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = STAGING_BYTES};
-  p.regions[HASHES] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .space = PHX_SPACE_PINNED, .bytes = 2 * p.n_hashes * 8};
-  p.regions[EXCHANGE] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = 2 * p.n_hashes * 8};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
     p.regions[STATES + k] =
         (phx_kit_region){.kind = PHX_MEM_OPTIMIZER, .bytes = trainable * (int64_t)phx_dtype_bytes(t->optim_dtype[k])};
@@ -125,9 +114,6 @@ static phx_status ddp_estimate(const void *config, const phx_topology *t, const 
   for (uint32_t b = 0; b < p.n_buckets; b++)
     phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, p.buckets[b].numel, t->reduce_dtype, 0,
                           phx_kit_adds_reduced(t) ? t->accumulate : 1);
-  /* one rank has nothing to compare; and at a greater interval an ordinary step has no check */
-  if (t->world_size > 1 && ((const ddp_config *)config)->broadcast_check == 1)
-    phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, 2 * p.n_hashes, PHX_U64, 0, 1);
   plan_destroy(&p);
   return PHX_OK;
 }
@@ -173,7 +159,7 @@ static phx_status ddp_create(const phx_host *host, const void *config, const phx
                              const phx_model *model, phx_strategy **out, phx_error *err) {
   phx_strategy *self = calloc(1, sizeof *self);
   if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
-  *self = (phx_strategy){.config = config, .topology = topology, .model = model};
+  *self = (phx_strategy){.topology = topology, .model = model};
   phx_status status;
   PHX_KIT_TRY(plan_create(config, topology, model, &self->plan, err));
   PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_TENSOR, &self->s, err));
@@ -240,85 +226,6 @@ static phx_status ddp_unmap(phx_strategy *self, const phx_slice *slice, int32_t 
   return PHX_OK;
 }
 
-/* The hash of `bytes` bytes of device memory, through the staging buffer where the CPU cannot read it. */
-static phx_status hash_memory(phx_strategy *self, const char *at, int64_t bytes, uint64_t *out, phx_error *err) {
-  const phx_device *d = self->s.device;
-  void *staging = self->plan.regions[STAGING].at;
-  bool near = (d->caps & PHX_DEVICE_HOST_MEMORY) != 0;
-  uint64_t hash = 0;
-  phx_status status = d->stream_synchronize(d->ctx, NULL, err);
-  for (int64_t done = 0; done < bytes && status == PHX_OK; done += STAGING_BYTES) {
-    int64_t now = bytes - done < STAGING_BYTES ? bytes - done : STAGING_BYTES;
-    if (!near) status = d->copy(d->ctx, staging, at + done, now, NULL, err);
-    if (!near && status == PHX_OK) status = d->stream_synchronize(d->ctx, NULL, err);
-    if (status == PHX_OK) hash = phx_kit_hash(hash, near ? at + done : staging, (size_t)now);
-  }
-  if (status != PHX_OK) return status;
-  *out = hash;
-  return PHX_OK;
-}
-
-/* The optimizer state that hashes number kind * n_params and on are of; -1: weights, -2: their masters. */
-static int32_t hashed_state(const phx_strategy *self, int64_t kind) {
-  int32_t before = phx_kit_masters(self->topology) ? 2 : 1;
-  return kind == 0 ? -1 : (int32_t)kind < before ? -2 : (int32_t)kind - before;
-}
-
-/* What hash number i is of: parameter i % n_params of the weights, then of masters, then of each optimizer state. */
-static phx_status hash_one(phx_strategy *self, int64_t i, uint64_t *out, phx_error *err) {
-  const phx_model *m = self->model;
-  int32_t state = hashed_state(self, i / m->n_params);
-  const phx_param *param = phx_model_param(m, (uint32_t)(i % m->n_params));
-  bool frozen = (param->flags & PHX_PARAM_FROZEN) != 0;
-  *out = 0;
-  if (frozen && state != -1) return PHX_OK; /* it has no state, and its master is on one rank only */
-  const phx_kit_region *region = &self->plan.regions[state >= 0    ? STATES + state
-                                                     : state == -2 ? MASTER
-                                                     : frozen      ? FROZEN
-                                                                   : WEIGHT];
-  int64_t size = state >= 0    ? (int64_t)phx_dtype_bytes(self->topology->optim_dtype[state])
-                 : state == -2 ? 4
-                               : phx_kit_weight_bytes(self->topology);
-  int64_t first = phx_model_unit(m, param->unit)->first_block[frozen] * PHX_BLOCK + param->offset;
-  return hash_memory(self, (const char *)region->at + first * size, param->numel * size, out, err);
-}
-
-/* [collective] Are all replicas equal?  One all_reduce of hashes and of their complements gives least and greatest. */
-static phx_status compare_replicas(phx_strategy *self, const char *when, phx_error *err) {
-  const phx_comm *c = self->s.comm;
-  const phx_device *d = self->s.device;
-  int64_t n = self->plan.n_hashes, different = 0, first = 0;
-  uint64_t *hashes = self->plan.regions[HASHES].at;
-  void *exchange = self->plan.regions[EXCHANGE].at;
-  phx_status status;
-  if (c->size == 1) return PHX_OK; /* there is one */
-  for (int64_t i = 0; i < n; i++) {
-    PHX_KIT_TRY(hash_one(self, i, &hashes[i], err));
-    hashes[n + i] = ~hashes[i];
-  }
-  c->annotate(c->ctx, -1);
-  PHX_KIT_TRY(d->copy(d->ctx, exchange, hashes, 2 * n * 8, self->s.stream, err));
-  PHX_KIT_TRY(c->all_reduce(c->ctx, exchange, exchange, 2 * n, PHX_U64, PHX_MIN, self->s.stream, err));
-  PHX_KIT_TRY(d->copy(d->ctx, hashes, exchange, 2 * n * 8, self->s.stream, err));
-  PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
-  for (int64_t i = n; i-- > 0;)
-    if (hashes[i] != ~hashes[n + i]) {
-      different++;
-      first = i;
-    }
-  if (different == 0) return PHX_OK;
-  int32_t state = hashed_state(self, first / self->model->n_params);
-  return phx_kit_fail(err, PHX_COMM,
-                      "replicas differ between ranks %s: %s%s of parameter '%s' is the first of %lld tensors that do; "
-                      "a rank's memory or its arithmetic is wrong, do not go on from this state",
-                      when, state >= 0 ? "optimizer state " : state == -2 ? "master" : "weight",
-                      state >= 0 ? self->s.optim->states[state].name : "",
-                      phx_model_param(self->model, (uint32_t)(first % self->model->n_params))->name,
-                      (long long)different);
-done:
-  return status;
-}
-
 static phx_status make_whole(phx_strategy *self, int flat, void *base, int32_t dtype, phx_error *err) {
   if (!base) return PHX_OK;
   return phx_kit_make_whole(&self->s, base, my_part(self, flat).per * PHX_BLOCK, dtype, err);
@@ -355,7 +262,6 @@ static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
   for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
     PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, self->topology->optim_dtype[k], err));
   PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
-  return compare_replicas(self, "at start", err);
 done:
   return status;
 }
@@ -463,6 +369,7 @@ static phx_status ddp_gradient_norm(phx_strategy *self, const phx_accumulator *a
 }
 
 static phx_status ddp_update(phx_strategy *self, int64_t step, float scale, phx_error *err) {
+  (void)step;
   const phx_kit_region *r = self->plan.regions;
   for (uint32_t u = 0; u < self->model->n_units; u++) {
     const phx_unit *unit = phx_model_unit(self->model, u);
@@ -478,8 +385,7 @@ static phx_status ddp_update(phx_strategy *self, int64_t step, float scale, phx_
     phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
     if (status != PHX_OK) return status;
   }
-  if (self->config->broadcast_check == 0 || step % self->config->broadcast_check != 0) return PHX_OK;
-  return compare_replicas(self, "after an update (broadcast_check)", err);
+  return PHX_OK;
 }
 
 static const phx_strategy_table table = {

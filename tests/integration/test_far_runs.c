@@ -10,7 +10,7 @@
 
 #define FAR "--set", "device.plugin=far", "--set", "plugins.path=" PHX_TEST_ONLY_PLUGINS
 #define STRATEGIES                                                                                             \
-  "ddp.bucket_bytes=100000+first_bucket_bytes=30000+broadcast_check=1,fsdp,fsdp.sharding=grad_op,"             \
+  "ddp.bucket_bytes=100000+first_bucket_bytes=30000,fsdp,fsdp.sharding=grad_op,"                               \
   "fsdp.sharding=none,fsdp.prefetch=3+reshard_after_forward=no,"                                               \
   "zero.stage=1+reduce_bucket_size=20000+allgather_bucket_size=17000,"                                         \
   "zero.stage=2+reduce_bucket_size=20000+overlap_comm=no,"                                                     \

@@ -212,6 +212,58 @@ static const misuse wrong_tickets[] = {
 };
 Test(hostile, wrong_tickets_are_found, .timeout = 120) { RUN_ALL("train", "hostile", "2", "1", wrong_tickets); }
 
+/* ---- replicas that drift apart ---- */
+typedef struct drift {
+  misuse what;
+  const char *plugin, *every, *set; /* set: one more option, or NULL */
+} drift;
+
+/* Three ranks, of which rank 1 is alone with its misuse; learning is so slow that a state's error changes no weight. */
+static const drift drifts[] = {
+    {{"weights_drift rank=1", 3, "step 1: the ranks' weights have drifted apart: 'wte.weight' is the first of "},
+     "hostile", "run.drift_every=1", NULL},
+    {{"weights_drift rank=1 step=2", 3, "step 3: the ranks' weights have drifted apart: 'wte.weight' is the first of "},
+     "hostile", "run.drift_every=3", NULL},
+    {{"weights_drift rank=1", 0, NULL}, "hostile", "run.drift_every=0", NULL},
+    {{"frozen_drift rank=1 step=1", 3, "step 1: the ranks' weights have drifted apart: 'wpe.weight' is the first of 1 "},
+     "hostile", "run.drift_every=1", "model.freeze=wpe.*"},
+    {{"state_drift rank=1", 3, "step 1: the ranks' optimizer states m have drifted apart: 'ln_f.weight' is the first "
+                               "of 1 tensors that differ, rank 1 against rank 0 and those that agree with it"},
+     "hostile", "run.drift_every=1", NULL},
+    {{"state_drift rank=1 sharding=none", 3, "step 2: the ranks' optimizer states m have drifted apart: 'ln_f.weight'"},
+     "hostile_shard", "run.drift_every=2", NULL},
+    {{"state_drift rank=1 sharding=full", 0, NULL}, "hostile_shard", "run.drift_every=1", NULL}, /* no replicas */
+    {{"master_jump rank=1", 3, "step 1: the ranks' weights have drifted apart: 'wte.weight' is the first of "},
+     "hostile", "run.drift_every=1", "precision.compute=bf16"},
+    {{"master_drift rank=1", 3, "step 1: the ranks' masters have drifted apart: 'wte.weight' is the first of 1 "},
+     "hostile", "run.drift_every=1", "precision.compute=bf16"},
+    /* at the start, asked for or not where weights are replicas */
+    {{"changed_one rank=1", 3, "at the start: the ranks' weights have drifted apart: 'wte.weight' is the first of 1 "
+                               "tensors that differ, rank 1 against rank 0 and those that agree with it"},
+     "hostile", "run.drift_every=0", NULL},
+    {{"changed_one rank=1 sharding=none", 3, "at the start: the ranks' weights have drifted apart: 'wte.weight'"},
+     "hostile_shard", "run.drift_every=3", NULL},
+    {{"none", 0, NULL}, "hostile", "run.drift_every=1", "precision.compute=bf16"},
+};
+
+Test(hostile, replicas_that_drift_apart_are_named, .timeout = 120) {
+  char *dir = hostile_dir();
+  for (size_t i = 0; i < sizeof drifts / sizeof *drifts; i++) {
+    const drift *c = &drifts[i];
+    char texts[4][96];
+    const char *options[8];
+    const char *argv[32] = {"phalanx", "train", "run.ini", "-n", "3", "--steps", "4", "--strategy", c->plugin,
+                            "--set", "run.checked=no", "--set", "optimizer.lr=1e-12", "--set", c->every, "--set",
+                            c->set ? c->set : "run.valid_every=0"};
+    memcpy(argv + 17, options, options_of(c->plugin, c->what.name, texts, options) * sizeof *options);
+    command_result r = command_run(dir, 60, argv);
+    cr_expect(r.status == c->what.status && (!c->what.says || strstr(r.out, c->what.says)),
+              "%s of %s, %s: status %d:\n%s", c->what.name, c->plugin, c->every, r.status, r.out);
+    command_free(&r);
+  }
+  command_remove_dir(dir);
+}
+
 /* What costs nothing is looked at in every run, without [run] checked: nothing is written out of bounds, and coverage
  * counts. */
 static const misuse always_found[] = {

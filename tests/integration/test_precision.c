@@ -10,7 +10,7 @@
 #include "training.h"
 
 #define STRATEGIES                                                                                             \
-  "ddp.bucket_bytes=100000+first_bucket_bytes=30000+broadcast_check=5,fsdp,fsdp.sharding=grad_op,"             \
+  "ddp.bucket_bytes=100000+first_bucket_bytes=30000,fsdp,fsdp.sharding=grad_op,"                               \
   "fsdp.sharding=none,zero.stage=1+reduce_bucket_size=20000+allgather_bucket_size=17000,"                      \
   "zero.stage=2+reduce_bucket_size=20000,"                                                                     \
   "zero.stage=3+reduce_bucket_size=20000+stage3_param_persistence_threshold=100+sub_group_size=5000"

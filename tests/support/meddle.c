@@ -15,35 +15,14 @@ static char log_text[2048];
 struct phx_strategy {
   phx_strategy *self; /* the real one */
   const phx_model *model;
-  const phx_device *device;
   phx_host host;
   const phx_host *real_host;
-  phx_comm comm;
-  const phx_comm *real_comm;
   phx_param_view params[TOY_PARAMS];
   phx_view view;
 };
 
-static phx_status bad_all_gather(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, phx_stream *s,
-                                 phx_error *err) {
-  phx_strategy *m = ctx;
-  phx_status status = m->real_comm->all_gather(m->real_comm->ctx, src, dst, numel, dtype, s, err);
-  if (status == PHX_OK) status = m->device->stream_synchronize(m->device->ctx, s, err);
-  if (status == PHX_OK) *(uint32_t *)dst ^= 1;
-  return status;
-}
-static phx_status m_all_reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
-                               phx_stream *s, phx_error *err) {
-  const phx_comm *c = ((phx_strategy *)ctx)->real_comm;
-  return c->all_reduce(c->ctx, src, dst, numel, dtype, op, s, err);
-}
-static void m_annotate(void *ctx, int32_t unit) {
-  (void)ctx, (void)unit;
-}
-
 static const void *m_extension(void *ctx, const char *id) {
   phx_strategy *m = ctx;
-  if (how.bad_gather && m->real_host->rank == 1 && strcmp(id, PHX_EXT_COMM) == 0) return &m->comm;
   return m->real_host->extension(m->real_host->ctx, id);
 }
 static phx_status m_alloc(void *ctx, const phx_memory *what, void **out, phx_error *err) {
@@ -83,13 +62,6 @@ static phx_status m_create(const phx_host *host, const void *config, const phx_t
   m->host.alloc = m_alloc;
   m->host.release = m_release_memory;
   m->host.log = m_log;
-  m->device = host->extension(host->ctx, PHX_EXT_DEVICE);
-  m->real_comm = host->extension(host->ctx, PHX_EXT_COMM);
-  m->comm = *m->real_comm;
-  m->comm.ctx = m;
-  m->comm.all_gather = bad_all_gather;
-  m->comm.all_reduce = m_all_reduce;
-  m->comm.annotate = m_annotate;
   phx_status status = inner->create(&m->host, config, topology, model, &m->self, err);
   if (status == PHX_OK)
     *out = m;
@@ -136,7 +108,6 @@ static phx_status m_release(phx_strategy *m, uint32_t stage, int32_t pass, int32
   return inner->release(m->self, stage, pass, mb, flags, s, err);
 }
 static phx_status m_update(phx_strategy *m, int64_t step, float scale, phx_error *err) {
-  if (how.before_update) how.before_update(inner, m->self, m->real_host->rank, step);
   return inner->update(m->self, step, scale, err);
 }
 static phx_status m_visit(phx_strategy *m, const phx_visitor *v, phx_error *err) {

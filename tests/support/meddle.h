@@ -6,14 +6,11 @@
 #include <stdbool.h>
 
 typedef struct meddle {
-  /* Called before update of a rank; NULL: nothing. */
-  void (*before_update)(const phx_strategy_table *inner, phx_strategy *self, int32_t rank, int64_t step);
   uint32_t lost_flags; /* cleared in every release */
   int32_t lost_stage;  /* ... of this stage; -1: of all */
   bool swap_forward;   /* stage 1's forward is acquired in the place of stage 0's */
   bool skip_backward;  /* stages of frozen units are not passed in backward */
   bool recompute_all;  /* a recomputation before every backward, also of stages whose backward reads no weights */
-  bool bad_gather;     /* rank 1's all_gathers change a bit of the first element */
 } meddle;
 
 /* What strategies logged since meddle_plugin, one line each; cut where it gets long. */

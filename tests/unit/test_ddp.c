@@ -1,4 +1,5 @@
-/* ddp on the harness: the reference's bits, planned = measured, and what each option does. */
+/* ddp on the harness: the reference's bits, planned = measured, and what each option does.  Replicas that differ are the
+ * core's to find: tests/integration/test_hostile.c. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>
@@ -140,113 +141,6 @@ Test(ddp, replicas_share_the_norm, .timeout = 60) {
   toy_free(t);
 }
 
-/* ---- replicas that differ ---- */
-
-static phx_slice damaged;
-static int64_t damaged_element, damaged_step;
-static float damaged_by = 1;
-static void damage(const phx_strategy_table *inner, phx_strategy *self, int32_t rank, int64_t step) {
-  void *p;
-  if (rank != 1 || step != damaged_step || inner->map(self, &damaged, PHX_MAP_WRITE, &p, NULL) != PHX_OK) return;
-  ((float *)p)[damaged_element] += damaged_by;
-  inner->unmap(self, &damaged, PHX_MAP_WRITE, p, NULL);
-}
-
-static void expect_named(const toy *t, const char *options, int32_t compute, int64_t step, const char *what) {
-  meddle how = {.before_update = damage, .lost_stage = -1};
-  harness_result r;
-  harness_config c = {.plugin = meddle_plugin("ddp", &how),
-                      .replicas = true,
-                      .toy = t,
-                      .ranks = 3,
-                      .steps = 4,
-                      .options = options,
-                      .compute_dtype = compute,
-                      .ignore_plan = true};
-  damaged_step = step;
-  cr_assert_not(harness_run(&c, &r));
-  int named = 0; /* the first rank that says so ends the job, perhaps before the others have read their result */
-  for (int k = 0; k < 3; k++) {
-    cr_assert_eq(r.rank[k].status, PHX_COMM, "rank %d: %d %s", k, r.rank[k].status, r.rank[k].error.message);
-    if (strstr(r.rank[k].error.message, what))
-      named++;
-    else
-      cr_assert_str_eq(r.rank[k].error.message, "the job was ended");
-    cr_assert_eq(r.rank[k].leaked_bytes, 0);
-  }
-  cr_assert(named > 0, "%s", r.message);
-  harness_free(&r);
-}
-
-Test(ddp, broadcast_check_names_the_tensor_that_differs, .timeout = 60) {
-  toy *t = toy_odd();
-  damaged =
-      (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .unit = 2, .blocks = 1, .dtype = PHX_F32};
-  expect_named(t, "broadcast_check=1", 0, 1, "weight of parameter 'big.p0'");
-  damaged_element = 10112 + 5; /* the vector after the matrix of 10100 elements */
-  expect_named(t, "broadcast_check=3", 0, 2, "weight of parameter 'big.p1'"); /* found at step 3 */
-  damaged = (phx_slice){.struct_size = sizeof damaged,
-                        .kind = PHX_STATE_WEIGHT,
-                        .unit = 3,
-                        .flat = PHX_FLAT_FROZEN,
-                        .blocks = 1,
-                        .dtype = PHX_F32};
-  damaged_element = 4949;
-  expect_named(t, "broadcast_check=1", 0, 1, "weight of parameter 'ice.p0'");
-  damaged = (phx_slice){.struct_size = sizeof damaged,
-                        .kind = PHX_STATE_OPTIM,
-                        .state_index = 1,
-                        .unit = 7,
-                        .blocks = 2,
-                        .dtype = PHX_F32};
-  damaged_element = 1088; /* tail.p1 */
-  expect_named(t, "broadcast_check=1", 0, 1, "tail.p1'");
-  damaged =
-      (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_MASTER, .unit = 2, .blocks = 1, .dtype = PHX_F32};
-  damaged_element = 7;
-  expect_named(t, "broadcast_check=1", PHX_BF16, 1, "weight of parameter 'big.p0'"); /* rounded from it */
-  damaged_by = 1e-6f;
-  expect_named(t, "broadcast_check=1", PHX_BF16, 1, "master of parameter 'big.p0'");
-  damaged_by = 1;
-  toy_free(t);
-}
-
-Test(ddp, without_broadcast_check_nothing_is_compared, .timeout = 60) {
-  toy *t = toy_odd();
-  meddle how = {.before_update = damage, .lost_stage = -1};
-  damaged = (phx_slice){.struct_size = sizeof damaged, .kind = PHX_STATE_WEIGHT, .blocks = 1, .dtype = PHX_F32};
-  damaged_step = 1, damaged_element = 0;
-  harness_result r;
-  harness_config c = {.plugin = meddle_plugin("ddp", &how), .replicas = true, .toy = t, .ranks = 2};
-  cr_assert_not(harness_run(&c, &r));
-  cr_assert_eq(r.status, PHX_OK);
-  cr_assert(strstr(r.message, "weight"), "%s", r.message); /* the harness sees it, the strategy does not look */
-  harness_free(&r);
-  toy_free(t);
-}
-
-Test(ddp, a_checked_step_is_planned, .timeout = 60) {
-  toy *t = toy_odd();
-  expect_good(
-      &(harness_config){.strategy = "ddp", .replicas = true, .toy = t, .ranks = 3, .options = "broadcast_check=1"});
-  toy_free(t);
-}
-
-Test(ddp, initial_weights_are_verified, .timeout = 60) {
-  toy *t = toy_odd();
-  meddle how = {.bad_gather = true, .lost_stage = -1};
-  harness_result r;
-  harness_config c = {.plugin = meddle_plugin("ddp", &how), .replicas = true, .toy = t, .ranks = 2};
-  cr_assert_not(harness_run(&c, &r));
-  cr_assert_eq(r.status, PHX_COMM);
-  bool named = false;
-  for (int k = 0; k < 2; k++)
-    named = named || strstr(r.rank[k].error.message, "at start: weight of parameter 'embed.p0'");
-  cr_assert(named, "%s", r.message);
-  harness_free(&r);
-  toy_free(t);
-}
-
 /* ---- faults ---- */
 
 Test(ddp, unfinished_gradients_are_refused_by_name, .timeout = 60) {
@@ -270,7 +164,7 @@ Test(ddp, a_failing_allocation_leaks_nothing, .timeout = 60) {
                       .ranks = 2,
                       .accumulate = 2,
                       .reduce = PHX_REDUCE_MICRO_BATCH};
-  cr_assert_eq(harness_fail_allocations(c, -1, 1, message), 10, "nine regions, then nothing fails: %s", message);
+  cr_assert_eq(harness_fail_allocations(c, -1, 1, message), 7, "six regions, then nothing fails: %s", message);
   toy_free(t);
 }
 

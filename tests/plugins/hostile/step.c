@@ -1,5 +1,6 @@
 /* step.c - see hostile.h: views, gradients, norms and tickets that are wrong. */
 #include "hostile.h"
+#include <stdint.h>
 
 /* ---- communication: gradients that are not reduced ---- */
 static phx_status all_reduce(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,
@@ -67,9 +68,19 @@ static void meddle_view(int32_t pass, const phx_view *real, const phx_view **out
       if (params[i].weight) make_stale(&params[i]);
 }
 
+static void change_frozen(const phx_view *real) {
+  for (uint32_t i = 0; i < real->n_params; i++) {
+    const phx_param_view *p = &real->params[i];
+    if (!p->weight || !(phx_model_param(hostile.model, p->param)->flags & PHX_PARAM_FROZEN)) continue;
+    *((float *)(uintptr_t)p->weight + 7) += 1;
+    hostile.broken = true;
+  }
+}
+
 static phx_status acquire(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, phx_stream *stream,
                           const phx_view **out, phx_error *err) {
   const phx_status status = hostile.base->acquire(self, stage, pass, micro_batch, stream, out, err);
+  if (status == PHX_OK && is(HOSTILE_frozen_drift) && !hostile.broken) change_frozen(*out);
   if (status == PHX_OK) meddle_view(pass, *out, out);
   return status;
 }
@@ -129,7 +140,10 @@ static phx_status optim_update(void *ctx, const phx_ticket *ticket, float scale,
   (void)ctx;
   if (is(HOSTILE_ticket_nothing)) return PHX_OK;
   if (is(HOSTILE_ticket_overrun) && t.unit == hostile.model->n_units - 1) t.states[0] = (char *)t.states[0] + 2048;
+  if (is(HOSTILE_state_drift) && t.unit == hostile.model->n_units - 1) ((float *)t.states[0])[3] += 1e-3f;
   if (tickets++ == 0) {
+    if (is(HOSTILE_master_drift)) t.master[3] += 1e-6f;
+    if (is(HOSTILE_master_jump)) t.master[3] += 1;
     if (is(HOSTILE_ticket_missing)) return PHX_OK;
     if (is(HOSTILE_ticket_twice)) {
       const phx_status status = o->update(o->ctx, &t, scale, err);
