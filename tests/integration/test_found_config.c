@@ -9,16 +9,11 @@
 #include "checkpoint/manifest.h"
 #include "root.h"
 #include "base/status.h"
+#include "expect.h"
 #include "training.h"
 
 static const char tiny[] = "[checkpoint]\nevery = 2\n[batch]\nmicro = 1\nsequence = 9\n"
                            "[model]\nplugin = gpt\nlayers = 1\nheads = 2\nwidth = 18\ncontext = 9\nvocab = 257\n";
-
-static void expect(command_result r, int status, const char *text) {
-  cr_assert_eq(r.status, status, "status %d instead of %d:\n%s", r.status, status, r.out);
-  cr_assert(!text || strstr(r.out, text), "no '%s' in:\n%s", text, r.out);
-  command_free(&r);
-}
 
 /* A whole run in DIR/out. */
 static char *make_run(void) {
