@@ -138,6 +138,13 @@ typedef struct difference {
   const phx__manifest *m;
 } difference;
 
+/* A size of the model that is 0 on one side is the preset's, or what the weights' shapes say: shapes are compared. */
+static bool size_left_open(const char *section, const char *before, const char *value) {
+  const char *other = strcmp(before, "0") == 0 ? value : before;
+  if (strcmp(section, "model") != 0 || (strcmp(before, "0") != 0 && strcmp(value, "0") != 0)) return false;
+  return other[strspn(other, "0123456789")] == 0;
+}
+
 /* Everything that changes results, and the strategy; what only names files of this run is left out. */
 static void say_config(void *arg, const char *section, const char *key, const char *value, const char *source) {
   static const char *const told[] = {"batch", "data", "model", "optimizer", "precision", NULL};
@@ -148,7 +155,7 @@ static void say_config(void *arg, const char *section, const char *key, const ch
   (void)source;
   for (int i = 0; told[i]; i++) wanted = wanted || strcmp(told[i], section) == 0;
   wanted = wanted || (strcmp(section, "run") == 0 && strcmp(key, "steps") == 0); /* the schedule ends there */
-  if (!wanted || !before || strcmp(before, value) == 0) return;
+  if (!wanted || !before || strcmp(before, value) == 0 || size_left_open(section, before, value)) return;
   snprintf(text, sizeof text, "[%s] %s was %.300s and is %.300s", section, key, before, value);
   say(d->rt, text);
 }

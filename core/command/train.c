@@ -515,9 +515,19 @@ static phx_status end_together(run *r, phx_error *err) {
   return phx__job_agree(r->job, (uint64_t)r->step, "the end", err);
 }
 
+/* The message with the rank before it, where it is known and the message does not name one already. */
+static void complain_as_rank(const run *r, const char *message) {
+  phx__identity me = {.rank = -1};
+  int named = 0, end = 0;
+  if (r->job) me.rank = r->job->rank;
+  else if (!phx__job_is_rank() || phx__identity_read(&me, NULL)) me.rank = -1;
+  if (me.rank < 0 || (sscanf(message, "rank %d: %n", &named, &end) == 1 && end > 0)) phx__complain("%s", message);
+  else phx__complain("rank %d: %s", me.rank, message);
+}
+
 static void tell_failure(run *r, phx_status status, phx_error *err) {
   phx__where_reason(r->job, status, err);
-  phx__complain("rank %d: %s", r->job ? r->job->rank : 0, err->message);
+  complain_as_rank(r, err->message);
   if (!r->job) return;
   phx__watch_leaving();
   phx__job_state(r->job, PHX__RANK_FAILED, r->engine ? r->engine->step : r->step);

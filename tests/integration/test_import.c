@@ -146,6 +146,7 @@ Test(import, layer_norm_epsilon_is_honoured) {
   command_write_file(dir, "train.bin", data, sizeof data);
   command_result r = RUN(dir, 60, "train", "run.ini", "--steps", "1", "-n", "1", "--resume", "in");
   cr_assert_eq(r.status, 0, "%s", r.out);
+  cr_expect_null(strstr(r.out, " and is 0\n"), "a size that is left open is no change:\n%s", r.out);
   command_free(&r);
   cJSON *run = training_json(dir, "out/run.json");
   const double loss = training_get(run, "result.loss")->valuedouble;
