@@ -1,7 +1,8 @@
 /* sdk/kit/pool.c - windows of a memory that is taken once.
  *
  * Invariant: the windows in use stand by offset and do not overlap.  First fit is what every rank computes alike, and
- * what leaves the high end of the pool free, which decides how large the pool is.  Does not: know what a window holds. */
+ * what leaves the high end of the pool free, which decides how large the pool is.  Does not: know what a window
+ * holds. */
 #include <phalanx/kit.h>
 #include <stdlib.h>
 #include <string.h>

@@ -8,10 +8,10 @@
  *                  open a window for its gradient, reduce that, close the window
  *   pool           all windows of the program, first fit (pool.c); the strategy allocates pool_numel elements once, and
  *                  an action's offset is the place in them
- *   eviction rule  which gathered unit leaves, and when.  UNWANTED: after each pass, whatever the next position does not
- *                  want.  FARTHEST: whatever fits stays, so that backward finds what forward gathered; when room is
- *                  wanted, what is needed last leaves (Belady, IBM Systems Journal 5(2), 1966), and what is not needed
- *                  again leaves after its last pass
+ *   eviction rule  which gathered unit leaves, and when.  UNWANTED: after each pass, whatever the next position does
+ *                  not want.  FARTHEST: whatever fits stays, so that backward finds what forward gathered; when room
+ *                  is wanted, what is needed last leaves (Belady, IBM Systems Journal 5(2), 1966), and what is not
+ *                  needed again leaves after its last pass
  *
  * The strategy owns the policy during create, the program and the pool's memory; the planner keeps nothing.
  * Invariant: two windows that are live at the same action do not overlap; the program begins and ends empty; a reduced

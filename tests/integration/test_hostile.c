@@ -225,7 +225,7 @@ static const drift drifts[] = {
     {{"weights_drift rank=1 step=2", 3, "step 3: the ranks' weights have drifted apart: 'wte.weight' is the first of "},
      "hostile", "run.drift_every=3", NULL},
     {{"weights_drift rank=1", 0, NULL}, "hostile", "run.drift_every=0", NULL},
-    {{"frozen_drift rank=1 step=1", 3, "step 1: the ranks' weights have drifted apart: 'wpe.weight' is the first of 1 "},
+    {{"frozen_drift rank=1 step=1", 3, "step 1: the ranks' weights have drifted apart: 'wpe.weight' is the first of "},
      "hostile", "run.drift_every=1", "model.freeze=wpe.*"},
     {{"state_drift rank=1", 3, "step 1: the ranks' optimizer states m have drifted apart: 'ln_f.weight' is the first "
                                "of 1 tensors that differ, rank 1 against rank 0 and those that agree with it"},

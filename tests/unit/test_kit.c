@@ -360,8 +360,9 @@ Test(kit, every_program_of_the_farthest_plays_back) {
   }
 }
 
-Test(kit, what_is_needed_last_leaves) {
-  toy *t = toy_plain(9, 40); /* windows of one size: embed, 9 layers, head; backward reads all but the embedding */
+/* Windows of one size; backward reads all but the embedding: with room for some, so many of the last stages' stay. */
+Test(kit, what_fits_stays_from_forward_to_backward) {
+  toy *t = toy_plain(9, 40);
   int64_t weight[TOY_UNITS], gradient[TOY_UNITS];
   sizes(t, weight, gradient);
   phx_error err = PHX_ERROR_INIT;
@@ -375,13 +376,35 @@ Test(kit, what_is_needed_last_leaves) {
       if (by_units) k.live_units = room;
       if (!by_units) k.live_numel = room * weight[1] + weight[1] - 1;
       cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_OK, "%s", err.message);
-      int64_t kept = room < 10 ? room : 10; /* of the last stages, from forward to backward */
+      int64_t kept = room < 10 ? room : 10;
       cr_assert_eq(play_back(&t->model, &k, &g).gathers, 11 + 10 - kept, "room for %lld", (long long)room);
       cr_assert_eq(g.pool_numel, kept * weight[1]);
       cr_assert_eq(g.enough_numel, weight[1], "a stage's own");
       phx_kit_program_destroy(&g);
     }
   toy_free(t);
+}
+
+/* Room for two, and one unit at both ends: a b c d a, then backward.  b leaves for c, c for d, and then d is over. */
+Test(kit, what_is_needed_last_leaves) {
+  for (uint32_t tied = 0; tied < 4; tied++) { /* its place among the units */
+    int64_t weight[TOY_UNITS], gradient[TOY_UNITS];
+    phx_error err = PHX_ERROR_INIT;
+    phx_kit_policy k = plain_policy;
+    phx_kit_program g;
+    toy *t = toy_new();
+    for (int u = 0; u < 4; u++) toy_unit(t, "u"), toy_param(t, 30, 40, PHX_PARAM_DECAY);
+    for (uint32_t s = 0; s < 5; s++) toy_stage(t, "s"), toy_use(t, (tied + s) % 4, TOY_RW);
+    toy_finish(t);
+    sizes(t, weight, gradient);
+    k.weight_numel = weight;
+    k.evict = PHX_KIT_EVICT_FARTHEST;
+    k.live_units = 2;
+    cr_assert_eq(phx_kit_program_create(&t->model, &k, &g, &err), PHX_OK, "%s", err.message);
+    cr_assert_eq(play_back(&t->model, &k, &g).gathers, 6, "each once, and c and b for backward");
+    phx_kit_program_destroy(&g);
+    toy_free(t);
+  }
 }
 
 Test(kit, the_farthest_makes_room_for_what_is_ahead) {
