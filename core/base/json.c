@@ -13,6 +13,7 @@
 
 #include "base/status.h"
 #include "base/sys.h"
+#include "base/utf8.h"
 
 typedef struct scan {
   const unsigned char *at, *begin, *end;
@@ -37,13 +38,20 @@ static bool take(scan *s, char c) {
   return true;
 }
 
+/* -1: it is none. */
+static int hex_digit(unsigned char c) {
+  if (c >= '0' && c <= '9') return c - '0';
+  if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+  if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+  return -1;
+}
+
 static bool hex4(scan *s, uint32_t *out) {
   uint32_t value = 0;
   if (s->end - s->at < 4) return wrong(s, "an escape ends too early");
   for (int i = 0; i < 4; i++) {
     const unsigned char c = *s->at++;
-    const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                      : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    const int digit = hex_digit(c);
     if (digit < 0) return wrong(s, "an escape is not hexadecimal");
     value = value << 4 | (uint32_t)digit;
   }
@@ -76,11 +84,7 @@ static bool escape(scan *s, uint32_t *code) {
 /* One character of UTF-8: no overlong form, no surrogate, nothing above 10FFFF. */
 static bool utf8(scan *s, uint32_t *code) {
   const unsigned char c = *s->at++;
-  const int more = c < 0x80                ? 0
-                   : c >= 0xc2 && c < 0xe0 ? 1
-                   : c >= 0xe0 && c < 0xf0 ? 2
-                   : c >= 0xf0 && c < 0xf5 ? 3
-                                           : -1;
+  const int more = phx__utf8_more(c);
   uint32_t value = more <= 0 ? c : c & (0x3fu >> more);
   if (more < 0 || s->end - s->at < more) return wrong(s, "not UTF-8");
   for (int i = 0; i < more; i++) {

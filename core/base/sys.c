@@ -13,7 +13,8 @@
 
 static int sys_direct(int fd, int on) {
   const int flags = fcntl(fd, F_GETFL);
-  return flags < 0 ? -1 : fcntl(fd, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT);
+  if (flags < 0) return -1;
+  return fcntl(fd, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT);
 }
 
 /* What is written is a file of its own: where somebody else has put a link or a pipe of that name, it is neither

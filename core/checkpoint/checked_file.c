@@ -136,6 +136,11 @@ static phx_status open_file(phx__checkpoint_reader *r, uint32_t file, phx__check
   return status;
 }
 
+static const char *state_name(const phx__manifest *m, int32_t kind, uint32_t index) {
+  if (kind == PHX_STATE_OPTIM && index < m->n_states) return m->states[index].name;
+  return kind >= 0 && kind < PHX__STATE_KINDS ? phx__state_kind_names[kind] : "?";
+}
+
 phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind, uint32_t index, uint32_t unit,
                                          uint32_t flat, int64_t first_block, int64_t blocks, float *out,
                                          phx_error *err) {
@@ -148,10 +153,7 @@ phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind
     const phx__manifest_slice *s = phx__manifest_find(r->manifest, kind, index, unit, flat, first_block);
     if (!s)
       return phx__fail(err, PHX_INVALID, "%s has no block %" PRId64 " of state %s of unit %u", r->dir, first_block,
-                       kind == PHX_STATE_OPTIM && index < r->manifest->n_states ? r->manifest->states[index].name
-                       : kind >= 0 && kind < PHX__STATE_KINDS                   ? phx__state_kind_names[kind]
-                                                                                : "?",
-                       unit);
+                       state_name(r->manifest, kind, index), unit);
     const int64_t skip = first_block - s->first_block;
     const int64_t part = blocks < s->blocks - skip ? blocks : s->blocks - skip;
     phx_status status = open_file(r, s->file, &file, err);

@@ -100,7 +100,8 @@ phx_status phx__tensor_elements(void *tensor_source, int64_t first, int64_t nume
 /* ---- transposing ---- */
 phx_status phx__transposer_open(phx__transposer *t, phx_error *err) {
   const int64_t fit = PHX__TOOL_BAND_BYTES / 4 / t->rows;
-  t->room = fit < 1 ? 1 : fit < t->columns ? fit : t->columns;
+  t->room = fit < t->columns ? fit : t->columns;
+  if (t->room < 1) t->room = 1;
   t->band_first = t->band_n = 0;
   t->band = phx__calloc((size_t)(t->room * t->rows), sizeof *t->band);
   t->line = phx__calloc((size_t)t->room, sizeof *t->line);

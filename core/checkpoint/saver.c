@@ -74,10 +74,10 @@ struct phx__saver {
 };
 
 bool phx__saver_possible(const phx__runtime *rt, const char **why) {
-  *why = !(rt->config->strategy.plugin->descriptor->provides & PHX_CAP_LIVE_STATE)
-             ? "the strategy does not say that its state can be read meanwhile (PHX_CAP_LIVE_STATE)"
-         : !(rt->device->caps & PHX_DEVICE_HOST_MEMORY) ? "the CPU cannot read the device's memory"
-                                                        : NULL;
+  *why = NULL;
+  if (!(rt->device->caps & PHX_DEVICE_HOST_MEMORY)) *why = "the CPU cannot read the device's memory";
+  if (!(rt->config->strategy.plugin->descriptor->provides & PHX_CAP_LIVE_STATE))
+    *why = "the strategy does not say that its state can be read meanwhile (PHX_CAP_LIVE_STATE)";
   return !*why;
 }
 

@@ -78,7 +78,9 @@ static phx_status put(slot *k, phx_error *err) {
   for (int64_t at = k->from; at < k->to;) {
     const int64_t whole = k->to - k->to % PHX__STREAM_ALIGN; /* to here in whole pages */
     const bool direct = f->direct && at % PHX__STREAM_ALIGN == 0 && whole > at;
-    const int64_t end = direct || !f->direct ? (direct ? whole : k->to) : at_most(k->to, rounded_up(at + 1));
+    int64_t end = k->to;
+    if (direct) end = whole;
+    else if (f->direct) end = at_most(k->to, rounded_up(at + 1));
     if (f->direct && !direct) phx__sys.direct(f->fd, 0);
     const ssize_t n = phx__sys.pwrite(f->fd, k->data + at % PHX__STREAM_CHUNK, (size_t)(end - at), at);
     const int why = errno;
@@ -140,7 +142,8 @@ static void *helper(void *arg) {
     k->state = BUSY;
     pthread_mutex_unlock(&s->lock);
     k->error = (phx_error)PHX_ERROR_INIT;
-    k->status = pointless ? PHX_OK : k->write ? put(k, &k->error) : get(k, &k->error);
+    k->status = PHX_OK;
+    if (!pointless) k->status = k->write ? put(k, &k->error) : get(k, &k->error);
     pthread_mutex_lock(&s->lock);
     settle(s, k);
     pthread_cond_signal(&s->done);
@@ -158,7 +161,9 @@ static void queue(phx__stream *s, slot *k, bool first) {
     return;
   }
   k->error = (phx_error)PHX_ERROR_INIT;
-  k->status = !k->write ? get(k, &k->error) : s->status ? PHX_OK : put(k, &k->error);
+  k->status = PHX_OK;
+  if (!k->write) k->status = get(k, &k->error);
+  else if (!s->status) k->status = put(k, &k->error);
   settle(s, k);
 }
 

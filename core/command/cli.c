@@ -190,7 +190,8 @@ static int take_resume(char **argv, phx__arguments *out) {
     phx__complain("--resume is given twice: one run goes on from one place");
     return 0;
   }
-  out->resume = joined ? argv[0] + 9 : taken ? next : "";
+  out->resume = taken ? next : "";
+  if (joined) out->resume = argv[0] + 9;
   if (joined && !argv[0][9]) phx__complain("--resume= needs a directory, or " PHX__RESUME_IF_ANY);
   if (joined && !argv[0][9]) return 0;
   return taken ? 2 : 1;

@@ -27,7 +27,8 @@ phx_status phx__writing(phx_status status) { return status == PHX_IO ? PHX_STATE
 
 int phx__checkpoint_refuse(phx_status status, const phx_error *err) {
   phx__complain("%s", err->message);
-  return status == PHX_IO ? PHX__EXIT_DAMAGED : status == PHX_STATE ? PHX__EXIT_RANK : PHX__EXIT_REFUSED;
+  if (status == PHX_IO) return PHX__EXIT_DAMAGED;
+  return status == PHX_STATE ? PHX__EXIT_RANK : PHX__EXIT_REFUSED;
 }
 
 int phx__checkpoint_usage(const char *usage) {
@@ -39,7 +40,8 @@ int phx__checkpoint_usage(const char *usage) {
 static int by_name(const void *a, const void *b) {
   const char *x = *(char *const *)a, *y = *(char *const *)b;
   const size_t n = strlen(x), m = strlen(y);
-  return n != m ? (n < m ? -1 : 1) : strcmp(x, y);
+  if (n != m) return n < m ? -1 : 1;
+  return strcmp(x, y);
 }
 
 static const char *age_text(int64_t seconds, char text[32]) {

@@ -10,6 +10,7 @@
 #include "config/config_ini.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "base/utf8.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -36,13 +37,11 @@ static bool is_blank(char c) { return c == ' ' || c == '\t'; }
 
 static bool is_utf8(const unsigned char *s, size_t n) {
   for (size_t i = 0; i < n;) {
-    size_t more = s[i] < 0x80 ? 0 : s[i] >= 0xc2 && s[i] < 0xe0 ? 1 : s[i] >= 0xe0 && s[i] < 0xf0 ? 2
-                  : s[i] >= 0xf0 && s[i] < 0xf5                                             ? 3
-                                                                                            : 4;
-    if (more == 4 || more >= n - i) return false;
-    for (size_t k = 1; k <= more; k++)
+    const int more = phx__utf8_more(s[i]);
+    if (more < 0 || (size_t)more >= n - i) return false;
+    for (size_t k = 1; k <= (size_t)more; k++)
       if ((s[i + k] & 0xc0) != 0x80) return false;
-    i += more + 1;
+    i += (size_t)more + 1;
   }
   return true;
 }

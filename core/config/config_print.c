@@ -99,8 +99,9 @@ static void print_wrapped(FILE *out, const char *indent, const char *text) {
 
 static void print_row(const phx_option *o, FILE *out) {
   char expected[300];
+  const char *dflt = o->dflt ? o->dflt : "none: must be given";
   phx__option_describe(o, expected, sizeof expected);
-  fprintf(out, "  %-28s default %s\n", o->name, !o->dflt ? "none: must be given" : *o->dflt ? o->dflt : "(empty)");
+  fprintf(out, "  %-28s default %s\n", o->name, *dflt ? dflt : "(empty)");
   print_wrapped(out, "      ", o->doc);
   fprintf(out, "      %s%s%s%s%s%s\n", expected, o->unit ? ", in " : "", o->unit ? o->unit : "",
           o->flags & PHX_OPTF_PER_RANK ? "; may differ between ranks" : "",

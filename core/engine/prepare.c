@@ -120,7 +120,8 @@ static void plan_activations(phx__prepared *p) {
   p->loss_slots = p->topology.accumulate > p->shape.micro ? p->topology.accumulate : p->shape.micro;
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->loss_slots * (int64_t)sizeof(double));
   const int64_t blocks = p->model->total_blocks[PHX_FLAT_TRAINABLE];
-  p->norm_blocks = blocks < 1 ? 1 : blocks < PHX__NORM_BLOCKS ? blocks : PHX__NORM_BLOCKS;
+  p->norm_blocks = blocks < PHX__NORM_BLOCKS ? blocks : PHX__NORM_BLOCKS;
+  if (p->norm_blocks < 1) p->norm_blocks = 1;
   p->planned[PHX_MEM_BUFFER] += phx_align_bytes(p->norm_blocks * (int64_t)sizeof(double));
 }
 

@@ -78,8 +78,9 @@ static phx_status fail_absent(const phx__member *me, uint64_t round, const phx__
     count++;
     if (used + 40 > sizeof list) continue;
     int32_t pid = __atomic_load_n(&page->pid, __ATOMIC_ACQUIRE);
-    used += (size_t)(pid ? snprintf(list + used, sizeof list - used, "%s%d (pid %d)", used ? ", " : "", r, pid)
-                         : snprintf(list + used, sizeof list - used, "%s%d (never came)", used ? ", " : "", r));
+    char how[24] = "never came";
+    if (pid) snprintf(how, sizeof how, "pid %d", pid);
+    used += (size_t)snprintf(list + used, sizeof list - used, "%s%d (%s)", used ? ", " : "", r, how);
   }
   return phx__fail(err, PHX_COMM, "%s %s did not come to %s '%s' within %g s", count == 1 ? "rank" : "ranks", list,
                    kind_name(mine->kind), mine->name, me->timeout_s);

@@ -41,7 +41,8 @@ static socklen_t make_address(const phx__identity *me, struct sockaddr_un *out) 
 static int left_ms(uint64_t start, double timeout_s) {
   if (timeout_s <= 0) return 1000;
   double left = timeout_s - (double)(phx__now_ns() - start) * 1e-9;
-  return left <= 0 ? 0 : left > 1 ? 1000 : (int)(left * 1000) + 1;
+  if (left <= 0) return 0;
+  return left > 1 ? 1000 : (int)(left * 1000) + 1;
 }
 
 static bool is_same_user(int fd) {

@@ -277,9 +277,8 @@ static void take_pictures(struct launch *l, uint64_t now) {
     memcpy(&l->pages[r], &l->segment->pages[r].alive, sizeof l->pages[r]);
     l->ends[r] = rank->end;
     if (rank->running || r >= l->started) {
-      l->ends[r].condition = rank->stop_signal     ? PHX__RANK_STOPPED
-                             : state_of(l, r) == 0 ? PHX__RANK_NEVER
-                                                   : PHX__RANK_ALIVE;
+      l->ends[r].condition = state_of(l, r) == PHX__RANK_ABSENT ? PHX__RANK_NEVER : PHX__RANK_ALIVE;
+      if (rank->stop_signal) l->ends[r].condition = PHX__RANK_STOPPED;
       l->ends[r].number = rank->stop_signal;
     }
     l->ends[r].pid = (int32_t)rank->pid;

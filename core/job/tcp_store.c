@@ -269,8 +269,10 @@ static bool take_frame(phx__store *s) {
 
 /* After the failure: until phx__store_close. */
 static void see_out(phx__store *s) {
-  const double half = s->place.timeout_s / 2;
-  waited w = wait_begin(half <= 0 ? 0 : half < LAST_LEAST_S ? LAST_LEAST_S : half > LAST_MOST_S ? LAST_MOST_S : half);
+  double most = s->place.timeout_s / 2; /* 0: for ever */
+  if (most > LAST_MOST_S) most = LAST_MOST_S;
+  if (most > 0 && most < LAST_LEAST_S) most = LAST_LEAST_S;
+  waited w = wait_begin(most > 0 ? most : 0);
   char text[PHX__WIRE_MESSAGE + 160];
   int status = 0;
   while (poll_one(s->wake, POLLIN, SLICE_MS) <= 0) {

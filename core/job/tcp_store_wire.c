@@ -77,7 +77,8 @@ int phx__wire_read(phx__wire *w) {
 void phx__wire_options(int fd, double timeout_s) {
   enum { PROBES = 3, SLOWEST = 5 };
   const double share = timeout_s / 2 / (1 + PROBES);
-  const int every = timeout_s <= 0 || share >= SLOWEST ? SLOWEST : share > 1 ? (int)share : 1;
+  int every = share > 1 ? (int)share : 1;
+  if (timeout_s <= 0 || share >= SLOWEST) every = SLOWEST;
   const int yes = 1, idle = every, interval = every, probes = PROBES, unanswered_ms = 1000 * every * (1 + PROBES);
   /* A kernel that refuses one of these finds a lost machine later, by the deadlines. */
   (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);

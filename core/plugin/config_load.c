@@ -301,7 +301,8 @@ static phx_status load(const char *path, const phx__override *overrides, size_t 
   if (!p->oom) fill(&l);
   phx__free(l.found);
   phx__config_report(p, report);
-  status = p->oom ? PHX_NOMEM : p->n_errors ? PHX_INVALID : PHX_OK;
+  status = p->n_errors ? PHX_INVALID : PHX_OK;
+  if (p->oom) status = PHX_NOMEM;
   if (status == PHX_OK) {
     *out = config;
     config = NULL;

@@ -83,7 +83,8 @@ static soon soon_rows(source x, int64_t row, int64_t rows) {
 
 /* The number of rows in the tile that begins at t0, of t in all; 0 past the end. */
 static int64_t rows_at(int64_t t0, int64_t t) {
-  return t0 >= t ? 0 : t - t0 < TILE ? t - t0 : TILE;
+  if (t0 >= t) return 0;
+  return t - t0 < TILE ? t - t0 : TILE;
 }
 
 /* ---- forward ---- */

@@ -53,11 +53,9 @@ static void log_page_size(phx__cpu *cpu, const void *p) {
   size_t huge, size;
   cpu->page_size_logged = 1;
   huge_bytes(p, &huge, &size);
-  snprintf(text, sizeof text, "memory in %s pages (%zu of %zu MiB huge)",
-           !huge          ? "4 KiB"
-           : huge >= size ? "2 MiB"
-                          : "2 MiB and 4 KiB",
-           huge >> 20, size >> 20);
+  const char *pages = huge >= size ? "2 MiB" : "2 MiB and 4 KiB";
+  if (!huge) pages = "4 KiB";
+  snprintf(text, sizeof text, "memory in %s pages (%zu of %zu MiB huge)", pages, huge >> 20, size >> 20);
   if (cpu->host && cpu->host->log) cpu->host->log(cpu->host->ctx, PHX_LOG_INFO, text);
 }
 

@@ -13,7 +13,8 @@ static inline uint16_t to_f16(float x) {
   const uint32_t normal = (u - 0x38000000u + 0xfffu + (u >> 13 & 1u)) >> 13;
   const uint32_t small = phx__bits_of(phx__float_of(u) + 0.5f) - 0x3f000000u; /* 0.5's last bit is the smallest f16 */
   const uint32_t big = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return (uint16_t)(sign | (u >= 0x47800000u ? big : u < 0x38800000u ? small : normal));
+  const uint32_t below = u < 0x38800000u ? small : normal;
+  return (uint16_t)(sign | (u >= 0x47800000u ? big : below));
 }
 static inline float from_f16(uint16_t h) {
   const uint32_t u = (uint32_t)(h & 0x7fff) << 13, exponent = u & 0x0f800000u;

@@ -27,7 +27,8 @@ static int32_t machine_isa(void) {
   const int v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                  __builtin_cpu_supports("avx512vl");
-  return v4 ? PHX__CPU_AVX512 : v3 ? PHX__CPU_AVX2 : PHX__CPU_BASE;
+  if (v4) return PHX__CPU_AVX512;
+  return v3 ? PHX__CPU_AVX2 : PHX__CPU_BASE;
 }
 
 static const char *asked_isa(void) {

@@ -75,7 +75,8 @@ kernel(T *logits, float *losses, const int32_t *targets, int64_t v, int64_t vp, 
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const float g = exponential<T>(as_float(p.v[i]) - all.top) * by - (j + i == target ? scale : 0.0f);
-      p.v[i] = rounded<T>(j + i < v ? (known ? g : NAN) : 0.0f);
+      const float inside = known ? g : NAN;
+      p.v[i] = rounded<T>(j + i < v ? inside : 0.0f);
     }
     store_pack<N>(x + j, p);
   }

@@ -78,7 +78,8 @@ template <class T> __device__ __forceinline__ T block_sum(T x, T *places) {
 
 inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t most) {
   const int64_t blocks = (items + per_block - 1) / per_block;
-  return (unsigned)(blocks < 1 ? 1 : blocks < most ? blocks : most);
+  if (blocks < 1) return 1;
+  return (unsigned)(blocks < most ? blocks : most);
 }
 
 /* Calls do(float) or do(bf16): `dtype` was checked. */

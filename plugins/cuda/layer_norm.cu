@@ -16,7 +16,8 @@ template <class T, int N> struct row_source {
   const float *cache;
   int64_t c;
   __device__ __forceinline__ float operator()(int64_t j, int i) const {
-    return cache ? cache[i * (c / N) + j / N] : as_float(kept ? kept[j + i] : a[j + i]);
+    if (cache) return cache[i * (c / N) + j / N];
+    return as_float(kept ? kept[j + i] : a[j + i]);
   }
 };
 
@@ -71,7 +72,8 @@ __global__ void forward_kernel(T *out, T *sum, float *mean, float *rstd, const T
 
 unsigned threads_for(int64_t c, int n) {
   const int64_t threads = (c / n + 31) / 32 * 32;
-  return (unsigned)(threads < 32 ? 32 : threads > 256 ? 256 : threads);
+  if (threads < 32) return 32;
+  return (unsigned)(threads > 256 ? 256 : threads);
 }
 
 template <class T>
@@ -114,7 +116,8 @@ template <class T, int N> __global__ void backward_kernel(phx__cuda_norm_backwar
   const int64_t c = p.c, first = (int64_t)threadIdx.x * N, step = (int64_t)blockDim.x * N;
   const int64_t apart = in_shared ? c / N : 1, every = in_shared ? N : 1; /* element j + i is at i apart + j / every */
   const T *w = static_cast<const T *>(p.w);
-  float *dw = !p.parts ? nullptr : in_shared ? shared : p.parts + (int64_t)blockIdx.x * 2 * c;
+  float *dw = nullptr;
+  if (p.parts) dw = in_shared ? shared : p.parts + (int64_t)blockIdx.x * 2 * c;
   float *db = dw ? dw + c : nullptr;
   for (int64_t j = first; dw && j < c; j += step)
     for (int i = 0; i < N; i++) dw[i * apart + j / every] = db[i * apart + j / every] = 0;

@@ -63,13 +63,12 @@ static phx_status finish_by_rows(phx__cuda *cuda, phx__cuda_product p, int64_t a
 static phx_status linear_columns(phx__cuda *cuda, int32_t dtype, void *out, int64_t ld, void *pre, const void *x,
                                  const void *w, const void *bias, int64_t n, int64_t ic, int64_t oc, int32_t gelu,
                                  cudaStream_t s, phx_error *err) {
-  int32_t done = 0;
+  int32_t done = 0, epilogue = bias ? PHX__EPILOGUE_BIAS : PHX__EPILOGUE_NONE;
+  if (gelu) epilogue = PHX__EPILOGUE_GELU;
   const phx__cuda_product p = {.in_dtype = dtype, .out_dtype = dtype, .b_t = 1, .m = n, .n = oc, .k = ic, .lda = ic,
                                .ldb = ic, .ldc = ld, .a = x, .b = w, .c = out, .bias = (void *)(uintptr_t)bias,
                                .aux = gelu ? pre : NULL,
-                               .epilogue = gelu   ? PHX__EPILOGUE_GELU
-                                           : bias ? PHX__EPILOGUE_BIAS
-                                                  : PHX__EPILOGUE_NONE};
+                               .epilogue = epilogue};
   if (gelu || !pre) {
     const phx_status status = phx__cuda_product_run(cuda, &p, s, "linear", &done, err);
     if (status != PHX_OK || done) return status;

@@ -212,9 +212,9 @@ static phx_status ddp_map(phx_strategy *self, const phx_slice *slice, int32_t mo
   bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
     return phx_kit_fail(err, PHX_INVALID, "ddp keeps no state of kind %d", slice->kind);
-  uint32_t region = slice->kind == PHX_STATE_OPTIM ? STATES + slice->state_index
-                    : master                       ? MASTER + slice->flat
-                                                   : WEIGHT + slice->flat;
+  uint32_t region = WEIGHT + slice->flat;
+  if (master) region = MASTER + slice->flat;
+  if (slice->kind == PHX_STATE_OPTIM) region = STATES + slice->state_index;
   int64_t block = phx_model_unit(self->model, slice->unit)->first_block[slice->flat] + slice->first_block;
   if (region == ICE) block -= my_part(self, PHX_FLAT_FROZEN).first;
   *out = (char *)self->plan.regions[region].at + block * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype);

@@ -13,7 +13,8 @@ void *fsdp_held_weight(const phx_strategy *self, uint32_t unit, uint32_t flat) {
 float *fsdp_held_master(const phx_strategy *self, uint32_t unit, uint32_t flat) {
   const phx_kit_region *r = &self->plan.regions[FSDP_MASTER + flat];
   bool part = !self->plan.sharded && flat == PHX_FLAT_FROZEN;
-  return r->at ? (float *)r->at + self->plan.at[flat][unit] / (part ? self->topology->world_size : 1) : NULL;
+  const int64_t ranks = part ? self->topology->world_size : 1;
+  return r->at ? (float *)r->at + self->plan.at[flat][unit] / ranks : NULL;
 }
 
 /* The unit's gradients in the region: the held part, or the whole that it lies in. */
@@ -59,9 +60,10 @@ phx_status fsdp_map(phx_strategy *self, const phx_slice *slice, int32_t mode, vo
   bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
     return phx_kit_fail(err, PHX_INVALID, "fsdp keeps no state of kind %d", slice->kind);
-  char *base = slice->kind == PHX_STATE_OPTIM ? fsdp_held_state(self, slice->unit, slice->state_index)
-               : master                       ? (char *)fsdp_held_master(self, slice->unit, slice->flat)
-                                              : fsdp_held_weight(self, slice->unit, slice->flat);
+  char *base = NULL;
+  if (slice->kind == PHX_STATE_OPTIM) base = fsdp_held_state(self, slice->unit, slice->state_index);
+  else if (master) base = (char *)fsdp_held_master(self, slice->unit, slice->flat);
+  else base = fsdp_held_weight(self, slice->unit, slice->flat);
   phx_kit_shard part =
       master ? mastered(self, slice->unit, slice->flat) : fsdp_part(self, slice->unit, slice->flat);
   int64_t block = slice->first_block - part.first;

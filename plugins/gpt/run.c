@@ -197,9 +197,8 @@ static phx_status check_call(const phx_model_self *self, const phx_stage_call *c
     return gpt_fail(err, PHX_INTERNAL,
                     "a batch of %" PRId64 " x %" PRId64 " exceeds the planned %" PRId64 " x %" PRId64, call->batch,
                     call->sequence, self->shape.micro, self->shape.sequence);
-  const uint32_t params = call->stage == 0                     ? 2
-                          : call->stage <= (uint32_t)s->layers ? GPT_BLOCK_PARAMS
-                                                               : GPT_HEAD_PARAMS;
+  uint32_t params = call->stage <= (uint32_t)s->layers ? GPT_BLOCK_PARAMS : GPT_HEAD_PARAMS;
+  if (call->stage == 0) params = 2;
   if (call->view->n_params != params)
     return gpt_fail(err, PHX_INTERNAL, "stage %" PRIu32 " got a view of %" PRIu32 " parameters, it has %" PRIu32,
                     call->stage, call->view->n_params, params);

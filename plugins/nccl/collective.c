@@ -83,10 +83,10 @@ static phx_status reduce(const ncx_call *call, const void *src, void *dst, int64
   if (is_canonical(call)) return ncx_canonical(call, src, dst, numel, err);
   nccl_type(call->dtype, &type);
   if (!enter(c)) return gone(call, err);
-  ncclResult_t r = call->op == PHX_OP_ALL_REDUCE ? ncclAllReduce(src, dst, count, type, op, c->nccl, call->stream)
-                   : call->op == PHX_OP_REDUCE
-                       ? ncclReduce(src, dst, count, type, op, call->root, c->nccl, call->stream)
-                       : ncclReduceScatter(src, dst, count, type, op, c->nccl, call->stream);
+  ncclResult_t r = ncclSuccess;
+  if (call->op == PHX_OP_ALL_REDUCE) r = ncclAllReduce(src, dst, count, type, op, c->nccl, call->stream);
+  else if (call->op == PHX_OP_REDUCE) r = ncclReduce(src, dst, count, type, op, call->root, c->nccl, call->stream);
+  else r = ncclReduceScatter(src, dst, count, type, op, c->nccl, call->stream);
   return leave(call, r, err);
 }
 

@@ -44,19 +44,37 @@ static void store(int32_t dtype, char *p, value v) {
   }
 }
 
-#define PICK(T, a, b) \
-  (reduce == PHX_SUM ? (T)((a) + (b)) : reduce == PHX_MIN ? ((a) < (b) ? (a) : (b)) : (a) > (b) ? (a) : (b))
-#define PICK_FLOAT(T, a, b) ((a) != (a) ? (a) : (b) != (b) ? (b) : PICK(T, a, b))
+#define COMBINE(name, T)                          \
+  static T name(int32_t reduce, T a, T b) {       \
+    if (reduce == PHX_SUM) return (T)(a + b);     \
+    if (reduce == PHX_MIN) return a < b ? a : b;  \
+    return a > b ? a : b;                         \
+  }
+COMBINE(combine_f32, float)
+COMBINE(combine_f64, double)
+COMBINE(combine_u64, uint64_t)
+COMBINE(combine_i64, int64_t)
+
+/* What is no number stays so. */
+static float combine_float(int32_t reduce, float a, float b) {
+  if (a != a) return a;
+  return b != b ? b : combine_f32(reduce, a, b);
+}
+static double combine_double(int32_t reduce, double a, double b) {
+  if (a != a) return a;
+  return b != b ? b : combine_f64(reduce, a, b);
+}
+
 static value combine(int32_t dtype, int32_t reduce, value a, value b) {
   value v = {.u = 0};
   if (dtype == PHX_F32 || dtype == PHX_BF16)
-    v.f = PICK_FLOAT(float, a.f, b.f);
+    v.f = combine_float(reduce, a.f, b.f);
   else if (dtype == PHX_F64)
-    v.d = PICK_FLOAT(double, a.d, b.d);
+    v.d = combine_double(reduce, a.d, b.d);
   else if (reduce == PHX_SUM || (dtype != PHX_I32 && dtype != PHX_I64))
-    v.u = PICK(uint64_t, a.u, b.u);
+    v.u = combine_u64(reduce, a.u, b.u);
   else
-    v.i = PICK(int64_t, a.i, b.i);
+    v.i = combine_i64(reduce, a.i, b.i);
   return v;
 }
 

@@ -291,7 +291,9 @@ int shm_staged_out(const shm_call *call, const shm_chunks *k, int64_t round, int
   const int32_t mine = op == PHX_OP_ALL_TO_ALL || op == PHX_OP_REDUCE_SCATTER ? me : 0;
   const int32_t single = op == PHX_OP_REDUCE_SCATTER || op == PHX_OP_BROADCAST;
   if (q >= (single ? 1 : m.c->n) || (op == PHX_OP_BROADCAST && root == me)) return 0;
-  const int32_t from = op == PHX_OP_REDUCE_SCATTER ? me : op == PHX_OP_BROADCAST ? root : (me + 1 + q) % m.c->n;
+  int32_t from = (me + 1 + q) % m.c->n;
+  if (op == PHX_OP_REDUCE_SCATTER) from = me;
+  if (op == PHX_OP_BROADCAST) from = root;
   part(&m, k, round, mine, &lo, &hi);
   *out = (shm_part){(single ? 0 : from * call->numel) + lo - mine * call->numel, hi - lo,
                     stage(&m, k, from, round, mine)};
@@ -333,7 +335,7 @@ phx_status shm_collective(shm_call *call, phx_error *err) {
   }
   uint64_t sequence = ++c->sequence;
   shm_lane *lane = c->lane[c->me];
-  int64_t got = call->op == PHX_OP_ALL_GATHER ? put * c->n : call->op == PHX_OP_REDUCE_SCATTER ? put / c->n : put;
+  const int64_t got = shm_got_bytes(call->op, put, c->n);
   shm_record mine = {sequence, call->numel, -1, -1, call->op, call->dtype, call->reduce, call->root};
   int small = put_in_slot(call, put, lane->slot[sequence & 1].data);
   if (!small) {

@@ -129,12 +129,10 @@ phx_status shm_device_issue(shm_call *record, phx_stream *s, phx_error *err) {
   const issue i = {record, c->world->device, s, err};
   const uint64_t ticket = record->ticket;
   const int64_t put_bytes = shm_put_bytes(record->op, record->numel, (int64_t)phx_dtype_bytes(record->dtype), c->n);
-  const int64_t got = record->op == PHX_OP_ALL_GATHER       ? put_bytes * c->n
-                      : record->op == PHX_OP_REDUCE_SCATTER ? put_bytes / c->n
-                                                            : put_bytes;
-  const phx_status status = c->n == 1                ? issue_alone(&i, put_bytes)
-                            : put_bytes <= SHM_SMALL ? issue_small(&i, put_bytes, got)
-                                                     : issue_staged(&i);
+  phx_status status = PHX_OK;
+  if (c->n == 1) status = issue_alone(&i, put_bytes);
+  else if (put_bytes <= SHM_SMALL) status = issue_small(&i, put_bytes, shm_got_bytes(record->op, put_bytes, c->n));
+  else status = issue_staged(&i);
   if (status != PHX_OK) give_up(&i, ticket);
   return status;
 }

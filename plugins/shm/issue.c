@@ -66,9 +66,9 @@ static phx_status run(void *arg, phx_error *err) {
   shm_call *call = arg;
   phx_status status = shm_begin(call, err);
   if (status == PHX_OK) {
-    status = call->op == PHX_OP_SEND   ? shm_send(call, err)
-             : call->op == PHX_OP_RECV ? shm_recv(call, err)
-                                       : shm_collective(call, err);
+    if (call->op == PHX_OP_SEND) status = shm_send(call, err);
+    else if (call->op == PHX_OP_RECV) status = shm_recv(call, err);
+    else status = shm_collective(call, err);
   }
   return shm_end(call, status);
 }

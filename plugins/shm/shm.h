@@ -131,6 +131,11 @@ static inline void shm_cut(int64_t numel, int64_t element, int32_t n, int32_t ra
 static inline int64_t shm_put_bytes(int32_t op, int64_t numel, int64_t element, int32_t n) {
   return numel * element * (op == PHX_OP_REDUCE_SCATTER || op == PHX_OP_ALL_TO_ALL ? n : 1);
 }
+/* Bytes that a rank gets from a call in which it brings `put`. */
+static inline int64_t shm_got_bytes(int32_t op, int64_t put, int32_t n) {
+  if (op == PHX_OP_ALL_GATHER) return put * n;
+  return op == PHX_OP_REDUCE_SCATTER ? put / n : put;
+}
 int64_t shm_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
 
 #define SHM_TRY(x)                               \

@@ -87,9 +87,9 @@ static phx_status await_slow(shm_call *call, int32_t peer, const uint32_t *word,
                  __atomic_load_n(&c->world->all->aborted, __ATOMIC_ACQUIRE);
     int cross = !failed && crossed(call, peer);
     if ((over || failed || cross) && !shm_reached(word, target)) {
-      status = failed ? shm_report_failed(call, err)
-               : cross ? shm_report_crossed(call, peer, err)
-                       : shm_report_absent(call, now - begin - suspended, err);
+      if (failed) status = shm_report_failed(call, err);
+      else if (cross) status = shm_report_crossed(call, peer, err);
+      else status = shm_report_absent(call, now - begin - suspended, err);
       break;
     }
     uint32_t *sleepers = &c->lane[peer]->sleepers;

@@ -172,9 +172,9 @@ static phx_status zero_map(phx_strategy *self, const phx_slice *slice, int32_t m
   phx_status status = zero_settle(r, err);
   if (status != PHX_OK) return status;
   int64_t at = zero_unit_first(&r->plan, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
-  *out = master                              ? master_at(r, slice->flat, at)
-         : slice->kind == PHX_STATE_WEIGHT ? weight_at(r, slice->flat, at)
-                                             : state_at(r, slice->state_index, at);
+  if (master) *out = master_at(r, slice->flat, at);
+  else if (slice->kind == PHX_STATE_WEIGHT) *out = weight_at(r, slice->flat, at);
+  else *out = state_at(r, slice->state_index, at);
   return PHX_OK;
 }
 

@@ -100,7 +100,8 @@ static phx_status reduce_piece(const zero_rank *r, const zero_reducing *now, con
                          : place->gradient + (piece->at - zero_unit_first(p, piece->unit, PHX_FLAT_TRAINABLE));
   float *stays = NULL;
   if (mine) stays = zero_region(r, ZERO_SHARE) ? share_at(r, piece->at) : from;
-  float *to = mine && later ? (p->whole ? from : zero_region(r, ZERO_STAGING)) : stays;
+  float *to = stays;
+  if (mine && later) to = p->whole ? from : zero_region(r, ZERO_STAGING);
   PHX_KIT_TRY(reduce_through(r, piece, from, to, err));
   if (mine && later) PHX_KIT_TRY(d->add(d->ctx, stays, to, piece->numel, r->s.stream, err));
 done:

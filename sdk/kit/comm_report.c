@@ -84,9 +84,10 @@ void phx_kit_say_rank(phx_kit_text *t, const phx_job *job, int32_t rank) {
   int64_t now = phx_kit_now_ns();
   phx_kit_say(t, "rank %d (pid %d) ", rank, LOAD(page->pid));
   if (n == 0) {
-    phx_kit_say(t, "%s", LOAD(page->state) == 0      ? "never came"
-                         : LOAD(page->start_ns) == 0 ? "is on another machine, and what it is in is not known here"
-                                                     : "has begun no collective");
+    const char *how = "has begun no collective";
+    if (LOAD(page->start_ns) == 0) how = "is on another machine, and what it is in is not known here";
+    if (LOAD(page->state) == 0) how = "never came";
+    phx_kit_say(t, "%s", how);
     return;
   }
   const phx_flight *f = &page->ring[(n - 1) % PHX_FLIGHT_RING];

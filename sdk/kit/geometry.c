@@ -90,7 +90,8 @@ phx_status phx_kit_buckets_create(const phx_model *m, const phx_kit_order *order
   uint32_t last = 0;
   int64_t at = 0;
   for (int64_t i = 0; i < n; i++) {
-    int64_t blocks = i == 0 ? head : total - at < each ? total - at : each;
+    int64_t blocks = total - at < each ? total - at : each;
+    if (i == 0) blocks = head;
     buckets[i].first = at * PHX_BLOCK;
     buckets[i].numel = blocks * PHX_BLOCK;
     at += blocks;

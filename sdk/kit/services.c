@@ -24,11 +24,12 @@ phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_se
                         .device = host->extension(host->ctx, PHX_EXT_DEVICE),
                         .comm = host->extension(host->ctx, PHX_EXT_COMM),
                         .optim = host->extension(host->ctx, PHX_EXT_OPTIM)};
-  if (!s.device || !s.comm || !s.optim)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "the host offers no \"%s\", which the strategy needs",
-                        !s.device ? PHX_EXT_DEVICE
-                        : !s.comm ? PHX_EXT_COMM
-                                  : PHX_EXT_OPTIM);
+  const char *missing = NULL;
+  if (!s.optim) missing = PHX_EXT_OPTIM;
+  if (!s.comm) missing = PHX_EXT_COMM;
+  if (!s.device) missing = PHX_EXT_DEVICE;
+  if (missing)
+    return phx_kit_fail(err, PHX_UNSUPPORTED, "the host offers no \"%s\", which the strategy needs", missing);
   if (s.optim->grain > grain)
     return phx_kit_fail(err, PHX_UNSUPPORTED, "optimizer '%s' needs whole %s, this strategy cuts to %s; use ddp",
                         s.optim->name, grains[s.optim->grain & 3], grains[grain & 3]);
