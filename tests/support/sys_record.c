@@ -263,7 +263,7 @@ void sys_record_install(sys_record *r, int32_t rank) {
       offsetof(phx__sys_table, close),  offsetof(phx__sys_table, read),    offsetof(phx__sys_table, pread),
       offsetof(phx__sys_table, fstat),  offsetof(phx__sys_table, munmap),  offsetof(phx__sys_table, memfd_create),
       offsetof(phx__sys_table, direct), offsetof(phx__sys_table, openat),  offsetof(phx__sys_table, lock),
-      offsetof(phx__sys_table, statvfs)};
+      offsetof(phx__sys_table, statvfs), offsetof(phx__sys_table, pidfd_open)};
   void (*const trap)(void) = unknown_call;
   record = r;
   self = rank;
