@@ -147,7 +147,7 @@ Test(config, unselected_sections_are_validated) {
 /* A plugin of the source tree that this build may lack. */
 Test(config, the_section_of_a_plugin_that_is_not_built) {
   if (access(PHX_TEST_PLUGINS "/phx_comm_nccl.so", F_OK) == 0) {
-    expect_report(DATA "[nccl]\nanything = 1\n", ":3: [nccl] has no key 'anything'\n");
+    expect_report(DATA "[nccl]\nanything = 1\n", ":4: [nccl] has no key 'anything'\n");
   } else {
     phx__config_free(expect_good(DATA "[nccl]\nanything = 1\n"));
     cr_expect_str_eq(report, ":3: warning: [nccl] is not checked: no plugin of that name is installed\n");
