@@ -297,7 +297,7 @@ static void forget_folder(phx__source *s) {
 
 /* The final weights of a run, where they are newer than its checkpoint; damaged, they leave the checkpoint as it is. */
 static phx_status fill_newer_folder(phx__source *s, int64_t step, bool *filled, phx_error *err) {
-  char text[PHX__TOOL_PATH + sizeof err->message];
+  char text[PHX__TOOL_PATH + 640]; /* two names and a message */
   phx_error why = PHX_ERROR_INIT;
   phx__tensor_files *files = NULL;
   phx_status status = phx__tensor_files_open(s->path, &files, &why);
