@@ -56,7 +56,7 @@ Test(found_config, a_directory_of_plugins, .timeout = 60) {
 
 /* The user's own words count: the path, or the sum of the file. */
 Test(found_config, what_the_user_names_is_loaded, .timeout = 90) {
-  char *dir = command_temp_dir(), path[512], pin[128], wrong[128];
+  char *dir = command_temp_dir(), path[512], pin[128], wrong[128], line[1600];
   snprintf(path, sizeof path, "%s/phx_strategy_fsdp.so", test_path("lib/phalanx"));
   training_files(dir, tiny);
   expect(RUN(dir, 60, "train", "run.ini", "-n", "1", "--strategy", path, "--set", "run.steps=4"), 0, NULL);
@@ -71,6 +71,10 @@ Test(found_config, what_the_user_names_is_loaded, .timeout = 90) {
   /* the pin was printed, too */
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8"), 2, "comes with a run");
   expect(RUN(dir, 60, "train", "--resume", "out", "--steps", "8", "--strategy", path), 0, NULL);
+  expect(RUN(dir, 60, "checkpoint", "export", "out", "hf"), 0, NULL);
+  snprintf(line, sizeof line, "mkdir %s/in && cp %s/out/config.ini %s/in/", dir, dir, dir);
+  cr_assert_eq(system(line), 0);
+  expect(RUN(dir, 60, "checkpoint", "import", "hf", "-o", "in"), 2, "comes with a run");
   command_remove_dir(dir);
 }
 

@@ -193,3 +193,23 @@ Test(process, overcommit_says_it_and_goes_on) {
   cr_expect(strstr(r.out, "warn: 2 ranks take "), "%s", r.out);
   command_free(&r);
 }
+
+/* Ranks that share a CPU wait for each other: that is said once, whoever asked for it. */
+Test(process, more_threads_than_cpus_is_said) {
+  static const struct {
+    const char *line, *said;
+  } cases[] = {
+      {"taskset -c 0 $P train run.ini -n 2 --steps 1 --set device.threads=2", "2 ranks of 2 threads on 1 CPU: they wait"},
+      {"taskset -c 0 $P train run.ini -n 3 --steps 1", "3 ranks of 1 thread on 1 CPU: they wait"},
+      {"taskset -c 0 $P train run.ini -n 1 --steps 1", NULL},
+  };
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    command_result r = shell(cases[i].line);
+    const char *at = strstr(r.out, ": they wait for each other, which is slow");
+    cr_expect_eq(r.status, 0, "%s: status %d\n%s", cases[i].line, r.status, r.out);
+    if (cases[i].said) cr_expect(strstr(r.out, cases[i].said), "%s:\n%s", cases[i].line, r.out);
+    else cr_expect_null(at, "%s:\n%s", cases[i].line, r.out);
+    if (at) cr_expect_null(strstr(at + 1, ": they wait for each other"), "said twice:\n%s", r.out);
+    command_free(&r);
+  }
+}
