@@ -87,10 +87,20 @@ static const void *extension(void *ctx, const char *id) {
   if (strcmp(id, PHX_EXT_DEVICE) == 0) return r->device;
   return NULL;
 }
+/* A communicator's own thread writes, too. */
+static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
 static void host_log(void *ctx, int32_t level, const char *message) {
   fake_rank *r = ctx;
   (void)level;
+  pthread_mutex_lock(&log_lock);
   snprintf(r->log, sizeof r->log, "%s", message);
+  pthread_mutex_unlock(&log_lock);
+}
+bool fake_said(fake_rank *rank, const char *text) {
+  pthread_mutex_lock(&log_lock);
+  const bool said = strstr(rank->log, text) != NULL;
+  pthread_mutex_unlock(&log_lock);
+  return said;
 }
 
 void fake_report(fake_rank *rank, const char *file, int line, const char *what, const char *format, ...) {

@@ -11,6 +11,7 @@
 #include <phalanx/job.h>
 #include <phalanx/plugin.h>
 #include <phalanx/provider.h>
+#include <stdbool.h>
 
 typedef struct fake_rank { /* what a body gets */
   phx_host host;           /* extensions: phx.job/1 and phx.device/1 */
@@ -18,7 +19,7 @@ typedef struct fake_rank { /* what a body gets */
   const phx_device *device;
   void *arg;
   char *report; /* this rank's text, empty while all is well */
-  char log[256];
+  char log[256]; /* the last line; see fake_said */
   struct fake_memory *memory;
   void *bases_seen[PHX_RANKS_MAX];
   phx_liveness *pages[PHX_RANKS_MAX];
@@ -50,6 +51,8 @@ const char *fake_job_report(const fake_result *result, int32_t n);
       return;                                                                                 \
     }                                                                                         \
   } while (0)
+/* [any] Does the last line of the host's log have this text? */
+bool fake_said(fake_rank *rank, const char *text);
 void fake_report(fake_rank *rank, const char *file, int line, const char *what, const char *format, ...)
     __attribute__((format(printf, 5, 6)));
 
