@@ -24,7 +24,8 @@ void phx__clean(char *text, size_t bytes) {
   for (size_t i = 0; i < bytes && s[i];) {
     const size_t n = character(s + i, bytes - i);
     const int is_space = s[i] == '\n' || s[i] == '\r' || s[i] == '\t';
-    if (n == 0) s[i] = is_space ? ' ' : '?';
+    if (n == 0 && is_space) s[i] = ' ';
+    if (n == 0 && !is_space) s[i] = '?';
     i += n ? n : 1;
   }
 }

@@ -1,4 +1,5 @@
-/* core/base/identity.h - who this process is: a rank of phalanx, torchrun, mpirun or srun, or nobody's; from the environment.
+/* core/base/identity.h - who this process is: a rank of phalanx, torchrun, mpirun or srun, or nobody's; from the
+ * environment.
  *
  * [main]: reads the environment and keeps nothing. */
 #ifndef PHX__IDENTITY_H
@@ -23,9 +24,9 @@ phx_status phx__identity_read(phx__identity *out, phx_error *err);
 bool phx__job_is_rank(void); /* a launcher started it as a rank */
 /* True if this process prints the messages that concern the whole job. */
 bool phx__job_speaks(void);
-/* How many ranks torchrun, mpirun or srun (*launcher) have started; 0: none of them, or it cannot be read. */
 /* Half of what torchrun's manner needs is in the environment and is no launcher's: what, as a clause; NULL: nothing. */
 const char *phx__job_half_set(void);
+/* How many ranks torchrun, mpirun or srun (*launcher) have started; 0: none of them, or it cannot be read. */
 int32_t phx__job_foreign_size(const char **launcher);
 int32_t phx__job_local_size(int32_t ranks); /* how many of a run's ranks are on this machine */
 #endif

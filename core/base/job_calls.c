@@ -13,7 +13,7 @@ void phx__job_state(const phx_job *job, int32_t state, int64_t step) {
   int32_t old = __atomic_load_n(&job->mine->state, __ATOMIC_ACQUIRE);
   __atomic_store_n(&job->mine->step, step, __ATOMIC_RELAXED);
   /* A failure stays: fail() may come from another thread at this very moment. */
-  while (old != PHX__RANK_FAILED &&
+  while (old != PHX_RANK_FAILED &&
          !__atomic_compare_exchange_n(&job->mine->state, &old, state, false, __ATOMIC_RELEASE, __ATOMIC_ACQUIRE)) {
   }
   phx__job_heartbeat(job);

@@ -3,9 +3,7 @@
 #define PHX__JOB_CALLS_H
 #include <phalanx/job.h>
 
-enum { PHX__RANK_ABSENT = 0, PHX__RANK_JOINED, PHX__RANK_RUNNING, PHX__RANK_DONE, PHX__RANK_FAILED }; /* liveness.state */
-
-/* [main] This rank's liveness page; a failure stays. */
+/* [main] state: PHX_RANK_*, of this rank's liveness page; a failure stays. */
 void phx__job_state(const phx_job *job, int32_t state, int64_t step);
 void phx__job_heartbeat(const phx_job *job); /* [main] */
 /* [main][collective] the largest of all ranks' values. */

@@ -1,5 +1,5 @@
-/* core/base/regular_file.h - opening a file that a user names, for reading: a regular file, or a refusal that says what it
- * is.  Never waits, as opening a FIFO would.  [main] */
+/* core/base/regular_file.h - opening a file that a user names, for reading: a regular file, or a refusal that says what
+ * it is.  Never waits, as opening a FIFO would.  [main] */
 #ifndef PHX__REGULAR_FILE_H
 #define PHX__REGULAR_FILE_H
 #include <phalanx/base.h>

@@ -1,5 +1,5 @@
-/* core/base/sha256.h - SHA-256 (FIPS 180-4): names the exact plugin file that a run used, and proves a secret (secret.h).
- * [any] thread. */
+/* core/base/sha256.h - SHA-256 (FIPS 180-4): names the exact plugin file that a run used, and proves a secret
+ * (secret.h). [any] thread. */
 #ifndef PHX__SHA256_H
 #define PHX__SHA256_H
 #include <phalanx/base.h>

@@ -1,5 +1,5 @@
-/* core/base/sys.h - the core's system calls on files and memory, and its allocations, through one table, so that a test can
- * fail any of them.
+/* core/base/sys.h - the core's system calls on files and memory, and its allocations, through one table, so that a test
+ * can fail any of them.
  *
  * Every file that a run reads or writes is opened, read, written, renamed and removed through it.  Past it go: finding
  * things (stat, realpath, lists of directories), processes and signals, sockets, /dev/null, what a crash handler says,

@@ -7,10 +7,10 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "checkpoint/manifest.h"
-#include "checkpoint/manifest_inner.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/manifest.h"
+#include "checkpoint/manifest_inner.h"
 
 /* So many ranges of one file without a gap, and no other file between them: then more is read ahead than was asked for.
  * Ranges of another layout are rarely so many in a row, and what is read in vain is whole chunks. */

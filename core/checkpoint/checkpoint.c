@@ -16,15 +16,15 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include "base/status.h"
+#include "base/sys.h"
 #include "checkpoint/checkpoint_agree.h"
 #include "checkpoint/checkpoint_dir.h"
 #include "checkpoint/disk_room.h"
 #include "checkpoint/manifest.h"
-#include "job/run_lock.h"
 #include "engine/state_io.h"
 #include "engine/state_visit.h"
-#include "base/status.h"
-#include "base/sys.h"
+#include "job/run_lock.h"
 
 enum { WRITE_BLOCKS = PHX__CHUNK_BYTES / (PHX_BLOCK * 4) }; /* hashed, then written while it is in the cache */
 

@@ -1,4 +1,5 @@
-/* core/checkpoint/checkpoint.h - a run's whole state on disk: committed or absent; loaded under any strategy and world size.
+/* core/checkpoint/checkpoint.h - a run's whole state on disk: committed or absent; loaded under any strategy and world
+ * size.
  *
  * RUN/checkpoints/step-00000042/ holds rank-00000.safetensors, ... (the slices each rank owns) and manifest.json.  It
  * is written as RUN/checkpoints/.step-00000042.<nonce>.part and renamed when all of it is flushed, so a directory with

@@ -1,5 +1,5 @@
-/* core/checkpoint/checkpoint_agree.c - see checkpoint_agree.h.  One all_gather on the core's communicator; no allocation, so that
- * running out of memory can be agreed upon.  [main] */
+/* core/checkpoint/checkpoint_agree.c - see checkpoint_agree.h.  One all_gather on the core's communicator; no
+ * allocation, so that running out of memory can be agreed upon.  [main] */
 #include "checkpoint/checkpoint_agree.h"
 
 #include <stdio.h>

@@ -1,5 +1,5 @@
-/* core/checkpoint/checkpoint_agree.h - the ranks agree whether a phase succeeded, with one message; for checkpoint*.c and train.c.
- */
+/* core/checkpoint/checkpoint_agree.h - the ranks agree whether a phase succeeded, with one message; for checkpoint*.c
+ * and train.c. */
 #ifndef PHX__CHECKPOINT_AGREE_H
 #define PHX__CHECKPOINT_AGREE_H
 #include "engine/runtime.h"

@@ -1,13 +1,13 @@
-/* core/checkpoint/checkpoint_describe.c - see checkpoint.h: what a manifest says of the run, before anything of its state.
- * [main] */
+/* core/checkpoint/checkpoint_describe.c - see checkpoint.h: what a manifest says of the run, before anything of its
+ * state. [main] */
 #include <string.h>
 #include <time.h>
 
-#include "checkpoint/checkpoint.h"
-#include "engine/data.h"
-#include "checkpoint/manifest.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/manifest.h"
+#include "engine/data.h"
 
 typedef struct pair_sink {
   phx__manifest *manifest;

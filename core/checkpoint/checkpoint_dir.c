@@ -17,10 +17,10 @@
 #include <unistd.h>
 
 #include "checkpoint/checkpoint_dir.h"
-#include "plugin/host.h"
-#include "checkpoint/manifest.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/manifest.h"
+#include "plugin/host.h"
 
 /* ---- names ---- */
 phx_status phx__path_join(char path[PHX__CHECKPOINT_PATH], const char *dir, const char *name, phx_error *err) {

@@ -8,9 +8,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/status.h"
 #include "engine/data.h"
 #include "engine/optim.h"
-#include "base/status.h"
 
 bool phx__manifest_same_optimizer(const phx__manifest *m, const phx_optim *now) {
   bool same = strcmp(m->optimizer, now->name) == 0 && m->n_states == now->n_states;

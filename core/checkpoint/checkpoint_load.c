@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/status.h"
+#include "base/sys.h"
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/checkpoint_agree.h"
 #include "checkpoint/checkpoint_dir.h"
@@ -18,8 +20,6 @@
 #include "checkpoint/manifest.h"
 #include "engine/state_io.h"
 #include "engine/state_visit.h"
-#include "base/status.h"
-#include "base/sys.h"
 #include "plugin/where.h"
 
 /* ---- does it fit? ---- */

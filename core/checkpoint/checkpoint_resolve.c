@@ -6,12 +6,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/status.h"
+#include "base/sys.h"
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/checkpoint_dir.h"
 #include "checkpoint/elements.h"
 #include "plugin/host.h"
-#include "base/status.h"
-#include "base/sys.h"
 
 bool phx__is_there(const char *dir, const char *name) {
   char path[PHX__TOOL_PATH];

@@ -14,11 +14,11 @@
 #include <unistd.h>
 
 #include "base/bytes_text.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "checkpoint/checkpoint_dir.h"
 #include "engine/layout.h"
 #include "engine/optim.h"
-#include "base/status.h"
-#include "base/sys.h"
 
 int64_t phx__checkpoint_bytes(const phx_model *model, const phx__settings *settings) {
   phx_optim optim;

@@ -1,14 +1,13 @@
-/* core/checkpoint/elements.c - see command_checkpoint.h: values of a parameter from wherever they stand, a part at a
- * time.
+/* core/checkpoint/elements.c - see elements.h.
  *
  * Memory is the caller's scratch and one band of a transposed matrix. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
-#include "checkpoint/elements.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/elements.h"
 
 /* Names the first element that is no number. */
 static phx_status check_finite(const char *path, const char *name, const int64_t *shape, uint32_t ndim,

@@ -1,4 +1,5 @@
-/* core/checkpoint/elements.h - parameters and tensors of files as runs of fp32 elements, and matrices read the other way.  [main] */
+/* core/checkpoint/elements.h - parameters and tensors of files as runs of fp32 elements, and matrices read the other
+ * way.  [main] */
 #ifndef PHX__ELEMENTS_H
 #define PHX__ELEMENTS_H
 #include "checkpoint/manifest.h"

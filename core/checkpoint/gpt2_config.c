@@ -8,10 +8,10 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "checkpoint/gpt2.h"
 #include "base/json.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/gpt2.h"
 
 enum { TEXT_MOST = 1 << 20, SIZE_MOST = 1 << 24 };
 

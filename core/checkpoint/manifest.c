@@ -11,9 +11,9 @@
 #include <xxhash.h>
 
 #include "base/json.h"
-#include "checkpoint/manifest_inner.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/manifest_inner.h"
 
 phx__manifest *phx__manifest_create(void) { return phx__calloc(1, sizeof(phx__manifest)); }
 

@@ -1,4 +1,5 @@
-/* core/checkpoint/manifest.h - manifest.json of a checkpoint: what was saved, where each block of each state is, and checksums.
+/* core/checkpoint/manifest.h - manifest.json of a checkpoint: what was saved, where each block of each state is, and
+ * checksums.
  *
  * Everything is read under limits; after a successful read or parse the members hold, and phx__manifest_cover has found
  * every block of every state exactly once.  Statuses as in safetensors.h: PHX_IO for damage (the message names the file

@@ -7,10 +7,10 @@
 #include <string.h>
 
 #include "base/json.h"
-#include "checkpoint/manifest.h"
-#include "checkpoint/manifest_inner.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/manifest.h"
+#include "checkpoint/manifest_inner.h"
 
 const char *const phx__state_kind_names[PHX__STATE_KINDS] = {
     [PHX_STATE_WEIGHT] = "weight", [PHX_STATE_MASTER] = "master", [PHX_STATE_OPTIM] = "optim",
@@ -60,8 +60,11 @@ static bool shown_name(const char *name) {
 
 /* ---- members ---- */
 static phx_status check_head(const char *path, const phx__manifest *m, phx_error *err) {
-  if (m->step < 0 || m->samples < 0 || m->skipped < 0 || m->skipped > m->step || m->time < 0 || m->step > PHX__JSON_INTEGER_MOST ||
-      m->samples > PHX__JSON_INTEGER_MOST || m->time > PHX__JSON_INTEGER_MOST)
+  const int64_t counts[] = {m->step, m->samples, m->skipped, m->time};
+  bool are_counts = m->skipped <= m->step;
+  for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+    are_counts = are_counts && counts[i] >= 0 && counts[i] <= PHX__JSON_INTEGER_MOST;
+  if (!are_counts)
     return phx__fail(err, PHX_IO, "%s: step, samples, skipped or time is not a count", path);
   if (m->ranks < 1 || m->ranks > PHX_RANKS_MAX)
     return phx__fail(err, PHX_IO, "%s: ranks = %" PRId32 "; 1 to %d are possible", path, m->ranks, PHX_RANKS_MAX);

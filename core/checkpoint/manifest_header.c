@@ -5,8 +5,8 @@
 #include <inttypes.h>
 #include <stdio.h>
 
-#include "checkpoint/manifest.h"
 #include "base/status.h"
+#include "checkpoint/manifest.h"
 
 static phx_status check_place(const phx__safetensors *st, const char *name, int32_t dtype, int64_t offset,
                               int64_t blocks, phx_error *err) {

@@ -9,10 +9,10 @@
 #include <string.h>
 
 #include "base/json.h"
-#include "checkpoint/manifest.h"
-#include "checkpoint/manifest_inner.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/manifest.h"
+#include "checkpoint/manifest_inner.h"
 
 typedef struct reader {
   const char *path;

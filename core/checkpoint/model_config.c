@@ -10,9 +10,9 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "plugin/config_load.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "plugin/config_load.h"
 
 enum { PAIRS_MOST = 256, MORE_MOST = 16 };
 

@@ -12,11 +12,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/status.h"
+#include "base/sys.h"
 #include "checkpoint/checkpoint_resolve.h"
 #include "checkpoint/elements.h"
 #include "plugin/host.h"
-#include "base/status.h"
-#include "base/sys.h"
 
 /* ---- parameters ---- */
 static void of_tensor(const phx__source *s, const phx__tensor_place *place, phx__source_param *out) {
@@ -190,14 +190,8 @@ static int64_t step_of_files(const phx__tensor_files *files) {
   return strtoll(text, NULL, 10);
 }
 
-static bool exists(const char *dir, const char *name) {
-  char path[PHX__TOOL_PATH];
-  snprintf(path, sizeof path, "%.4000s/%s", dir, name);
-  return !access(path, F_OK);
-}
-
 bool phx__source_is_folder(const char *dir) {
-  return exists(dir, PHX__GPT2_WEIGHTS) || exists(dir, PHX__GPT2_WEIGHTS ".index.json");
+  return phx__is_there(dir, PHX__GPT2_WEIGHTS) || phx__is_there(dir, PHX__GPT2_WEIGHTS ".index.json");
 }
 
 static phx_status fill_folder(phx__source *s, phx_error *err) {
@@ -207,8 +201,8 @@ static phx_status fill_folder(phx__source *s, phx_error *err) {
   s->kind = PHX__SOURCE_FOLDER;
   s->turned = is_turned(s->files);
   s->step = step_of_files(s->files);
-  s->has_config = exists(s->path, PHX__GPT2_CONFIG);
-  if (exists(s->path, "config.ini")) memcpy(s->run, s->path, sizeof s->run);
+  s->has_config = phx__is_there(s->path, PHX__GPT2_CONFIG);
+  if (phx__is_there(s->path, "config.ini")) memcpy(s->run, s->path, sizeof s->run);
   if (!s->has_config && s->run[0]) return PHX_OK; /* a run of another model */
   s->has_config = true;
   status = phx__gpt2_read(s->path, &s->gpt2, err);
@@ -264,7 +258,7 @@ static void find_run(phx__source *s) {
   char *parent = strrchr(real, '/');
   if (!parent || strcmp(parent + 1, "checkpoints") != 0) return;
   *parent = 0;
-  if (exists(real, "config.ini")) snprintf(s->run, sizeof s->run, "%s", real); /* PATH_MAX fits */
+  if (phx__is_there(real, "config.ini")) snprintf(s->run, sizeof s->run, "%s", real); /* PATH_MAX fits */
 }
 
 static phx_status fill_checkpoint(phx__source *s, phx_error *err) {
@@ -283,7 +277,7 @@ static phx_status fill_checkpoint(phx__source *s, phx_error *err) {
 /* The step that a checkpoint's name tells; -1: its name tells none. */
 static int64_t step_of_name(const char *dir) {
   const char *slash = strrchr(dir, '/'), *leaf = slash ? slash + 1 : dir;
-  return !strncmp(leaf, "step-", 5) && strlen(leaf) < 23 ? strtoll(leaf + 5, NULL, 10) : -1;
+  return phx__is_step_name(leaf) ? strtoll(leaf + 5, NULL, 10) : -1;
 }
 
 static void forget_folder(phx__source *s) {
@@ -320,7 +314,7 @@ static phx_status fill(phx__source *s, phx_error *err) {
   struct stat st;
   if (!stat(s->path, &st) && !S_ISDIR(st.st_mode)) return fill_file(s, err);
   const bool weights = phx__source_is_folder(s->path);
-  const bool checkpoints = phx__has_checkpoints(s->path) || exists(s->path, PHX__MANIFEST_NAME);
+  const bool checkpoints = phx__has_checkpoints(s->path) || phx__is_there(s->path, PHX__MANIFEST_NAME);
   if (weights && !checkpoints) return fill_folder(s, err);
   if (!checkpoints && step_of_name(s->path) < 0)
     return phx__fail(err, PHX_INVALID,
@@ -331,7 +325,8 @@ static phx_status fill(phx__source *s, phx_error *err) {
   if (status) return status;
   if (weights) status = fill_newer_folder(s, step_of_name(dir), &filled, err);
   if (status || filled) return status;
-  if (!exists(s->path, "checkpoints/latest")) memcpy(s->path, dir, sizeof s->path); /* which was told, and is enough */
+  /* without `latest`, the checkpoint's own name was told, and is enough */
+  if (!phx__is_there(s->path, "checkpoints/latest")) memcpy(s->path, dir, sizeof s->path);
   return fill_checkpoint(s, err);
 }
 

@@ -1,4 +1,5 @@
-/* core/checkpoint/model_source.h - a model's weights wherever they stand: a run, a checkpoint, a folder of Hugging Face's, a file.
+/* core/checkpoint/model_source.h - a model's weights wherever they stand: a run, a checkpoint, a folder of Hugging
+ * Face's, a file.
  *
  * A run stands for the newest of what it has: its latest checkpoint, or the final weights in model.safetensors, which
  * say their step.  Parameters have our names and shapes here, whatever stands in the files: matrices that are kept as

@@ -8,13 +8,13 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "base/status.h"
+#include "base/sys.h"
 #include "checkpoint/checkpoint_agree.h"
 #include "checkpoint/checkpoint_dir.h"
 #include "checkpoint/gpt2.h"
 #include "checkpoint/model_source.h"
 #include "checkpoint/safetensors.h"
-#include "base/status.h"
-#include "base/sys.h"
 
 phx_status phx__resume_decide(const phx__config *config, bool *any, phx_error *err) {
   char text[PHX__CHECKPOINT_PATH + 100];

@@ -23,12 +23,12 @@
 
 #include "base/clock.h"
 #include "base/job_calls.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "checkpoint/manifest.h"
 #include "engine/handed.h"
 #include "engine/prepare.h"
 #include "engine/state_visit.h"
-#include "base/status.h"
-#include "base/sys.h"
 #include "plugin/where.h"
 
 enum { LIVE = 0, BUSY, COPYING, COPIED, DONE }; /* a chunk */

@@ -1,9 +1,9 @@
 /* core/checkpoint/saver.h - a checkpoint that is written while training goes on: one at most, by a thread of its own.
  *
- * State changes only by the optimizer's tickets (PHX_CAP_LIVE_STATE), and core/engine/optim.c says so before each: what of it
- * is still to be written is copied first, into memory that was planned, or waited for where that is too small.  The
- * ranks go on together: when all are `ready` (one number in an all_reduce that is made anyway) they `advance`. [main]
- * but for the thread inside. */
+ * State changes only by the optimizer's tickets (PHX_CAP_LIVE_STATE), and core/engine/optim.c says so before each: what
+ * of it is still to be written is copied first, into memory that was planned, or waited for where that is too small.
+ * The ranks go on together: when all are `ready` (one number in an all_reduce that is made anyway) they `advance`.
+ * [main] but for the thread inside. */
 #ifndef PHX__SAVER_H
 #define PHX__SAVER_H
 #include "checkpoint/checkpoint.h"

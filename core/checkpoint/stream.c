@@ -16,9 +16,9 @@
 #define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
 
-#include "plugin/host.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "plugin/host.h"
 
 enum { FREE, FILLING, QUEUED, BUSY, DONE };
 

@@ -1,6 +1,6 @@
-/* core/checkpoint/stream.h - files moved a chunk at a time through a few buffers, by threads of the stream's own, while the caller
- * hashes and copies; past the page cache (O_DIRECT) where the file system allows it.  What is read is hashed by the
- * thread that read it, and lies in its final place where that can be.
+/* core/checkpoint/stream.h - files moved a chunk at a time through a few buffers, by threads of the stream's own, while
+ * the caller hashes and copies; past the page cache (O_DIRECT) where the file system allows it.  What is read is hashed
+ * by the thread that read it, and lies in its final place where that can be.
  *
  * A stream either writes one file or reads any number of files.  All calls from one thread; only pread, pwrite and
  * direct of phx__sys are called from the stream's own.  What fits one chunk is moved at once, without a thread. */

@@ -1,4 +1,5 @@
-/* core/checkpoint/tensor_files.h - the tensors of a model that stand in one safetensors file, or in several with an index.
+/* core/checkpoint/tensor_files.h - the tensors of a model that stand in one safetensors file, or in several with an
+ * index.
  *
  * DIR/model.safetensors, or DIR/model.safetensors.index.json, which names for each tensor the file that holds it, as
  * Hugging Face writes models that are large.  After a successful open every tensor of every file is in the index and

@@ -3,9 +3,9 @@
 
 #include <string.h>
 
-#include "checkpoint/safetensors.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/safetensors.h"
 
 enum { ROOM = 2 << 20 /* elements: 8 MiB */ };
 

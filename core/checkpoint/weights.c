@@ -10,14 +10,14 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "checkpoint/checkpoint.h"
-#include "engine/layout.h"
-#include "job/run_lock.h"
-#include "engine/state_io.h"
-#include "engine/state_visit.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/checkpoint.h"
 #include "checkpoint/turned_file.h"
+#include "engine/layout.h"
+#include "engine/state_io.h"
+#include "engine/state_visit.h"
+#include "job/run_lock.h"
 
 typedef struct weights_file {
   phx__runtime *rt;

@@ -5,8 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "plugin/host.h"
 #include "base/status.h"
+#include "plugin/host.h"
 #include "plugin/where.h"
 
 static void count(phx__balance *b, double seconds, int64_t wait_ns) {

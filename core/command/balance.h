@@ -1,5 +1,5 @@
-/* core/command/balance.h - how unequal the ranks are: each one's own time in a step, which is the step less what it waited for
- * its peers, and who is the slowest by that.
+/* core/command/balance.h - how unequal the ranks are: each one's own time in a step, which is the step less what it
+ * waited for its peers, and who is the slowest by that.
  *
  * A communicator counts the waiting; nccl only that of [main], not what its kernels wait on the device.  [main] */
 #ifndef PHX__BALANCE_H

@@ -12,8 +12,8 @@
 #include "base/bytes_text.h"
 #include "base/clock.h"
 #include "base/job_calls.h"
-#include "engine/prepare.h"
 #include "base/status.h"
+#include "engine/prepare.h"
 #include "job/stop.h"
 
 static void say_list(int32_t rank, int32_t level, const char *format, va_list args) {

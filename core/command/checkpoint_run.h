@@ -2,9 +2,9 @@
  * [main] [collective] */
 #ifndef PHX__CHECKPOINT_RUN_H
 #define PHX__CHECKPOINT_RUN_H
+#include "checkpoint/saver.h"
 #include "command/progress.h"
 #include "command/run_result.h"
-#include "checkpoint/saver.h"
 
 typedef struct phx__checkpoints {
   phx__runtime *rt; /* NULL: never opened */

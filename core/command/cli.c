@@ -1,14 +1,14 @@
 /* core/command/cli.c - `phalanx COMMAND ...`: which command, and the arguments that several commands share.
  *
  * A mistake on the command line is one line on stderr and exit status 2; nothing was opened by then.  [main] only. */
-#include "checkpoint/checkpoint.h"
 #include "command/cli.h"
-#include "command/commands.h"
 #include "base/complain.h"
 #include "base/nearest.h"
-#include "checkpoint/resume.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/resume.h"
+#include "command/commands.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,4 +1,5 @@
-/* core/command/cli.h - the command line: dispatch, and the arguments that train, compare and check share.  [main] only. */
+/* core/command/cli.h - the command line: dispatch, and the arguments that train, compare and check share.  [main]
+ * only. */
 #ifndef PHX__CLI_H
 #define PHX__CLI_H
 #include "config/config.h"

@@ -1,17 +1,17 @@
-/* core/command/command_check.c - `phalanx check FILE.ini`: the effective configuration with sources, or all its errors; and the
- * plan of memory and traffic, in comments. */
+/* core/command/command_check.c - `phalanx check FILE.ini`: the effective configuration with sources, or all its errors;
+ * and the plan of memory and traffic, in comments. */
 #include <stdlib.h>
 
+#include "base/complain.h"
+#include "base/status.h"
 #include "command/cli.h"
 #include "command/commands.h"
-#include "base/complain.h"
-#include "plugin/config_load.h"
-#include "command/plan.h"
-#include "engine/prepare.h"
 #include "command/memory_room.h"
+#include "command/plan.h"
 #include "command/run_data.h"
 #include "command/run_dir.h"
-#include "base/status.h"
+#include "engine/prepare.h"
+#include "plugin/config_load.h"
 
 /* The data as `train` opens them, and their line. */
 static phx_status check_data(const phx__config *config, phx_error *err) {

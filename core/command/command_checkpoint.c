@@ -12,16 +12,16 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "checkpoint/checkpoint_resolve.h"
-#include "command/cli.h"
-#include "command/commands.h"
 #include "base/complain.h"
+#include "base/status.h"
+#include "base/sys.h"
+#include "checkpoint/checkpoint_resolve.h"
 #include "checkpoint/elements.h"
 #include "checkpoint/manifest_inner.h"
 #include "checkpoint/model_source.h"
+#include "command/cli.h"
+#include "command/commands.h"
 #include "engine/state_hash.h"
-#include "base/status.h"
-#include "base/sys.h"
 
 phx_status phx__writing(phx_status status) { return status == PHX_IO ? PHX_STATE : status; }
 

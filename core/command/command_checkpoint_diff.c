@@ -1,5 +1,5 @@
-/* core/command/command_checkpoint_diff.c - `phalanx checkpoint diff A B`: the first tensor that differs, and by how much at
- * most.
+/* core/command/command_checkpoint_diff.c - `phalanx checkpoint diff A B`: the first tensor that differs, and by how
+ * much at most.
  *
  * A and B are checkpoints, runs (the newest that they have), folders or safetensors files.  Tensors are compared by
  * name, bit for bit, in our layout, whatever the files have; optimizer states only when both sides have them.  Exit
@@ -8,11 +8,11 @@
 #include <math.h>
 #include <string.h>
 
-#include "command/command_checkpoint.h"
-#include "checkpoint/elements.h"
-#include "checkpoint/model_source.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/elements.h"
+#include "checkpoint/model_source.h"
+#include "command/command_checkpoint.h"
 
 enum { EXIT_DIFFER = 1 };
 

@@ -1,4 +1,5 @@
-/* core/command/command_checkpoint_export.c - `phalanx checkpoint export`: one model.safetensors and config.json for others.
+/* core/command/command_checkpoint_export.c - `phalanx checkpoint export`: one model.safetensors and config.json for
+ * others.
  *
  * From a checkpoint, a run (the newest of its checkpoints and its final weights) or another folder.  Names and layout
  * are gpt2.h's: linear weights (in, out) as Conv1D keeps them, no lm_head, since it is wte.weight. */
@@ -7,11 +8,11 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "command/command_checkpoint.h"
-#include "checkpoint/elements.h"
-#include "checkpoint/model_source.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/elements.h"
+#include "checkpoint/model_source.h"
+#include "command/command_checkpoint.h"
 
 typedef struct exported {
   phx__source *source;

@@ -1,5 +1,5 @@
-/* core/command/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint of
- * step 0.
+/* core/command/command_checkpoint_import.c - `phalanx checkpoint import`: weights trained elsewhere become a checkpoint
+ * of step 0.
  *
  * From a folder with config.json and model.safetensors, or several files and their index, as Hugging Face writes them
  * for GPT-2 (model_source.c checks it whole); or from a run or a checkpoint of ours, whose weights alone are taken.  A
@@ -11,21 +11,21 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "checkpoint/checkpoint.h"
-#include "checkpoint/checkpoint_dir.h"
-#include "command/command_checkpoint.h"
-#include "plugin/config_load.h"
-#include "checkpoint/checkpoint_resolve.h"
-#include "checkpoint/elements.h"
-#include "engine/layout.h"
-#include "checkpoint/model_config.h"
-#include "engine/optim.h"
-#include "engine/prepare.h"
-#include "job/run_lock.h"
-#include "engine/state_hash.h"
 #include "base/complain.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/checkpoint_dir.h"
+#include "checkpoint/checkpoint_resolve.h"
+#include "checkpoint/elements.h"
+#include "checkpoint/model_config.h"
+#include "command/command_checkpoint.h"
+#include "engine/layout.h"
+#include "engine/optim.h"
+#include "engine/prepare.h"
+#include "engine/state_hash.h"
+#include "job/run_lock.h"
+#include "plugin/config_load.h"
 
 #define SHARD "rank-00000.safetensors"
 enum { UNITS_PART = PHX__TOOL_PART / PHX_BLOCK }; /* blocks written at once */

@@ -2,11 +2,11 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include "base/complain.h"
+#include "base/status.h"
 #include "command/cli.h"
 #include "command/commands.h"
 #include "command/compare.h"
-#include "base/complain.h"
-#include "base/status.h"
 
 int phx__command_compare(int argc, char **argv) {
   phx__arguments arguments;

@@ -1,16 +1,16 @@
 /* core/command/command_help.c - `phalanx help [NAME|PATH.so|--markdown] [FILE.ini]`: options from the tables, so that
  * they are never out of date. */
-#include "command/cli.h"
-#include "command/commands.h"
 #include "base/complain.h"
-#include "config/config.h"
-#include "plugin/config_load.h"
-#include "plugin/loader.h"
-#include "plugin/loader_search.h"
-#include "config/settings.h"
 #include "base/nearest.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "command/cli.h"
+#include "command/commands.h"
+#include "config/config.h"
+#include "config/settings.h"
+#include "plugin/config_load.h"
+#include "plugin/loader.h"
+#include "plugin/loader_search.h"
 
 #include <string.h>
 

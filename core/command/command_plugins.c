@@ -3,16 +3,16 @@
  * Loading runs a plugin's constructors, so each candidate is looked at in a child process of its own: one that crashes
  * or hangs is reported as such and does not take the lister down.  The child writes one fixed record into a pipe; its
  * output goes to /dev/null.  No child outlives the command.  [main], single-threaded. */
-#include "command/commands.h"
 #include "base/complain.h"
+#include "base/status.h"
+#include "base/sys.h"
+#include "command/commands.h"
 #include "config/config.h"
 #include "plugin/config_load.h"
 #include "plugin/descriptor.h"
 #include "plugin/loader.h"
 #include "plugin/loader_search.h"
-#include "base/status.h"
 #include "plugin/suspect.h"
-#include "base/sys.h"
 
 #include <errno.h>
 #include <fcntl.h>

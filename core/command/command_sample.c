@@ -5,11 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/complain.h"
+#include "base/status.h"
 #include "command/cli.h"
 #include "command/commands.h"
-#include "base/complain.h"
 #include "command/sample.h"
-#include "base/status.h"
 
 static const char *const known[] = {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", NULL};
 

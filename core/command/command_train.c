@@ -1,17 +1,17 @@
-/* core/command/command_train.c - `phalanx train`: one run.  Started by a launcher, this process is one of its ranks; else it
- * checks the run, makes its directory and starts the ranks.  [main] only. */
+/* core/command/command_train.c - `phalanx train`: one run.  Started by a launcher, this process is one of its ranks;
+ * else it checks the run, makes its directory and starts the ranks.  [main] only. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "command/cli.h"
-#include "command/commands.h"
 #include "base/complain.h"
-#include "plugin/config_load.h"
 #include "base/identity.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "command/cli.h"
+#include "command/commands.h"
 #include "command/train.h"
+#include "plugin/config_load.h"
 
 /* Another launcher knows how many ranks it has started: -n need not say it again. */
 static void add_ranks(phx__arguments *a, char text[32]) {

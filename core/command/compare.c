@@ -19,16 +19,16 @@
 
 #include "base/bytes_text.h"
 #include "base/complain.h"
-#include "plugin/config_load.h"
-#include "plugin/loader.h"
 #include "base/output.h"
-#include "command/report.h"
-#include "command/run_dir.h"
-#include "job/run_lock.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "command/report.h"
+#include "command/run_dir.h"
 #include "command/train.h"
 #include "command/train_check.h"
+#include "job/run_lock.h"
+#include "plugin/config_load.h"
+#include "plugin/loader.h"
 
 enum { VARIANTS_MAX = 32, SETS_MAX = 16, SET_BYTES = 256, ARGS_MAX = 2 * PHX__OVERRIDES_MOST + 4 };
 

@@ -1,5 +1,5 @@
-/* core/command/compare.h - the same run under several strategies, one after the other, and the table of what differs.  [main]
- */
+/* core/command/compare.h - the same run under several strategies, one after the other, and the table of what
+ * differs.  [main] */
 #ifndef PHX__COMPARE_H
 #define PHX__COMPARE_H
 #include "command/cli.h"

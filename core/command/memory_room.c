@@ -8,10 +8,10 @@
 
 #include "base/bytes_text.h"
 #include "base/cgroup.h"
-#include "plugin/host.h"
-#include "engine/prepare.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/prepare.h"
+#include "plugin/host.h"
 
 /* ---- what there is ---- */
 

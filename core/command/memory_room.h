@@ -1,4 +1,5 @@
-/* core/command/memory_room.h - does the plan of all ranks here fit into the memory that this machine, and the cgroup, have left?
+/* core/command/memory_room.h - does the plan of all ranks here fit into the memory that this machine, and the cgroup,
+ * have left?
  *
  * The kernel refuses nothing: it lets a run begin, and kills it, or another process, when the pages are touched.  Only
  * plans of devices whose memory is this machine's are compared.  [main] */

@@ -13,9 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "plugin/host.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "plugin/host.h"
 
 /* ---- where the file is cut ---- */
 enum { HEAD_BYTES = 48, READ_BYTES = 1 << 16 };

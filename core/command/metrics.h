@@ -1,5 +1,5 @@
-/* core/command/metrics.h - metrics.jsonl: one line a step, written as it comes.  A full disk does not stop the run: lines wait
- * in memory, and are written when there is room.  [main] of rank 0. */
+/* core/command/metrics.h - metrics.jsonl: one line a step, written as it comes.  A full disk does not stop the run:
+ * lines wait in memory, and are written when there is room.  [main] of rank 0. */
 #ifndef PHX__METRICS_H
 #define PHX__METRICS_H
 #include <phalanx/base.h>

@@ -5,10 +5,10 @@
 #include <string.h>
 
 #include "base/bytes_text.h"
-#include "plugin/host.h"
-#include "engine/prepare.h"
-#include "command/memory_room.h"
 #include "base/status.h"
+#include "command/memory_room.h"
+#include "engine/prepare.h"
+#include "plugin/host.h"
 
 typedef struct row {
   int32_t first;

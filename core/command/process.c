@@ -12,8 +12,8 @@
 #include <unistd.h>
 
 #include "base/complain.h"
-#include "engine/cpus.h"
 #include "base/status.h"
+#include "engine/cpus.h"
 
 /* The lowest free number is what open() gives, so 0, 1 and 2 are taken in turn.  Where there is no /dev/null, the root
  * directory holds the place: opened as a path, it can be neither read nor written. */

@@ -1,4 +1,5 @@
-/* core/command/process.h - what a process of the command is given by whoever started it, made into what the rest relies on.
+/* core/command/process.h - what a process of the command is given by whoever started it, made into what the rest relies
+ * on.
  *
  * Called by main() alone: a library does not change its process.  [main] */
 #ifndef PHX__PROCESS_H

@@ -1,4 +1,5 @@
-/* core/command/progress.c - see progress.h.  Losses are written with 17 digits: enough to tell any two doubles apart. */
+/* core/command/progress.c - see progress.h.  Losses are written with 17 digits: enough to tell any two doubles
+ * apart. */
 #include "command/progress.h"
 
 #include <inttypes.h>

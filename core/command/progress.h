@@ -1,9 +1,9 @@
-/* core/command/progress.h - what rank 0 says while training: a bar on a terminal, plain lines elsewhere; metrics.jsonl. [main]
- */
+/* core/command/progress.h - what rank 0 says while training: a bar on a terminal, plain lines elsewhere; metrics.jsonl.
+ * [main] */
 #ifndef PHX__PROGRESS_H
 #define PHX__PROGRESS_H
-#include "engine/engine.h"
 #include "command/metrics.h"
+#include "engine/engine.h"
 
 typedef struct phx__progress {
   const phx__runtime *rt; /* NULL: never opened */

@@ -12,12 +12,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "command/balance.h"
 #include "base/output.h"
-#include "engine/plan_kept.h"
-#include "job/run_lock.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "command/balance.h"
+#include "engine/plan_kept.h"
+#include "job/run_lock.h"
 
 int64_t phx__pss_bytes(void) {
   char text[2048]; /* "Pss:" is the third line of some twenty short ones */

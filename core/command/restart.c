@@ -12,15 +12,15 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "checkpoint/checkpoint.h"
 #include "base/complain.h"
-#include "engine/cpus.h"
-#include "job/launcher.h"
-#include "command/memory_room.h"
-#include "job/run_lock.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/checkpoint.h"
+#include "command/memory_room.h"
 #include "command/train_check.h"
+#include "engine/cpus.h"
+#include "job/launcher.h"
+#include "job/run_lock.h"
 
 phx_status phx__restart_accumulate(const phx__config *config, int32_t ranks, int64_t *out, phx_error *err) {
   const phx__settings *s = &config->s;

@@ -10,9 +10,9 @@
 
 #include "base/bytes_text.h"
 #include "base/clock.h"
-#include "plugin/host.h"
 #include "base/job_calls.h"
 #include "base/status.h"
+#include "plugin/host.h"
 
 #define READ_S 0.5
 #define LONG_S 1.0

@@ -1,4 +1,5 @@
-/* core/command/run_data.h - the data of one run: opened by everyone, read whole once on each machine, told in one line. */
+/* core/command/run_data.h - the data of one run: opened by everyone, read whole once on each machine, told in one
+ * line. */
 #ifndef PHX__RUN_DATA_H
 #define PHX__RUN_DATA_H
 #include <phalanx/job.h>

@@ -15,13 +15,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "checkpoint/checkpoint_dir.h"
 #include "base/complain.h"
 #include "base/json.h"
 #include "base/output.h"
-#include "job/run_lock.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/checkpoint_dir.h"
+#include "job/run_lock.h"
 
 enum { RUN_DIR_MAX = 4000, /* PATH_MAX, with room for the names below it */ CONFIG_MAX = 16 << 20 };
 

@@ -1,4 +1,5 @@
-/* core/command/run_dir.h - the directory of a run, run.out: made, locked, an earlier run moved aside, config.ini; and back.
+/* core/command/run_dir.h - the directory of a run, run.out: made, locked, an earlier run moved aside, config.ini; and
+ * back.
  *
  * By the launcher, or by rank 0 under another launcher.  Order: open (nothing is moved or written yet, but the lock),
  * begin, at the end close.  A link is followed; a directory that cannot be moved is refused only when it holds an

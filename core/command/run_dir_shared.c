@@ -1,4 +1,5 @@
-/* core/command/run_dir_shared.c - do the ranks of several machines see the same run directory, and are they its owner's?
+/* core/command/run_dir_shared.c - do the ranks of several machines see the same run directory, and are they its
+ * owner's?
  *
  * Checkpoints and weights are written by all ranks into one directory.  Where each machine has one of its own, the
  * files would be incomplete without anybody noticing: rank 0 makes a file with a random name and random content, and
@@ -13,11 +14,11 @@
 #include <unistd.h>
 
 #include "base/clock.h"
-#include "job/job_segment.h"
-#include "command/run_dir.h"
 #include "base/secret.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "command/run_dir.h"
+#include "job/job_segment.h"
 
 #define LATE_S 10.0
 enum { KEY_BYTES = 32 };

@@ -12,17 +12,17 @@
 #include <string.h>
 
 #include "base/complain.h"
-#include "plugin/config_load.h"
-#include "checkpoint/elements.h"
-#include "engine/engine.h"
-#include "job/job.h"
-#include "checkpoint/model_config.h"
-#include "engine/prepare.h"
 #include "base/rng.h"
-#include "engine/runtime_open.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "checkpoint/elements.h"
+#include "checkpoint/model_config.h"
 #include "checkpoint/weights.h"
+#include "engine/engine.h"
+#include "engine/prepare.h"
+#include "engine/runtime_open.h"
+#include "job/job.h"
+#include "plugin/config_load.h"
 
 enum { END_OF_TEXT = 256, BYTE_VOCABULARY = 257 };
 enum { GPT2_END_OF_TEXT = 50256, GPT2_VOCABULARY = 50257 };

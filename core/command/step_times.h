@@ -1,4 +1,5 @@
-/* core/command/step_times.h - the median of the steps' times, in memory that does not grow with their number.  [main] */
+/* core/command/step_times.h - the median of the steps' times, in memory that does not grow with their number.
+ * [main] */
 #ifndef PHX__STEP_TIMES_H
 #define PHX__STEP_TIMES_H
 #include <phalanx/base.h>

@@ -3,8 +3,8 @@
  * Tokens are the text's bytes and 256, end of text, between files.  The output is written beside its name and renamed
  * when complete, so a reader never sees half a file.  Invariant: on failure no output was made or changed, but for the
  * first of two when the rename of the second fails, which the message says.  [main] only. */
-#include "command/commands.h"
 #include "base/complain.h"
+#include "command/commands.h"
 #include "engine/data.h"
 #include "engine/data_kind.h"
 

@@ -8,40 +8,40 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "command/balance.h"
-#include "command/checkpoint_run.h"
 #include "base/clock.h"
 #include "base/complain.h"
-#include "engine/cpus.h"
-#include "checkpoint/disk_room.h"
-#include "engine/drift.h"
 #include "base/identity.h"
-#include "job/job.h"
 #include "base/job_calls.h"
-#include "job/job_segment.h"
-#include "job/job_watch.h"
-#include "job/launcher.h"
-#include "engine/memory_watch.h"
-#include "engine/plan_kept.h"
-#include "engine/prepare.h"
+#include "base/status.h"
+#include "base/sys.h"
+#include "checkpoint/disk_room.h"
+#include "checkpoint/resume.h"
+#include "checkpoint/weights.h"
+#include "command/balance.h"
+#include "command/checkpoint_run.h"
+#include "command/memory_room.h"
 #include "command/progress.h"
 #include "command/report.h"
 #include "command/restart.h"
-#include "checkpoint/resume.h"
 #include "command/run_data.h"
-#include "command/memory_room.h"
 #include "command/run_dir.h"
-#include "job/run_lock.h"
+#include "command/step_times.h"
+#include "command/train_check.h"
+#include "engine/cpus.h"
+#include "engine/drift.h"
+#include "engine/memory_watch.h"
+#include "engine/plan_kept.h"
+#include "engine/prepare.h"
 #include "engine/runtime_open.h"
 #include "engine/state.h"
 #include "engine/state_visit.h"
-#include "base/status.h"
-#include "command/step_times.h"
-#include "job/stop.h"
-#include "base/sys.h"
-#include "command/train_check.h"
 #include "engine/weight_check.h"
-#include "checkpoint/weights.h"
+#include "job/job.h"
+#include "job/job_segment.h"
+#include "job/job_watch.h"
+#include "job/launcher.h"
+#include "job/run_lock.h"
+#include "job/stop.h"
 #include "plugin/where.h"
 
 enum { MEASURED_STEP = 2 }; /* memory and traffic are measured in this step: the first steady one */
@@ -222,8 +222,8 @@ static phx_status save_due(run *r, phx_error *err) {
   return status;
 }
 
-/* Held-out loss and hash where they are due, and the step's line, if no save has asked for it before.  Who is to stop does not begin an evaluation; who
- * hears of it meanwhile does not end it, but that of the last step. */
+/* Held-out loss and hash where they are due, and the step's line, if no save has asked for it before.  Who is to stop
+ * does not begin an evaluation; who hears of it meanwhile does not end it, but that of the last step. */
 static phx_status tell_step(run *r, phx_error *err) {
   const phx__settings *s = &r->config->s;
   const int64_t step = r->step;
@@ -390,6 +390,12 @@ static void say_data(const run *r) {
   phx__run_data_say_same(&r->data);
 }
 
+/* The other ranks wait already: for half of their patience at most, in milliseconds; 0 s is for ever. */
+static void limit_lock_wait(double timeout_s) {
+  const int half = (int)(500 * fmin(timeout_s, 1000));
+  phx__run_lock_limit_ms = timeout_s > 0 && half < 1 ? 1 : half;
+}
+
 static phx_status open_run(run *r, phx_error *err) {
   phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
   if (status) return status;
@@ -418,7 +424,7 @@ static phx_status open_run(run *r, phx_error *err) {
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   const bool makes = r->job->rank == 0 && foreign();
   if (!status && makes) status = phx__disk_room_at_start(r->config, r->prepared->model, err);
-  if (makes) phx__run_lock_limit_ms = (int)(500 * fmin(r->config->s.run.timeout, 1000)); /* the others wait already */
+  if (makes) limit_lock_wait(r->config->s.run.timeout);
   if (!status && makes) status = phx__run_dir_open(r->config, &r->dir, err);
   if (!status && is_if_any(r->asked)) status = decide_resume(r, err);
   if (!status && makes) {
@@ -530,7 +536,7 @@ static void tell_failure(run *r, phx_status status, phx_error *err) {
   complain_as_rank(r, err->message);
   if (!r->job) return;
   phx__watch_leaving();
-  phx__job_state(r->job, PHX__RANK_FAILED, r->engine ? r->engine->step : r->step);
+  phx__job_state(r->job, PHX_RANK_FAILED, r->engine ? r->engine->step : r->step);
   phx__job_ends(r->job, r->failed_exit);
   r->job->fail(r->job->ctx, err->message);
 }
@@ -563,7 +569,7 @@ int phx__train_rank(const phx__config *config, const char *resume) {
     const phx_status ended = status ? PHX_OK : end_together(&r, &err);
     if (ended) tell_failure(&r, status = ended, &err);
   }
-  if (!status) phx__job_state(r.job, PHX__RANK_DONE, config->s.run.steps);
+  if (!status) phx__job_state(r.job, PHX_RANK_DONE, config->s.run.steps);
   phx__run_dir_close(r.dir);
   if (r.job) phx__job_leave(r.job);
   if (!status) return r.stopped && config->s.run.stopped_status == 0 ? PHX__EXIT_STOPPED : PHX__EXIT_OK;

@@ -1,4 +1,5 @@
-/* core/command/train.h - one run: a rank's life from configuration to final weights, and the launcher's side of it.  [main] */
+/* core/command/train.h - one run: a rank's life from configuration to final weights, and the launcher's side of
+ * it.  [main] */
 #ifndef PHX__TRAIN_H
 #define PHX__TRAIN_H
 #include "config/config.h"

@@ -1,13 +1,13 @@
 /* core/command/train_check.c - see train_check.h. */
 #include "command/train_check.h"
 
-#include "engine/cpus.h"
+#include "base/status.h"
 #include "checkpoint/disk_room.h"
-#include "engine/drift.h"
-#include "engine/prepare.h"
 #include "command/memory_room.h"
 #include "command/run_data.h"
-#include "base/status.h"
+#include "engine/cpus.h"
+#include "engine/drift.h"
+#include "engine/prepare.h"
 
 phx_status phx__train_check(const phx__config *config, phx_error *err) {
   const int32_t size = (int32_t)config->s.run.ranks;

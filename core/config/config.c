@@ -1,8 +1,8 @@
 /* core/config/config.c - see config.h. */
 #include "config/config.h"
 
-#include "config/config_store.h"
 #include "base/sys.h"
+#include "config/config_store.h"
 
 const char *phx__kind_name(uint32_t kind) {
   static const char *const names[] = {"unknown", "strategy", "device", "comm", "model"};

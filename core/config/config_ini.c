@@ -7,10 +7,10 @@
  * differ in them.  A line that inih's buffer cannot hold (200 bytes) is taken apart here, by the same rules.
  *
  * Does not know which sections and keys exist.  Any thread. */
-#include "config/config_ini.h"
 #include "base/status.h"
 #include "base/sys.h"
 #include "base/utf8.h"
+#include "config/config_ini.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,4 +1,5 @@
-/* core/config/config_print.c - the effective configuration as an INI, as a visit, as a hash; and help from option tables.
+/* core/config/config_print.c - the effective configuration as an INI, as a visit, as a hash; and help from option
+ * tables.
  *
  * Invariant: what is printed parses to the same configuration, comments included.  [main] only. */
 #include "config/config.h"

@@ -2,11 +2,11 @@
  *
  * Does not load plugins and does not know what settings mean.  [main] only. */
 #include "config/config_store.h"
-#include "config/config_ini.h"
 #include "base/nearest.h"
-#include "config/settings.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "config/config_ini.h"
+#include "config/settings.h"
 
 #include <limits.h>
 #include <stdarg.h>

@@ -1,4 +1,5 @@
-/* core/config/config_store.h - what a phx__config is made of: entries as given, sections, settings with sources, problems.
+/* core/config/config_store.h - what a phx__config is made of: entries as given, sections, settings with sources,
+ * problems.
  *
  *   entry    one `key = value` of the file or one override, as text
  *   section  a name, an option table, and the struct that it fills; [model] is two of them: the core's and the plugin's

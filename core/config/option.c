@@ -3,8 +3,8 @@
  * strtol and its family are forgiving in ways that hurt ("" is 0, "1e6" is 1, "010" is 8, a locale's comma), so a text
  * is first checked by character, then converted, then must be consumed whole.  Does not know sections or files.
  * Invariant: text(parse(t)) parses to the same value.  Any thread: the C locale object is made once. */
-#include "config/option.h"
 #include "base/status.h"
+#include "config/option.h"
 
 #include <errno.h>
 #include <locale.h>

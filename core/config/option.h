@@ -1,4 +1,5 @@
-/* core/config/option.h - one row of an option table: parse a text, store it, print it, describe it; and check a whole table.
+/* core/config/option.h - one row of an option table: parse a text, store it, print it, describe it; and check a whole
+ * table.
  *
  * Used alike for the core's own sections and for plugins.  [any] thread, no state. */
 #ifndef PHX__OPTION_H

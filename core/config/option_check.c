@@ -1,8 +1,8 @@
 /* core/config/option_check.c - is an option table fit to be parsed into?  Checked once, when a plugin is loaded.
  *
  * What cannot be checked: that pointers in the table point at something.  No state; any thread. */
-#include "config/option.h"
 #include "base/status.h"
+#include "config/option.h"
 
 #include <math.h>
 #include <string.h>

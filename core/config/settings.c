@@ -111,13 +111,15 @@ static const phx_option precision_options[] = {
          "Type of gradients on the wire; bf16 halves the traffic and changes the numbers; fp16 is refused."),
 };
 static const phx_option device_options[] = {
-    STRING(device, plugin, "auto", 0, "The device's plugin; auto takes the one with the highest preference that can run here."),
+    STRING(device, plugin, "auto", 0,
+           "The device's plugin; auto takes the one with the highest preference that can run here."),
     INT(device, threads, "auto", 1, 1024, "threads", PHX_OPTF_AUTO,
         "Threads per rank; auto shares the cores of this machine among its ranks."),
 };
 static const phx_option comm_options[] = {
     STRING(comm, plugin, "auto", 0,
-           "The communicator's plugin; auto takes the one with the highest preference that fits the device and can run."),
+           "The communicator's plugin; auto takes the one with the highest preference that fits the device and can "
+           "run."),
 };
 static const phx_option checkpoint_options[] = {
     INT(checkpoint, every, "0", 0, STEPS_MOST, "steps", 0,

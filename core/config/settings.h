@@ -1,5 +1,5 @@
-/* core/config/settings.h - the core's own INI sections: the struct that they fill, and their option tables.  Constant data; [any].
- */
+/* core/config/settings.h - the core's own INI sections: the struct that they fill, and their option tables.  Constant
+ * data; [any]. */
 #ifndef PHX__SETTINGS_H
 #define PHX__SETTINGS_H
 #include <phalanx/option.h>

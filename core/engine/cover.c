@@ -7,17 +7,12 @@
 #include <inttypes.h>
 #include <string.h>
 
-#include "engine/layout.h"
+#include "base/rng.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/layout.h"
 
-/* splitmix64's finalizer. */
-static int64_t mark(int64_t element) {
-  uint64_t x = (uint64_t)element + UINT64_C(0x9E3779B97F4A7C15);
-  x = (x ^ (x >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
-  x = (x ^ (x >> 27)) * UINT64_C(0x94D049BB133111EB);
-  return (int64_t)(x >> 32);
-}
+static int64_t mark(int64_t element) { return (int64_t)(phx__splitmix64((uint64_t)element) >> 32); }
 
 static void add_range(phx__cover_cell *cell, int64_t first, int64_t numel) {
   cell->elements += numel;

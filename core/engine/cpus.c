@@ -8,9 +8,9 @@
 #include <string.h>
 
 #include "base/cgroup.h"
-#include "plugin/host.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "plugin/host.h"
 
 static cpu_set_t remembered;
 static bool is_remembered;

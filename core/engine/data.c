@@ -22,10 +22,11 @@
 #include <string.h>
 #include <time.h>
 #include <xxhash.h>
-#include "engine/data_kind.h"
 #include "base/regular_file.h"
+#include "base/rng.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/data_kind.h"
 
 enum { SCAN_TOKENS = 1 << 17, FEISTEL_ROUNDS = 6, OPEN_MOST = 32 };
 
@@ -382,22 +383,16 @@ phx__data_file phx__data_file_at(const phx__data *data, int64_t i) {
 
 /* ---- the order ---- */
 
-static uint64_t mix(uint64_t x) { /* splitmix64's finisher */
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 int64_t phx__data_order(const phx__data *data, int64_t epoch, int64_t i) {
   unsigned half = 1; /* bits of each half; the network permutes [0, 4^half) */
   while (half < 31 && (INT64_C(1) << 2 * half) < data->windows) half++;
-  const uint64_t mask = (UINT64_C(1) << half) - 1, key = mix(mix(data->seed ^ 0x64617461u) ^ (uint64_t)epoch);
+  const uint64_t mask = (UINT64_C(1) << half) - 1;
+  const uint64_t key = phx__splitmix64(phx__splitmix64(data->seed ^ 0x64617461u) ^ (uint64_t)epoch);
   uint64_t x = (uint64_t)i;
   do { /* less than four rounds on average: the domain is at most four times too large */
     uint64_t left = x >> half, right = x & mask;
     for (uint64_t round = 0; round < FEISTEL_ROUNDS; round++) {
-      const uint64_t next = left ^ (mix(key ^ mix(right << 8 | round)) & mask);
+      const uint64_t next = left ^ (phx__splitmix64(key ^ phx__splitmix64(right << 8 | round)) & mask);
       left = right;
       right = next;
     }

@@ -1,4 +1,5 @@
-/* core/engine/data_scan.c - see data_scan.h.  A memfd of records, one after the other; its number is in the environment. */
+/* core/engine/data_scan.c - see data_scan.h.  A memfd of records, one after the other; its number is in the
+ * environment. */
 #include "engine/data_scan.h"
 
 #include <errno.h>

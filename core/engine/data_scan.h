@@ -1,4 +1,5 @@
-/* core/engine/data_scan.h - what reading a whole token file told, so that one process of a machine reads it and no other.
+/* core/engine/data_scan.h - what reading a whole token file told, so that one process of a machine reads it and no
+ * other.
  *
  * Kept for this process and for the ranks that it starts, in memory that they inherit; found again by the file's
  * device, inode, size and times of change, so that a file that was changed since is read anew.  [main] */

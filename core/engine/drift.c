@@ -13,12 +13,12 @@
 #define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
 
-#include "engine/handed.h"
-#include "base/job_calls.h"
-#include "engine/layout.h"
-#include "engine/state_io.h"
+#include "base/rng.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/layout.h"
+#include "engine/stage_view.h"
+#include "engine/state_io.h"
 #include "plugin/where.h"
 
 struct phx__drift {
@@ -87,7 +87,7 @@ static phx_status hash_part(void *ctx, const void *data, int64_t at, int64_t byt
 static phx_status hash_view(phx__drift *d, const phx_view *view, phx_error *err) {
   const phx_model *m = d->rt->prepared->model;
   for (uint32_t i = 0; i < view->n_params; i++) {
-    const phx_param_view *p = (const void *)((const char *)view->params + (size_t)i * view->param_stride);
+    const phx_param_view *p = phx_view_param(view, i);
     XXH3_state_t state;
     if (!p->weight) continue;
     XXH3_64bits_reset(&state);
@@ -101,30 +101,14 @@ static phx_status hash_view(phx__drift *d, const phx_view *view, phx_error *err)
 }
 
 static phx_status hash_stage(phx__drift *d, uint32_t stage, phx_error *err) {
-  const phx__runtime *rt = d->rt;
-  const phx_strategy_table *strategy = rt->prepared->strategy;
-  const phx_device *device = rt->device;
   const phx_view *view = NULL;
-  phx_status status =
-      PHX__IN_STRATEGY(rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
-                       strategy->acquire(rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
-  phx__job_heartbeat(rt->job);
-  if (!status) status = phx__handed_view(rt, stage, PHX_PASS_EVALUATE, view, err);
-  if (!status && view->ready) status = device->stream_wait(device->ctx, NULL, view->ready, err);
+  phx_status status = phx__stage_acquire(d->rt, stage, PHX_PASS_EVALUATE, 0, &view, err);
+  if (!status) status = phx__stage_ready(d->rt, view, err);
   if (!status) status = hash_view(d, view, err);
-  if (status) return status;
-  return PHX__IN_STRATEGY(rt->job, PHX_IN_RELEASE, (int32_t)stage,
-                          strategy->release(rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, err));
+  return status ? status : phx__stage_release(d->rt, stage, PHX_PASS_EVALUATE, 0, 0, err);
 }
 
 /* ---- masters and optimizer states, as an update leaves them ---- */
-
-/* splitmix64's finalizer. */
-static uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
-  x = (x ^ (x >> 27)) * UINT64_C(0x94D049BB133111EB);
-  return x ^ (x >> 31);
-}
 
 static uint64_t bits_at(const char *element, int64_t size) {
   uint64_t bits = 0;
@@ -142,7 +126,7 @@ static uint64_t hash_elements(const char *data, int64_t size, int64_t numel, int
   uint64_t sum = 0;
   for (int64_t i = 0; i < numel; i++) {
     const uint64_t bits = bits_at(data + i * size, size);
-    sum += mix(bits + (uint64_t)(in_param + i + 1) * UINT64_C(0x9E3779B97F4A7C15));
+    sum += phx__splitmix64(bits + (uint64_t)(in_param + i) * UINT64_C(0x9E3779B97F4A7C15));
   }
   return sum;
 }

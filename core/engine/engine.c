@@ -8,10 +8,11 @@
 #include <math.h>
 #include <string.h>
 
-#include "engine/handed.h"
 #include "base/job_calls.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/handed.h"
+#include "engine/stage_view.h"
 #include "plugin/where.h"
 
 /* ---- buffers ---- */
@@ -159,12 +160,10 @@ static phx_status failed_in(const phx__engine *e, uint32_t stage, int32_t pass, 
 }
 
 static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs, phx_error *err) {
-  const phx_device *d = e->rt->device;
   const phx_model_table *model = e->rt->prepared->model_table;
-  phx_status status = PHX_OK;
   phx__job_heartbeat(e->rt->job);
   if (!runs) return pass_on(e, call, err);
-  if (call->view->ready) status = d->stream_wait(d->ctx, NULL, call->view->ready, err);
+  phx_status status = phx__stage_ready(e->rt, call->view, err);
   if (status) return status;
   const int backward = call->pass == PHX_PASS_BACKWARD;
   phx__gradient_check *check = backward ? e->check.gradients : NULL;
@@ -180,12 +179,9 @@ static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs
 /* acquire, run, release */
 static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32_t micro_batch,
                              const phx_stage_call *override, phx_error *err) {
-  const phx__prepared *p = e->rt->prepared;
+  const phx_model *m = e->rt->prepared->model;
   const phx_view *view = NULL;
-  phx_status status =
-      PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
-                       p->strategy->acquire(e->rt->strategy, stage, pass, micro_batch, NULL, &view, err));
-  if (!status) status = phx__handed_view(e->rt, stage, pass, view, err);
+  phx_status status = phx__stage_acquire(e->rt, stage, pass, micro_batch, &view, err);
   if (status) return failed_in(e, stage, pass, status, err);
   const int runs = pass == PHX_PASS_EVALUATE || stage_runs(e, stage, micro_batch);
   phx_stage_call call = override ? *override : stage_call(e, stage, pass, micro_batch, 0, view);
@@ -194,13 +190,12 @@ static phx_status stage_pass(phx__engine *e, uint32_t stage, int32_t pass, int32
   if (status) return failed_in(e, stage, pass, status, err);
   uint32_t flags = 0;
   if (pass == PHX_PASS_BACKWARD) {
-    const phx_stage *s = phx_model_stage(p->model, stage);
+    const phx_stage *s = phx_model_stage(m, stage);
     for (uint32_t i = 0; i < s->n_uses; i++)
-      if (phx_model_use(p->model, s->first_use + i)->flags & PHX_USE_LAST) flags |= PHX_RELEASE_LAST_USE;
+      if (phx_model_use(m, s->first_use + i)->flags & PHX_USE_LAST) flags |= PHX_RELEASE_LAST_USE;
     if (!runs) flags |= PHX_RELEASE_NO_GRADIENT;
   }
-  status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
-                            p->strategy->release(e->rt->strategy, stage, pass, micro_batch, flags, NULL, err));
+  status = phx__stage_release(e->rt, stage, pass, micro_batch, flags, err);
   return failed_in(e, stage, pass, status, err);
 }
 
@@ -390,7 +385,7 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
   const double terms = (double)e->rt->prepared->topology.accumulate * e->rt->prepared->layout.data_size;
   phx__step_result result = {.lr = phx__optim_lr(settings, step)};
   e->step = step;
-  phx__job_state(job, PHX__RANK_RUNNING, step);
+  phx__job_state(job, PHX_RANK_RUNNING, step);
   if (e->check.gradients) phx__gradient_check_begin(e->check.gradients, step);
 
   PHX__TRY(load_batch(e, data, err));
@@ -466,10 +461,7 @@ static int64_t windows_at_once(const phx__prepared *p) {
 static phx_status evaluate_stage(phx__engine *e, uint32_t stage, int64_t rows, phx_error *err) {
   const phx__prepared *p = e->rt->prepared;
   const phx_view *view = NULL;
-  phx_status status =
-      PHX__IN_STRATEGY(e->rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
-                       p->strategy->acquire(e->rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
-  if (!status) status = phx__handed_view(e->rt, stage, PHX_PASS_EVALUATE, view, err);
+  phx_status status = phx__stage_acquire(e->rt, stage, PHX_PASS_EVALUATE, 0, &view, err);
   for (int64_t row = 0; row < rows && !status; row++) {
     phx_stage_call call = stage_call(e, stage, PHX_PASS_EVALUATE, 0, 0, view);
     call.batch = 1;
@@ -480,9 +472,7 @@ static phx_status evaluate_stage(phx__engine *e, uint32_t stage, int64_t rows, p
     if (call.loss) call.loss += row;
     status = run_stage(e, &call, 1, err);
   }
-  if (!status)
-    status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_RELEASE, (int32_t)stage,
-                              p->strategy->release(e->rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, err));
+  if (!status) status = phx__stage_release(e->rt, stage, PHX_PASS_EVALUATE, 0, 0, err);
   return failed_in(e, stage, PHX_PASS_EVALUATE, status, err);
 }
 

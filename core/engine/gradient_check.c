@@ -8,10 +8,10 @@
 #include <math.h>
 #include <string.h>
 
-#include "engine/layout.h"
-#include "engine/state_io.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/layout.h"
+#include "engine/state_io.h"
 #include "plugin/where.h"
 
 enum { SAMPLES = 128 };
@@ -125,7 +125,7 @@ static void add_param(phx__gradient_check *c, const phx_param_view *v, double si
 static phx_status each_gradient(phx__gradient_check *c, const phx_view *view, bool before, phx_error *err) {
   phx_status status = PHX_OK;
   for (uint32_t i = 0; i < view->n_params && !status; i++) {
-    const phx_param_view *v = (const void *)((const char *)view->params + (size_t)i * view->param_stride);
+    const phx_param_view *v = phx_view_param(view, i);
     if (!v->gradient || (before && v->gradient_mode != PHX_GRAD_ADD)) continue;
     status = read_param(c, v, err);
     if (!status) add_param(c, v, before ? -1.0 : 1.0);

@@ -1,4 +1,5 @@
-/* core/engine/layout.h - canonical coordinates: the host's copy of a model's declaration, with offsets and blocks.  [main] */
+/* core/engine/layout.h - canonical coordinates: the host's copy of a model's declaration, with offsets and
+ * blocks.  [main] */
 #ifndef PHX__LAYOUT_H
 #define PHX__LAYOUT_H
 #include <phalanx/provider.h>

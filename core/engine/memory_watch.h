@@ -6,8 +6,8 @@
  * Not seen: pages that are never touched, files, shared memory, memory of a GPU. */
 #ifndef PHX__MEMORY_WATCH_H
 #define PHX__MEMORY_WATCH_H
-#include "plugin/host.h"
 #include "engine/rank_report.h"
+#include "plugin/host.h"
 
 /* Before the strategy's create.  One at a time in a process; where the system does not say how much memory a process
  * has, or a sanitizer takes memory of its own, nothing is watched and all numbers stay 0. */

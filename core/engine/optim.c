@@ -6,8 +6,8 @@
 
 #include <math.h>
 
-#include "engine/layout.h"
 #include "base/status.h"
+#include "engine/layout.h"
 
 enum { ADAMW = 0, SGD = 1 };
 

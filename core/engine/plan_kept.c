@@ -8,8 +8,8 @@
 #include <stdio.h>
 
 #include "base/bytes_text.h"
-#include "plugin/host.h"
 #include "base/status.h"
+#include "plugin/host.h"
 
 #define MOST (INT64_C(1) << 50) /* of bytes: 1 PiB; of calls, too */
 

@@ -5,12 +5,12 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/status.h"
+#include "base/sys.h"
 #include "engine/layout.h"
 #include "engine/optim.h"
 #include "engine/plan_kept.h"
-#include "base/status.h"
 #include "plugin/suspect.h"
-#include "base/sys.h"
 
 #define STEP_TOKENS_MAX (INT64_C(1) << 32) /* so that no size in bytes overflows */
 

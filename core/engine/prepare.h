@@ -1,5 +1,6 @@
-/* core/engine/prepare.h - everything about a run that can be known before anything is allocated: the model's layout, the
- * strategy's layout and estimate, the memory and traffic plan.  Pure but for reading the data files' headers.  [main]
+/* core/engine/prepare.h - everything about a run that can be known before anything is allocated: the model's layout,
+ * the strategy's layout and estimate, the memory and traffic plan.  Pure but for reading the data files'
+ * headers.  [main]
  *
  * The launcher prepares once to refuse what does not fit; every rank prepares again for itself. */
 #ifndef PHX__PREPARE_H

@@ -6,10 +6,10 @@
 #include <phalanx/job.h>
 
 #include "engine/cover.h"
-#include "plugin/host.h"
 #include "engine/optim.h"
 #include "engine/prepared.h"
 #include "engine/state_hash.h"
+#include "plugin/host.h"
 
 typedef struct phx__runtime {
   const phx__config *config;

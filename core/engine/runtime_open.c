@@ -4,14 +4,14 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/job_calls.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "engine/cpus.h"
 #include "engine/handed.h"
-#include "base/job_calls.h"
 #include "engine/memory_watch.h"
 #include "engine/prepare.h"
 #include "engine/state_io.h"
-#include "base/status.h"
-#include "base/sys.h"
 #include "plugin/where.h"
 
 /* What state passes through on devices that the CPU cannot read. */

@@ -3,11 +3,11 @@
 
 #include <string.h>
 
-#include "engine/layout.h"
 #include "base/rng.h"
+#include "base/status.h"
+#include "engine/layout.h"
 #include "engine/state_io.h"
 #include "engine/state_visit.h"
-#include "base/status.h"
 #include "plugin/where.h"
 
 typedef struct state_walk {

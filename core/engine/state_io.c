@@ -5,8 +5,8 @@
  * open. */
 #include "engine/state_io.h"
 
-#include "engine/handed.h"
 #include "base/job_calls.h"
+#include "engine/handed.h"
 #include "plugin/where.h"
 
 int64_t phx__state_io_bytes(const phx_device *device) {

@@ -1,4 +1,5 @@
-/* core/engine/state_io.h - reading and writing state where the CPU cannot reach it: mapped slices, weights of a view.  [main]
+/* core/engine/state_io.h - reading and writing state where the CPU cannot reach it: mapped slices, weights of a
+ * view.  [main]
  *
  * Memory that the CPU can read is used in place; the device's own passes through one pinned chunk of the runtime, in
  * order of the compute stream.  `at` of the callbacks counts bytes from the start of what is read or written; every

@@ -1,8 +1,8 @@
 /* core/engine/state_visit.c - see state_visit.h. */
 #include "engine/state_visit.h"
 
-#include "engine/handed.h"
 #include "base/status.h"
+#include "engine/handed.h"
 #include "plugin/where.h"
 
 typedef struct visit {

@@ -3,9 +3,9 @@
 
 #include <stdlib.h>
 
-#include "engine/handed.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/handed.h"
 #include "plugin/where.h"
 
 static const char *id_of(const phx__step_check *c) { return c->rt->config->strategy.plugin->descriptor->id; }

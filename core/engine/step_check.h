@@ -1,5 +1,5 @@
-/* core/engine/step_check.h - what a strategy hands over in a training step: checked, counted, and with [run] checked compared
- * with what the ranks computed.  [main]
+/* core/engine/step_check.h - what a strategy hands over in a training step: checked, counted, and with [run] checked
+ * compared with what the ranks computed.  [main]
  *
  * Counts of the norm and of the update travel with the norm's own exchange, those of an update with the next step's, so
  * that they cost no exchange of their own. */

@@ -9,13 +9,12 @@
 #define XXH_STATIC_LINKING_ONLY
 #include <xxhash.h>
 
-#include "engine/handed.h"
-#include "base/job_calls.h"
-#include "engine/layout.h"
-#include "engine/state_io.h"
-#include "engine/state_visit.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "engine/layout.h"
+#include "engine/stage_view.h"
+#include "engine/state_io.h"
+#include "engine/state_visit.h"
 #include "plugin/where.h"
 
 typedef struct weight_check {
@@ -117,22 +116,15 @@ static phx_status check_param(weight_check *c, const phx_param_view *v, phx_erro
 /* *found: what is wrong with a weight, and then the stage is acquired only because that is collective.  Returns how the
  * strategy's calls ended. */
 static phx_status check_stage(weight_check *c, uint32_t stage, phx_status *found, phx_error *err) {
-  const phx__runtime *rt = c->rt;
-  const phx_strategy_table *strategy = rt->prepared->strategy;
   const phx_view *view = NULL;
-  phx_status status =
-      PHX__IN_STRATEGY(rt->job, PHX_IN_ACQUIRE, (int32_t)stage,
-                       strategy->acquire(rt->strategy, stage, PHX_PASS_EVALUATE, 0, NULL, &view, err));
-  phx__job_heartbeat(rt->job);
-  if (!status) status = phx__handed_view(rt, stage, PHX_PASS_EVALUATE, view, err);
-  if (!status && view->ready) status = rt->device->stream_wait(rt->device->ctx, NULL, view->ready, err);
-  for (uint32_t i = 0; !status && !*found && i < view->n_params; i++) {
-    const phx_param_view *v = (const void *)((const char *)view->params + (size_t)i * view->param_stride);
+  phx_status status = phx__stage_acquire(c->rt, stage, PHX_PASS_EVALUATE, 0, &view, err);
+  if (!status) status = phx__stage_ready(c->rt, view, err);
+  if (status) return status;
+  for (uint32_t i = 0; !*found && i < view->n_params; i++) {
+    const phx_param_view *v = phx_view_param(view, i);
     if (v->weight) *found = check_param(c, v, err);
   }
-  if (status) return status;
-  return PHX__IN_STRATEGY(rt->job, PHX_IN_RELEASE, (int32_t)stage,
-                          strategy->release(rt->strategy, stage, PHX_PASS_EVALUATE, 0, 0, NULL, *found ? NULL : err));
+  return phx__stage_release(c->rt, stage, PHX_PASS_EVALUATE, 0, 0, *found ? NULL : err);
 }
 
 phx_status phx__weight_check(phx__runtime *rt, const char *when, phx_error *err) {

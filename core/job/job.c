@@ -22,11 +22,11 @@
 #include "base/clock.h"
 #include "base/identity.h"
 #include "base/job_calls.h"
-#include "job/job_segment.h"
-#include "job/job_watch.h"
 #include "base/secret.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "job/job_segment.h"
+#include "job/job_watch.h"
 #include "job/tcp_store.h"
 
 struct job {
@@ -54,7 +54,7 @@ static void note_failure(phx_liveness *page, const char *message) {
   size_t length = strnlen(message, sizeof page->message - 1);
   memcpy(page->message, message, length);
   page->message[length] = 0;
-  __atomic_store_n(&page->state, PHX__RANK_FAILED, __ATOMIC_RELEASE);
+  __atomic_store_n(&page->state, PHX_RANK_FAILED, __ATOMIC_RELEASE);
 }
 
 static void job_fail(void *ctx, const char *message) {
@@ -129,7 +129,7 @@ static phx_status join(struct job *job, phx_error *err) {
   uint64_t now = phx__now_ns();
   __atomic_store_n(&mine->start_ns, now, __ATOMIC_RELAXED);
   __atomic_store_n(&mine->heartbeat_ns, now, __ATOMIC_RELAXED);
-  __atomic_store_n(&mine->state, PHX__RANK_JOINED, __ATOMIC_RELEASE);
+  __atomic_store_n(&mine->state, PHX_RANK_JOINED, __ATOMIC_RELEASE);
   return PHX_OK;
 }
 
@@ -178,7 +178,8 @@ static phx_status meet_in_store(struct job *job, const phx__identity *me, double
   for (int32_t r = 0; r < me->size && status == PHX_OK; r++) {
     int32_t not_come = 0;
     __atomic_store_n(&job->pages[r]->pid, pids[r], __ATOMIC_RELEASE);
-    __atomic_compare_exchange_n(&job->pages[r]->state, &not_come, PHX__RANK_JOINED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    __atomic_compare_exchange_n(&job->pages[r]->state, &not_come, PHX_RANK_JOINED, false, __ATOMIC_ACQ_REL,
+                                __ATOMIC_ACQUIRE);
   }
   return status;
 }

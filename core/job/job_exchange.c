@@ -16,9 +16,9 @@
 #include "base/clock.h"
 #include "base/futex.h"
 #include "base/process_stat.h"
-#include "job/job_segment.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "job/job_segment.h"
 
 enum { SPINS = 2000 /* about 20 us: longer than a wake-up of a peer that is nearly here, too short to be felt */ };
 #define SLICE_NS UINT64_C(50000000)

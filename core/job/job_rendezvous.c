@@ -16,9 +16,9 @@
 
 #include "base/clean.h"
 #include "base/clock.h"
-#include "job/job_segment.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "job/job_segment.h"
 
 enum { SAID_BYTES = 320 };
 static const char of_another_job[] = ": does another job have the same name? Under torchrun's variables MASTER_PORT is "
@@ -140,7 +140,8 @@ static phx_status fail_missing(const phx__identity *me, const serving *s, double
     return phx__fail(err, PHX_COMM,
                      "rank(s) %s of job %s did not come within %g s, rank(s) %s did; %d processes were refused, the "
                      "last: %s", list, me->key, timeout_s, came, s->refused, s->last);
-  return phx__fail(err, PHX_COMM, "rank(s) %s of job %s did not come within %g s, rank(s) %s did: they did not start, or ended before "
+  return phx__fail(err, PHX_COMM,
+                   "rank(s) %s of job %s did not come within %g s, rank(s) %s did: they did not start, or ended before "
                    "they joined, which the launcher's own report says", list, me->key, timeout_s, came);
 }
 

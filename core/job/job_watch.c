@@ -30,13 +30,13 @@
 
 #include "base/cgroup.h"
 #include "base/clean.h"
-#include "base/process_stat.h"
 #include "base/clock.h"
 #include "base/job_calls.h"
-#include "job/job_segment.h"
+#include "base/process_stat.h"
 #include "base/status.h"
-#include "job/stop.h"
 #include "base/sys.h"
+#include "job/job_segment.h"
+#include "job/stop.h"
 #include "plugin/where.h"
 
 #define MS UINT64_C(1000000)
@@ -47,8 +47,6 @@
 #define LEAVING_NS (30000 * MS) /* for [main] to end, once it is back */
 #define BUSY 10
 #define MEANINGS 5 /* exit statuses up to here mean something: see status.h */
-
-enum { DONE = PHX__RANK_DONE, FAILED = PHX__RANK_FAILED };
 
 typedef struct used { /* by the whole process */
   uint64_t cpu_ns;
@@ -114,9 +112,9 @@ static void lose(struct watcher *w, int32_t rank, const char *how) {
                                    __ATOMIC_ACQUIRE))
     return;
   say_place(page, place, sizeof place);
-  if (state_of(page) != FAILED) {
+  if (state_of(page) != PHX_RANK_FAILED) {
     snprintf(page->message, sizeof page->message, "%s (pid %d),%s", how, page->pid, place);
-    __atomic_store_n(&page->state, FAILED, __ATOMIC_RELEASE);
+    __atomic_store_n(&page->state, PHX_RANK_FAILED, __ATOMIC_RELEASE);
   }
   phx__segment_fail(w->segment, 1 + (uint32_t)rank);
 }
@@ -126,7 +124,7 @@ static void found_dead(struct watcher *w, int32_t rank) {
   w->gone[rank] = true;
   if (w->pidfds[rank] >= 0) phx__sys.close(w->pidfds[rank]);
   w->pidfds[rank] = -1;
-  if (state == DONE) return;
+  if (state == PHX_RANK_DONE) return;
   const bool no_memory = w->oom_kills >= 0 && phx__oom_kills("") > w->oom_kills;
   lose(w, rank, no_memory ? "its process has ended, out of memory by the kernel's count"
                           : "its process has ended without saying that it is done");
@@ -162,7 +160,7 @@ static void look_for_stop(struct watcher *w, uint64_t now) {
   int32_t next = -1;
   for (int32_t k = 1; k < w->job->size && next < 0; k++) {
     const int32_t r = (w->job->rank + k) % w->job->size;
-    if (!w->gone[r] && is_near(w, r) && state_of(&w->segment->pages[r].alive) < DONE) next = r;
+    if (!w->gone[r] && is_near(w, r) && state_of(&w->segment->pages[r].alive) < PHX_RANK_DONE) next = r;
   }
   phx__process_stat it = {0};
   if (next >= 0) phx__process_stat_read(w->segment->pages[next].alive.pid, &it);
@@ -251,7 +249,7 @@ static _Noreturn void end_process(void) {
 static void judge_main(struct watcher *w, uint64_t now) {
   char place[240], message[480];
   const double timeout = w->job->timeout_s;
-  const bool inside = w->call > PHX_IN_CORE, done = w->state == DONE;
+  const bool inside = w->call > PHX_IN_CORE, done = w->state == PHX_RANK_DONE;
   if (timeout <= 0 || (!inside && !done)) return;
   if (!is_quiet(w, now, (uint64_t)(timeout * 1e9) + MORE_NS)) return;
   if (is_debugged()) {
@@ -318,7 +316,7 @@ static void judge_ending(struct watcher *w, const char *call, int status) {
   char place[240], message[480];
   if (getpid() != w->pid) return; /* a child that a plugin forked */
   const int32_t state = state_of(w->job->mine);
-  if (state == DONE || state == FAILED) return;
+  if (state == PHX_RANK_DONE || state == PHX_RANK_FAILED) return;
   say_place(w->job->mine, place, sizeof place);
   snprintf(message, sizeof message, "a plugin, or a library that it uses, has called %s(%d),%s", call, status,
            place);

@@ -24,14 +24,14 @@
 #include "base/clean.h"
 #include "base/clock.h"
 #include "base/complain.h"
-#include "job/flight.h"
 #include "base/job_calls.h"
+#include "base/status.h"
+#include "base/sys.h"
+#include "job/flight.h"
 #include "job/job_segment.h"
 #include "job/launcher_spawn.h"
 #include "job/run_lock.h"
-#include "base/status.h"
 #include "job/stop.h"
-#include "base/sys.h"
 #include "plugin/where.h"
 
 #define MS UINT64_C(1000000)
@@ -181,13 +181,14 @@ static int32_t state_of(const struct launch *l, int32_t r) {
 static bool is_stopped_end(const struct launch *l, int32_t r) {
   const struct rank *rank = &l->ranks[r];
   return !rank->running && rank->end.condition == PHX__RANK_EXITED && rank->end.number == PHX__EXIT_STOPPED &&
-         state_of(l, r) == 3;
+         state_of(l, r) == PHX_RANK_DONE;
 }
 
 /* A rank says that it is done as the last thing it does: status 0 without that is a plugin's exit(). */
 static bool left_early(const struct launch *l, int32_t r) {
   const struct rank *rank = &l->ranks[r];
-  return !rank->running && rank->end.condition == PHX__RANK_EXITED && rank->end.number == 0 && state_of(l, r) != 3;
+  return !rank->running && rank->end.condition == PHX__RANK_EXITED && rank->end.number == 0 &&
+         state_of(l, r) != PHX_RANK_DONE;
 }
 
 static bool is_bad_end(const struct launch *l, int32_t r) {
@@ -277,7 +278,7 @@ static void take_pictures(struct launch *l, uint64_t now) {
     memcpy(&l->pages[r], &l->segment->pages[r].alive, sizeof l->pages[r]);
     l->ends[r] = rank->end;
     if (rank->running || r >= l->started) {
-      l->ends[r].condition = state_of(l, r) == PHX__RANK_ABSENT ? PHX__RANK_NEVER : PHX__RANK_ALIVE;
+      l->ends[r].condition = state_of(l, r) == PHX_RANK_ABSENT ? PHX__RANK_NEVER : PHX__RANK_ALIVE;
       if (rank->stop_signal) l->ends[r].condition = PHX__RANK_STOPPED;
       l->ends[r].number = rank->stop_signal;
     }

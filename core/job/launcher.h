@@ -1,5 +1,5 @@
-/* core/job/launcher.h - starts N ranks on this machine and watches them: a death, a stop or a missing rank ends them all,
- * with a table of who was where.  [main] only. */
+/* core/job/launcher.h - starts N ranks on this machine and watches them: a death, a stop or a missing rank ends them
+ * all, with a table of who was where.  [main] only. */
 #ifndef PHX__LAUNCHER_H
 #define PHX__LAUNCHER_H
 #include <phalanx/base.h>

@@ -14,9 +14,9 @@
 #include <unistd.h>
 
 #include "base/job_calls.h"
-#include "job/run_lock.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "job/run_lock.h"
 
 extern char **environ;
 
@@ -84,7 +84,7 @@ static void pin(const phx__spawn *spawn, int32_t rank) {
 static void say_in_page(const phx__spawn *spawn, int32_t rank, int cause) {
   phx_liveness *page = &spawn->segment->pages[rank].alive;
   snprintf(page->message, sizeof page->message, "cannot execute %.300s: %s", spawn->argv[0], strerror(cause));
-  __atomic_store_n(&page->state, PHX__RANK_FAILED, __ATOMIC_RELEASE);
+  __atomic_store_n(&page->state, PHX_RANK_FAILED, __ATOMIC_RELEASE);
   phx__segment_fail(spawn->segment, 1 + (uint32_t)rank);
 }
 

@@ -1,4 +1,5 @@
-/* core/job/run_lock.h - one run in one directory: the file RUN/lock, held from before anything there is touched to the end.
+/* core/job/run_lock.h - one run in one directory: the file RUN/lock, held from before anything there is touched to the
+ * end.
  *
  * The process that takes it is the launcher, rank 0 where another launcher started the ranks, or `checkpoint import`
  * into a run; a process holds one lock at most.  What only reads a run (sample, export, verify) needs none.

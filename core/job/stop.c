@@ -1,5 +1,5 @@
-/* core/job/stop.c - see stop.h.  The handler stores one word; a rank that no launcher of ours watches also says, by write,
- * that it heard a Ctrl-C, and ends the process at a second one.
+/* core/job/stop.c - see stop.h.  The handler stores one word; a rank that no launcher of ours watches also says, by
+ * write, that it heard a Ctrl-C, and ends the process at a second one.
  *
  * It runs on a stack of its own: code that libraries generate for products keeps the stack pointer in a buffer of the
  * heap, and a signal's frame would be written in front of it. */

@@ -1,5 +1,5 @@
-/* core/job/stop.h - SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP as a wish: save at the next step boundary, then stop with
- * status 5 (run.stopped_status).
+/* core/job/stop.h - SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP as a wish: save at the next step boundary, then stop
+ * with status 5 (run.stopped_status).
  *
  * Wrappers (`timeout`, mpirun, container engines) signal the process and then its group, so one press of Ctrl-C may
  * come twice at once: a second one counts half a second after the first was announced, and not before.

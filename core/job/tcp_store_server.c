@@ -19,12 +19,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "job/tcp_store_server.h"
 #include "base/clean.h"
 #include "base/clock.h"
 #include "base/secret.h"
 #include "base/status.h"
 #include "base/sys.h"
-#include "job/tcp_store_server.h"
 #include "job/tcp_store_wire.h"
 
 enum { STRANGERS = 16, LOOK_MS = 200 };

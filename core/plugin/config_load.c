@@ -7,14 +7,14 @@
  * Invariant: *out is set only when there is no error.  [main] only. */
 #include "plugin/config_load.h"
 
+#include "base/nearest.h"
+#include "base/status.h"
+#include "base/sys.h"
 #include "config/config_checks.h"
 #include "plugin/automatic.h"
 #include "plugin/descriptor.h"
 #include "plugin/loader.h"
 #include "plugin/loader_search.h"
-#include "base/nearest.h"
-#include "base/status.h"
-#include "base/sys.h"
 
 #include <phalanx/provider.h>
 #include <stdio.h>

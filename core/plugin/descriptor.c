@@ -4,9 +4,9 @@
  * down to the last mandatory entry; unknown `provides` are ignored, unknown `needs` refused with the bit's number.
  * Does not look at files.  No state, any thread. */
 #include "plugin/descriptor.h"
+#include "base/status.h"
 #include "config/config.h"
 #include "config/option.h"
-#include "base/status.h"
 #include "plugin/suspect.h"
 
 #include <phalanx/provider.h>
@@ -94,7 +94,8 @@ phx_status phx__descriptor_check(const phx_plugin *d, uint32_t kind, const char 
     return phx__fail(err, PHX_UNSUPPORTED, "was built for ABI %u, this phalanx speaks ABI %d: build it again",
                      (unsigned)d->table_major, PHX_ABI_MAJOR);
   if (d->table_minor < PHX_ABI_MINOR_OLDEST)
-    return phx__fail(err, PHX_UNSUPPORTED, "was built for ABI %u.%u, and the oldest that is taken is %d.%d: build it again",
+    return phx__fail(err, PHX_UNSUPPORTED,
+                     "was built for ABI %u.%u, and the oldest that is taken is %d.%d: build it again",
                      (unsigned)d->table_major, (unsigned)d->table_minor, PHX_ABI_MAJOR, PHX_ABI_MINOR_OLDEST);
   const unsigned reserved1 = PHX_HAS(d, phx_plugin, reserved1) ? d->reserved1 : 0;
   if (d->reserved0 || reserved1)

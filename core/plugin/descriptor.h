@@ -1,4 +1,5 @@
-/* core/plugin/descriptor.h - is a plugin's descriptor one that this core can use?  [any] thread, no state, loads nothing. */
+/* core/plugin/descriptor.h - is a plugin's descriptor one that this core can use?  [any] thread, no state, loads
+ * nothing. */
 #ifndef PHX__DESCRIPTOR_H
 #define PHX__DESCRIPTOR_H
 #include <phalanx/plugin.h>

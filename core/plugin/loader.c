@@ -11,14 +11,14 @@
  * Invariant: what is in `loaded` was checked whole; a plugin stays for the life of the process.  [main] only: libltdl
  * is not thread-safe. */
 #include "plugin/loader.h"
-#include "plugin/descriptor.h"
-#include "plugin/loader_search.h"
 #include "base/nearest.h"
-#include "config/option.h"
 #include "base/sha256.h"
 #include "base/status.h"
-#include "plugin/suspect.h"
 #include "base/sys.h"
+#include "config/option.h"
+#include "plugin/descriptor.h"
+#include "plugin/loader_search.h"
+#include "plugin/suspect.h"
 
 #include <dlfcn.h>
 #include <errno.h>

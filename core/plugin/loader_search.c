@@ -1,14 +1,15 @@
-/* core/plugin/loader_search.c - where plugins are looked for.  Loads nothing; which files may be trusted: loader_trust.c.
+/* core/plugin/loader_search.c - where plugins are looked for.  Loads nothing; which files may be trusted:
+ * loader_trust.c.
  *
  * In order: [plugins] path, PHALANX_PLUGIN_PATH (unless AT_SECURE), beside the directory of the command ../lib/phalanx,
  * ../lib64/phalanx and ../lib/<multiarch>/phalanx, and the compiled-in directory.  Never the working directory,
  * LD_LIBRARY_PATH or LTDL_LIBRARY_PATH.
  * [main] only, no state. */
-#include "plugin/loader_search.h"
-#include "config/config.h"
-#include "config/option.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "config/config.h"
+#include "config/option.h"
+#include "plugin/loader_search.h"
 
 #include <dirent.h>
 #include <errno.h>

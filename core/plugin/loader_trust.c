@@ -16,9 +16,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "plugin/loader_search.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "plugin/loader_search.h"
 
 enum { LINKS_MOST = 40, REST_BYTES = 2 * PATH_MAX };
 

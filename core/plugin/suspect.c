@@ -15,16 +15,14 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "base/crash_text.h"
 #include "base/futex.h"
 #include "base/status.h"
 #include "base/sys.h"
 
-static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
-enum { SIGNALS = sizeof signals / sizeof *signals };
-
 static const char *volatile suspect; /* the file */
 static const char *volatile doing;
-static bool off, taken[SIGNALS];
+static bool off, taken[PHX__CRASHES];
 
 enum { TICKS = 20 /* of one patience */, READING = 10 /* patiences, where files are read all the time */ };
 int phx__suspect_patience_ms = 20000;
@@ -36,33 +34,25 @@ static struct {
   int patience_ms; /* of this call */
 } guard;
 
-static size_t append(char *message, size_t used, size_t room, const char *text) {
-  while (*text && used + 1 < room) message[used++] = *text++;
-  return used;
-}
-
+/* how: NULL where there is no more to say. */
 static void say(const char *verb, const char *how) {
   char message[4600];
-  const char *const parts[] = {"phalanx: ", suspect, verb, doing, how, "\n"};
+  const char *const parts[] = {"phalanx: ", suspect, verb, doing, how ? ": " : "", how ? how : "", "\n"};
   size_t used = 0;
-  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) used = append(message, used, sizeof message, parts[i]);
+  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+    used = phx__crash_append(message, used, sizeof message, parts[i]);
   if (write(STDERR_FILENO, message, used) < 0) used = 0; /* nothing can be done about it */
 }
 
 static void on_crash(int number) {
-  const char *how = ": SIGABRT, an assertion";
-  if (number == SIGSEGV) how = ": SIGSEGV, a bad memory access";
-  if (number == SIGBUS) how = ": SIGBUS, a mapped file became shorter or memory ran out";
-  if (number == SIGFPE) how = ": SIGFPE, an integer division";
-  if (number == SIGILL) how = ": SIGILL, an instruction this CPU lacks";
   if (!suspect) raise(number); /* SA_RESETHAND: the default action now */
-  say(" crashed ", how);
+  say(" crashed ", phx__crash_text(number));
   phx__exit_now(PHX__EXIT_REFUSED);
 }
 
 void phx__suspect_exits(void) {
   if (!suspect || getpid() != guard.pid) return; /* a child that a plugin forked may end as it likes */
-  say(" ended the process ", "");
+  say(" ended the process ", NULL);
   phx__exit_now(PHX__EXIT_REFUSED);
 }
 
@@ -76,7 +66,7 @@ static int64_t reads_now(void) {
 
 static _Noreturn void end_hanging(void) {
   char how[80];
-  snprintf(how, sizeof how, ": it has not come back for %g s", 1e-3 * guard.patience_ms);
+  snprintf(how, sizeof how, "it has not come back for %g s", 1e-3 * guard.patience_ms);
   say(" hangs ", how);
   phx__exit_now(PHX__EXIT_REFUSED); /* not exit: [main] may hold the locks of the dynamic loader */
 }
@@ -119,19 +109,19 @@ void phx__suspect_begin(const char *path, const char *what, int patience) {
   guard.pid = getpid();
   doing = what;
   suspect = path;
-  for (int i = 0; i < SIGNALS; i++) {
+  for (int i = 0; i < PHX__CRASHES; i++) {
     struct sigaction old, action = {.sa_handler = on_crash, .sa_flags = (int)SA_RESETHAND};
     sigemptyset(&action.sa_mask);
-    taken[i] = !PHX__SANITIZED && sigaction(signals[i], NULL, &old) == 0 && old.sa_handler == SIG_DFL &&
-               sigaction(signals[i], &action, NULL) == 0;
+    taken[i] = !PHX__SANITIZED && sigaction(phx__crash_signals[i], NULL, &old) == 0 && old.sa_handler == SIG_DFL &&
+               sigaction(phx__crash_signals[i], &action, NULL) == 0;
   }
   start_watching(patience);
 }
 
 phx_status phx__suspect_end(phx_status status, phx_error *err) {
   stop_watching();
-  for (int i = 0; i < SIGNALS; i++)
-    if (taken[i]) signal(signals[i], SIG_DFL);
+  for (int i = 0; i < PHX__CRASHES; i++)
+    if (taken[i]) signal(phx__crash_signals[i], SIG_DFL);
   memset(taken, 0, sizeof taken);
   if (status && err && suspect) {
     err->message[sizeof err->message - 1] = 0;

@@ -3,8 +3,8 @@
  * Operations, and what else is given to a stream: copies, fills, casts, functions of the host.  Each stands between two
  * events of its stream, so what is counted is the time of its kernels and of the gaps between them.  Kinds add up to a
  * stream's time but for the host's delays; what other streams do beside it counts as well.  What a communicator
- * launches on these streams itself is in its own list (nccl; PHX_DEVICE_TIMED).  Events come from a pool made at create;
- * when it is used up, [main] waits for them and reads them.  [main] */
+ * launches on these streams itself is in its own list (nccl; PHX_DEVICE_TIMED).  Events come from a pool that is made
+ * at create; when it is used up, [main] waits for them and reads them.  [main] */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

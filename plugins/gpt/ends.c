@@ -13,7 +13,7 @@ phx_status gpt_embed_forward(phx_model_self *self, const phx_stage_call *call, p
 
 phx_status gpt_embed_backward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
   const phx_ops *o = self->ops;
-  const phx_param_view *wte = gpt_view(call->view, 0), *wpe = gpt_view(call->view, 1);
+  const phx_param_view *wte = phx_view_param(call->view, 0), *wpe = phx_view_param(call->view, 1);
   if (!wte->gradient && !wpe->gradient) return PHX_OK;
   return o->embedding_backward(o->ctx, self->dtype, wte->gradient, wte->gradient_mode, wpe->gradient,
                                wpe->gradient_mode, call->d_output, call->tokens, call->batch, call->sequence,
@@ -82,7 +82,7 @@ phx_status gpt_head_backward(phx_model_self *self, const phx_stage_call *call, p
   void *const ln = gpt_at(call->workspace, p.ln), *const d_logits = gpt_at(call->saved, p.logits);
   float *const drop = gpt_at(call->workspace, p.drop);
   float *const mean = gpt_at(call->saved, p.mean), *const rstd = gpt_at(call->saved, p.rstd);
-  const phx_param_view *wte = gpt_view(w, GPT_HEAD_WTE);
+  const phx_param_view *wte = phx_view_param(w, GPT_HEAD_WTE);
   if (wte->gradient) {
     GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LNF_W),
                           gpt_weight(w, GPT_LNF_B), n, c, self->eps, st, err));

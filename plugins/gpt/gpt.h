@@ -104,11 +104,8 @@ typedef struct gpt_gradient {
 } gpt_gradient;
 gpt_gradient gpt_gradient_of(const phx_view *view, uint32_t weight, float *drop);
 
-static inline const phx_param_view *gpt_view(const phx_view *view, uint32_t i) {
-  return (const phx_param_view *)(const void *)((const char *)view->params + (size_t)i * view->param_stride);
-}
 static inline const void *gpt_weight(const phx_view *view, uint32_t i) {
-  return gpt_view(view, i)->weight;
+  return phx_view_param(view, i)->weight;
 }
 static inline void *gpt_at(void *base, int64_t offset) {
   return (char *)base + offset;

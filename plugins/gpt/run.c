@@ -203,7 +203,7 @@ static phx_status check_call(const phx_model_self *self, const phx_stage_call *c
     return gpt_fail(err, PHX_INTERNAL, "stage %" PRIu32 " got a view of %" PRIu32 " parameters, it has %" PRIu32,
                     call->stage, call->view->n_params, params);
   for (uint32_t i = 0; i < params; i++) {
-    const phx_param_view *v = gpt_view(call->view, i);
+    const phx_param_view *v = phx_view_param(call->view, i);
     if (v->weight && v->weight_dtype != self->dtype)
       return gpt_fail(err, PHX_UNSUPPORTED,
                       "parameter %" PRIu32 " of stage %" PRIu32 " comes in dtype %" PRId32
@@ -230,7 +230,7 @@ phx_status gpt_backward(phx_model_self *self, const phx_stage_call *call, phx_er
 }
 
 gpt_gradient gpt_gradient_of(const phx_view *view, uint32_t weight, float *drop) {
-  const phx_param_view *w = gpt_view(view, weight), *b = gpt_view(view, weight + 1);
+  const phx_param_view *w = phx_view_param(view, weight), *b = phx_view_param(view, weight + 1);
   gpt_gradient g = {w->gradient, b->gradient, w->gradient_mode, b->gradient_mode};
   if (!g.w && g.b) {
     g.w = drop;

@@ -86,7 +86,7 @@ void phx_kit_say_rank(phx_kit_text *t, const phx_job *job, int32_t rank) {
   if (n == 0) {
     const char *how = "has begun no collective";
     if (LOAD(page->start_ns) == 0) how = "is on another machine, and what it is in is not known here";
-    if (LOAD(page->state) == 0) how = "never came";
+    if (LOAD(page->state) == PHX_RANK_ABSENT) how = "never came";
     phx_kit_say(t, "%s", how);
     return;
   }
@@ -102,7 +102,7 @@ void phx_kit_job_failure(const phx_job *job, char *text, size_t size) {
   phx_kit_text t = {text, size};
   int32_t who = -1;
   for (int32_t r = 0; r < job->size && who < 0; r++) {
-    if (__atomic_load_n(&job->ranks[r]->state, __ATOMIC_ACQUIRE) == 4) who = r;
+    if (__atomic_load_n(&job->ranks[r]->state, __ATOMIC_ACQUIRE) == PHX_RANK_FAILED) who = r;
   }
   if (who < 0)
     phx_kit_say(&t, "the job was ended");

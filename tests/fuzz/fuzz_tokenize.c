@@ -1,7 +1,8 @@
 /* Fuzz target: any bytes as texts for `phalanx data tokenize`.
  *
  * Properties: the token files hold the bytes of the texts, 256 between two of them, divided where --valid says; a text
- * that makes no file of two tokens is refused, and leaves no file, as is one that begins as another format does.  Input: texts, part for validation, then the texts.
+ * that makes no file of two tokens is refused, and leaves no file, as is one that begins as another format
+ * does.  Input: texts, part for validation, then the texts.
  * With libFuzzer:
  *   build-clang/tests/fuzz_tokenize tests/fuzz/tokenize  The corpus is replayed by tests/unit/test_corpus.c. */
 #include "../../core/command/commands.h"

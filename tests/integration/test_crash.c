@@ -182,13 +182,15 @@ static int finish(const char *dir, int s, const crash *c) {
                             : RUN(dir, 60, ARGUMENTS(strategies[s]));
   cr_assert_eq(r.status, 0, "%s after a kill at step %d: status %d\n%s", strategies[s], newest, r.status, r.out);
   cr_assert_null(strstr(r.out, "damaged"), "%s", r.out);
+  cJSON *json = training_json(dir, "out/run.json");
+  const cJSON *hash = training_get(json, "result.state_hash");
+  cr_assert(hash && !strcmp(hash->valuestring, reference[s][STEPS]), "%s: the final state differs", strategies[s]);
   if (newest) {
-    cJSON *json = training_json(dir, "out/run.json");
     const cJSON *list = training_get(json, "resumed"), *last = cJSON_GetArrayItem(list, cJSON_GetArraySize(list) - 1);
     const cJSON *from = cJSON_GetObjectItem(last, "step");
     cr_assert(from && from->valueint == newest, "resumed from %d, not %d", from ? from->valueint : -1, newest);
-    cJSON_Delete(json);
   }
+  cJSON_Delete(json);
   command_free(&r);
   check_hashes(dir, s, newest ? "resumed" : "begun again");
   look(dir, &in_flight);

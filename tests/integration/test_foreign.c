@@ -85,6 +85,7 @@ static void await_step(foreign *f) {
     if (there) return;
     usleep(5000);
   }
+  cr_assert_fail("rank 0 has not finished its first step after 20 s");
 }
 
 #define BUSY_END SET("plugins.path=" PHX_TEST_ONLY_PLUGINS), SET("comm.plugin=fault"), SET("fault.what=busy"), \

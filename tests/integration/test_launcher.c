@@ -91,9 +91,9 @@ static int rank_main(char **argv) {
     printf("cpus %d\n", CPU_COUNT(&mask));
   }
   for (int step = 1; step <= steps; step++) {
-    phx__job_state(job, 2, step);
+    phx__job_state(job, PHX_RANK_RUNNING, step);
     if (!strcmp(mode, "stuck") && step == 5) {
-      if (chosen) phx__job_state(job, 3, step);
+      if (chosen) phx__job_state(job, PHX_RANK_DONE, step);
       if (chosen) return 0;
       for (;;) usleep(1000);
     }
@@ -108,7 +108,7 @@ static int rank_main(char **argv) {
     collective(job, (uint64_t)step);
     usleep(pause);
   }
-  phx__job_state(job, 3, steps);
+  phx__job_state(job, PHX_RANK_DONE, steps);
   return 0;
 }
 

@@ -1,9 +1,10 @@
-/* Two runs, one directory: random overlaps of train, resume, import, and of what only reads: sample, export, verify, ls.
+/* Two runs, one directory: random overlaps of train, resume, import, and of what only
+ * reads: sample, export, verify, ls.
  *
  * In each overlap one run begins, and one to three other commands within its life, all on the same run.out; some are
- * killed, or asked to stop.  Whoever is refused says why.  Afterwards every directory with a checkpoint's name is whole,
- * and every checkpoint that was seen while they ran, and that retention keeps, is still in the run that made it, which a
- * later one may have moved aside.  Nobody ever says that something is damaged.
+ * killed, or asked to stop.  Whoever is refused says why.  Afterwards every directory with a checkpoint's name is
+ * whole, and every checkpoint that was seen while they ran, and that retention keeps, is still in the run that made it,
+ * which a later one may have moved aside.  Nobody ever says that something is damaged.
  * PHX_TEST_OVERLAPS, PHX_TEST_SEED: more of them, others (`./dev soak`). */
 #include <criterion/criterion.h>
 #include <dirent.h>
@@ -19,13 +20,16 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "expect.h"
 #include "root.h"
 #include "base/status.h"
 #include "training.h"
 
 enum { JOBS = 4, GROUP = 3 /* overlaps on one directory, before it is removed */, STEPS_MOST = 512, RUNS = 64,
        PATIENCE_S = 90 };
-enum kind { TRAIN, RESUME, IF_ANY, WRITERS, IMPORT = WRITERS, SAMPLE, EXPORT, VERIFY, LS, VERIFY_ONE, SAMPLE_ONE, KINDS };
+enum kind {
+  TRAIN, RESUME, IF_ANY, WRITERS, IMPORT = WRITERS, SAMPLE, EXPORT, VERIFY, LS, VERIFY_ONE, SAMPLE_ONE, KINDS
+};
 static const char *const names[KINDS] = {"train",  "resume", "resume if-any", "import",     "sample",
                                          "export", "verify", "ls",            "verify one", "sample one"};
 
@@ -173,7 +177,8 @@ static void check_run(const char *run, int *found) {
     ++*found;
     cr_assert_geq(newest, was->newest, "%s: step %d was committed, and is lost", run, was->newest);
     for (int s = 0; s < STEPS_MOST; s++)
-      cr_assert(group.keep || !was->step[s] || step[s], "%s: step %d was committed, is to be kept, and is lost", run, s);
+      cr_assert(group.keep || !was->step[s] || step[s], "%s: step %d was committed, is to be kept, and is lost", run,
+                s);
   }
 }
 
@@ -192,7 +197,9 @@ static void choose_line(job *j, int number) {
   char one[64] = "out/checkpoints/step-00000001";
   unsigned char step[STEPS_MOST] = {0};
   const int newest = steps_in("out/checkpoints", step);
-  const char *how = j->kind == RESUME ? " --resume" : j->kind == IF_ANY ? " --resume if-any" : "";
+  const char *how = "";
+  if (j->kind == RESUME) how = " --resume";
+  if (j->kind == IF_ANY) how = " --resume if-any";
   if (newest >= 0) snprintf(one, sizeof one, "out/checkpoints/step-%08d", newest);
   switch (j->kind) {
     case TRAIN:
@@ -312,12 +319,6 @@ static void new_group(void) {
   group.n_runs = group.n_whole = group.steps = 0;
   group.keep = below(3);
   group.every = 1 + below(2);
-}
-
-static void expect(command_result r, int status, const char *text) {
-  cr_assert_eq(r.status, status, "status %d: %s", r.status, r.out);
-  cr_assert(strstr(r.out, text), "no '%s' in: %s", text, r.out);
-  command_free(&r);
 }
 
 /* What import reads: a run, and a folder. */

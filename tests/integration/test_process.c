@@ -199,7 +199,8 @@ Test(process, more_threads_than_cpus_is_said) {
   static const struct {
     const char *line, *said;
   } cases[] = {
-      {"taskset -c 0 $P train run.ini -n 2 --steps 1 --set device.threads=2", "2 ranks of 2 threads on 1 CPU: they wait"},
+      {"taskset -c 0 $P train run.ini -n 2 --steps 1 --set device.threads=2",
+       "2 ranks of 2 threads on 1 CPU: they wait"},
       {"taskset -c 0 $P train run.ini -n 3 --steps 1", "3 ranks of 1 thread on 1 CPU: they wait"},
       {"taskset -c 0 $P train run.ini -n 1 --steps 1", NULL},
   };

@@ -106,7 +106,6 @@ Test(run_refusals, batches_and_ranks) {
   command_free(&r);
 }
 
-/* The directories that were made on the way are taken back. */
 /* What train refuses, check does, too, below what it prints. */
 static void check_refuses(const char *message, const char *set) {
   const int before = entries(dir);
@@ -130,6 +129,7 @@ Test(run_refusals, check_looks_at_the_run_directory) {
   command_free(&r);
 }
 
+/* The directories that were made on the way are taken back. */
 Test(run_refusals, run_directory) {
   char too_long[400], set[5000];
   TRAIN("cannot create the directory /proc/", "--set", "run.out=/proc/phalanx/out");

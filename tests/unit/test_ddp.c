@@ -1,5 +1,5 @@
-/* ddp on the harness: the reference's bits, planned = measured, and what each option does.  Replicas that differ are the
- * core's to find: tests/integration/test_hostile.c. */
+/* ddp on the harness: the reference's bits, planned = measured, and what each option does.  Replicas that differ are
+ * the core's to find: tests/integration/test_hostile.c. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>

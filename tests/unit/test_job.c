@@ -26,7 +26,7 @@ static int meet(int rank, int size) {
   phx_error err = PHX_ERROR_INIT;
   NEED(phx__job_is_rank());
   NEED(job->rank == rank && job->size == size && job->local_rank == rank && job->local_size == size);
-  NEED(job->mine == job->ranks[rank] && job->mine->pid == getpid() && job->mine->state == 1);
+  NEED(job->mine == job->ranks[rank] && job->mine->pid == getpid() && job->mine->state == PHX_RANK_JOINED);
   NEED((fcntl(atoi(getenv("PHALANX_JOB_FD")), F_GETFD) & FD_CLOEXEC) != 0);
   for (int round = 0; round < 50; round++) {
     int64_t largest = 0;
@@ -228,7 +228,7 @@ static int fails(int rank, int size) {
     job->fail(job->ctx, "the disk is full");
     job->fail(job->ctx, longer); /* the first one counts */
     phx__job_state(job, 3, 9);   /* and stays */
-    NEED(job->mine->state == 4 && job->mine->step == 9);
+    NEED(job->mine->state == PHX_RANK_FAILED && job->mine->step == 9);
     NEED(strcmp(job->mine->message, "the disk is full") == 0);
     return 0;
   }
@@ -258,7 +258,7 @@ static int threads_fail(int rank, int size) {
     NEED(phx__job_agree(job, 1, "configuration", &err) == PHX_COMM);
     for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
     phx__job_state(job, 2, 1);
-    NEED(job->mine->state == 4);
+    NEED(job->mine->state == PHX_RANK_FAILED);
   } else {
     while (!__atomic_load_n(job->failed, __ATOMIC_ACQUIRE)) usleep(1000);
   }
@@ -312,7 +312,7 @@ Test(job, alone, .timeout = 20) {
   memset(bases[0], 1, 10000);
   phx__job_state(job, 2, 17);
   cr_assert_eq(job->mine->step, 17);
-  cr_assert_eq(job->mine->state, 2);
+  cr_assert_eq(job->mine->state, PHX_RANK_RUNNING);
 }
 
 /* ---- the environment ---- */

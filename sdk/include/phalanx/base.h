@@ -43,8 +43,8 @@ static inline void phx_struct_give(void *out, const void *mine) {
   const unsigned char *from = (const unsigned char *)mine;
   for (size_t i = sizeof(size_t); i < room; i++) to[i] = i < have ? from[i] : 0;
 }
-/* The reader's side of a struct that the other side owns: a copy of our size; what the other side does not know is zero.
- * mine->struct_size is set to our size before. */
+/* The reader's side of a struct that the other side owns: a copy of our size; what the other side does not know is
+ * zero.  mine->struct_size is set to our size before. */
 static inline void phx_struct_take(void *mine, const void *theirs) { phx_struct_give(mine, theirs); }
 
 /* ---- status: the code is for programs and says who must act ---- */

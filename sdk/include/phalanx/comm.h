@@ -50,8 +50,9 @@ static inline const char *phx_op_name(int32_t op) {
 typedef struct phx_comm_stats { /* since create(), this rank; the world's count what was split off it, too */
   size_t struct_size;
   int64_t calls[PHX_OPS_ROOM];
-  int64_t bytes[PHX_OPS_ROOM]; /* payload: bytes this rank read from or wrote into a peer's memory, or put on the wire */
-  int64_t wait_ns;        /* time spent waiting for peers */
+  /* payload: bytes this rank read from or wrote into a peer's memory, or put on the wire */
+  int64_t bytes[PHX_OPS_ROOM];
+  int64_t wait_ns; /* time spent waiting for peers */
 } phx_comm_stats;
 
 typedef struct phx_comm phx_comm;

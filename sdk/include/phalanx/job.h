@@ -43,16 +43,25 @@ enum {
   PHX_IN_DESTROY = 13
 };
 
+/* How far a rank has come; what has failed stays so. */
+enum {
+  PHX_RANK_ABSENT = 0, /* it has not come yet */
+  PHX_RANK_JOINED = 1,
+  PHX_RANK_RUNNING = 2, /* in a step */
+  PHX_RANK_DONE = 3,
+  PHX_RANK_FAILED = 4
+};
+
 /* A rank's page in the job's memory: written by that rank only, read by all and by the launcher. */
 typedef struct phx_liveness {
   uint64_t heartbeat_ns; /* CLOCK_MONOTONIC, stamped at every collective and every stage */
   uint64_t start_ns;
   int64_t step;
   int32_t pid;
-  int32_t state;         /* 0 not come, 1 joined, 2 running, 3 done, 4 failed */
+  int32_t state;         /* PHX_RANK_* */
   uint64_t n_flights;    /* collectives begun so far; the record of number k is ring[k % PHX_FLIGHT_RING] */
   phx_flight ring[PHX_FLIGHT_RING];
-  char message[512];     /* what failed, with state 4 */
+  char message[512];     /* what failed, with PHX_RANK_FAILED */
   /* Where a crash happened: written around every call of a plugin, relaxed atomics; a call that failed stays. */
   int32_t in_call;       /* PHX_IN_* */
   int32_t in_plugin;     /* PHX_KIND_* */

@@ -164,8 +164,8 @@ typedef struct phx_model_facts {
   int64_t context;    /* the longest sequence */
   double flops_per_token; /* of a training step: 6 (12 L C^2 + V C) + 12 L C T for a GPT; recomputation excluded */
   /* What the stages compute beyond what names and shapes of parameters say, as "heads 12, norm_eps 1e-05": a checkpoint
-   * is loaded only where this is the same.  NULL: no option of the model may differ then.  Valid until declare is called
-   * again. */
+   * is loaded only where this is the same.  NULL: no option of the model may differ then.  Valid until declare is
+   * called again. */
   const char *computes;
 } phx_model_facts;
 

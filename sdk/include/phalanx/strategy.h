@@ -125,6 +125,9 @@ typedef struct phx_view { /* [borrow:self] until release of the same stage */
   uint32_t n_params, param_stride;
   phx_event *ready; /* what the pass reads is valid after it; NULL: now.  The host makes its stream wait. */
 } phx_view;
+static inline const phx_param_view *phx_view_param(const phx_view *view, uint32_t i) {
+  return (const phx_param_view *)(const void *)((const char *)view->params + (size_t)i * view->param_stride);
+}
 
 /* ---- the norm: each canonical block of gradients is added by exactly one rank of the world ---- */
 typedef struct phx_accumulator {

@@ -32,8 +32,8 @@ static const phx_option own_options[] = {
     {"call", "Where it crashes or fails.", "none", NULL, calls, 0, 0, 0, 0, PHX_OPT_ENUM, 0, AT(call)},
 };
 
-/* PHX_HOSTILE_LOAD: constructor or descriptor crash, exit and vanish end the process, hang and endless do not come back, giant and
- * kind are wrong numbers. */
+/* PHX_HOSTILE_LOAD: constructor or descriptor crash, exit and vanish end the process, hang and endless do not come
+ * back, giant and kind are wrong numbers. */
 static bool asked(const char *what) {
   const char *load = getenv("PHX_HOSTILE_LOAD");
   return load && strcmp(load, what) == 0;

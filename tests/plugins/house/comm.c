@@ -38,7 +38,8 @@ static const phx_comm_table table = {.struct_size = sizeof table, .probe = probe
 #else
 #define STUB_NEEDS .needs = 0
 #endif
-static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_COMM), STUB_NEEDS, .id = STUB_ID, .options = options, .n_options = 1,
+static const phx_plugin plugin = {STUB_DESCRIPTOR(PHX_KIND_COMM), STUB_NEEDS, .id = STUB_ID,
+                                  .options = options, .n_options = 1,
                                   .option_stride = sizeof options[0], .config_size = sizeof(settings),
                                   .table = &table};
 const phx_plugin *phx_plugin_v1(void) { return &plugin; }
