@@ -59,11 +59,9 @@ ParameterizedTest(far_case *c, far_device, same_bits_as_on_the_cpu, .timeout = 4
   PHALANX(dir, 100, "train", "run.ini", "-n", c->ranks, "--set", "run.steps=4", "--set", c->accumulate, "--set",
           c->reduce, "--set", "run.out=cpu");
   text_of(dir, "cpu/run.json", "result.state_hash", hash);
-  /* checks copy many small blocks, and each waits for the delay: the cases without a delay are checked */
-  const char *checked = strcmp(c->delay, "far.delay=0") ? "run.checked=no" : "run.checked=yes";
   PHALANX(dir, 280, "compare", "run.ini", "-n", c->ranks, "--set", "run.steps=4", "--set", c->accumulate, "--set",
-          c->reduce, "--set", c->delay, "--set", c->staging, "--set", "run.drift_every=2", "--set", checked, FAR,
-          "--strategies", STRATEGIES);
+          c->reduce, "--set", c->delay, "--set", c->staging, "--set", "run.drift_every=2", FAR, "--strategies",
+          STRATEGIES);
   cJSON *json = training_json(dir, "out/compare.json");
   cr_assert(cJSON_IsTrue(training_get(json, "equal_bits")));
   const cJSON *list = training_get(json, "strategies"), *s;
