@@ -19,13 +19,13 @@
 /* A decimal number of lowest..highest and nothing else. */
 static phx_status read_number(const char *name, int32_t lowest, int32_t highest, int32_t *out, phx_error *err) {
   const char *text = getenv(name);
-  if (!text) return phx__fail(err, PHX_INVALID, "the environment has no %s, but variables that go with it", name);
+  if (!text) return phx_fail(err, PHX_INVALID, "the environment has no %s, but variables that go with it", name);
   char *end = NULL;
   errno = 0;
   long value = strtol(text, &end, 10);
   if (text[0] < '0' || text[0] > '9' || *end || errno || value < lowest || value > highest)
-    return phx__fail(err, PHX_INVALID, "the environment has %s=%s; expected a number from %d to %d", name, text, lowest,
-                     highest);
+    return phx_fail(err, PHX_INVALID, "the environment has %s=%s; expected a number from %d to %d", name, text, lowest,
+                    highest);
   *out = (int32_t)value;
   return PHX_OK;
 }
@@ -48,13 +48,10 @@ static phx_status read_meeting(phx__identity *me, phx_error *err) {
   me->several = true;
   if (address && *address ? snprintf(me->address, sizeof me->address, "%s", address) >= (int)sizeof me->address
                           : !list || !phx__slurm_first_host(list, me->address, sizeof me->address))
-    return phx__fail(err, PHX_INVALID,
-                     "MASTER_ADDR is not set, and %d of %d ranks are on this machine: set it on every machine to the "
-                     "address of the one where rank 0 runs (mpirun: -x MASTER_ADDR=...)", me->local_size, me->size);
-  if (getenv("MASTER_PORT")) {
-    phx_status status = read_number("MASTER_PORT", 1, 65535, &port, err);
-    if (status != PHX_OK) return status;
-  }
+    return phx_fail(err, PHX_INVALID,
+                    "MASTER_ADDR is not set, and %d of %d ranks are on this machine: set it on every machine to the "
+                    "address of the one where rank 0 runs (mpirun: -x MASTER_ADDR=...)", me->local_size, me->size);
+  if (getenv("MASTER_PORT")) PHX_TRY(read_number("MASTER_PORT", 1, 65535, &port, err));
   /* torchrun's agent listens at MASTER_PORT itself then */
   if (agent && strcmp(agent, "True") == 0) port += port < 65535 ? 1 : -1;
   snprintf(me->port, sizeof me->port, "%d", port);
@@ -65,13 +62,13 @@ static phx_status read_meeting(phx__identity *me, phx_error *err) {
 static phx_status set_key(phx__identity *me, const char *kind, const char *variable, const char *more, phx_error *err) {
   const char *text = getenv(variable);
   if (!text || !*text)
-    return phx__fail(err, PHX_INVALID, "the environment has no %s: the ranks of this job cannot be told from others'",
-                     variable);
+    return phx_fail(err, PHX_INVALID, "the environment has no %s: the ranks of this job cannot be told from others'",
+                    variable);
   const char *text2 = more ? getenv(more) : NULL;
   int used = snprintf(me->key, sizeof me->key, "%s-%s%s%s", kind, text, text2 ? "-" : "", text2 ? text2 : "");
   if (used < 0 || (size_t)used >= sizeof me->key)
-    return phx__fail(err, PHX_INVALID, "the environment's %s is longer than %zu characters", variable,
-                     sizeof me->key - 16);
+    return phx_fail(err, PHX_INVALID, "the environment's %s is longer than %zu characters", variable,
+                    sizeof me->key - 16);
   return PHX_OK;
 }
 
@@ -84,81 +81,69 @@ static void add_run_id(phx__identity *me) {
 }
 
 static phx_status read_own(phx__identity *me, phx_error *err) {
-  phx_status status;
-  PHX__TRY(read_place(me, "PHALANX_RANK", "PHALANX_WORLD_SIZE", err));
-  PHX__TRY(read_local(me, "PHALANX_LOCAL_RANK", "PHALANX_LOCAL_SIZE", err));
-  PHX__TRY(read_number("PHALANX_JOB_FD", 0, INT_MAX, &me->fd, err));
+  PHX_TRY(read_place(me, "PHALANX_RANK", "PHALANX_WORLD_SIZE", err));
+  PHX_TRY(read_local(me, "PHALANX_LOCAL_RANK", "PHALANX_LOCAL_SIZE", err));
+  PHX_TRY(read_number("PHALANX_JOB_FD", 0, INT_MAX, &me->fd, err));
   if (me->local_size != me->size)
-    status = phx__fail(err, PHX_INVALID, "the environment has PHALANX_LOCAL_SIZE=%d and PHALANX_WORLD_SIZE=%d: our own "
-                       "launcher starts all ranks on one machine", me->local_size, me->size);
-done:
-  return status;
+    return phx_fail(err, PHX_INVALID, "the environment has PHALANX_LOCAL_SIZE=%d and PHALANX_WORLD_SIZE=%d: our own "
+                    "launcher starts all ranks on one machine", me->local_size, me->size);
+  return PHX_OK;
 }
 
 static phx_status read_torchrun(phx__identity *me, phx_error *err) {
-  phx_status status;
-  PHX__TRY(read_place(me, "RANK", "WORLD_SIZE", err));
+  PHX_TRY(read_place(me, "RANK", "WORLD_SIZE", err));
   if (getenv("LOCAL_WORLD_SIZE")) {
-    PHX__TRY(read_local(me, "LOCAL_RANK", "LOCAL_WORLD_SIZE", err));
+    PHX_TRY(read_local(me, "LOCAL_RANK", "LOCAL_WORLD_SIZE", err));
   } else { /* started by hand in torchrun's manner: on one machine the local rank is the rank */
-    PHX__TRY(read_number("LOCAL_RANK", 0, me->size - 1, &me->local_rank, err));
+    PHX_TRY(read_number("LOCAL_RANK", 0, me->size - 1, &me->local_rank, err));
     me->local_size = me->size;
-    if (me->local_rank != me->rank) {
-      status = phx__fail(err, PHX_INVALID,
-                         "RANK=%d and LOCAL_RANK=%d: the ranks are on several machines; set LOCAL_WORLD_SIZE to the "
-                         "number of ranks on this one", me->rank, me->local_rank);
-      goto done;
-    }
+    if (me->local_rank != me->rank)
+      return phx_fail(err, PHX_INVALID,
+                      "RANK=%d and LOCAL_RANK=%d: the ranks are on several machines; set LOCAL_WORLD_SIZE to the "
+                      "number of ranks on this one", me->rank, me->local_rank);
   }
-  if (me->local_size != me->size) PHX__TRY(read_meeting(me, err));
-  PHX__TRY(set_key(me, "torchrun", me->several && !getenv("MASTER_PORT") ? "MASTER_ADDR" : "MASTER_PORT",
-                   "TORCHELASTIC_RESTART_COUNT", err));
+  if (me->local_size != me->size) PHX_TRY(read_meeting(me, err));
+  PHX_TRY(set_key(me, "torchrun", me->several && !getenv("MASTER_PORT") ? "MASTER_ADDR" : "MASTER_PORT",
+                  "TORCHELASTIC_RESTART_COUNT", err));
   add_run_id(me);
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status read_mpirun(phx__identity *me, phx_error *err) {
-  phx_status status;
-  PHX__TRY(read_place(me, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", err));
-  PHX__TRY(read_local(me, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", err));
-  if (me->local_size != me->size) PHX__TRY(read_meeting(me, err));
+  PHX_TRY(read_place(me, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", err));
+  PHX_TRY(read_local(me, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", err));
+  if (me->local_size != me->size) PHX_TRY(read_meeting(me, err));
   /* Open MPI 4 names the job in the first, 5 in the second. */
-  PHX__TRY(set_key(me, "mpirun", getenv("OMPI_MCA_ess_base_jobid") ? "OMPI_MCA_ess_base_jobid" : "PMIX_NAMESPACE", NULL,
-                   err));
-done:
-  return status;
+  PHX_TRY(set_key(me, "mpirun", getenv("OMPI_MCA_ess_base_jobid") ? "OMPI_MCA_ess_base_jobid" : "PMIX_NAMESPACE", NULL,
+                  err));
+  return PHX_OK;
 }
 
 /* Under srun: how many ranks this machine has. */
 static phx_status read_srun_local(phx__identity *me, phx_error *err) {
   const char *step = getenv("SLURM_STEP_NUM_NODES"), *list = getenv("SLURM_STEP_TASKS_PER_NODE");
   int32_t hosts = 1, node = 0;
-  phx_status status = PHX_OK;
   me->local_size = me->size;
   if (step || getenv("SLURM_NNODES"))
-    PHX__TRY(read_number(step ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", 1, INT_MAX, &hosts, err));
+    PHX_TRY(read_number(step ? "SLURM_STEP_NUM_NODES" : "SLURM_NNODES", 1, INT_MAX, &hosts, err));
   if (hosts == 1) return PHX_OK;
-  PHX__TRY(read_number("SLURM_NODEID", 0, hosts - 1, &node, err));
+  PHX_TRY(read_number("SLURM_NODEID", 0, hosts - 1, &node, err));
   me->local_size = list ? phx__slurm_tasks(list, node, PHX_RANKS_MAX) : 0;
   if (me->local_size < 1 || me->local_size > me->size)
-    status = phx__fail(err, PHX_INVALID,
-                       "the environment has SLURM_STEP_TASKS_PER_NODE=%s, which does not say how many of %d ranks "
-                       "node %d has", list ? list : "(nothing)", me->size, node);
-done:
-  return status;
+    return phx_fail(err, PHX_INVALID,
+                    "the environment has SLURM_STEP_TASKS_PER_NODE=%s, which does not say how many of %d ranks "
+                    "node %d has", list ? list : "(nothing)", me->size, node);
+  return PHX_OK;
 }
 
 static phx_status read_srun(phx__identity *me, phx_error *err) {
-  phx_status status;
-  PHX__TRY(
-      read_place(me, "SLURM_PROCID", getenv("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS", err));
-  PHX__TRY(read_srun_local(me, err));
-  PHX__TRY(read_number("SLURM_LOCALID", 0, me->local_size - 1, &me->local_rank, err));
-  if (me->local_size != me->size) PHX__TRY(read_meeting(me, err));
-  PHX__TRY(set_key(me, "srun", "SLURM_JOB_ID", "SLURM_STEP_ID", err));
-done:
-  return status;
+  PHX_TRY(read_place(me, "SLURM_PROCID", getenv("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS",
+                     err));
+  PHX_TRY(read_srun_local(me, err));
+  PHX_TRY(read_number("SLURM_LOCALID", 0, me->local_size - 1, &me->local_rank, err));
+  if (me->local_size != me->size) PHX_TRY(read_meeting(me, err));
+  PHX_TRY(set_key(me, "srun", "SLURM_JOB_ID", "SLURM_STEP_ID", err));
+  return PHX_OK;
 }
 
 static bool is_only_task(void) {

@@ -1,6 +1,7 @@
 /* core/base/job_calls.c - see job_calls.h. */
 #include "base/job_calls.h"
 
+#include <phalanx/error.h>
 #include <stdbool.h>
 
 #include "base/clock.h"
@@ -21,8 +22,7 @@ void phx__job_state(const phx_job *job, int32_t state, int64_t step) {
 
 phx_status phx__job_max(const phx_job *job, int64_t value, int64_t *out, phx_error *err) {
   int64_t all[PHX_RANKS_MAX];
-  const phx_status status = job->exchange(job->ctx, "largest", &value, sizeof value, all, err);
-  if (status) return status;
+  PHX_TRY(job->exchange(job->ctx, "largest", &value, sizeof value, all, err));
   int64_t largest = all[0];
   for (int32_t r = 1; r < job->size; r++)
     if (all[r] > largest) largest = all[r];

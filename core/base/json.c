@@ -204,12 +204,12 @@ static phx_status check_names(const char *what, const cJSON *object, phx_error *
   const cJSON *item;
   cJSON_ArrayForEach(item, object) n++;
   const cJSON **sorted = phx__calloc(n, sizeof *sorted);
-  if (!sorted) return phx__fail(err, PHX_NOMEM, "%s: no memory", what);
+  if (!sorted) return phx_fail(err, PHX_NOMEM, "%s: no memory", what);
   cJSON_ArrayForEach(item, object) sorted[i++] = item;
   qsort(sorted, n, sizeof *sorted, by_name);
   for (i = 1; i < n && !status; i++)
     if (!strcmp(sorted[i - 1]->string, sorted[i]->string))
-      status = phx__fail(err, PHX_IO, "%s: the name '%.200s' stands twice", what, sorted[i]->string);
+      status = phx_fail(err, PHX_IO, "%s: the name '%.200s' stands twice", what, sorted[i]->string);
   phx__free(sorted);
   return status;
 }
@@ -227,15 +227,15 @@ phx_status phx__json_read(const char *what, const char *text, size_t bytes, cons
                           cJSON **out, phx_error *err) {
   const unsigned char *begin = (const unsigned char *)text;
   scan s = {.at = begin, .begin = begin, .end = begin + bytes, .limits = limits};
-  if (!bytes || text[0] != '{') return phx__fail(err, PHX_IO, "%s is not JSON: it does not begin with '{'", what);
+  if (!bytes || text[0] != '{') return phx_fail(err, PHX_IO, "%s is not JSON: it does not begin with '{'", what);
   if (value(&s)) {
     blanks(&s);
     if (s.at != s.end) wrong(&s, "something follows the object");
   }
-  if (s.why) return phx__fail(err, PHX_IO, "%s is not JSON as it should be, at byte %zu: %s", what,
-                              (size_t)(s.at - s.begin), s.why);
+  if (s.why) return phx_fail(err, PHX_IO, "%s is not JSON as it should be, at byte %zu: %s", what,
+                             (size_t)(s.at - s.begin), s.why);
   cJSON *root = cJSON_ParseWithLength(text, bytes);
-  if (!root) return phx__fail(err, PHX_NOMEM, "%s: no memory", what); /* the text is good */
+  if (!root) return phx_fail(err, PHX_NOMEM, "%s: no memory", what); /* the text is good */
   phx_status status = check_tree(what, root, err);
   if (status) cJSON_Delete(root);
   else *out = root;

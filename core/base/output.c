@@ -15,7 +15,7 @@ static phx_status write_all(int fd, const char *text, size_t bytes, const char *
   while (bytes > 0) {
     const ssize_t n = phx__sys.write(fd, text, bytes);
     if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return phx__fail_errno(err, PHX_IO, n < 0 ? errno : ENOSPC, "cannot write %s", path);
+    if (n <= 0) return phx_fail_errno(err, PHX_IO, n < 0 ? errno : ENOSPC, "cannot write %s", path);
     text += n;
     bytes -= (size_t)n;
   }
@@ -25,14 +25,14 @@ static phx_status write_all(int fd, const char *text, size_t bytes, const char *
 phx_status phx__text_write(const char *path, const char *text, phx_error *err) {
   char part[4400];
   if (snprintf(part, sizeof part, "%s.part", path) >= (int)sizeof part)
-    return phx__fail(err, PHX_INVALID, "%s is too long for a path", path);
+    return phx_fail(err, PHX_INVALID, "%s is too long for a path", path);
   const int fd = phx__sys.open(part, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", part);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot create %s", part);
   phx_status status = write_all(fd, text, strlen(text), path, err);
-  if (!status && phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-  if (phx__sys.close(fd) && !status) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  if (!status && phx__sys.fsync(fd)) status = phx_fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  if (phx__sys.close(fd) && !status) status = phx_fail_errno(err, PHX_IO, errno, "cannot write %s", path);
   if (!status && phx__sys.rename(part, path))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
   if (status) phx__sys.unlink(part);
   return status;
 }
@@ -124,7 +124,7 @@ phx_status phx__json_write(const char *path, const cJSON *root, phx_error *err) 
   char *line = text && !lost ? phx__calloc(1, bytes + 2) : NULL;
   phx_status status = PHX_OK;
   if (!line) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to write %s", path);
   } else {
     memcpy(line, text, bytes);
     line[bytes] = '\n';

@@ -19,11 +19,11 @@ phx_status phx__regular_open(const char *path, const char *what, const char *why
                              phx_error *err) {
   phx_status status = PHX_OK;
   *fd = phx__sys.open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY, 0);
-  if (*fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s %s", what, path);
-  if (phx__sys.fstat(*fd, st)) status = phx__fail_errno(err, PHX_IO, errno, "cannot stat %s", path);
+  if (*fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot open %s %s", what, path);
+  if (phx__sys.fstat(*fd, st)) status = phx_fail_errno(err, PHX_IO, errno, "cannot stat %s", path);
   if (!status && phx__irregular(st->st_mode))
-    status = phx__fail(err, PHX_INVALID, "%s is not a regular file: it is %s, and %s", path,
-                       phx__irregular(st->st_mode), why);
+    status = phx_fail(err, PHX_INVALID, "%s is not a regular file: it is %s, and %s", path,
+                      phx__irregular(st->st_mode), why);
   if (!status) return PHX_OK;
   phx__sys.close(*fd);
   *fd = -1;

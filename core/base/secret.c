@@ -19,35 +19,35 @@
 
 static phx_status check_length(const phx__secret *s, const char *variable, phx_error *err) {
   if (s->bytes >= PHX__SECRET_LEAST) return PHX_OK;
-  return phx__fail(err, PHX_INVALID,
-                   "%s gives a secret of %zu bytes; expected %d to %d: take, for example, the output of "
-                   "`openssl rand -hex 16`", variable, s->bytes, PHX__SECRET_LEAST, PHX__SECRET_MOST);
+  return phx_fail(err, PHX_INVALID,
+                  "%s gives a secret of %zu bytes; expected %d to %d: take, for example, the output of "
+                  "`openssl rand -hex 16`", variable, s->bytes, PHX__SECRET_LEAST, PHX__SECRET_MOST);
 }
 
 static phx_status check_file(int fd, const char *path, phx_error *err) {
   struct stat info;
-  if (fstat(fd, &info) != 0) return phx__fail_errno(err, PHX_IO, errno, "PHALANX_SECRET_FILE=%.300s", path);
+  if (fstat(fd, &info) != 0) return phx_fail_errno(err, PHX_IO, errno, "PHALANX_SECRET_FILE=%.300s", path);
   if (!S_ISREG(info.st_mode))
-    return phx__fail(err, PHX_INVALID, "PHALANX_SECRET_FILE=%.300s: not a regular file", path);
+    return phx_fail(err, PHX_INVALID, "PHALANX_SECRET_FILE=%.300s: not a regular file", path);
   if (info.st_uid != geteuid() && info.st_uid != 0)
-    return phx__fail(err, PHX_INVALID, "PHALANX_SECRET_FILE=%.300s belongs to user %u, who knows it, too", path,
-                     (unsigned)info.st_uid);
+    return phx_fail(err, PHX_INVALID, "PHALANX_SECRET_FILE=%.300s belongs to user %u, who knows it, too", path,
+                    (unsigned)info.st_uid);
   if (info.st_mode & 077)
-    return phx__fail(err, PHX_INVALID, "PHALANX_SECRET_FILE=%.300s is open to others (mode %o): chmod 600 it", path,
-                     (unsigned)info.st_mode & 0777);
+    return phx_fail(err, PHX_INVALID, "PHALANX_SECRET_FILE=%.300s is open to others (mode %o): chmod 600 it", path,
+                    (unsigned)info.st_mode & 0777);
   return PHX_OK;
 }
 
 static phx_status read_file(const char *path, phx__secret *out, phx_error *err) {
   phx_status status = PHX_OK;
   const int fd = phx__sys.open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
-  if (fd < 0) return phx__fail_errno(err, PHX_INVALID, errno, "PHALANX_SECRET_FILE=%.300s", path);
-  PHX__TRY(check_file(fd, path, err));
+  if (fd < 0) return phx_fail_errno(err, PHX_INVALID, errno, "PHALANX_SECRET_FILE=%.300s", path);
+  PHX_TRY_GOTO(check_file(fd, path, err), status, done);
   for (ssize_t got = 1; got != 0 && out->bytes < sizeof out->key;) {
     got = phx__sys.read(fd, out->key + out->bytes, sizeof out->key - out->bytes);
     if (got > 0) out->bytes += (size_t)got;
     if (got >= 0 || errno == EINTR) continue;
-    status = phx__fail_errno(err, PHX_IO, errno, "PHALANX_SECRET_FILE=%.300s cannot be read", path);
+    status = phx_fail_errno(err, PHX_IO, errno, "PHALANX_SECRET_FILE=%.300s cannot be read", path);
     goto done;
   }
   /* an editor's end of line is no part of it */
@@ -62,13 +62,13 @@ phx_status phx__secret_find(phx__secret *out, phx_error *err) {
   const char *text = getenv("PHALANX_SECRET"), *path = getenv("PHALANX_SECRET_FILE");
   memset(out, 0, sizeof *out);
   if (text && path)
-    return phx__fail(err, PHX_INVALID, "the environment has PHALANX_SECRET and PHALANX_SECRET_FILE: set one of them");
+    return phx_fail(err, PHX_INVALID, "the environment has PHALANX_SECRET and PHALANX_SECRET_FILE: set one of them");
   if (path) return read_file(path, out, err);
   if (!text) return PHX_OK;
   out->bytes = strlen(text);
   if (out->bytes > sizeof out->key)
-    return phx__fail(err, PHX_INVALID, "PHALANX_SECRET has %zu bytes; expected %d to %d", out->bytes, PHX__SECRET_LEAST,
-                     PHX__SECRET_MOST);
+    return phx_fail(err, PHX_INVALID, "PHALANX_SECRET has %zu bytes; expected %d to %d", out->bytes, PHX__SECRET_LEAST,
+                    PHX__SECRET_MOST);
   memcpy(out->key, text, out->bytes);
   return check_length(out, "PHALANX_SECRET", err);
 }
@@ -106,5 +106,5 @@ phx_status phx__random(void *out, size_t bytes, phx_error *err) {
   do got = getrandom(out, bytes, 0);
   while (got < 0 && errno == EINTR);
   if (got == (ssize_t)bytes) return PHX_OK;
-  return phx__fail_errno(err, PHX_IO, got < 0 ? errno : EIO, "the kernel gives no random numbers");
+  return phx_fail_errno(err, PHX_IO, got < 0 ? errno : EIO, "the kernel gives no random numbers");
 }

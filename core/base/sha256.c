@@ -93,7 +93,7 @@ phx_status phx__sha256_fd(int fd, const char *path, char hex[65], phx_error *err
   phx__sha256_begin(&hash);
   while ((got = phx__sys.pread(fd, buffer, sizeof buffer, at)) != 0) {
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return phx__fail_errno(err, PHX_IO, errno, "%s cannot be read", path);
+    if (got < 0) return phx_fail_errno(err, PHX_IO, errno, "%s cannot be read", path);
     phx__sha256_add(&hash, buffer, (size_t)got);
     at += got;
   }
@@ -103,7 +103,7 @@ phx_status phx__sha256_fd(int fd, const char *path, char hex[65], phx_error *err
 
 phx_status phx__sha256_file(const char *path, char hex[65], phx_error *err) {
   const int fd = phx__sys.open(path, O_RDONLY, 0);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "%s cannot be opened", path);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "%s cannot be opened", path);
   const phx_status status = phx__sha256_fd(fd, path, hex, err);
   phx__sys.close(fd);
   return status;

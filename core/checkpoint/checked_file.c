@@ -26,10 +26,10 @@ phx_status phx__checked_open(const char *dir, const phx__manifest_file *entry, p
   if (status) return status;
   f.at.path = phx__strdup(path);
   f.at.bytes = bytes;
-  if (!f.at.path) status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+  if (!f.at.path) status = phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
   else if (bytes != entry->bytes)
-    status = phx__fail(err, PHX_IO, "%s is damaged: it has %" PRId64 " bytes, and its checkpoint says %" PRId64, path,
-                       bytes, entry->bytes);
+    status = phx_fail(err, PHX_IO, "%s is damaged: it has %" PRId64 " bytes, and its checkpoint says %" PRId64, path,
+                      bytes, entry->bytes);
   if (status) {
     phx__checked_close(&f);
     return status;
@@ -55,19 +55,18 @@ static phx_status load_chunk(phx__checked_file *f, const char *what, int64_t chu
   const int64_t at = chunk * PHX__CHUNK_BYTES, left = f->entry->bytes - at;
   const int64_t bytes = left < PHX__CHUNK_BYTES ? left : PHX__CHUNK_BYTES;
   const int64_t last = f->in_order >= IN_ORDER ? INT64_MAX : (until - 1) / PHX__CHUNK_BYTES;
-  phx_status status = phx__stream_chunk(f->stream, &f->at, chunk, last, &data, err);
-  if (status) return status;
+  PHX_TRY(phx__stream_chunk(f->stream, &f->at, chunk, last, &data, err));
   *out = data.bytes;
   if (data.sum == f->entry->chunks[chunk]) return PHX_OK;
-  return phx__fail(err, PHX_IO, "%s is damaged in bytes %" PRId64 " to %" PRId64 ", read for %s: their checksum is %016"
-                   PRIx64 " and should be %016" PRIx64, f->at.path, at, at + bytes - 1, what, data.sum,
-                   f->entry->chunks[chunk]);
+  return phx_fail(err, PHX_IO, "%s is damaged in bytes %" PRId64 " to %" PRId64 ", read for %s: their checksum is %016"
+                  PRIx64 " and should be %016" PRIx64, f->at.path, at, at + bytes - 1, what, data.sum,
+                  f->entry->chunks[chunk]);
 }
 
 phx_status phx__checked_read(phx__checked_file *f, const char *what, void *out, int64_t bytes, int64_t at,
                              int64_t ahead, phx_error *err) {
   if (at < 0 || bytes < 0 || at > f->entry->bytes || bytes > f->entry->bytes - at)
-    return phx__fail(err, PHX_INTERNAL, "%s has no bytes %" PRId64 " to %" PRId64, f->at.path, at, at + bytes);
+    return phx_fail(err, PHX_INTERNAL, "%s has no bytes %" PRId64 " to %" PRId64, f->at.path, at, at + bytes);
   const bool goes_on = at == f->next;
   if (!goes_on) f->in_order = 0;
   else if (at == f->until && f->in_order < IN_ORDER) f->in_order++;
@@ -101,7 +100,7 @@ void phx__manifest_tensor_name(const phx__manifest *m, int32_t kind, uint32_t in
 
 phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader **out, phx_error *err) {
   phx__checkpoint_reader *r = phx__calloc(1, sizeof *r);
-  if (!r) return phx__fail(err, PHX_NOMEM, "no memory to read %s", dir);
+  if (!r) return phx_fail(err, PHX_NOMEM, "no memory to read %s", dir);
   phx_status status = phx__manifest_read(dir, &r->manifest, err);
   int64_t bytes = 0;
   for (uint32_t i = 0; !status && i < r->manifest->n_files && bytes < PHX__STREAM_MEMORY; i++)
@@ -110,7 +109,7 @@ phx_status phx__checkpoint_reader_open(const char *dir, phx__checkpoint_reader *
   if (!status) {
     r->dir = phx__strdup(dir);
     r->files = phx__calloc(r->manifest->n_files, sizeof *r->files);
-    if (!r->dir || !r->files) status = phx__fail(err, PHX_NOMEM, "no memory to read %s", dir);
+    if (!r->dir || !r->files) status = phx_fail(err, PHX_NOMEM, "no memory to read %s", dir);
   }
   if (status) phx__checkpoint_reader_close(r);
   else *out = r;
@@ -152,18 +151,16 @@ phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind
     phx__checked_file *file;
     const phx__manifest_slice *s = phx__manifest_find(r->manifest, kind, index, unit, flat, first_block);
     if (!s)
-      return phx__fail(err, PHX_INVALID, "%s has no block %" PRId64 " of state %s of unit %u", r->dir, first_block,
-                       state_name(r->manifest, kind, index), unit);
+      return phx_fail(err, PHX_INVALID, "%s has no block %" PRId64 " of state %s of unit %u", r->dir, first_block,
+                      state_name(r->manifest, kind, index), unit);
     const int64_t skip = first_block - s->first_block;
     const int64_t part = blocks < s->blocks - skip ? blocks : s->blocks - skip;
-    phx_status status = open_file(r, s->file, &file, err);
-    if (status) return status;
+    PHX_TRY(open_file(r, s->file, &file, err));
     phx__manifest_tensor_name(r->manifest, s->kind, s->index, s->unit, s->flat, s->first_block, name);
     file->in_place = true;
     const int64_t behind = s->blocks - skip - part; /* of the slice: no more than `ahead` is wanted of it */
-    status = phx__checked_read(file, name, out, part * BLOCK_BYTES, s->offset + skip * BLOCK_BYTES,
-                               (ahead < behind ? ahead : behind) * BLOCK_BYTES, err);
-    if (status) return status;
+    PHX_TRY(phx__checked_read(file, name, out, part * BLOCK_BYTES, s->offset + skip * BLOCK_BYTES,
+                              (ahead < behind ? ahead : behind) * BLOCK_BYTES, err));
     out += part * PHX_BLOCK;
     first_block += part;
     blocks -= part;
@@ -174,8 +171,7 @@ phx_status phx__checkpoint_reader_blocks(phx__checkpoint_reader *r, int32_t kind
 phx_status phx__checkpoint_reader_private(phx__checkpoint_reader *r, const phx__manifest_private *slice, void *out,
                                           phx_error *err) {
   phx__checked_file *file;
-  phx_status status = open_file(r, slice->file, &file, err);
-  if (status) return status;
+  PHX_TRY(open_file(r, slice->file, &file, err));
   file->in_place = true;
   return phx__checked_read(file, slice->name, out, slice->blocks * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype),
                            slice->offset, 0, err);

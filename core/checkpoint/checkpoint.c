@@ -76,7 +76,7 @@ static phx_status grow(phx__save *s, phx_error *err) {
   void *names = slices ? phx__sys.realloc(s->names, room * sizeof *s->names) : NULL;
   if (names) s->names = names;
   void *privates = names ? phx__sys.realloc(s->private_names, room * sizeof *s->private_names) : NULL;
-  if (!privates) return phx__fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
+  if (!privates) return phx_fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
   s->private_names = privates;
   s->room = room;
   return PHX_OK;
@@ -87,7 +87,7 @@ static phx_status name_slice(const phx__save *s, const phx_slice *slice, char na
   private_name[0] = 0;
   if (slice->kind == PHX_STATE_PRIVATE) {
     if (!slice->name || strlen(slice->name) >= 48 || strchr(slice->name, '/'))
-      return phx__fail(err, PHX_UNSUPPORTED, "the strategy's private state has no name below 48 bytes without '/'");
+      return phx_fail(err, PHX_UNSUPPORTED, "the strategy's private state has no name below 48 bytes without '/'");
     snprintf(private_name, 64, "%s", slice->name);
     snprintf(name, 96, "private.%s/%u/%u/%" PRId64, slice->name, slice->unit, slice->flat, slice->first_block);
     return PHX_OK;
@@ -102,9 +102,8 @@ static phx_status name_slice(const phx__save *s, const phx_slice *slice, char na
 static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
   phx__save *s = ctx;
   if (phx__state_derived(slice)) return PHX_OK;
-  phx_status status = s->n == s->room ? grow(s, err) : PHX_OK;
-  if (!status) status = name_slice(s, slice, s->names[s->n], s->private_names[s->n], err);
-  if (status) return status;
+  if (s->n == s->room) PHX_TRY(grow(s, err));
+  PHX_TRY(name_slice(s, slice, s->names[s->n], s->private_names[s->n], err));
   s->slices[s->n] = *slice;
   s->slices[s->n].name = NULL; /* set when the table has stopped moving */
   s->n++;
@@ -113,7 +112,7 @@ static phx_status add_slice(void *ctx, const phx_slice *slice, phx_error *err) {
 
 static phx_status make_tensors(phx__save *s, phx_error *err) {
   s->tensors = phx__calloc(s->n, sizeof *s->tensors);
-  if (!s->tensors) return phx__fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
+  if (!s->tensors) return phx_fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
   for (size_t i = 0; i < s->n; i++) {
     s->tensors[i] = (phx__tensor){.name = s->names[i], .dtype = s->slices[i].dtype, .ndim = 1};
     s->tensors[i].shape[0] = s->slices[i].blocks * PHX_BLOCK;
@@ -134,7 +133,7 @@ static phx_status make_part(phx__save *s, uint64_t *nonce, phx_error *err) {
     status = phx__disk_room_for(s->run_dir, phx__checkpoint_bytes(s->rt->prepared->model, &s->rt->config->s),
                            "a checkpoint", err);
   if (!status && getrandom(nonce, sizeof *nonce, 0) != (ssize_t)sizeof *nonce)
-    status = phx__fail_errno(err, PHX_IO, errno, "no random number for the name of a checkpoint");
+    status = phx_fail_errno(err, PHX_IO, errno, "no random number for the name of a checkpoint");
   return status;
 }
 
@@ -150,17 +149,15 @@ static phx_status create_file(phx__save *s, phx_error *err) {
   snprintf(s->file, sizeof s->file, "rank-%05d.safetensors", s->rt->job->rank);
   snprintf(step, sizeof step, "%" PRId64, s->at.step);
   const char *const metadata[] = {"format", "phalanx-checkpoint", "step", step, NULL};
-  phx_status status = phx__state_visit(s->rt, add_slice, s, err);
-  if (!status) status = make_tensors(s, err);
-  if (!status) status = phx__path_join(path, s->part, s->file, err);
-  if (!status)
-    status = phx__safetensors_create(path, s->tensors, (uint32_t)s->n, metadata, true, &s->writer, err);
-  if (status) return status;
+  PHX_TRY(phx__state_visit(s->rt, add_slice, s, err));
+  PHX_TRY(make_tensors(s, err));
+  PHX_TRY(phx__path_join(path, s->part, s->file, err));
+  PHX_TRY(phx__safetensors_create(path, s->tensors, (uint32_t)s->n, metadata, true, &s->writer, err));
   memcpy(s->tensors, s->writer->tensors, s->n * sizeof *s->tensors);
   s->file_bytes = s->writer->file.bytes;
   s->n_sums = phx__chunks_count(s->file_bytes);
   s->sums = phx__calloc((size_t)s->n_sums, sizeof *s->sums);
-  return s->sums ? PHX_OK : phx__fail(err, PHX_NOMEM, "no memory for the checksums of %s", path);
+  return s->sums ? PHX_OK : phx_fail(err, PHX_NOMEM, "no memory for the checksums of %s", path);
 }
 
 static void free_save(phx__save *s) {
@@ -189,12 +186,12 @@ phx_status phx__save_begin(phx__runtime *rt, const char *run_dir, const phx__pos
   uint64_t nonce = 0;
   phx_status status = PHX_OK;
   phx__save *s = phx__calloc(1, sizeof *s);
-  if (!s) status = phx__fail(&why, PHX_NOMEM, "no memory to save a checkpoint");
+  if (!s) status = phx_fail(&why, PHX_NOMEM, "no memory to save a checkpoint");
   if (s) {
     s->rt = rt;
     s->at = *at;
     if (snprintf(s->run_dir, sizeof s->run_dir, "%s", run_dir) >= (int)sizeof s->run_dir)
-      status = phx__fail(&why, PHX_INVALID, "%.200s...: the path is too long", run_dir);
+      status = phx_fail(&why, PHX_INVALID, "%.200s...: the path is too long", run_dir);
     if (!status && rt->job->rank == 0) status = make_part(s, &nonce, &why);
   }
   verdict.value = (int64_t)nonce;
@@ -203,7 +200,7 @@ phx_status phx__save_begin(phx__runtime *rt, const char *run_dir, const phx__pos
   status = name_part(s, (uint64_t)verdict.first, &why);
   if (!status && rt->job->rank == 0) {
     if (phx__sys.mkdir(s->part, 0755))
-      status = phx__fail_errno(&why, PHX_IO, errno, "cannot create the directory %s", s->part);
+      status = phx_fail_errno(&why, PHX_IO, errno, "cannot create the directory %s", s->part);
     s->made_part = !status;
   }
   status = phx__agree(rt, status, &why, NULL, err);
@@ -300,7 +297,7 @@ static phx_status gather_tables(phx__save *s, phx_error *err) {
   }
   t->mine = phx__calloc(1, (size_t)t->stride);
   t->all = phx__calloc((size_t)rt->core->size, (size_t)t->stride);
-  if (!t->mine || !t->all) status = phx__fail(&why, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
+  if (!t->mine || !t->all) status = phx_fail(&why, PHX_NOMEM, "no memory for the table of a checkpoint's slices");
   status = phx__agree(rt, status, &why, NULL, err);
   if (status) return status;
   pack(s, &mine, t->mine);
@@ -310,17 +307,15 @@ static phx_status gather_tables(phx__save *s, phx_error *err) {
 static phx_status describe_run(const phx__save *s, phx__manifest *m, phx_error *err) {
   const phx__runtime *rt = s->rt;
   char threads[24];
-  phx_status status = PHX_OK;
   m->step = s->at.step;
   m->samples = s->at.samples;
   m->skipped = s->at.skipped;
   snprintf(threads, sizeof threads, "%d", rt->device->threads);
-  PHX__TRY(phx__checkpoint_describe(m, rt->prepared, &rt->optim.table, rt->job->size, err));
-  PHX__TRY(phx__manifest_add_identity(m, "phalanx", PHX__VERSION, err));
-  PHX__TRY(phx__manifest_add_identity(m, "device", rt->device->name, err));
-  PHX__TRY(phx__manifest_add_identity(m, "threads", threads, err));
-done:
-  return status;
+  PHX_TRY(phx__checkpoint_describe(m, rt->prepared, &rt->optim.table, rt->job->size, err));
+  PHX_TRY(phx__manifest_add_identity(m, "phalanx", PHX__VERSION, err));
+  PHX_TRY(phx__manifest_add_identity(m, "device", rt->device->name, err));
+  PHX_TRY(phx__manifest_add_identity(m, "threads", threads, err));
+  return PHX_OK;
 }
 
 static phx_status describe_parts(const phx__save *s, phx__manifest *m, phx_error *err) {
@@ -331,7 +326,7 @@ static phx_status describe_parts(const phx__save *s, phx__manifest *m, phx_error
     const char *at = t->all + r * t->stride;
     char name[64];
     uint64_t *sums = phx__calloc((size_t)head->sums, sizeof *sums);
-    if (!sums) return phx__fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
+    if (!sums) return phx_fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
     for (int64_t i = 0; i < head->slices && !status; i++, at += sizeof(phx__manifest_slice)) {
       phx__manifest_slice row;
       memcpy(&row, at, sizeof row);
@@ -356,18 +351,18 @@ static phx_status publish(phx__save *s, phx_error *err) {
   phx_error ignored = PHX_ERROR_INIT;
   phx_status status = PHX_OK;
   phx__manifest *m = phx__manifest_create();
-  if (!m) return phx__fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
+  if (!m) return phx_fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
   phx__state_hash_text(s->whole, m->state_hash);
-  PHX__TRY(describe_run(s, m, err));
-  PHX__TRY(describe_parts(s, m, err));
-  PHX__TRY(phx__manifest_write(s->part, m, err));
-  PHX__TRY(phx__dir_flush(s->part, err));
-  PHX__TRY(phx__dir_flush(s->run_dir, err)); /* begin may have made `checkpoints` in it */
-  PHX__TRY(phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err));
-  PHX__TRY(phx__checkpoint_path(s->run_dir, s->at.step, path, err));
-  PHX__TRY(phx__run_lock_check(err));
+  PHX_TRY_GOTO(describe_run(s, m, err), status, done);
+  PHX_TRY_GOTO(describe_parts(s, m, err), status, done);
+  PHX_TRY_GOTO(phx__manifest_write(s->part, m, err), status, done);
+  PHX_TRY_GOTO(phx__dir_flush(s->part, err), status, done);
+  PHX_TRY_GOTO(phx__dir_flush(s->run_dir, err), status, done); /* begin may have made `checkpoints` in it */
+  PHX_TRY_GOTO(phx__path_join(dir, s->run_dir, PHX__CHECKPOINTS, err), status, done);
+  PHX_TRY_GOTO(phx__checkpoint_path(s->run_dir, s->at.step, path, err), status, done);
+  PHX_TRY_GOTO(phx__run_lock_check(err), status, done);
   if (phx__sys.rename(s->part, path)) {
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", s->part, path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", s->part, path);
     goto done;
   }
   status = phx__dir_flush(dir, err);
@@ -397,7 +392,7 @@ static void after_commit(const phx__save *s, const phx__retention *retention) {
 phx_status phx__save_gather(phx__save *s, phx_error *err) {
   phx__verdict verdict = {.hash = s->hash};
   if (!s->flushed && !s->status)
-    s->status = phx__fail(&s->error, PHX_STATE, "a save was not flushed before its commit");
+    s->status = phx_fail(&s->error, PHX_STATE, "a save was not flushed before its commit");
   phx_status status = phx__agree(s->rt, s->status, &s->error, &verdict, err);
   if (!status) status = gather_tables(s, err);
   s->whole = verdict.sum;
@@ -463,13 +458,11 @@ phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx
                                 const phx__retention *retention, int64_t *bytes, phx_error *err) {
   save_walk walk = {0};
   phx_error why = PHX_ERROR_INIT;
-  phx_status status = phx__save_begin(rt, run_dir, at, &walk.save, err);
-  if (status) return status;
-  status = phx__state_visit(rt, save_slice, &walk, &why);
+  PHX_TRY(phx__save_begin(rt, run_dir, at, &walk.save, err));
+  phx_status status = phx__state_visit(rt, save_slice, &walk, &why);
   note(walk.save, status, &why, NULL); /* commit tells the others */
   phx__save_flush(walk.save, NULL);
-  status = phx__save_gather(walk.save, err);
-  if (status) return status;
+  PHX_TRY(phx__save_gather(walk.save, err));
   if (bytes) *bytes = phx__save_all_bytes(walk.save);
   phx__save_publish(walk.save, retention);
   return phx__save_end(walk.save, NULL, err);

@@ -25,14 +25,12 @@ phx_status phx__agree(phx__runtime *rt, phx_status mine, const phx_error *why, p
     my.low = verdict->hash.low;
     my.high = verdict->hash.high;
   }
-  const phx_status met =
-      rt->core->all_gather(rt->core->ctx, &my, all, (int64_t)(sizeof my / sizeof(int64_t)), PHX_I64, NULL, err);
-  if (met) return met;
+  PHX_TRY(rt->core->all_gather(rt->core->ctx, &my, all, (int64_t)(sizeof my / sizeof(int64_t)), PHX_I64, NULL, err));
   for (int32_t r = 0; r < rt->core->size; r++) {
     if (!all[r].status) continue;
     all[r].message[sizeof all[r].message - 1] = 0;
-    if (rt->core->size > 1) phx__fail(err, (phx_status)all[r].status, "rank %d: %.480s", r, all[r].message);
-    else phx__fail(err, (phx_status)all[r].status, "%s", all[r].message);
+    if (rt->core->size > 1) phx_fail(err, (phx_status)all[r].status, "rank %d: %.480s", r, all[r].message);
+    else phx_fail(err, (phx_status)all[r].status, "%s", all[r].message);
     if (err) err->cause = (int32_t)all[r].cause;
     return (phx_status)all[r].status;
   }

@@ -33,8 +33,7 @@ static phx_status describe_data(phx__manifest *m, const phx__prepared *p, phx_er
     const phx__data_file f = phx__data_file_at(p->train, i);
     const phx__manifest_data d = {.name = (char *)(uintptr_t)f.path, .bytes = f.scan->bytes, .windows = f.windows,
                                   .high = f.scan->high, .low = f.scan->low};
-    const phx_status status = phx__manifest_add_data(m, &d, err);
-    if (status) return status;
+    PHX_TRY(phx__manifest_add_data(m, &d, err));
   }
   return PHX_OK;
 }
@@ -42,7 +41,6 @@ static phx_status describe_data(phx__manifest *m, const phx__prepared *p, phx_er
 phx_status phx__checkpoint_describe(phx__manifest *m, const phx__prepared *p, const phx_optim *optim, int32_t ranks,
                                     phx_error *err) {
   const phx__config *c = p->config;
-  phx_status status = PHX_OK;
   pair_sink sink = {m, PHX_OK, err};
   m->data_seed = m->generator_seed = (uint64_t)c->s.run.seed;
   m->ranks = ranks;
@@ -55,16 +53,14 @@ phx_status phx__checkpoint_describe(phx__manifest *m, const phx__prepared *p, co
     m->states[i].dtype = optim->states[i].dtype;
     whole = whole && m->states[i].name;
   }
-  if (!whole) return phx__fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
-  PHX__TRY(add_plugin(m, "strategy", c->strategy.plugin, err));
-  PHX__TRY(add_plugin(m, "model", c->model.plugin, err));
-  PHX__TRY(add_plugin(m, "device", c->device.plugin, err));
-  PHX__TRY(add_plugin(m, "comm", c->comm.plugin, err));
-  PHX__TRY(phx__manifest_set_model(m, p->model, err));
-  PHX__TRY(describe_data(m, p, err));
-  if (p->computes[0]) PHX__TRY(phx__manifest_add_identity(m, "computes", p->computes, err));
+  if (!whole) return phx_fail(err, PHX_NOMEM, "no memory for the manifest of a checkpoint");
+  PHX_TRY(add_plugin(m, "strategy", c->strategy.plugin, err));
+  PHX_TRY(add_plugin(m, "model", c->model.plugin, err));
+  PHX_TRY(add_plugin(m, "device", c->device.plugin, err));
+  PHX_TRY(add_plugin(m, "comm", c->comm.plugin, err));
+  PHX_TRY(phx__manifest_set_model(m, p->model, err));
+  PHX_TRY(describe_data(m, p, err));
+  if (p->computes[0]) PHX_TRY(phx__manifest_add_identity(m, "computes", p->computes, err));
   phx__config_each(c, add_pair, &sink);
-  PHX__TRY(sink.status);
-done:
-  return status;
+  return sink.status;
 }

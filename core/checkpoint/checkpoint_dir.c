@@ -26,8 +26,8 @@
 phx_status phx__path_join(char path[PHX__CHECKPOINT_PATH], const char *dir, const char *name, phx_error *err) {
   const int n = snprintf(path, PHX__CHECKPOINT_PATH, "%s/%s", dir, name);
   if (n >= 0 && n < PHX__CHECKPOINT_PATH) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "%.200s... /%.60s: the path is longer than %d bytes", dir, name,
-                   PHX__CHECKPOINT_PATH - 1);
+  return phx_fail(err, PHX_INVALID, "%.200s... /%.60s: the path is longer than %d bytes", dir, name,
+                  PHX__CHECKPOINT_PATH - 1);
 }
 
 static phx_status checkpoints_path(const char *run_dir, char path[PHX__CHECKPOINT_PATH], phx_error *err) {
@@ -64,9 +64,9 @@ phx_status phx__checkpoint_path(const char *run_dir, int64_t step, char path[PHX
 /* ---- small file work ---- */
 phx_status phx__dir_flush(const char *path, phx_error *err) {
   const int fd = phx__sys.open(path, O_RDONLY | O_DIRECTORY, 0);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open the directory %s", path);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot open the directory %s", path);
   phx_status status = PHX_OK;
-  if (phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush the directory %s", path);
+  if (phx__sys.fsync(fd)) status = phx_fail_errno(err, PHX_IO, errno, "cannot flush the directory %s", path);
   phx__sys.close(fd);
   return status;
 }
@@ -75,11 +75,11 @@ phx_status phx__dir_make(const char *path, phx_error *err) {
   struct stat st;
   if (!phx__sys.mkdir(path, 0755)) return PHX_OK;
   if (errno != EEXIST || lstat(path, &st))
-    return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s", path);
+    return phx_fail_errno(err, PHX_IO, errno, "cannot create the directory %s", path);
   if (S_ISLNK(st.st_mode) && st.st_uid != geteuid() && st.st_uid != 0)
-    return phx__fail(err, PHX_IO, "%s is a link that user %ld made: not followed", path, (long)st.st_uid);
+    return phx_fail(err, PHX_IO, "%s is a link that user %ld made: not followed", path, (long)st.st_uid);
   if (!stat(path, &st) && S_ISDIR(st.st_mode)) return PHX_OK;
-  return phx__fail(err, PHX_IO, "%s is there, and is not a directory", path);
+  return phx_fail(err, PHX_IO, "%s is there, and is not a directory", path);
 }
 
 enum { REMOVE_DEPTH = 32 }; /* a folder that strayed into a .part goes with it, and a save is not kept from its place */
@@ -90,7 +90,7 @@ static phx_status remove_contents(int fd, const char *path, int depth, phx_error
   phx_status status = PHX_OK;
   DIR *dir = fdopendir(fd);
   if (!dir) {
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot read the directory %s", path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot read the directory %s", path);
     phx__sys.close(fd);
     return status;
   }
@@ -103,23 +103,23 @@ static phx_status remove_contents(int fd, const char *path, int depth, phx_error
 
 static phx_status remove_entry(int dir, const char *path, const char *name, int depth, phx_error *err) {
   if (!phx__sys.unlinkat(dir, name, 0) || errno == ENOENT) return PHX_OK;
-  if (errno != EISDIR && errno != EPERM) return phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
-  if (depth == 0) return phx__fail(err, PHX_IO, "%s holds more than 32 directories in each other: not removed", path);
+  if (errno != EISDIR && errno != EPERM) return phx_fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
+  if (depth == 0) return phx_fail(err, PHX_IO, "%s holds more than 32 directories in each other: not removed", path);
   const int fd = phx__sys.openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open %s/%s", path, name);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot open %s/%s", path, name);
   phx_status status = remove_contents(fd, path, depth - 1, err);
   if (!status && phx__sys.unlinkat(dir, name, AT_REMOVEDIR) && errno != ENOENT)
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot remove %s/%s", path, name);
   return status;
 }
 
 phx_status phx__checkpoint_remove(const char *path, phx_error *err) {
   const int fd = phx__sys.open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, 0);
   if (fd < 0 && errno == ENOENT) return PHX_OK;
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open the directory %s", path);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot open the directory %s", path);
   phx_status status = remove_contents(fd, path, REMOVE_DEPTH, err);
   if (!status && phx__sys.rmdir(path) && errno != ENOENT)
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s", path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot remove %s", path);
   return status;
 }
 
@@ -133,7 +133,7 @@ static phx_status add_step(phx__checkpoint_list *list, size_t *room, int64_t ste
   if (list->n == *room) {
     *room = *room ? *room * 2 : 32;
     int64_t *more = phx__sys.realloc(list->steps, *room * sizeof *more);
-    if (!more) return phx__fail(err, PHX_NOMEM, "no memory for the list of checkpoints");
+    if (!more) return phx_fail(err, PHX_NOMEM, "no memory for the list of checkpoints");
     list->steps = more;
   }
   list->steps[list->n++] = step;
@@ -142,11 +142,10 @@ static phx_status add_step(phx__checkpoint_list *list, size_t *room, int64_t ste
 
 /* run_dir's directory of checkpoints and its path; *dir NULL: there is none. */
 static phx_status open_checkpoints(const char *run_dir, char path[PHX__CHECKPOINT_PATH], DIR **dir, phx_error *err) {
-  const phx_status status = checkpoints_path(run_dir, path, err);
-  if (status) return status;
+  PHX_TRY(checkpoints_path(run_dir, path, err));
   *dir = opendir(path);
   if (!*dir && errno != ENOENT && errno != ENOTDIR)
-    return phx__fail_errno(err, PHX_IO, errno, "cannot read the directory %s", path);
+    return phx_fail_errno(err, PHX_IO, errno, "cannot read the directory %s", path);
   return PHX_OK;
 }
 
@@ -189,10 +188,10 @@ static bool has_file(const char *dir, const char *name) {
 
 phx_status phx__checkpoint_locate(const char *dir, char run_dir[PHX__CHECKPOINT_PATH], int64_t *step, phx_error *err) {
   char real[PHX__CHECKPOINT_PATH];
-  if (strlen(dir) >= sizeof real) return phx__fail(err, PHX_INVALID, "%.200s...: the path is too long", dir);
-  if (!realpath(dir, real)) return phx__fail_errno(err, PHX_INVALID, errno, "cannot find the checkpoints of %s", dir);
+  if (strlen(dir) >= sizeof real) return phx_fail(err, PHX_INVALID, "%.200s...: the path is too long", dir);
+  if (!realpath(dir, real)) return phx_fail_errno(err, PHX_INVALID, errno, "cannot find the checkpoints of %s", dir);
   if (!is_directory(real))
-    return phx__fail(err, PHX_INVALID, "%s is no directory: name a run's directory or one of its checkpoints", dir);
+    return phx_fail(err, PHX_INVALID, "%s is no directory: name a run's directory or one of its checkpoints", dir);
   char *leaf = strrchr(real, '/');
   const int64_t of_name = leaf ? step_of(leaf + 1) : -1;
   if (of_name < 0 && !has_file(real, PHX__MANIFEST_NAME)) { /* a run */
@@ -202,7 +201,7 @@ phx_status phx__checkpoint_locate(const char *dir, char run_dir[PHX__CHECKPOINT_
   }
   run_dir[0] = 0;
   *step = of_name;
-  if (of_name < 0) return phx__fail(err, PHX_INVALID, "%s holds a manifest, but is not named step-NNNNNNNN", dir);
+  if (of_name < 0) return phx_fail(err, PHX_INVALID, "%s holds a manifest, but is not named step-NNNNNNNN", dir);
   *leaf = 0;
   char *parent = strrchr(real, '/');
   if (!parent || strcmp(parent + 1, PHX__CHECKPOINTS) != 0) return PHX_OK;
@@ -220,10 +219,10 @@ static phx_status look_at(const char *path, phx_error *err) {
   for (uint32_t i = 0; !status && i < m->n_files; i++) {
     status = phx__path_join(file, path, m->files[i].name, err);
     if (status) break;
-    if (stat(file, &st)) status = phx__fail_errno(err, PHX_IO, errno, "%s", file);
+    if (stat(file, &st)) status = phx_fail_errno(err, PHX_IO, errno, "%s", file);
     else if (st.st_size != m->files[i].bytes)
-      status = phx__fail(err, PHX_IO, "%s has %lld bytes, and %lld in the manifest", file, (long long)st.st_size,
-                         (long long)m->files[i].bytes);
+      status = phx_fail(err, PHX_IO, "%s has %lld bytes, and %lld in the manifest", file, (long long)st.st_size,
+                        (long long)m->files[i].bytes);
   }
   phx__manifest_free(m);
   return status;
@@ -240,7 +239,7 @@ phx_status phx__checkpoint_newest(const char *run_dir, int64_t below, int64_t *s
     status = phx__checkpoint_path(run_dir, list.steps[i], path, err);
     if (status) break;
     const phx_status looked = look_at(path, &why);
-    if (looked == PHX_NOMEM) status = phx__fail(err, looked, "%s", why.message);
+    if (looked == PHX_NOMEM) status = phx_fail(err, looked, "%s", why.message);
     *found = !looked;
     if (*found) *step = list.steps[i];
     if (*found || status) continue;
@@ -249,7 +248,7 @@ phx_status phx__checkpoint_newest(const char *run_dir, int64_t below, int64_t *s
     if (err) *err = why;
   }
   if (!status && !*found && list.n > 0)
-    status = phx__fail(err, PHX_IO, "%s/%s holds no whole checkpoint", run_dir, PHX__CHECKPOINTS);
+    status = phx_fail(err, PHX_IO, "%s/%s holds no whole checkpoint", run_dir, PHX__CHECKPOINTS);
   phx__checkpoint_list_free(&list);
   return status;
 }
@@ -264,7 +263,7 @@ phx_status phx__checkpoint_retire(const char *run_dir, int64_t step, phx_error *
   if (!status) status = phx__path_join(to, dir, gone, err);
   if (!status) status = phx__checkpoint_remove(to, err); /* of a removal that was killed */
   if (status) return status;
-  if (phx__sys.rename(from, to)) return phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
+  if (phx__sys.rename(from, to)) return phx_fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
   status = phx__dir_flush(dir, err); /* else a power cut may bring the name back with some of its files gone */
   return status ? status : phx__checkpoint_remove(to, err);
 }
@@ -294,7 +293,7 @@ phx_status phx__checkpoint_sweep(const char *run_dir, int64_t *removed, phx_erro
     if (status) break;
     if (is_directory(entry)) status = phx__checkpoint_remove(entry, err);
     else if (phx__sys.unlink(entry) && errno != ENOENT)
-      status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s", entry);
+      status = phx_fail_errno(err, PHX_IO, errno, "cannot remove %s", entry);
     count += !status;
   }
   if (dir) closedir(dir);
@@ -317,7 +316,7 @@ phx_status phx__checkpoint_set_aside(const char *run_dir, int64_t above, phx_err
       if (!status && lstat(to, &st)) break;
     }
     if (!status && phx__sys.rename(from, to))
-      status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
+      status = phx_fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
     if (status) break;
     snprintf(text, sizeof text,
              "step %" PRId64 " was saved after step %" PRId64 ", where the run goes on: it is now %s", list.steps[i],
@@ -337,19 +336,18 @@ phx_status phx__checkpoint_set_aside(const char *run_dir, int64_t above, phx_err
 phx_status phx__checkpoint_point(const char *run_dir, int64_t step, phx_error *err) {
   char dir[PHX__CHECKPOINT_PATH], part[PHX__CHECKPOINT_PATH], path[PHX__CHECKPOINT_PATH];
   char text[PHX__CHECKPOINT_NAME + 1];
-  phx_status status = checkpoints_path(run_dir, dir, err);
-  if (!status) status = phx__path_join(part, dir, ".latest.part", err);
-  if (!status) status = phx__path_join(path, dir, "latest", err);
-  if (status) return status;
+  PHX_TRY(checkpoints_path(run_dir, dir, err));
+  PHX_TRY(phx__path_join(part, dir, ".latest.part", err));
+  PHX_TRY(phx__path_join(path, dir, "latest", err));
   phx__checkpoint_name(step, text);
   strcat(text, "\n");
   const int fd = phx__sys.open(part, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", part);
-  status = phx__file_write(fd, part, text, (int64_t)strlen(text), 0, err);
-  if (!status && phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", part);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot create %s", part);
+  phx_status status = phx__file_write(fd, part, text, (int64_t)strlen(text), 0, err);
+  if (!status && phx__sys.fsync(fd)) status = phx_fail_errno(err, PHX_IO, errno, "cannot flush %s", part);
   phx__sys.close(fd);
   if (!status && phx__sys.rename(part, path))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", part, path);
   if (status) phx__sys.unlink(part);
   return status ? status : phx__dir_flush(dir, err);
 }

@@ -26,9 +26,9 @@ static phx_status fits_optimizer(const char *path, const phx__manifest *m, const
   phx_optim now;
   phx__optim_states(s, &now);
   if (phx__manifest_same_optimizer(m, &now) || untrained(m)) return PHX_OK;
-  return phx__fail(err, PHX_INVALID,
-                   "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit", path,
-                   m->optimizer, now.name);
+  return phx_fail(err, PHX_INVALID,
+                  "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit", path,
+                  m->optimizer, now.name);
 }
 
 /* ---- what the model computes ---- */
@@ -56,9 +56,9 @@ static phx_status fits_function(const char *path, const phx__manifest *m, const 
     phx__config_each(p->config, compare_option, &o);
   }
   if (!o.text[0]) return PHX_OK;
-  return phx__fail(err, PHX_INVALID,
-                   "%s was saved with %s: the same weights would compute something else; write [model] as it was", path,
-                   o.text);
+  return phx_fail(err, PHX_INVALID,
+                  "%s was saved with %s: the same weights would compute something else; write [model] as it was", path,
+                  o.text);
 }
 
 /* ---- the data ---- */
@@ -106,11 +106,11 @@ static phx_status fits_data(const char *path, const phx__manifest *m, const phx_
   compare_data(m, p->config, p->train, fit->difference, sizeof fit->difference);
   fit->restart = fit->difference[0] && p->config->s.data.on_change == 1;
   if (!fit->difference[0] || fit->restart) return PHX_OK;
-  return phx__fail(err, PHX_INVALID,
-                   "%.1000s: %s: the samples would come in another order, so that after the %" PRId64
-                   " that were read some come twice and some never; keep the data as they were, or set data.on_change "
-                   "= restart to begin their order anew",
-                   path, fit->difference, m->samples);
+  return phx_fail(err, PHX_INVALID,
+                  "%.1000s: %s: the samples would come in another order, so that after the %" PRId64
+                  " that were read some come twice and some never; keep the data as they were, or set data.on_change "
+                  "= restart to begin their order anew",
+                  path, fit->difference, m->samples);
 }
 
 phx_status phx__manifest_fits(const char *path, const phx__manifest *m, const phx__prepared *p, phx__fit *fit,
@@ -122,7 +122,7 @@ phx_status phx__manifest_fits(const char *path, const phx__manifest *m, const ph
   if (!status) status = fits_optimizer(path, m, s, err);
   if (!status) status = fits_data(path, m, p, fit, err);
   if (!status && m->step > s->run.steps)
-    status = phx__fail(err, PHX_INVALID, "%s is of step %" PRId64 ", and this run ends at run.steps = %" PRId64, path,
-                       m->step, s->run.steps);
+    status = phx_fail(err, PHX_INVALID, "%s is of step %" PRId64 ", and this run ends at run.steps = %" PRId64, path,
+                      m->step, s->run.steps);
   return status;
 }

@@ -21,8 +21,8 @@ bool phx__sighting_gone(const phx__sighting *seen, const char *dir) {
 
 phx_status phx__sighting_explain(const phx__sighting *seen, const char *dir, phx_status status, phx_error *err) {
   if (status != PHX_IO || !phx__sighting_gone(seen, dir)) return status;
-  if (!seen->there) return phx__fail(err, PHX_INVALID, "%s is not there: name its run, or a newer checkpoint", dir);
-  return phx__fail(err, PHX_INVALID,
-                   "%s was removed meanwhile, or moved aside, by a run that goes on there ([checkpoint] keep says how "
-                   "many stay): name its run, or a newer checkpoint", dir);
+  if (!seen->there) return phx_fail(err, PHX_INVALID, "%s is not there: name its run, or a newer checkpoint", dir);
+  return phx_fail(err, PHX_INVALID,
+                  "%s was removed meanwhile, or moved aside, by a run that goes on there ([checkpoint] keep says how "
+                  "many stay): name its run, or a newer checkpoint", dir);
 }

@@ -58,8 +58,8 @@ static void hash_zero_states(load_walk *walk, phx_slice part) {
 static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *data, phx_error *err) {
   const uint32_t index = slice->kind == PHX_STATE_OPTIM ? slice->state_index : 0;
   if (slice->dtype != PHX_F32)
-    return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is loaded", slice->unit,
-                     slice->dtype);
+    return phx_fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is loaded", slice->unit,
+                    slice->dtype);
   for (int64_t done = 0; done < slice->blocks; done += PART) {
     phx_slice part = *slice;
     float *at = (float *)data + done * PHX_BLOCK;
@@ -70,9 +70,8 @@ static phx_status load_blocks(load_walk *walk, const phx_slice *slice, void *dat
       continue;
     }
     walk->reader->ahead = slice->blocks - done - part.blocks;
-    phx_status status = phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
-                                                      part.first_block, part.blocks, at, err);
-    if (status) return status;
+    PHX_TRY(phx__checkpoint_reader_blocks(walk->reader, slice->kind, index, slice->unit, slice->flat,
+                                          part.first_block, part.blocks, at, err));
     phx__state_hash_slice(&walk->hash, walk->rt->prepared->model, &part, at);
     if (walk->from_zero) hash_zero_states(walk, part);
   }
@@ -104,9 +103,8 @@ static phx_status load_private(slice_load *l, void *data, int64_t at, int64_t by
   if (bytes == all) return phx__checkpoint_reader_private(l->walk->reader, l->from, data, err);
   if (!l->whole) {
     l->whole = phx__calloc(1, (size_t)all);
-    if (!l->whole) return phx__fail(err, PHX_NOMEM, "no memory for a private state of %lld bytes", (long long)all);
-    const phx_status status = phx__checkpoint_reader_private(l->walk->reader, l->from, l->whole, err);
-    if (status) return status;
+    if (!l->whole) return phx_fail(err, PHX_NOMEM, "no memory for a private state of %lld bytes", (long long)all);
+    PHX_TRY(phx__checkpoint_reader_private(l->walk->reader, l->from, l->whole, err));
   }
   memcpy(data, l->whole + at, (size_t)bytes);
   return PHX_OK;
@@ -274,8 +272,8 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   if (!status) status = check_headers(&walk, &why);
   walk.from_zero = !status && !phx__manifest_same_optimizer(m, &rt->optim.table);
   if (walk.from_zero) walk.zeros = phx__calloc(PART, PHX_BLOCK * sizeof *walk.zeros);
-  if (walk.from_zero && !walk.zeros) status = phx__fail(&why, PHX_NOMEM, "no memory to load %s", path);
-  PHX__TRY(phx__agree(rt, status, &why, NULL, err));
+  if (walk.from_zero && !walk.zeros) status = phx_fail(&why, PHX_NOMEM, "no memory to load %s", path);
+  PHX_TRY_GOTO(phx__agree(rt, status, &why, NULL, err), status, done);
   const phx__manifest_plugin *saved_by = phx__manifest_plugin_of(m, "strategy");
   walk.private_fits = saved_by && strcmp(saved_by->id, rt->config->strategy.plugin->descriptor->id) == 0 &&
                       m->ranks == rt->job->size;
@@ -283,14 +281,14 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   if (!status) status = phx__state_visit(rt, load_slice, &walk, &why);
   verdict.hash = walk.hash;
   verdict.value = fit.restart; /* rank 0 knows the contents of the data, others may not */
-  PHX__TRY(phx__agree(rt, status, &why, &verdict, err));
+  PHX_TRY_GOTO(phx__agree(rt, status, &why, &verdict, err), status, done);
   phx__state_hash_text(verdict.sum, hash);
   if (strcmp(hash, m->state_hash) != 0) {
-    status = phx__fail(err, PHX_IO, "%s: the state that was read hashes to %s, and the manifest says %s", path, hash,
-                       m->state_hash);
+    status = phx_fail(err, PHX_IO, "%s: the state that was read hashes to %s, and the manifest says %s", path, hash,
+                      m->state_hash);
     goto done;
   }
-  PHX__TRY(PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err)));
+  PHX_TRY_GOTO(PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err)), status, done);
   if (rt->job->rank == 0) say_all(&walk, path);
   if (rt->job->rank == 0 && fit.restart) say_restart(rt, &fit);
   out->at = (phx__position){
@@ -314,7 +312,7 @@ static phx_status load_newest(phx__runtime *rt, const char *run_dir, phx__resume
     status = phx__agree(rt, status, &why, &verdict, err); /* rank 0 chooses */
     if (status) return status;
     if (verdict.first < 0)
-      return phx__fail(err, passed ? PHX_IO : PHX_INVALID, "%s has no %scheckpoint", run_dir, passed ? "whole " : "");
+      return phx_fail(err, passed ? PHX_IO : PHX_INVALID, "%s has no %scheckpoint", run_dir, passed ? "whole " : "");
     status = phx__checkpoint_path(run_dir, verdict.first, path, &why);
     status = phx__agree(rt, status, &why, NULL, err);
     if (!status) status = phx__checkpoint_load(rt, path, out, err ? err : &why);
@@ -331,7 +329,7 @@ phx_status phx__checkpoint_resume(phx__runtime *rt, const char *dir, phx__resume
   int64_t step = -1;
   phx_status status = phx__checkpoint_locate(dir, run_dir, &step, &why);
   if (!status && step >= 0 && !realpath(dir, path))
-    status = phx__fail(&why, PHX_IO, "cannot find the checkpoint %s", dir);
+    status = phx_fail(&why, PHX_IO, "cannot find the checkpoint %s", dir);
   status = phx__agree(rt, status, &why, NULL, err);
   if (status) return status;
   return step >= 0 ? phx__checkpoint_load(rt, path, out, err) : load_newest(rt, run_dir, out, err);

@@ -44,12 +44,11 @@ static phx_status resolve_newest(const char *run, char out[PHX__TOOL_PATH], phx_
   char newest[PHX__CHECKPOINT_PATH], text[PHX__TOOL_PATH + 200];
   int64_t step;
   bool found;
-  phx_status status = phx__checkpoint_newest(run, INT64_MAX, &step, &found, err);
-  if (!status && !found)
-    status = phx__fail(err, PHX_INVALID, "%s is neither a checkpoint (it has no %s) nor a run with checkpoints", run,
-                       PHX__MANIFEST_NAME);
-  if (!status) status = phx__checkpoint_path(run, step, newest, err);
-  if (status) return status;
+  PHX_TRY(phx__checkpoint_newest(run, INT64_MAX, &step, &found, err));
+  if (!found)
+    return phx_fail(err, PHX_INVALID, "%s is neither a checkpoint (it has no %s) nor a run with checkpoints", run,
+                    PHX__MANIFEST_NAME);
+  PHX_TRY(phx__checkpoint_path(run, step, newest, err));
   snprintf(out, PHX__TOOL_PATH, "%s", newest);
   snprintf(text, sizeof text, "%s/checkpoints has no file `latest`: takes %s, the newest whole one", run, newest);
   phx__log(0, "checkpoint", PHX_LOG_WARN, text);
@@ -62,20 +61,20 @@ phx_status phx__checkpoint_resolve(const char *path, char out[PHX__TOOL_PATH], p
   int64_t bytes = 0;
   if (phx__is_checkpoint(path)) {
     if (snprintf(out, PHX__TOOL_PATH, "%s", path) >= PHX__TOOL_PATH)
-      return phx__fail(err, PHX_INVALID, "a path is too long");
+      return phx_fail(err, PHX_INVALID, "a path is too long");
     return PHX_OK;
   }
   snprintf(latest, sizeof latest, "%s/checkpoints/latest", path);
   if (access(latest, F_OK)) return resolve_newest(path, out, err);
   phx_status status = phx__file_open(latest, &fd, &bytes, err);
   if (status) return status;
-  if (bytes >= (int64_t)sizeof name) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
+  if (bytes >= (int64_t)sizeof name) status = phx_fail(err, PHX_IO, "%s names no checkpoint", latest);
   else status = phx__file_read(fd, latest, name, bytes, 0, err);
   phx__sys.close(fd);
   name[strcspn(name, "\r\n")] = 0;
-  if (!status && !phx__is_step_name(name)) status = phx__fail(err, PHX_IO, "%s names no checkpoint", latest);
+  if (!status && !phx__is_step_name(name)) status = phx_fail(err, PHX_IO, "%s names no checkpoint", latest);
   if (!status && snprintf(out, PHX__TOOL_PATH, "%s/checkpoints/%s", path, name) >= PHX__TOOL_PATH)
-    status = phx__fail(err, PHX_INVALID, "a path is too long");
+    status = phx_fail(err, PHX_INVALID, "a path is too long");
   return status;
 }
 

@@ -58,7 +58,7 @@ static phx_status compare(const char *dir, int64_t bytes, int64_t more, const ch
   if (left < 0 || left >= bytes - more) return PHX_OK;
   phx__bytes_text(bytes, wanted);
   phx__bytes_text(left + more, there);
-  return phx__fail(err, PHX_IO, "%s take %s, and the file system of %.300s has %s free", what, wanted, dir, there);
+  return phx_fail(err, PHX_IO, "%s take %s, and the file system of %.300s has %s free", what, wanted, dir, there);
 }
 
 phx_status phx__disk_room_for(const char *dir, int64_t bytes, const char *what, phx_error *err) {

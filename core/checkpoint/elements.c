@@ -24,8 +24,8 @@ static phx_status check_finite(const char *path, const char *name, const int64_t
     used += snprintf(at + used, sizeof at - (size_t)used, "%s%lld", d ? ", " : "", (long long)(rest / below));
     rest %= below;
   }
-  return phx__fail(err, PHX_INVALID, "%s: tensor %s: element [%s] is %g, and weights must be finite", path, name, at,
-                   (double)values[i]);
+  return phx_fail(err, PHX_INVALID, "%s: tensor %s: element [%s] is %g, and weights must be finite", path, name, at,
+                  (double)values[i]);
 }
 
 phx_status phx__param_elements(void *param_source, int64_t first, int64_t numel, float *out, phx_error *err) {
@@ -41,7 +41,7 @@ phx_status phx__param_elements(void *param_source, int64_t first, int64_t numel,
       char message[sizeof err->message];
       if (err) {
         memcpy(message, err->message, sizeof message);
-        phx__fail(err, status, "%s (parameter %.100s)", message, p->name);
+        phx_fail(err, status, "%s (parameter %.100s)", message, p->name);
       }
       return status;
     }
@@ -74,8 +74,8 @@ phx_status phx__tensor_elements(void *tensor_source, int64_t first, int64_t nume
   phx__tensor_source *s = tensor_source;
   const int64_t width = (int64_t)phx_dtype_bytes(s->tensor->dtype);
   if (s->tensor->dtype != PHX_F32 && s->tensor->dtype != PHX_F16 && s->tensor->dtype != PHX_BF16)
-    return phx__fail(err, PHX_UNSUPPORTED, "%s: tensor %s is %s: F32, F16 and BF16 can be read", s->file->path,
-                     s->tensor->name, s->tensor->dtype_name);
+    return phx_fail(err, PHX_UNSUPPORTED, "%s: tensor %s is %s: F32, F16 and BF16 can be read", s->file->path,
+                    s->tensor->name, s->tensor->dtype_name);
   while (numel > 0) {
     const int64_t part = numel < PHX__TOOL_PART ? numel : PHX__TOOL_PART;
     phx_status status = phx__safetensors_read(s->file, s->tensor, first * width, part * width, s->raw, err);
@@ -106,7 +106,7 @@ phx_status phx__transposer_open(phx__transposer *t, phx_error *err) {
   t->line = phx__calloc((size_t)t->room, sizeof *t->line);
   if (t->band && t->line) return PHX_OK;
   phx__transposer_close(t);
-  return phx__fail(err, PHX_NOMEM, "no memory to transpose a matrix");
+  return phx_fail(err, PHX_NOMEM, "no memory to transpose a matrix");
 }
 
 void phx__transposer_close(phx__transposer *t) {
@@ -119,8 +119,7 @@ static phx_status load_band(phx__transposer *t, int64_t first, phx_error *err) {
   const int64_t n = t->columns - first < t->room ? t->columns - first : t->room;
   t->band_n = 0;
   for (int64_t i = 0; i < t->rows; i++) {
-    phx_status status = t->read(t->ctx, i * t->columns + first, n, t->line, err);
-    if (status) return status;
+    PHX_TRY(t->read(t->ctx, i * t->columns + first, n, t->line, err));
     for (int64_t j = 0; j < n; j++) t->band[j * t->rows + i] = t->line[j];
   }
   t->band_first = first;
@@ -132,10 +131,7 @@ phx_status phx__transposed_elements(void *transposer, int64_t first, int64_t num
   phx__transposer *t = transposer;
   while (numel > 0) {
     const int64_t line = first / t->rows;
-    if (line < t->band_first || line >= t->band_first + t->band_n) {
-      phx_status status = load_band(t, line, err);
-      if (status) return status;
-    }
+    if (line < t->band_first || line >= t->band_first + t->band_n) PHX_TRY(load_band(t, line, err));
     const int64_t at = first - t->band_first * t->rows, left = t->band_n * t->rows - at;
     const int64_t part = numel < left ? numel : left;
     memcpy(out, t->band + at, (size_t)part * sizeof *out);

@@ -81,16 +81,16 @@ phx_status phx__gpt2_of_manifest(const char *where, const phx__manifest *m, phx_
   const phx__manifest_param *wte = param_of(m, "wte.weight"), *wpe = param_of(m, "wpe.weight");
   if (!wte || !wpe || wte->ndim != 2 || wpe->ndim != 2 || wte->shape[1] != wpe->shape[1] || (m->n_params - 4) % 12 ||
       m->n_params < 16 || !param_of(m, "ln_f.bias") || !param_of(m, "h.0.attn.c_attn.weight"))
-    return phx__fail(err, PHX_UNSUPPORTED, "%s holds a model of plugin %s, which is no GPT-2", where,
-                     plugin ? plugin : "?");
+    return phx_fail(err, PHX_UNSUPPORTED, "%s holds a model of plugin %s, which is no GPT-2", where,
+                    plugin ? plugin : "?");
   *out = (phx__gpt2){.layers = (m->n_params - 4) / 12, .heads = heads_of(m), .width = wte->shape[1],
                      .context = wpe->shape[0], .vocab = wte->shape[0], .eps = eps ? strtod(eps, NULL) : 1e-5};
   if (out->heads < 1 || out->width % out->heads)
-    return phx__fail(err, PHX_INVALID,
-                     "%s: its configuration does not say how many heads the model has ([model] heads)", where);
+    return phx_fail(err, PHX_INVALID,
+                    "%s: its configuration does not say how many heads the model has ([model] heads)", where);
   for (uint32_t i = 0; i < m->n_params; i++)
     if (phx__gpt2_transposed(m->params[i].name) && m->params[i].ndim != 2)
-      return phx__fail(err, PHX_UNSUPPORTED, "%s: parameter %s is no matrix", where, m->params[i].name);
+      return phx_fail(err, PHX_UNSUPPORTED, "%s: parameter %s is no matrix", where, m->params[i].name);
   return PHX_OK;
 }
 
@@ -106,11 +106,11 @@ phx_status phx__gpt2_same(const char *a_path, const phx__gpt2 *a, const char *b_
                {"vocab_size (vocab)", a->vocab, b->vocab}};
   for (int i = 0; i < 5; i++)
     if (sizes[i].a != sizes[i].b)
-      return phx__fail(err, PHX_INVALID, "%s is %" PRId64 " in %s and %" PRId64 " in %s", sizes[i].name, sizes[i].a,
-                       a_path, sizes[i].b, b_path);
+      return phx_fail(err, PHX_INVALID, "%s is %" PRId64 " in %s and %" PRId64 " in %s", sizes[i].name, sizes[i].a,
+                      a_path, sizes[i].b, b_path);
   if ((float)a->eps != (float)b->eps)
-    return phx__fail(err, PHX_INVALID, "layer_norm_epsilon (norm_eps) is %g in %s and %g in %s", a->eps, a_path, b->eps,
-                     b_path);
+    return phx_fail(err, PHX_INVALID, "layer_norm_epsilon (norm_eps) is %g in %s and %g in %s", a->eps, a_path, b->eps,
+                    b_path);
   return PHX_OK;
 }
 
@@ -138,10 +138,10 @@ phx_status phx__gpt2_write(const char *dir, const phx__gpt2 *g, phx_error *err) 
   if (end >= 0)
     phx__text_add(&t, ",\n  \"bos_token_id\": %" PRId64 ",\n  \"eos_token_id\": %" PRId64, end, end);
   phx__text_add(&t, "\n}\n");
-  if (t.failed) return phx__fail(err, PHX_NOMEM, "no memory for " PHX__GPT2_CONFIG);
+  if (t.failed) return phx_fail(err, PHX_NOMEM, "no memory for " PHX__GPT2_CONFIG);
   phx_status status = PHX_OK;
   if (snprintf(path, sizeof path, "%s/" PHX__GPT2_CONFIG, dir) >= (int)sizeof path)
-    status = phx__fail(err, PHX_INVALID, "%s is too long for a path", dir);
+    status = phx_fail(err, PHX_INVALID, "%s is too long for a path", dir);
   if (!status) status = phx__text_write(path, t.data, err);
   phx__free(t.data);
   return status;

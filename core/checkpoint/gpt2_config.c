@@ -28,7 +28,7 @@ typedef phx_status rule(reading *r, const cJSON *item);
 static phx_status refuse(const reading *r, const cJSON *item, const char *why) {
   char *text = cJSON_PrintUnformatted(item);
   const phx_status status =
-      phx__fail(r->err, PHX_UNSUPPORTED, "%s: %.64s is %.64s, and %s", r->path, item->string, text ? text : "?", why);
+      phx_fail(r->err, PHX_UNSUPPORTED, "%s: %.64s is %.64s, and %s", r->path, item->string, text ? text : "?", why);
   cJSON_free(text);
   return status;
 }
@@ -202,14 +202,13 @@ static phx_status read_sizes(reading *r) {
   for (int i = 0; i < SIZES; i++) {
     const cJSON *item = cJSON_GetObjectItemCaseSensitive(r->root, sizes[i].name);
     int64_t value = 0;
-    if (!item) return phx__fail(r->err, PHX_INVALID, "%s: %s is missing", r->path, sizes[i].name);
+    if (!item) return phx_fail(r->err, PHX_INVALID, "%s: %s is missing", r->path, sizes[i].name);
     if (!phx__json_integer(item, 1, SIZE_MOST, &value))
-      return phx__fail(r->err, PHX_INVALID, "%s: %s is no whole number from 1 to %d", r->path, sizes[i].name,
-                       SIZE_MOST);
+      return phx_fail(r->err, PHX_INVALID, "%s: %s is no whole number from 1 to %d", r->path, sizes[i].name, SIZE_MOST);
     memcpy((char *)r->out + sizes[i].offset, &value, sizeof value);
   }
   if (!cJSON_GetObjectItemCaseSensitive(r->root, "model_type"))
-    return phx__fail(r->err, PHX_UNSUPPORTED, "%s: model_type is missing, and only gpt2 is read", r->path);
+    return phx_fail(r->err, PHX_UNSUPPORTED, "%s: model_type is missing, and only gpt2 is read", r->path);
   return PHX_OK;
 }
 
@@ -218,9 +217,9 @@ static phx_status read_key(reading *r, const cJSON *item) {
     if (!strcmp(item->string, sizes[i].name)) return PHX_OK;
   for (int i = 0; i < KEYS; i++)
     if (!strcmp(item->string, keys[i].name)) return keys[i].rule(r, item);
-  return phx__fail(r->err, PHX_UNSUPPORTED,
-                   "%s: the key %.64s is not known, and may change what the model computes: take it out if it does not",
-                   r->path, item->string);
+  return phx_fail(r->err, PHX_UNSUPPORTED,
+                  "%s: the key %.64s is not known, and may change what the model computes: take it out if it does not",
+                  r->path, item->string);
 }
 
 phx_status phx__gpt2_parse(const char *path, const char *text, size_t bytes, phx__gpt2 *out, phx_error *err) {
@@ -228,16 +227,15 @@ phx_status phx__gpt2_parse(const char *path, const char *text, size_t bytes, phx
   cJSON *root = NULL;
   const cJSON *item;
   *out = (phx__gpt2){.eps = 1e-5};
-  phx_status status = phx__json_read(path, text, bytes, &limits, &root, err);
-  if (status) return status;
+  PHX_TRY(phx__json_read(path, text, bytes, &limits, &root, err));
   reading r = {path, root, out, err};
-  status = read_sizes(&r);
+  phx_status status = read_sizes(&r);
   cJSON_ArrayForEach(item, root) {
     if (!status) status = read_key(&r, item);
   }
   if (!status && out->width % out->heads)
-    status = phx__fail(err, PHX_INVALID, "%s: n_embd = %" PRId64 " is no multiple of n_head = %" PRId64, path,
-                       out->width, out->heads);
+    status = phx_fail(err, PHX_INVALID, "%s: n_embd = %" PRId64 " is no multiple of n_head = %" PRId64, path,
+                      out->width, out->heads);
   cJSON_Delete(root);
   return status;
 }
@@ -247,14 +245,14 @@ phx_status phx__gpt2_read(const char *dir, phx__gpt2 *out, phx_error *err) {
   int fd = -1;
   int64_t bytes = 0;
   if (snprintf(path, sizeof path, "%s/" PHX__GPT2_CONFIG, dir) >= (int)sizeof path)
-    return phx__fail(err, PHX_INVALID, "%s is too long for a path", dir);
-  if (access(path, F_OK)) return phx__fail(err, PHX_INVALID, "%s has no " PHX__GPT2_CONFIG, dir);
+    return phx_fail(err, PHX_INVALID, "%s is too long for a path", dir);
+  if (access(path, F_OK)) return phx_fail(err, PHX_INVALID, "%s has no " PHX__GPT2_CONFIG, dir);
   phx_status status = phx__file_open(path, &fd, &bytes, err);
   if (status) return status;
   if (bytes > TEXT_MOST)
-    status = phx__fail(err, PHX_IO, "%s has %" PRId64 " bytes; %d are the most", path, bytes, TEXT_MOST);
+    status = phx_fail(err, PHX_IO, "%s has %" PRId64 " bytes; %d are the most", path, bytes, TEXT_MOST);
   else if (!(text = phx__calloc(1, (size_t)bytes + 1)))
-    status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
   else status = phx__file_read(fd, path, text, bytes, 0, err);
   phx__sys.close(fd);
   if (!status) status = phx__gpt2_parse(path, text, (size_t)bytes, out, err);

@@ -56,7 +56,7 @@ void phx__manifest_free(phx__manifest *m) {
 }
 
 /* ---- filling ---- */
-static phx_status no_memory(phx_error *err) { return phx__fail(err, PHX_NOMEM, "no memory for a manifest"); }
+static phx_status no_memory(phx_error *err) { return phx_fail(err, PHX_NOMEM, "no memory for a manifest"); }
 
 /* Room for one more element in front of n; false: no memory. */
 static bool grow(void **array, uint32_t *room, uint32_t n, size_t bytes) {
@@ -339,10 +339,10 @@ phx_status phx__manifest_print(const char *path, phx__manifest *m, char **text, 
   print_slices(&t, m);
   if (!t.failed) phx__manifest_checksum(t.data, t.bytes, digits);
   if (!t.failed) phx__text_add(&t, PHX__MANIFEST_BEFORE_SUM "%s" PHX__MANIFEST_AFTER_SUM, digits);
-  if (t.failed || !digits[0]) status = phx__fail(err, PHX_NOMEM, "no memory for %s", path);
+  if (t.failed || !digits[0]) status = phx_fail(err, PHX_NOMEM, "no memory for %s", path);
   else if (t.bytes > PHX__MANIFEST_BYTES_MOST)
-    status = phx__fail(err, PHX_UNSUPPORTED, "%s would have %zu bytes; %d are the most", path, t.bytes,
-                       PHX__MANIFEST_BYTES_MOST);
+    status = phx_fail(err, PHX_UNSUPPORTED, "%s would have %zu bytes; %d are the most", path, t.bytes,
+                      PHX__MANIFEST_BYTES_MOST);
   if (status) {
     phx__free(t.data);
     return status;
@@ -359,10 +359,10 @@ phx_status phx__manifest_write(const char *dir, phx__manifest *m, phx_error *err
   phx_status status = phx__manifest_print(path, m, &text, &bytes, err);
   if (status) return status;
   const int fd = phx__sys.open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  if (fd < 0) status = phx__fail_errno(err, PHX_IO, errno, "cannot create %s", path);
+  if (fd < 0) status = phx_fail_errno(err, PHX_IO, errno, "cannot create %s", path);
   if (!status) status = phx__file_write(fd, path, text, (int64_t)bytes, 0, err);
-  if (!status && phx__sys.fsync(fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", path);
-  if (fd >= 0 && phx__sys.close(fd) && !status) status = phx__fail_errno(err, PHX_IO, errno, "cannot close %s", path);
+  if (!status && phx__sys.fsync(fd)) status = phx_fail_errno(err, PHX_IO, errno, "cannot flush %s", path);
+  if (fd >= 0 && phx__sys.close(fd) && !status) status = phx_fail_errno(err, PHX_IO, errno, "cannot close %s", path);
   phx__free(text);
   return status;
 }

@@ -12,7 +12,7 @@ static phx_status check_place(const phx__safetensors *st, const char *name, int3
                               int64_t blocks, phx_error *err) {
   const phx__tensor *t = phx__safetensors_find(st, name);
   if (t && t->dtype == dtype && t->begin == offset && t->numel == blocks * PHX_BLOCK) return PHX_OK;
-  return phx__fail(err, PHX_IO, "%s: tensor %s is not where the manifest says", st->path, name);
+  return phx_fail(err, PHX_IO, "%s: tensor %s is not where the manifest says", st->path, name);
 }
 
 phx_status phx__manifest_header_fits(const phx__manifest *m, uint32_t file, const phx__safetensors *st,

@@ -23,11 +23,11 @@ typedef struct reader {
 
 static void bad(reader *r, const char *name, const char *what) {
   if (r->status) return;
-  r->status = phx__fail(r->err, PHX_IO, "%s: %s%s%s %s", r->path, r->where, r->where[0] ? "." : "", name, what);
+  r->status = phx_fail(r->err, PHX_IO, "%s: %s%s%s %s", r->path, r->where, r->where[0] ? "." : "", name, what);
 }
 
 static void no_memory(reader *r) {
-  if (!r->status) r->status = phx__fail(r->err, PHX_NOMEM, "no memory to read %s", r->path);
+  if (!r->status) r->status = phx_fail(r->err, PHX_NOMEM, "no memory to read %s", r->path);
 }
 
 static const cJSON *member(reader *r, const cJSON *parent, const char *name) {
@@ -178,8 +178,8 @@ static void read_head(reader *r, phx__manifest *m, const cJSON *root) {
   const int64_t version = integer(r, root, "version", 1, INT32_MAX);
   if (!r->status && version != PHX__MANIFEST_VERSION)
     r->status =
-        phx__fail(r->err, PHX_UNSUPPORTED, "%s has version %" PRId64 " of the format, and this phalanx reads %d",
-                  r->path, version, PHX__MANIFEST_VERSION);
+        phx_fail(r->err, PHX_UNSUPPORTED, "%s has version %" PRId64 " of the format, and this phalanx reads %d",
+                 r->path, version, PHX__MANIFEST_VERSION);
   m->step = integer(r, root, "step", 0, PHX__JSON_INTEGER_MOST);
   m->time = integer(r, root, "time", 0, PHX__JSON_INTEGER_MOST);
   m->ranks = (int32_t)integer(r, root, "ranks", 1, PHX_RANKS_MAX);
@@ -344,15 +344,15 @@ static phx_status check_sum(const char *path, const char *t, size_t bytes, phx_e
   enum { BEFORE = sizeof PHX__MANIFEST_BEFORE_SUM - 1, AFTER = sizeof PHX__MANIFEST_AFTER_SUM - 1, DIGITS = 32 };
   char digits[33];
   if (bytes > PHX__MANIFEST_BYTES_MOST)
-    return phx__fail(err, PHX_IO, "%s has %zu bytes; %d are the most", path, bytes, PHX__MANIFEST_BYTES_MOST);
+    return phx_fail(err, PHX_IO, "%s has %zu bytes; %d are the most", path, bytes, PHX__MANIFEST_BYTES_MOST);
   if (bytes < BEFORE + DIGITS + AFTER || memcmp(t + bytes - AFTER, PHX__MANIFEST_AFTER_SUM, AFTER) ||
       memcmp(t + bytes - AFTER - DIGITS - BEFORE, PHX__MANIFEST_BEFORE_SUM, BEFORE))
-    return phx__fail(err, PHX_IO, "%s does not end with its checksum: it is cut off or damaged", path);
+    return phx_fail(err, PHX_IO, "%s does not end with its checksum: it is cut off or damaged", path);
   phx__manifest_checksum(t, bytes - BEFORE - DIGITS - AFTER, digits);
-  if (!digits[0]) return phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+  if (!digits[0]) return phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
   if (memcmp(digits, t + bytes - AFTER - DIGITS, DIGITS))
-    return phx__fail(err, PHX_IO, "%s is damaged: member checksum says %.32s, and the text has %s", path,
-                     t + bytes - AFTER - DIGITS, digits);
+    return phx_fail(err, PHX_IO, "%s is damaged: member checksum says %.32s, and the text has %s", path,
+                    t + bytes - AFTER - DIGITS, digits);
   return PHX_OK;
 }
 
@@ -387,8 +387,8 @@ static phx_status check_name(const char *dir, const phx__manifest *m, phx_error 
   if (strncmp(leaf, "step-", 5) != 0 || m->step == 0) return PHX_OK;
   const long long named = strtoll(leaf + 5, &end, 10);
   if (end == leaf + 5 || *end || named == m->step) return PHX_OK;
-  return phx__fail(err, PHX_IO, "%s is named as of step %lld, and holds step %" PRId64 ": it was renamed, or swapped",
-                   dir, named, m->step);
+  return phx_fail(err, PHX_IO, "%s is named as of step %lld, and holds step %" PRId64 ": it was renamed, or swapped",
+                  dir, named, m->step);
 }
 
 phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *err) {
@@ -399,9 +399,9 @@ phx_status phx__manifest_read(const char *dir, phx__manifest **out, phx_error *e
   phx_status status = phx__file_open(path, &fd, &bytes, err);
   if (status) return status;
   if (bytes > PHX__MANIFEST_BYTES_MOST)
-    status = phx__fail(err, PHX_IO, "%s has %" PRId64 " bytes; %d are the most", path, bytes, PHX__MANIFEST_BYTES_MOST);
+    status = phx_fail(err, PHX_IO, "%s has %" PRId64 " bytes; %d are the most", path, bytes, PHX__MANIFEST_BYTES_MOST);
   else if (!(t = phx__calloc(1, (size_t)bytes + 1)))
-    status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
   else
     status = phx__file_read(fd, path, t, bytes, 0, err);
   if (!status) status = phx__manifest_parse(path, t, (size_t)bytes, out, err);

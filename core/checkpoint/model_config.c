@@ -25,13 +25,13 @@ typedef struct made { /* a configuration in the making */
 
 static phx_status load(const char *path, const phx__override *overrides, size_t n, phx__config **out, phx_error *err) {
   const phx_status status = phx__config_load_found(path, overrides, n, stderr, out);
-  return status ? phx__fail(err, status, "the model cannot be laid out: see above") : PHX_OK;
+  return status ? phx_fail(err, status, "the model cannot be laid out: see above") : PHX_OK;
 }
 
 static phx_status load_made(const made *m, phx__config **out, phx_error *err) {
   char path[64];
   const int fd = phx__sys.memfd_create("config.ini", MFD_CLOEXEC);
-  if (fd < 0) return phx__fail_errno(err, PHX_NOMEM, errno, "no memory for a configuration");
+  if (fd < 0) return phx_fail_errno(err, PHX_NOMEM, errno, "no memory for a configuration");
   phx_status status = phx__file_write(fd, "a configuration in memory", m->ini, (int64_t)strlen(m->ini), 0, err);
   snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
   if (!status) status = load(path, m->overrides, m->n, out, err);
@@ -48,13 +48,13 @@ static bool is_id(const char *text) {
 static phx_status add_pair(made *m, const phx__manifest_pair *p, const char *path, phx_error *err) {
   const bool plugin = !strcmp(p->key, "plugin");
   if (plugin && !is_id(p->value))
-    return phx__fail(err, PHX_INVALID, "%s: [model] plugin is '%.100s': what comes with data names a plugin by its id",
-                     path, p->value);
+    return phx_fail(err, PHX_INVALID, "%s: [model] plugin is '%.100s': what comes with data names a plugin by its id",
+                    path, p->value);
   if (m->n_texts == PAIRS_MOST)
-    return phx__fail(err, PHX_UNSUPPORTED, "%s: [model] has more than %d keys", path, PAIRS_MOST);
+    return phx_fail(err, PHX_UNSUPPORTED, "%s: [model] has more than %d keys", path, PAIRS_MOST);
   const size_t bytes = strlen(p->section) + strlen(p->key) + strlen(p->value) + 3;
   char *text = phx__calloc(1, bytes);
-  if (!text) return phx__fail(err, PHX_NOMEM, "no memory for a configuration");
+  if (!text) return phx_fail(err, PHX_NOMEM, "no memory for a configuration");
   snprintf(text, bytes, "%s.%s=%s", p->section, p->key, p->value);
   m->texts[m->n_texts++] = text;
   m->overrides[m->n++] = (phx__override){text, "manifest"};
@@ -76,8 +76,7 @@ static phx_status of_manifest(made *m, const phx__source *s, phx_error *err) {
 static phx_status of_sizes(made *m, const phx__source *s, phx_error *err) {
   phx__gpt2 gpt2;
   char model[PHX__GPT2_INI];
-  const phx_status status = phx__source_gpt2(s, &gpt2, err);
-  if (status) return status;
+  PHX_TRY(phx__source_gpt2(s, &gpt2, err));
   phx__gpt2_ini(&gpt2, model);
   snprintf(m->ini, sizeof m->ini, "[run]\nstrategy = ddp\n[data]\ntrain = none\n%s", model);
   return PHX_OK;
@@ -87,9 +86,9 @@ phx_status phx__model_config(const phx__source *source, const char *ini, const p
                              phx__config **out, phx_error *err) {
   if (ini[0]) return load(ini, more, n, out, err);
   made *m = phx__calloc(1, sizeof *m);
-  if (!m) return phx__fail(err, PHX_NOMEM, "no memory for a configuration");
+  if (!m) return phx_fail(err, PHX_NOMEM, "no memory for a configuration");
   phx_status status = source->reader ? of_manifest(m, source, err) : of_sizes(m, source, err);
-  if (!status && n > MORE_MOST) status = phx__fail(err, PHX_INTERNAL, "%zu overrides of a configuration", n);
+  if (!status && n > MORE_MOST) status = phx_fail(err, PHX_INTERNAL, "%zu overrides of a configuration", n);
   for (size_t i = 0; i < n && !status; i++) m->overrides[m->n++] = more[i];
   if (!status) status = load_made(m, out, err);
   for (size_t i = 0; i < m->n_texts; i++) phx__free(m->texts[i]);

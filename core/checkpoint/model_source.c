@@ -74,9 +74,9 @@ phx_status phx__source_gpt2(const phx__source *s, phx__gpt2 *out, phx_error *err
   *out = s->gpt2;
   if (s->has_config) return PHX_OK;
   if (s->kind == PHX__SOURCE_FILE)
-    return phx__fail(err, PHX_INVALID, "%s is one file: name the folder with its " PHX__GPT2_CONFIG, s->path);
-  return phx__fail(err, PHX_UNSUPPORTED, "%s has no " PHX__GPT2_CONFIG ": it is the run of a model that is no GPT-2",
-                   s->path);
+    return phx_fail(err, PHX_INVALID, "%s is one file: name the folder with its " PHX__GPT2_CONFIG, s->path);
+  return phx_fail(err, PHX_UNSUPPORTED, "%s has no " PHX__GPT2_CONFIG ": it is the run of a model that is no GPT-2",
+                  s->path);
 }
 
 /* ---- values ---- */
@@ -103,8 +103,7 @@ phx_status phx__source_read(phx__source *s, const phx__source_param *p, int64_t 
     phx__transposer_close(&s->turn);
     s->turn = (phx__transposer){.read = read_turning, .ctx = s, .rows = p->shape[1], .columns = p->shape[0]};
     s->turning.tensor = NULL;
-    const phx_status status = phx__transposer_open(&s->turn, err);
-    if (status) return status;
+    PHX_TRY(phx__transposer_open(&s->turn, err));
     s->turning = p->place;
   }
   return phx__transposed_elements(&s->turn, first, numel, out, err);
@@ -125,19 +124,19 @@ static phx_status check_head(phx__source *s, const phx__tensor_place *head, phx_
   float *a = phx__calloc(PHX__TOOL_PART, sizeof *a), *b = phx__calloc(PHX__TOOL_PART, sizeof *b);
   of_tensor(s, head, &own);
   if (!a || !b) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to compare %s", own.name);
+    status = phx_fail(err, PHX_NOMEM, "no memory to compare %s", own.name);
     goto done;
   }
   bool same = phx__source_find(s, "wte.weight", &wte) && own.numel == wte.numel;
   for (int64_t at = 0; same && at < own.numel; at += PHX__TOOL_PART) {
     const int64_t n = own.numel - at < PHX__TOOL_PART ? own.numel - at : PHX__TOOL_PART;
-    PHX__TRY(phx__source_read(s, &own, at, n, a, err));
-    PHX__TRY(phx__source_read(s, &wte, at, n, b, err));
+    PHX_TRY_GOTO(phx__source_read(s, &own, at, n, a, err), status, done);
+    PHX_TRY_GOTO(phx__source_read(s, &wte, at, n, b, err), status, done);
     same = !memcmp(a, b, (size_t)n * sizeof *a);
   }
   if (!same)
-    status = phx__fail(err, PHX_UNSUPPORTED, "%s: %s differs from wte.weight, and the model's head is tied",
-                       head->file->path, head->tensor->name);
+    status = phx_fail(err, PHX_UNSUPPORTED, "%s: %s differs from wte.weight, and the model's head is tied",
+                      head->file->path, head->tensor->name);
 done:
   phx__free(a);
   phx__free(b);
@@ -147,12 +146,12 @@ done:
 static phx_status check_param(const phx__source *s, const phx__gpt2_param *p, bool *known, phx_error *err) {
   phx__tensor_place place;
   if (!place_of(s->files, p->name, &place))
-    return phx__fail(err, PHX_INVALID, "%s has no tensor %s", s->files->path, p->name);
+    return phx_fail(err, PHX_INVALID, "%s has no tensor %s", s->files->path, p->name);
   const phx__tensor *t = place.tensor;
   known[place.index] = true;
   if (t->ndim == p->ndim && t->shape[0] == p->shape[0] && (t->ndim < 2 || t->shape[1] == p->shape[1])) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "%s: tensor %s has another shape than " PHX__GPT2_CONFIG " says",
-                   place.file->path, t->name);
+  return phx_fail(err, PHX_INVALID, "%s: tensor %s has another shape than " PHX__GPT2_CONFIG " says",
+                  place.file->path, t->name);
 }
 
 /* What is no parameter: masks, and one head. */
@@ -165,15 +164,15 @@ static phx_status check_other(phx__source *s, const phx__tensor_place *place, bo
     return check_head(s, place, err);
   }
   if (name != place->tensor->name && phx__tensor_files_find(s->files, name, &same))
-    return phx__fail(err, PHX_INVALID, "%s: tensor %s is there with and without 'transformer.'", place->file->path,
-                     name);
-  return phx__fail(err, PHX_INVALID, "%s: tensor %s is none of this model's", place->file->path, place->tensor->name);
+    return phx_fail(err, PHX_INVALID, "%s: tensor %s is there with and without 'transformer.'", place->file->path,
+                    name);
+  return phx_fail(err, PHX_INVALID, "%s: tensor %s is none of this model's", place->file->path, place->tensor->name);
 }
 
 static phx_status check_folder(phx__source *s, phx_error *err) {
   phx_status status = PHX_OK;
   bool head = false, *known = phx__calloc(s->files->n, sizeof *known);
-  if (!known) return phx__fail(err, PHX_NOMEM, "no memory for the tensors of %s", s->path);
+  if (!known) return phx_fail(err, PHX_NOMEM, "no memory for the tensors of %s", s->path);
   for (uint32_t i = 0; i < phx__gpt2_n_params(&s->gpt2) && !status; i++) {
     const phx__gpt2_param p = phx__gpt2_param_at(&s->gpt2, i);
     status = check_param(s, &p, known, err);
@@ -196,8 +195,7 @@ bool phx__source_is_folder(const char *dir) {
 
 static phx_status fill_folder(phx__source *s, phx_error *err) {
   s->seen = phx__sighting_of(s->path);
-  phx_status status = phx__tensor_files_open(s->path, &s->files, err);
-  if (status) return status;
+  PHX_TRY(phx__tensor_files_open(s->path, &s->files, err));
   s->kind = PHX__SOURCE_FOLDER;
   s->turned = is_turned(s->files);
   s->step = step_of_files(s->files);
@@ -205,22 +203,22 @@ static phx_status fill_folder(phx__source *s, phx_error *err) {
   if (phx__is_there(s->path, "config.ini")) memcpy(s->run, s->path, sizeof s->run);
   if (!s->has_config && s->run[0]) return PHX_OK; /* a run of another model */
   s->has_config = true;
-  status = phx__gpt2_read(s->path, &s->gpt2, err);
+  phx_status status = phx__gpt2_read(s->path, &s->gpt2, err);
   if (!status) status = check_folder(s, err);
   return status == PHX_INVALID && s->run[0] ? PHX_IO : status; /* a run's own files fit, or are damaged */
 }
 
 /* ---- opening ---- */
 static phx_status create(const char *path, phx__source **out, phx_error *err) {
-  if (strlen(path) > 4000) return phx__fail(err, PHX_INVALID, "%.200s...: the path is too long", path);
+  if (strlen(path) > 4000) return phx_fail(err, PHX_INVALID, "%.200s...: the path is too long", path);
   phx__source *s = *out = phx__calloc(1, sizeof *s);
-  if (!s) return phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+  if (!s) return phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
   s->step = -1;
   snprintf(s->path, sizeof s->path, "%s", path);
   s->blocks = phx__calloc(PHX__TOOL_PART + 2 * PHX_BLOCK, sizeof *s->blocks);
   s->raw = phx__calloc(PHX__TOOL_PART, 4);
   if (s->blocks && s->raw) return PHX_OK;
-  return phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+  return phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
 }
 
 /* By its name, or by what stands behind the length: a header that is JSON. */
@@ -237,11 +235,10 @@ static bool looks_like_safetensors(const char *path) {
 
 static phx_status fill_file(phx__source *s, phx_error *err) {
   if (!looks_like_safetensors(s->path))
-    return phx__fail(err, PHX_INVALID,
-                     "%s is a file, and none of safetensors: name a run, a checkpoint's directory, a folder with "
-                     PHX__GPT2_WEIGHTS ", or a .safetensors file", s->path);
-  const phx_status status = phx__tensor_files_open_one(s->path, &s->files, err);
-  if (status) return status;
+    return phx_fail(err, PHX_INVALID,
+                    "%s is a file, and none of safetensors: name a run, a checkpoint's directory, a folder with "
+                    PHX__GPT2_WEIGHTS ", or a .safetensors file", s->path);
+  PHX_TRY(phx__tensor_files_open_one(s->path, &s->files, err));
   s->kind = PHX__SOURCE_FILE;
   s->turned = is_turned(s->files);
   s->step = step_of_files(s->files);
@@ -264,8 +261,7 @@ static void find_run(phx__source *s) {
 static phx_status fill_checkpoint(phx__source *s, phx_error *err) {
   char dir[PHX__TOOL_PATH];
   phx__sighting seen;
-  const phx_status status = phx__checkpoint_resolve_open(s->path, dir, &seen, &s->reader, err);
-  if (status) return status;
+  PHX_TRY(phx__checkpoint_resolve_open(s->path, dir, &seen, &s->reader, err));
   s->seen = seen;
   s->kind = PHX__SOURCE_CHECKPOINT;
   s->step = s->reader->manifest->step;
@@ -301,7 +297,7 @@ static phx_status fill_newer_folder(phx__source *s, int64_t step, bool *filled, 
   *filled = newer && !status;
   if (!status) return PHX_OK;
   forget_folder(s);
-  if (status != PHX_IO && status != PHX_INVALID) return phx__fail(err, status, "%s", why.message);
+  if (status != PHX_IO && status != PHX_INVALID) return phx_fail(err, status, "%s", why.message);
   snprintf(text, sizeof text, "the final weights of %s cannot be used: %s; takes the checkpoint of step %" PRId64,
            s->path, why.message, step);
   phx__log(0, "checkpoint", PHX_LOG_WARN, text);
@@ -317,10 +313,10 @@ static phx_status fill(phx__source *s, phx_error *err) {
   const bool checkpoints = phx__has_checkpoints(s->path) || phx__is_there(s->path, PHX__MANIFEST_NAME);
   if (weights && !checkpoints) return fill_folder(s, err);
   if (!checkpoints && step_of_name(s->path) < 0)
-    return phx__fail(err, PHX_INVALID,
-                     "%s holds no model: it is neither a checkpoint (it has no " PHX__MANIFEST_NAME
-                     ") nor a run with checkpoints, and has neither " PHX__GPT2_WEIGHTS " nor " PHX__GPT2_WEIGHTS
-                     ".index.json", s->path);
+    return phx_fail(err, PHX_INVALID,
+                    "%s holds no model: it is neither a checkpoint (it has no " PHX__MANIFEST_NAME
+                    ") nor a run with checkpoints, and has neither " PHX__GPT2_WEIGHTS " nor " PHX__GPT2_WEIGHTS
+                    ".index.json", s->path);
   phx_status status = phx__checkpoint_resolve(s->path, dir, err);
   if (status) return status;
   if (weights) status = fill_newer_folder(s, step_of_name(dir), &filled, err);

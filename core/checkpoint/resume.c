@@ -31,20 +31,19 @@ phx_status phx__resume_locate(const phx__config *config, const char *asked, phx_
   char run_dir[PHX__CHECKPOINT_PATH], own[PHX__CHECKPOINT_PATH];
   int64_t step = -1;
   const char *dir = asked[0] ? asked : config->s.run.out;
-  phx_status status = phx__checkpoint_locate(dir, run_dir, &step, err);
-  if (status) return status;
-  if (!realpath(dir, out->dir)) return phx__fail(err, PHX_INVALID, "cannot find %s", dir);
+  PHX_TRY(phx__checkpoint_locate(dir, run_dir, &step, err));
+  if (!realpath(dir, out->dir)) return phx_fail(err, PHX_INVALID, "cannot find %s", dir);
   out->continues = strlen(config->s.run.out) < sizeof own && realpath(config->s.run.out, own) && !strcmp(own, run_dir);
   return PHX_OK;
 }
 
 static phx_status nothing_to_resume(const char *dir, phx_error *err) {
   if (phx__source_is_folder(dir))
-    return phx__fail(err, PHX_INVALID,
-                     "%s has no checkpoint to go on from, but weights: phalanx checkpoint import %s -o RUN makes a "
-                     "checkpoint of them, without optimizer states, and train --resume RUN goes on from that", dir,
-                     dir);
-  return phx__fail(err, PHX_INVALID, "%s has no checkpoint to go on from: start without --resume", dir);
+    return phx_fail(err, PHX_INVALID,
+                    "%s has no checkpoint to go on from, but weights: phalanx checkpoint import %s -o RUN makes a "
+                    "checkpoint of them, without optimizer states, and train --resume RUN goes on from that", dir,
+                    dir);
+  return phx_fail(err, PHX_INVALID, "%s has no checkpoint to go on from: start without --resume", dir);
 }
 
 phx_status phx__resume_check(const phx__resume *resume, const phx__prepared *prepared, phx_error *err) {
@@ -52,15 +51,12 @@ phx_status phx__resume_check(const phx__resume *resume, const phx__prepared *pre
   phx__position at;
   int64_t step = -1;
   bool found = false;
-  phx_status status = phx__checkpoint_locate(resume->dir, run_dir, &step, err);
-  if (status) return status;
+  PHX_TRY(phx__checkpoint_locate(resume->dir, run_dir, &step, err));
   if (step >= 0) return phx__checkpoint_fits(resume->dir, prepared, &at, err);
-  status = phx__checkpoint_newest(run_dir, INT64_MAX, &step, &found, err);
-  if (!status && !found)
-    status = nothing_to_resume(run_dir, err);
-  if (!status) status = phx__checkpoint_path(run_dir, step, path, err);
-  if (!status) status = phx__checkpoint_fits(path, prepared, &at, err);
-  if (status) return status;
+  PHX_TRY(phx__checkpoint_newest(run_dir, INT64_MAX, &step, &found, err));
+  if (!found) return nothing_to_resume(run_dir, err);
+  PHX_TRY(phx__checkpoint_path(run_dir, step, path, err));
+  PHX_TRY(phx__checkpoint_fits(path, prepared, &at, err));
   snprintf(text, sizeof text, "goes on from %s", path);
   phx__log(0, "checkpoint", PHX_LOG_DEBUG, text);
   return PHX_OK;
@@ -83,7 +79,7 @@ static phx_status set_weights_aside(const char *run_dir, int64_t above, phx_erro
     if (!status && lstat(to, &there)) break;
   }
   if (!status && phx__sys.rename(from, to))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", from, to);
   if (status) return status;
   snprintf(line, sizeof line,
            "%s has the final weights of step %" PRId64 ", after step %" PRId64 ", where the run goes on: it is now %s",

@@ -21,15 +21,15 @@ static phx_status place(const char *path, phx__tensor *t, int64_t *at, phx_error
   const size_t length = t->name ? strlen(t->name) : 0;
   if (length < 1 || length > PHX__SAFETENSORS_NAME_MOST || !strcmp(t->name, "__metadata__") || !width ||
       t->ndim > PHX__TENSOR_DIMS)
-    return phx__fail(err, PHX_INVALID, "%s: tensor '%.64s' cannot be written: its name has %zu bytes, dtype %d, %u "
-                     "dimensions", path, t->name ? t->name : "", length, t->dtype, t->ndim);
+    return phx_fail(err, PHX_INVALID, "%s: tensor '%.64s' cannot be written: its name has %zu bytes, dtype %d, %u "
+                    "dimensions", path, t->name ? t->name : "", length, t->dtype, t->ndim);
   int64_t numel = 1, bytes = 0, end = 0;
   for (uint32_t d = 0; d < t->ndim; d++)
     if (t->shape[d] < 0 || __builtin_mul_overflow(numel, t->shape[d], &numel))
-      return phx__fail(err, PHX_INVALID, "%s: tensor %s: its shape overflows", path, t->name);
+      return phx_fail(err, PHX_INVALID, "%s: tensor %s: its shape overflows", path, t->name);
   if (__builtin_mul_overflow(numel, (int64_t)width, &bytes) || __builtin_add_overflow(*at, bytes, &end) ||
       end > PHX__JSON_INTEGER_MOST)
-    return phx__fail(err, PHX_INVALID, "%s: tensor %s is too large", path, t->name);
+    return phx_fail(err, PHX_INVALID, "%s: tensor %s is too large", path, t->name);
   t->dtype_name = phx__dtype_name(t->dtype);
   t->numel = numel;
   t->bytes = bytes;
@@ -56,7 +56,7 @@ phx_status phx__safetensors_layout(const char *path, phx__tensor *tensors, uint3
   }
   for (uint32_t i = 0; i < n; i++) {
     phx__tensor *t = &tensors[i];
-    PHX__TRY(place(path, t, &data, err));
+    PHX_TRY_GOTO(place(path, t, &data, err), status, done);
     phx__text_add(&text, i ? "," : "");
     phx__text_json(&text, t->name);
     phx__text_add(&text, ":{\"dtype\":\"%s\",\"shape\":[", t->dtype_name);
@@ -66,12 +66,12 @@ phx_status phx__safetensors_layout(const char *path, phx__tensor *tensors, uint3
   phx__text_add(&text, "}");
   while (!text.failed && text.bytes % PHX__SAFETENSORS_ALIGN) phx__text_bytes(&text, " ", 1);
   if (text.failed) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for the header of %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory for the header of %s", path);
     goto done;
   }
   if (text.bytes - 8 > PHX__SAFETENSORS_HEADER_MOST || n > PHX__SAFETENSORS_TENSORS_MOST) {
-    status = phx__fail(err, PHX_INVALID, "%s: %u tensors need a header of %zu bytes; %d and %d are the most", path, n,
-                       text.bytes, PHX__SAFETENSORS_TENSORS_MOST, PHX__SAFETENSORS_HEADER_MOST);
+    status = phx_fail(err, PHX_INVALID, "%s: %u tensors need a header of %zu bytes; %d and %d are the most", path, n,
+                      text.bytes, PHX__SAFETENSORS_TENSORS_MOST, PHX__SAFETENSORS_HEADER_MOST);
     goto done;
   }
   for (int i = 0; i < 8; i++) text.data[i] = (char)((text.bytes - 8) >> (8 * i));
@@ -114,7 +114,7 @@ phx_status phx__chunks_create(const char *path, int64_t file_bytes, phx__chunks 
   if (!c || !copy) {
     phx__free(c);
     phx__free(copy);
-    return phx__fail(err, PHX_NOMEM, "no memory for the checksums of %s", path);
+    return phx_fail(err, PHX_NOMEM, "no memory for the checksums of %s", path);
   }
   c->path = copy;
   c->file_bytes = file_bytes;
@@ -168,17 +168,17 @@ phx_status phx__chunks_finish(phx__chunks *c, int fd, uint64_t *sums, phx_error 
   for (int64_t i = 0; i < c->n; i++) {
     const int64_t whole = chunk_bytes(c->file_bytes, i);
     if (c->list[i].given != whole) {
-      status = phx__fail(err, PHX_INTERNAL, "%s: %lld of %lld bytes of MiB %lld were written", c->path,
-                         (long long)c->list[i].given, (long long)whole, (long long)i);
+      status = phx_fail(err, PHX_INTERNAL, "%s: %lld of %lld bytes of MiB %lld were written", c->path,
+                        (long long)c->list[i].given, (long long)whole, (long long)i);
       goto done;
     }
     if (c->list[i].scattered) {
       if (!buffer) buffer = phx__calloc(1, PHX__CHUNK_BYTES);
       if (!buffer) {
-        status = phx__fail(err, PHX_NOMEM, "no memory for the checksums of %s", c->path);
+        status = phx_fail(err, PHX_NOMEM, "no memory for the checksums of %s", c->path);
         goto done;
       }
-      PHX__TRY(phx__file_read(fd, c->path, buffer, whole, i * PHX__CHUNK_BYTES, err));
+      PHX_TRY_GOTO(phx__file_read(fd, c->path, buffer, whole, i * PHX__CHUNK_BYTES, err), status, done);
       c->list[i].sum = XXH3_64bits(buffer, (size_t)whole);
     }
     sums[i] = c->list[i].sum;
@@ -199,7 +199,7 @@ void phx__chunks_destroy(phx__chunks *c) {
 static phx_status create_file(phx__safetensors_writer *w, const char *head, int64_t head_bytes, phx_error *err) {
   w->file.fd = phx__sys.open(w->file.path, O_RDWR | O_CREAT | O_TRUNC, 0644);
   if (w->file.fd < 0 || phx__sys.ftruncate(w->file.fd, w->file.bytes))
-    return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", w->file.path);
+    return phx_fail_errno(err, PHX_IO, errno, "cannot create %s", w->file.path);
   phx__stream_direct(&w->file);
   phx_status status = phx__stream_create(w->file.bytes, 1, &w->stream, err);
   return status ? status : phx__stream_write(w->stream, &w->file, head, head_bytes, 0, err);
@@ -212,19 +212,20 @@ phx_status phx__safetensors_create(const char *path, const phx__tensor *tensors,
   char *head = NULL;
   int64_t head_bytes = 0;
   phx__safetensors_writer *w = phx__calloc(1, sizeof *w);
-  if (!w) return phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+  if (!w) return phx_fail(err, PHX_NOMEM, "no memory to write %s", path);
   w->file.fd = -1;
   w->n = n;
   w->file.path = phx__strdup(path);
   w->tensors = phx__calloc(n, sizeof *tensors);
   if (!w->file.path || !w->tensors) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to write %s", path);
     goto done;
   }
   if (n) memcpy(w->tensors, tensors, n * sizeof *tensors);
-  PHX__TRY(phx__safetensors_layout(path, w->tensors, n, metadata, &head, &head_bytes, &w->file.bytes, err));
-  if (sums) PHX__TRY(phx__chunks_create(path, w->file.bytes, &w->chunks, err));
-  PHX__TRY(create_file(w, head, head_bytes, err));
+  PHX_TRY_GOTO(phx__safetensors_layout(path, w->tensors, n, metadata, &head, &head_bytes, &w->file.bytes, err), status,
+               done);
+  if (sums) PHX_TRY_GOTO(phx__chunks_create(path, w->file.bytes, &w->chunks, err), status, done);
+  PHX_TRY_GOTO(create_file(w, head, head_bytes, err), status, done);
   if (sums) phx__chunks_add(w->chunks, head, head_bytes, 0);
   *out = w;
 done:
@@ -237,8 +238,8 @@ phx_status phx__safetensors_write(phx__safetensors_writer *w, uint32_t tensor, i
                                   const void *data, phx_error *err) {
   const phx__tensor *t = &w->tensors[tensor];
   if (tensor >= w->n || at < 0 || bytes < 0 || at > t->bytes || bytes > t->bytes - at || !w->stream)
-    return phx__fail(err, PHX_INTERNAL, "%s: tensor %u has no bytes %lld to %lld", w->file.path, tensor, (long long)at,
-                     (long long)(at + bytes));
+    return phx_fail(err, PHX_INTERNAL, "%s: tensor %u has no bytes %lld to %lld", w->file.path, tensor, (long long)at,
+                    (long long)(at + bytes));
   phx_status status = phx__stream_write(w->stream, &w->file, data, bytes, t->begin + at, err);
   if (!status && w->chunks) phx__chunks_add(w->chunks, data, bytes, t->begin + at);
   return status;
@@ -250,7 +251,7 @@ phx_status phx__safetensors_finish(phx__safetensors_writer *w, uint64_t *out_sum
   w->stream = NULL;
   if (!status && w->chunks && out_sums) status = phx__chunks_finish(w->chunks, w->file.fd, out_sums, err);
   if (!status && phx__sys.fsync(w->file.fd))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", w->file.path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot flush %s", w->file.path);
   return status;
 }
 

@@ -148,7 +148,7 @@ static phx_status start(phx__saver *v, phx_error *err) {
   const int failed = pthread_create(&v->thread, NULL, work, v);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   v->started = !failed;
-  return failed ? phx__fail_errno(err, PHX_NOMEM, failed, "cannot start the thread that saves checkpoints") : PHX_OK;
+  return failed ? phx_fail_errno(err, PHX_NOMEM, failed, "cannot start the thread that saves checkpoints") : PHX_OK;
 }
 
 /* ---- waiting ---- */
@@ -164,7 +164,7 @@ static phx_status wait_a_moment(phx__saver *v, phx_error *err) {
   pthread_cond_timedwait(&v->to_main, &v->lock, &until);
   phx__job_heartbeat(v->rt->job);
   if (!__atomic_load_n(v->rt->job->failed, __ATOMIC_ACQUIRE)) return PHX_OK;
-  return phx__fail(err, PHX_COMM, "the job failed while a checkpoint was being written");
+  return phx_fail(err, PHX_COMM, "the job failed while a checkpoint was being written");
 }
 
 static phx_status wait_for_thread(phx__saver *v, phx_error *err) {
@@ -265,21 +265,19 @@ static phx_status add_size(void *ctx, const phx_slice *slice, phx_error *err) {
 static phx_status take_pool(phx__saver *v, int64_t copy, phx_error *err) {
   phx__runtime *rt = v->rt;
   sizes s = {0};
-  phx_status status = phx__state_visit(rt, add_size, &s, err);
-  if (status) return status;
+  PHX_TRY(phx__state_visit(rt, add_size, &s, err));
   v->place_for_each = copy < 0 || copy >= s.all;
   v->pool_bytes = phx__copy_pool(copy, s.all, &v->chunk_bytes);
   if (!v->place_for_each) {
     v->n_places = v->pool_bytes / v->chunk_bytes;
     v->free_places = phx__calloc((size_t)v->n_places, sizeof *v->free_places);
-    if (!v->free_places) return phx__fail(err, PHX_NOMEM, "no memory for the list of a checkpoint's copies");
+    if (!v->free_places) return phx_fail(err, PHX_NOMEM, "no memory for the list of a checkpoint's copies");
   }
   if (v->pool_bytes == 0) return PHX_OK;
   const phx_memory what = {
       .struct_size = sizeof what, .bytes = v->pool_bytes, .kind = PHX_MEM_BUFFER, .space = PHX_SPACE_HOST};
   void *pool = NULL;
-  status = rt->core_host.table.alloc(rt->core_host.table.ctx, &what, &pool, err);
-  if (status) return status;
+  PHX_TRY(rt->core_host.table.alloc(rt->core_host.table.ctx, &what, &pool, err));
   v->pool = pool;
   if (rt->prepared->copy_bytes == 0) /* the strategy or the device did not say enough before */
     rt->prepared->planned[PHX_MEM_BUFFER] += phx_align_bytes(v->pool_bytes);
@@ -289,7 +287,7 @@ static phx_status take_pool(phx__saver *v, int64_t copy, phx_error *err) {
 phx_status phx__saver_open(phx__runtime *rt, const char *run_dir, const phx__retention *retention, int64_t copy,
                            phx__saver **out, phx_error *err) {
   phx__saver *v = phx__calloc(1, sizeof *v);
-  if (!v) return phx__fail(err, PHX_NOMEM, "no memory to save checkpoints");
+  if (!v) return phx_fail(err, PHX_NOMEM, "no memory to save checkpoints");
   v->rt = rt;
   v->run_dir = run_dir;
   v->retention = retention;
@@ -355,14 +353,13 @@ static phx_status map_all(phx__saver *v, phx_error *err) {
   v->chunks = phx__calloc(room, sizeof *v->chunks);
   v->by_address = phx__calloc(room, sizeof *v->by_address);
   if (!v->mapped || !v->chunks || !v->by_address)
-    return phx__fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's chunks");
+    return phx_fail(err, PHX_NOMEM, "no memory for the table of a checkpoint's chunks");
   for (; v->n_mapped < n; v->n_mapped++) {
     const phx_slice *slice = phx__save_slice(v->save, v->n_mapped);
     void **out = &v->mapped[v->n_mapped];
-    phx_status status = PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
-                                         rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_READ, out, err));
-    if (!status) status = phx__handed_map(rt, slice, *out, err);
-    if (status) return status;
+    PHX_TRY(PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1,
+                             rt->prepared->strategy->map(rt->strategy, slice, PHX_MAP_READ, out, err)));
+    PHX_TRY(phx__handed_map(rt, slice, *out, err));
     cut_slice(v, v->n_mapped, &at);
   }
   if (v->n_chunks > 1) qsort(v->by_address, v->n_chunks, sizeof *v->by_address, by_address);
@@ -398,9 +395,8 @@ phx_status phx__saver_begin(phx__saver *v, const phx__position *at, phx_error *e
   phx_error why = PHX_ERROR_INIT;
   v->began = phx__now();
   v->report = (phx__save_report){.step = at->step};
-  phx_status status = phx__save_begin(v->rt, v->run_dir, at, &v->save, err);
-  if (status) return status;
-  status = map_all(v, &why);
+  PHX_TRY(phx__save_begin(v->rt, v->run_dir, at, &v->save, err));
+  phx_status status = map_all(v, &why);
   if (status) phx__save_fail(v->save, status, &why); /* gather tells the others */
   v->phase = WRITING;
   v->reading = !status; /* the thread sleeps */

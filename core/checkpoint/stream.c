@@ -91,8 +91,8 @@ static phx_status put(slot *k, phx_error *err) {
       say_buffered(f, why);
       continue;
     }
-    if (n < 0) return phx__fail_errno(err, PHX_IO, why, "cannot write %s at byte %lld", f->path, (long long)at);
-    if (n == 0) return phx__fail(err, PHX_IO, "%s takes no more data, at byte %lld", f->path, (long long)at);
+    if (n < 0) return phx_fail_errno(err, PHX_IO, why, "cannot write %s at byte %lld", f->path, (long long)at);
+    if (n == 0) return phx_fail(err, PHX_IO, "%s takes no more data, at byte %lld", f->path, (long long)at);
     at += n;
   }
   return PHX_OK;
@@ -109,8 +109,8 @@ static phx_status get(slot *k, phx_error *err) {
       give_up_direct(f);
       continue;
     }
-    if (n < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot read %s at byte %lld", f->path, (long long)at);
-    if (n == 0) return phx__fail(err, PHX_IO, "%s ends too early, at byte %lld", f->path, (long long)at);
+    if (n < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot read %s at byte %lld", f->path, (long long)at);
+    if (n == 0) return phx_fail(err, PHX_IO, "%s ends too early, at byte %lld", f->path, (long long)at);
     at += n;
     if (f->direct && at < k->to && at % PHX__STREAM_ALIGN) give_up_direct(f);
   }
@@ -178,7 +178,7 @@ phx_status phx__stream_create(int64_t bytes, int threads, phx__stream **out, phx
   if (!s || !memory) {
     phx__free(s);
     phx__free(memory);
-    return phx__fail(err, PHX_NOMEM, "no memory for the buffers of a file");
+    return phx_fail(err, PHX_NOMEM, "no memory for the buffers of a file");
   }
   s->memory = memory;
   s->n = n;

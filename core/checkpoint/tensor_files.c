@@ -14,16 +14,16 @@
 enum { FILES_MOST = 4096, INDEX_MOST = 64 << 20, PATH = 4200 };
 
 static phx_status no_memory(const phx__tensor_files *t, phx_error *err) {
-  return phx__fail(err, PHX_NOMEM, "no memory for the tensors of %s", t->path);
+  return phx_fail(err, PHX_NOMEM, "no memory for the tensors of %s", t->path);
 }
 
 static phx_status begin(const char *path, uint32_t most, phx__tensor_files **out, phx_error *err) {
   phx__tensor_files *t = *out = phx__calloc(1, sizeof *t);
-  if (!t) return phx__fail(err, PHX_NOMEM, "no memory for the tensors of %s", path);
+  if (!t) return phx_fail(err, PHX_NOMEM, "no memory for the tensors of %s", path);
   t->path = phx__strdup(path);
   t->files = phx__calloc(most, sizeof *t->files);
   if (t->path && t->files) return PHX_OK;
-  return phx__fail(err, PHX_NOMEM, "no memory for the tensors of %s", path);
+  return phx_fail(err, PHX_NOMEM, "no memory for the tensors of %s", path);
 }
 
 /* All files are open. */
@@ -55,9 +55,9 @@ static phx_status read_index(const char *path, cJSON **out, phx_error *err) {
   phx_status status = phx__file_open(path, &fd, &bytes, err);
   if (status) return status;
   if (bytes > INDEX_MOST)
-    status = phx__fail(err, PHX_IO, "%s has %lld bytes; %d are the most", path, (long long)bytes, INDEX_MOST);
+    status = phx_fail(err, PHX_IO, "%s has %lld bytes; %d are the most", path, (long long)bytes, INDEX_MOST);
   else if (!(text = phx__calloc(1, (size_t)bytes + 1)))
-    status = phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
   else status = phx__file_read(fd, path, text, bytes, 0, err);
   phx__sys.close(fd);
   if (!status) status = phx__json_read(path, text, (size_t)bytes, &limits, out, err);
@@ -78,9 +78,9 @@ static phx_status open_named(phx__tensor_files *t, const char *dir, const cJSON 
   char path[PATH];
   const char *name = cJSON_GetStringValue(item);
   if (!name || !name[0] || name[0] == '.' || strchr(name, '/') || strlen(name) > 255)
-    return phx__fail(err, PHX_IO, "%s: tensor %.200s is in no file of this directory", t->path, item->string);
+    return phx_fail(err, PHX_IO, "%s: tensor %.200s is in no file of this directory", t->path, item->string);
   if (file_number(t, name) < t->n_files) return PHX_OK;
-  if (t->n_files == FILES_MOST) return phx__fail(err, PHX_IO, "%s names more than %d files", t->path, FILES_MOST);
+  if (t->n_files == FILES_MOST) return phx_fail(err, PHX_IO, "%s names more than %d files", t->path, FILES_MOST);
   snprintf(path, sizeof path, "%.3900s/%s", dir, name);
   return add(t, path, err);
 }
@@ -91,15 +91,15 @@ static phx_status check_index(const phx__tensor_files *t, const cJSON *map, phx_
   cJSON_ArrayForEach(item, map) {
     const phx__safetensors *st = t->files[file_number(t, item->valuestring)];
     if (!phx__safetensors_find(st, item->string))
-      return phx__fail(err, PHX_IO, "%s: tensor %.200s is not in %s", t->path, item->string, item->valuestring);
+      return phx_fail(err, PHX_IO, "%s: tensor %.200s is not in %s", t->path, item->string, item->valuestring);
     listed++;
   }
   if (listed == t->n) return PHX_OK; /* names stand once in the index: each tensor is there */
   for (uint32_t i = 0; i < t->n; i++) {
     const cJSON *place = cJSON_GetObjectItemCaseSensitive(map, t->places[i].tensor->name);
     if (!place || strcmp(place->valuestring, base_name(t->places[i].file->path)))
-      return phx__fail(err, PHX_IO, "%s does not list tensor %s of %s", t->path, t->places[i].tensor->name,
-                       t->places[i].file->path);
+      return phx_fail(err, PHX_IO, "%s does not list tensor %s of %s", t->path, t->places[i].tensor->name,
+                      t->places[i].file->path);
   }
   return PHX_OK;
 }
@@ -109,16 +109,16 @@ static phx_status open_index(const char *dir, const char *path, phx__tensor_file
   cJSON *root = NULL;
   const cJSON *item;
   phx__tensor_files *t = NULL;
-  PHX__TRY(begin(path, FILES_MOST, &t, err));
-  PHX__TRY(read_index(path, &root, err));
+  PHX_TRY_GOTO(begin(path, FILES_MOST, &t, err), status, done);
+  PHX_TRY_GOTO(read_index(path, &root, err), status, done);
   const cJSON *map = cJSON_GetObjectItemCaseSensitive(root, "weight_map");
   if (!cJSON_IsObject(map) || !map->child) {
-    status = phx__fail(err, PHX_IO, "%s has no weight_map", path);
+    status = phx_fail(err, PHX_IO, "%s has no weight_map", path);
     goto done;
   }
-  cJSON_ArrayForEach(item, map) PHX__TRY(open_named(t, dir, item, err));
-  PHX__TRY(list(t, err));
-  PHX__TRY(check_index(t, map, err));
+  cJSON_ArrayForEach(item, map) PHX_TRY_GOTO(open_named(t, dir, item, err), status, done);
+  PHX_TRY_GOTO(list(t, err), status, done);
+  PHX_TRY_GOTO(check_index(t, map, err), status, done);
   *out = t;
 done:
   cJSON_Delete(root);
@@ -138,16 +138,15 @@ phx_status phx__tensor_files_open_one(const char *path, phx__tensor_files **out,
 
 phx_status phx__tensor_files_open(const char *dir, phx__tensor_files **out, phx_error *err) {
   char one[PATH], index[PATH];
-  if (strlen(dir) > 3900) return phx__fail(err, PHX_INVALID, "%.200s... is too long for a path", dir);
+  if (strlen(dir) > 3900) return phx_fail(err, PHX_INVALID, "%.200s... is too long for a path", dir);
   snprintf(one, sizeof one, "%.3900s/model.safetensors", dir);
   snprintf(index, sizeof index, "%.3900s/model.safetensors.index.json", dir);
   const bool is_one = !access(one, F_OK), is_index = !access(index, F_OK);
   if (is_one && is_index)
-    return phx__fail(err, PHX_INVALID, "%s and %s are both there: take away the one that is not the model", one,
-                     index);
+    return phx_fail(err, PHX_INVALID, "%s and %s are both there: take away the one that is not the model", one, index);
   if (is_one) return phx__tensor_files_open_one(one, out, err);
   if (is_index) return open_index(dir, index, out, err);
-  return phx__fail(err, PHX_INVALID, "%s has neither model.safetensors nor model.safetensors.index.json", dir);
+  return phx_fail(err, PHX_INVALID, "%s has neither model.safetensors nor model.safetensors.index.json", dir);
 }
 
 void phx__tensor_files_close(phx__tensor_files *t) {

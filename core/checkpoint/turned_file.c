@@ -15,7 +15,7 @@ phx_status phx__turned_open(phx__turned_file *t, int fd, const char *path, phx_e
   t->line = phx__calloc(ROOM, sizeof *t->line);
   if (t->band && t->line) return PHX_OK;
   phx__turned_close(t);
-  return phx__fail(err, PHX_NOMEM, "no memory to turn the matrices of %s", path);
+  return phx_fail(err, PHX_NOMEM, "no memory to turn the matrices of %s", path);
 }
 
 void phx__turned_close(phx__turned_file *t) {

@@ -94,7 +94,7 @@ static phx_status barrier(phx__runtime *rt, phx_error *err) { return rt->core->b
 /* As `checkpoint export` would recognise it. */
 static phx_status recognise(weights_file *f, phx_error *err) {
   phx__manifest *m = phx__manifest_create();
-  if (!m) return phx__fail(err, PHX_NOMEM, "no memory for the header of %s", f->path);
+  if (!m) return phx_fail(err, PHX_NOMEM, "no memory for the header of %s", f->path);
   phx_status status = phx__checkpoint_describe(m, f->rt->prepared, &f->rt->optim.table, f->rt->job->size, err);
   if (!status) f->is_gpt2 = !phx__gpt2_of_manifest(f->path, m, &f->gpt2, NULL);
   phx__manifest_free(m);
@@ -109,7 +109,7 @@ static phx_status lay_out(const weights_file *f, int64_t step, char **head, int6
   int64_t file_bytes;
   phx__tensor *tensors = phx__calloc(model->n_params, sizeof *tensors);
   snprintf(text, sizeof text, "%" PRId64, step);
-  if (!tensors) return phx__fail(err, PHX_NOMEM, "no memory for the header of %s", f->path);
+  if (!tensors) return phx_fail(err, PHX_NOMEM, "no memory for the header of %s", f->path);
   for (uint32_t i = 0; i < model->n_params; i++) {
     const phx_param *p = phx_model_param(model, i);
     const bool turned = is_turned(f, p);
@@ -130,7 +130,7 @@ static phx_status write_slices(weights_file *f, phx_error *err) {
   if (!status) status = walk_slices(&walk, err);
   if (!status) status = phx__turned_flush(&f->turned, err);
   phx__turned_close(&f->turned);
-  if (!status && phx__sys.fsync(f->fd)) status = phx__fail_errno(err, PHX_IO, errno, "cannot flush %s", f->path);
+  if (!status && phx__sys.fsync(f->fd)) status = phx_fail_errno(err, PHX_IO, errno, "cannot flush %s", f->path);
   return status;
 }
 
@@ -138,7 +138,7 @@ static phx_status publish(const weights_file *f, const char *dir, const char *pa
   phx_status status = phx__run_lock_check(err);
   if (!status && f->is_gpt2) status = phx__gpt2_write(dir, &f->gpt2, err);
   if (!status && phx__sys.rename(f->path, path))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", f->path, path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot rename %s to %s", f->path, path);
   return status;
 }
 
@@ -150,28 +150,28 @@ phx_status phx__weights_write(phx__runtime *rt, const char *dir, int64_t step, p
   int64_t head_bytes = 0;
   const bool first = rt->job->rank == 0;
   if (snprintf(path, sizeof path, "%s/" PHX__GPT2_WEIGHTS, dir) >= (int)sizeof path)
-    return phx__fail(err, PHX_INVALID, "%s is too long for a path", dir);
+    return phx_fail(err, PHX_INVALID, "%s is too long for a path", dir);
   snprintf(part, sizeof part, "%s.part", path);
   f.place = phx__calloc(rt->prepared->model->n_params, sizeof *f.place);
   if (!f.place) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for the header of %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory for the header of %s", path);
     goto done;
   }
-  PHX__TRY(recognise(&f, err));
-  PHX__TRY(lay_out(&f, step, &head, &head_bytes, err));
-  if (first) PHX__TRY(phx__run_lock_check(err));
+  PHX_TRY_GOTO(recognise(&f, err), status, done);
+  PHX_TRY_GOTO(lay_out(&f, step, &head, &head_bytes, err), status, done);
+  if (first) PHX_TRY_GOTO(phx__run_lock_check(err), status, done);
   if (first && (f.fd = phx__sys.open(part, O_RDWR | O_CREAT | O_TRUNC, 0644)) < 0) {
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot create %s", part);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot create %s", part);
     goto done;
   }
-  if (first) PHX__TRY(phx__file_write(f.fd, part, head, head_bytes, 0, err));
-  PHX__TRY(barrier(rt, err));
+  if (first) PHX_TRY_GOTO(phx__file_write(f.fd, part, head, head_bytes, 0, err), status, done);
+  PHX_TRY_GOTO(barrier(rt, err), status, done);
   if (!first && (f.fd = phx__sys.open(part, O_RDWR | O_NOFOLLOW, 0)) < 0) {
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot open %s", part);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot open %s", part);
     goto done;
   }
-  PHX__TRY(write_slices(&f, err));
-  PHX__TRY(barrier(rt, err));
+  PHX_TRY_GOTO(write_slices(&f, err), status, done);
+  PHX_TRY_GOTO(barrier(rt, err), status, done);
   if (first) status = publish(&f, dir, path, err);
 done:
   if (status && first && f.fd >= 0) phx__sys.unlink(part);
@@ -185,10 +185,10 @@ done:
 static phx_status find_param(phx__source *source, const phx_param *p, phx__source_param *out, phx_error *err) {
   const char *path = source->files ? source->files->path : source->path;
   if (!phx__source_find(source, p->name, out))
-    return phx__fail(err, PHX_IO, "%s has no tensor %s: not weights of this model", path, p->name);
+    return phx_fail(err, PHX_IO, "%s has no tensor %s: not weights of this model", path, p->name);
   bool same = out->ndim == p->ndim;
   for (uint32_t d = 0; same && d < p->ndim; d++) same = out->shape[d] == p->shape[d];
-  if (!same) return phx__fail(err, PHX_IO, "%s: tensor %s is not of the model's shape", path, p->name);
+  if (!same) return phx_fail(err, PHX_IO, "%s: tensor %s is not of the model's shape", path, p->name);
   return PHX_OK;
 }
 
@@ -196,13 +196,13 @@ phx_status phx__weights_fill(phx__runtime *rt, phx__source *source, phx_error *e
   phx_status status = PHX_OK;
   const phx_model *model = rt->prepared->model;
   phx__source_param *params = phx__calloc(model->n_params, sizeof *params);
-  if (!params) return phx__fail(err, PHX_NOMEM, "no memory to read %s", source->path);
+  if (!params) return phx_fail(err, PHX_NOMEM, "no memory to read %s", source->path);
   for (uint32_t i = 0; i < model->n_params; i++)
-    PHX__TRY(find_param(source, phx_model_param(model, i), &params[i], err));
-  PHX__TRY(phx__optim_state_changes(&rt->optim, err));
+    PHX_TRY_GOTO(find_param(source, phx_model_param(model, i), &params[i], err), status, done);
+  PHX_TRY_GOTO(phx__optim_state_changes(&rt->optim, err), status, done);
   slice_walk walk = {.source = source, .params = params, .rt = rt};
-  PHX__TRY(walk_slices(&walk, err));
-  PHX__TRY(rt->prepared->strategy->state_changed(rt->strategy, err));
+  PHX_TRY_GOTO(walk_slices(&walk, err), status, done);
+  PHX_TRY_GOTO(rt->prepared->strategy->state_changed(rt->strategy, err), status, done);
 done:
   phx__free(params);
   return status;

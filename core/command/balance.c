@@ -82,9 +82,7 @@ phx_status phx__balance_step(phx__balance *b, const phx__runtime *rt, phx__progr
   if (every == 0 || step % every) return PHX_OK;
   mine[0] = b->own_ns / b->steps;
   mine[1] = b->wait_ns / b->steps;
-  const phx_status status =
-      PHX__IN_COMM(rt->job, rt->core->all_gather(rt->core->ctx, mine, numbers, 2, PHX_I64, NULL, err));
-  if (status) return status;
+  PHX_TRY(PHX__IN_COMM(rt->job, rt->core->all_gather(rt->core->ctx, mine, numbers, 2, PHX_I64, NULL, err)));
   for (int32_t r = 0; r < rt->job->size; r++) {
     all[r].own_ns = numbers[2 * r];
     all[r].wait_ns = numbers[2 * r + 1];

@@ -118,16 +118,16 @@ phx_status phx__checkpoints_given_up(const phx__checkpoints *c, phx_error *err) 
   char newest[64] = "there is no checkpoint";
   if (!too_many(c)) return PHX_OK;
   if (c->saved) snprintf(newest, sizeof newest, "the newest checkpoint is of step %" PRId64, c->saved);
-  return phx__fail(err, PHX_IO,
-                   "%" PRId64 " saves in a row failed (checkpoint.max_failures), the last with: %.250s; %s: make room, "
-                   "and go on from it with --resume",
-                   c->failures, c->why.message, newest);
+  return phx_fail(err, PHX_IO,
+                  "%" PRId64 " saves in a row failed (checkpoint.max_failures), the last with: %.250s; %s: make room, "
+                  "and go on from it with --resume",
+                  c->failures, c->why.message, newest);
 }
 
 /* What became of the save in flight: a failure is no reason to stop, but ranks that cannot meet are. */
 static phx_status ended(phx__checkpoints *c, phx_status status, const phx__save_report *r, const phx_error *why,
                         phx_error *err) {
-  if (status == PHX_COMM) return phx__fail(err, status, "%s", why->message);
+  if (status == PHX_COMM) return phx_fail(err, status, "%s", why->message);
   if (status) {
     tell_failure(c, c->at.step, why);
     return PHX_OK;
@@ -142,14 +142,13 @@ phx_status phx__checkpoints_meet(phx__checkpoints *c, int *stop, phx_error *err)
   const phx__runtime *rt = c->rt;
   const bool busy = c->saver && phx__saver_busy(c->saver);
   int64_t both[2] = {phx__stop_asked(), busy && !phx__saver_ready(c->saver)};
-  phx_status status = rt->core->all_reduce(rt->core->ctx, both, both, 2, PHX_I64, PHX_MAX, NULL, err);
-  if (status) return status;
+  PHX_TRY(rt->core->all_reduce(rt->core->ctx, both, both, 2, PHX_I64, PHX_MAX, NULL, err));
   *stop = (int)both[0];
   if (!busy || both[1]) return PHX_OK;
   phx_error why = PHX_ERROR_INIT;
   phx__save_report report;
   bool over = false;
-  status = phx__saver_advance(c->saver, &over, &report, &why);
+  phx_status status = phx__saver_advance(c->saver, &over, &report, &why);
   return over ? ended(c, status, &report, &why, err) : PHX_OK;
 }
 
@@ -184,7 +183,7 @@ phx_status phx__checkpoints_save(phx__checkpoints *c, const phx__position *at, b
   c->at = *at;
   status = c->saver && !last ? phx__saver_begin(c->saver, at, &why) : save_now(c, &why);
   if (!status) return PHX_OK;
-  if (last || status == PHX_COMM) return phx__fail(err, status, "%s", why.message);
+  if (last || status == PHX_COMM) return phx_fail(err, status, "%s", why.message);
   tell_failure(c, at->step, &why);
   return PHX_OK;
 }

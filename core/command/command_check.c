@@ -40,8 +40,8 @@ static phx_status print_all(const phx__config *config) {
   size_t bytes = 0;
   FILE *text = open_memstream(&plan, &bytes);
   phx_status status = text ? phx__plan_print(config, text, &err)
-                           : phx__fail(&err, PHX_NOMEM, "no memory for the plan");
-  if (text && (fclose(text) || !plan) && !status) status = phx__fail(&err, PHX_NOMEM, "no memory for the plan");
+                           : phx_fail(&err, PHX_NOMEM, "no memory for the plan");
+  if (text && (fclose(text) || !plan) && !status) status = phx_fail(&err, PHX_NOMEM, "no memory for the plan");
   if (!status) phx__config_print(config, stdout, true);
   if (!status) fputs(plan, stdout);
   phx__room room;

@@ -280,8 +280,8 @@ static phx_status verify_hash(const verification *v, phx_error *err) {
   char text[33];
   phx__state_hash_text(v->hash, text);
   if (!strcmp(text, m->state_hash)) return PHX_OK;
-  return phx__fail(err, PHX_IO, "%s/%s: state_hash is %s, and the tensors have %s", v->reader->dir, PHX__MANIFEST_NAME,
-                   m->state_hash, text);
+  return phx_fail(err, PHX_IO, "%s/%s: state_hash is %s, and the tensors have %s", v->reader->dir, PHX__MANIFEST_NAME,
+                  m->state_hash, text);
 }
 
 /* A folder has no checksums: its header, its sizes, and that every weight is a number. */
@@ -292,7 +292,7 @@ static int verify_folder(const char *dir) {
   const phx__sighting seen = phx__sighting_of(dir);
   phx_status status = phx__source_open_folder(dir, &s, &err);
   float *part = phx__calloc(PHX__TOOL_PART, sizeof *part);
-  if (!status && !part) status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
+  if (!status && !part) status = phx_fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
   if (!status) s->finite = true;
   for (uint32_t i = 0; !status && i < phx__source_n(s); i++)
     for (int64_t at = 0; phx__source_at(s, i, &p) && !status && at < p.numel; at += PHX__TOOL_PART) {
@@ -318,7 +318,7 @@ static int verify_checkpoint(const char *path) {
   const phx__manifest *m = v.reader->manifest;
   v.places = phx__calloc(m->n_slices, sizeof *v.places);
   v.buffer = phx__calloc(1, PHX_BLOCK * 4 + PHX__CHUNK_BYTES);
-  if (!model_of(&v) || !v.places || !v.buffer) status = phx__fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
+  if (!model_of(&v) || !v.places || !v.buffer) status = phx_fail(&err, PHX_NOMEM, "no memory to verify %s", dir);
   for (uint32_t i = 0; i < m->n_files && !status; i++) verify_file(&v, i);
   if (!status && !v.damaged) status = verify_hash(&v, &err);
   if (v.damaged) status = phx__sighting_explain(&v.seen, dir, PHX_IO, &err) == PHX_INVALID ? PHX_INVALID : PHX_OK;

@@ -30,7 +30,7 @@ typedef struct comparison {
 
 static phx_status side_open(side *s, const char *path, phx_error *err) {
   s->part = phx__calloc(PHX__TOOL_PART, sizeof *s->part);
-  if (!s->part) return phx__fail(err, PHX_NOMEM, "no memory to compare");
+  if (!s->part) return phx_fail(err, PHX_NOMEM, "no memory to compare");
   return phx__source_open(path, &s->source, err);
 }
 
@@ -56,9 +56,8 @@ static phx_status compare_values(comparison *c, const char *name, const phx__sou
   char why[160] = "";
   for (int64_t at = 0; at < a->numel; at += PHX__TOOL_PART) {
     const int64_t n = a->numel - at < PHX__TOOL_PART ? a->numel - at : PHX__TOOL_PART;
-    phx_status status = phx__source_read(c->a.source, a, at, n, c->a.part, err);
-    if (!status) status = phx__source_read(c->b.source, b, at, n, c->b.part, err);
-    if (status) return status;
+    PHX_TRY(phx__source_read(c->a.source, a, at, n, c->a.part, err));
+    PHX_TRY(phx__source_read(c->b.source, b, at, n, c->b.part, err));
     if (!memcmp(c->a.part, c->b.part, (size_t)n * 4)) continue;
     for (int64_t i = 0; i < n; i++) {
       const float x = c->a.part[i], y = c->b.part[i];
@@ -125,7 +124,7 @@ int phx__checkpoint_diff(int argc, char **argv) {
   const bool weights_only = argc == 4 && !strcmp(argv[3], "--weights");
   if (argc != 3 && !weights_only) return phx__checkpoint_usage("diff A B [--weights]");
   comparison *c = phx__calloc(1, sizeof *c);
-  if (!c) return phx__checkpoint_refuse(phx__fail(&err, PHX_NOMEM, "no memory to compare"), &err);
+  if (!c) return phx__checkpoint_refuse(phx_fail(&err, PHX_NOMEM, "no memory to compare"), &err);
   phx_status status = side_open(&c->a, argv[1], &err);
   if (!status) status = side_open(&c->b, argv[2], &err);
   if (!status) status = compare_weights(c, &err);

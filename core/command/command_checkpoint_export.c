@@ -43,7 +43,7 @@ static phx_status write_param(exported *e, phx__safetensors_writer *w, uint32_t 
   param_reading r = {.source = e->source};
   if (!phx__source_find(e->source, p.name, &r.param) || r.param.numel != w->tensors[i].numel ||
       r.param.ndim != p.ndim || r.param.shape[turned ? 1 : 0] != p.shape[0])
-    return phx__fail(err, PHX_UNSUPPORTED, "%s: parameter %s is not GPT-2's", e->source->path, p.name);
+    return phx_fail(err, PHX_UNSUPPORTED, "%s: parameter %s is not GPT-2's", e->source->path, p.name);
   const bool turn = turned && !r.param.turned; /* it stands as ours does */
   phx__transposer t = {.read = read_ours, .ctx = &r, .rows = r.param.shape[0], .columns = r.param.shape[1]};
   phx__element_fn *read = turn ? phx__transposed_elements : read_stored;
@@ -70,7 +70,7 @@ static phx_status write_weights(exported *e, phx_error *err) {
   snprintf(path, sizeof path, "%.4000s/" PHX__GPT2_WEIGHTS, e->dir);
   snprintf(part, sizeof part, "%s.part", path);
   if (!tensors || !params) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to write %s", path);
     goto done;
   }
   for (uint32_t i = 0; i < n; i++) {
@@ -78,11 +78,11 @@ static phx_status write_weights(exported *e, phx_error *err) {
     tensors[i] = (phx__tensor){.name = params[i].name, .dtype = PHX_F32, .ndim = params[i].ndim};
     memcpy(tensors[i].shape, params[i].shape, sizeof params[i].shape);
   }
-  PHX__TRY(phx__writing(phx__safetensors_create(part, tensors, n, metadata, false, &w, err)));
-  for (uint32_t i = 0; i < n; i++) PHX__TRY(write_param(e, w, i, err));
-  PHX__TRY(phx__writing(phx__safetensors_finish(w, NULL, err)));
+  PHX_TRY_GOTO(phx__writing(phx__safetensors_create(part, tensors, n, metadata, false, &w, err)), status, done);
+  for (uint32_t i = 0; i < n; i++) PHX_TRY_GOTO(write_param(e, w, i, err), status, done);
+  PHX_TRY_GOTO(phx__writing(phx__safetensors_finish(w, NULL, err)), status, done);
   if (phx__sys.rename(part, path))
-    status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", part, path);
+    status = phx_fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", part, path);
 done:
   phx__safetensors_writer_close(w);
   if (status) phx__sys.unlink(part);
@@ -96,7 +96,7 @@ static phx_status write_both(exported *e, phx_error *err) {
   char path[PHX__TOOL_PATH];
   e->made = !phx__sys.mkdir(e->dir, 0755);
   if (!e->made && errno != EEXIST)
-    return phx__fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", e->dir);
+    return phx_fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", e->dir);
   phx_status status = write_weights(e, err);
   if (!status) {
     status = phx__writing(phx__gpt2_write(e->dir, &e->gpt2, err));
@@ -116,10 +116,10 @@ int phx__checkpoint_export(int argc, char **argv) {
   phx_status status = phx__source_open(argv[1], &e.source, &err);
   snprintf(path, sizeof path, "%.4000s/" PHX__GPT2_WEIGHTS, e.dir);
   if (!status && !access(path, F_OK))
-    status = phx__fail(&err, PHX_INVALID, "%s is there already, and is not overwritten", path);
+    status = phx_fail(&err, PHX_INVALID, "%s is there already, and is not overwritten", path);
   if (!status) status = phx__source_gpt2(e.source, &e.gpt2, &err);
   e.part = phx__calloc(PHX__TOOL_PART, sizeof *e.part);
-  if (!status && !e.part) status = phx__fail(&err, PHX_NOMEM, "no memory to export %s", argv[1]);
+  if (!status && !e.part) status = phx_fail(&err, PHX_NOMEM, "no memory to export %s", argv[1]);
   if (!status) status = write_both(&e, &err);
   if (!status && e.source->step < 0) printf("%s: %" PRIu32 " tensors\n", path, phx__gpt2_n_params(&e.gpt2));
   else if (!status)

@@ -49,7 +49,7 @@ static phx_status choose_target(import *in, const char *out, phx_error *err) {
   struct stat st;
   const char *slash = strrchr(out, '/');
   const bool named = !strncmp(slash ? slash + 1 : out, "step-", 5);
-  if (strlen(out) > 4000) return phx__fail(err, PHX_INVALID, "-o: the path is too long");
+  if (strlen(out) > 4000) return phx_fail(err, PHX_INVALID, "-o: the path is too long");
   if (named) {
     snprintf(in->target, sizeof in->target, "%s", out);
     snprintf(in->parent, sizeof in->parent, "%.*s", slash ? (int)(slash - out) : 1, slash ? out : ".");
@@ -60,16 +60,16 @@ static phx_status choose_target(import *in, const char *out, phx_error *err) {
   }
   snprintf(in->part, sizeof in->part, "%.4000s/.step-import.%d.part", in->parent, (int)getpid());
   if (!lstat(in->target, &st))
-    return phx__fail(err, PHX_INVALID, "%s is there already, and is not overwritten", in->target);
+    return phx_fail(err, PHX_INVALID, "%s is there already, and is not overwritten", in->target);
   if (in->run[0] && phx__has_checkpoints(in->run))
-    return phx__fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
+    return phx_fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
   return PHX_OK;
 }
 
 static phx_status fill_manifest(import *in, phx_error *err) {
   char text[32];
   phx__manifest *m = in->manifest = phx__manifest_create();
-  if (!m) return phx__fail(err, PHX_NOMEM, "no memory for a manifest");
+  if (!m) return phx_fail(err, PHX_NOMEM, "no memory for a manifest");
   phx_status status = phx__checkpoint_describe(m, in->prepared, &in->optim, 1, err);
   snprintf(text, sizeof text, "%" PRIu32, phx__source_n(in->source));
   if (!status) status = phx__manifest_add_identity(m, "imported_tensors", text, err);
@@ -80,40 +80,38 @@ static phx_status fill_manifest(import *in, phx_error *err) {
 static phx_status open_model(import *in, phx_error *err) {
   static const phx__override one_rank[] = {{"run.ranks=1", "import"}, {"batch.total=0", "import"}};
   char path[PHX__TOOL_PATH];
-  phx_status status = PHX_OK;
-  PHX__TRY(phx__source_gpt2(in->source, &in->gpt2, err));
+  PHX_TRY(phx__source_gpt2(in->source, &in->gpt2, err));
   snprintf(path, sizeof path, "%.4000s/config.ini", in->run);
   const bool made = !in->run[0] || access(path, F_OK);
-  PHX__TRY(phx__model_config(in->source, made ? "" : path, one_rank, 2, &in->config, err));
-  PHX__TRY(phx__prepare(in->config, 0, 1, 0, 1, 0, 0, &in->prepared, err));
+  PHX_TRY(phx__model_config(in->source, made ? "" : path, one_rank, 2, &in->config, err));
+  PHX_TRY(phx__prepare(in->config, 0, 1, 0, 1, 0, 0, &in->prepared, err));
   phx__optim_states(&in->config->s, &in->optim);
-  PHX__TRY(fill_manifest(in, err));
+  PHX_TRY(fill_manifest(in, err));
   if (!made) {
     phx__gpt2 own;
     char theirs[PHX__TOOL_PATH];
     snprintf(theirs, sizeof theirs, "%.4000s/%s", in->source->path,
              in->source->has_config ? PHX__GPT2_CONFIG : PHX__MANIFEST_NAME);
-    PHX__TRY(phx__gpt2_of_manifest(path, in->manifest, &own, err));
-    PHX__TRY(phx__gpt2_same(theirs, &in->gpt2, path, &own, err));
+    PHX_TRY(phx__gpt2_of_manifest(path, in->manifest, &own, err));
+    PHX_TRY(phx__gpt2_same(theirs, &in->gpt2, path, &own, err));
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 /* The source has every parameter in its shape. */
 static phx_status find_params(import *in, phx_error *err) {
   const phx_model *model = in->prepared->model;
   in->params = phx__calloc(model->n_params, sizeof *in->params);
-  if (!in->params) return phx__fail(err, PHX_NOMEM, "no memory to import %s", in->source->path);
+  if (!in->params) return phx_fail(err, PHX_NOMEM, "no memory to import %s", in->source->path);
   for (uint32_t i = 0; i < model->n_params; i++) {
     const phx_param *p = phx_model_param(model, i);
     if (!phx__source_find(in->source, p->name, &in->params[i]))
-      return phx__fail(err, PHX_INVALID, "%s has no tensor %s", in->source->path, p->name);
+      return phx_fail(err, PHX_INVALID, "%s has no tensor %s", in->source->path, p->name);
     bool same = in->params[i].ndim == p->ndim;
     for (uint32_t d = 0; same && d < p->ndim; d++) same = in->params[i].shape[d] == p->shape[d];
     if (!same)
-      return phx__fail(err, PHX_INVALID, "%s: tensor %s has another shape than in this model", in->source->path,
-                       p->name);
+      return phx_fail(err, PHX_INVALID, "%s: tensor %s has another shape than in this model", in->source->path,
+                      p->name);
   }
   return PHX_OK;
 }
@@ -132,8 +130,7 @@ static phx_status add_slices(import *in, phx_error *err) {
                                        .flat = f,
                                        .blocks = m->units[u].blocks[f],
                                        .dtype = PHX_F32};
-        phx_status status = phx__manifest_add_slice(in->manifest, &s, err);
-        if (status) return status;
+        PHX_TRY(phx__manifest_add_slice(in->manifest, &s, err));
       }
   return PHX_OK;
 }
@@ -147,8 +144,7 @@ static phx_status fill_part(import *in, const phx__manifest_slice *s, int64_t bl
   while (phx__layout_next(model, s->unit, s->flat, block * PHX_BLOCK, blocks * PHX_BLOCK, &r)) {
     const size_t i = (size_t)(r.param - phx_model_param(model, 0));
     float *at = in->data + (r.first - block * PHX_BLOCK);
-    const phx_status status = phx__source_read(in->source, &in->params[i], r.in_param, r.numel, at, err);
-    if (status) return status;
+    PHX_TRY(phx__source_read(in->source, &in->params[i], r.in_param, r.numel, at, err));
   }
   return PHX_OK;
 }
@@ -160,10 +156,8 @@ static phx_status write_slice(import *in, phx__safetensors_writer *w, uint32_t i
     const int64_t n = s->blocks - b < UNITS_PART ? s->blocks - b : UNITS_PART;
     const phx_slice part = {.struct_size = sizeof part, .kind = s->kind, .state_index = s->index, .unit = s->unit,
                             .flat = s->flat, .first_block = b, .blocks = n, .dtype = PHX_F32};
-    phx_status status = fill_part(in, s, b, n, err);
-    if (!status)
-      status = phx__writing(phx__safetensors_write(w, i, b * PHX_BLOCK * 4, n * PHX_BLOCK * 4, in->data, err));
-    if (status) return status;
+    PHX_TRY(fill_part(in, s, b, n, err));
+    PHX_TRY(phx__writing(phx__safetensors_write(w, i, b * PHX_BLOCK * 4, n * PHX_BLOCK * 4, in->data, err)));
     phx__state_hash_slice(&in->hash, in->prepared->model, &part, in->data);
   }
   return PHX_OK;
@@ -179,7 +173,7 @@ static phx_status write_shard(import *in, phx_error *err) {
   char(*names)[96] = phx__calloc(n, sizeof *names);
   snprintf(path, sizeof path, "%s/" SHARD, in->part);
   if (!tensors || !names) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to write %s", path);
     goto done;
   }
   for (uint32_t i = 0; i < n; i++) {
@@ -187,17 +181,17 @@ static phx_status write_shard(import *in, phx_error *err) {
     phx__manifest_tensor_name(in->manifest, s->kind, s->index, s->unit, s->flat, 0, names[i]);
     tensors[i] = (phx__tensor){.name = names[i], .dtype = PHX_F32, .ndim = 1, .shape = {s->blocks * PHX_BLOCK}};
   }
-  PHX__TRY(phx__writing(phx__safetensors_create(path, tensors, n, NULL, true, &w, err)));
-  for (uint32_t i = 0; i < n; i++) PHX__TRY(write_slice(in, w, i, err));
+  PHX_TRY_GOTO(phx__writing(phx__safetensors_create(path, tensors, n, NULL, true, &w, err)), status, done);
+  for (uint32_t i = 0; i < n; i++) PHX_TRY_GOTO(write_slice(in, w, i, err), status, done);
   sums = phx__calloc((size_t)phx__chunks_count(w->file.bytes), sizeof *sums);
   if (!sums) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+    status = phx_fail(err, PHX_NOMEM, "no memory to write %s", path);
     goto done;
   }
-  PHX__TRY(phx__writing(phx__safetensors_finish(w, sums, err)));
-  PHX__TRY(phx__manifest_add_file(in->manifest, SHARD, w->file.bytes, sums, err));
+  PHX_TRY_GOTO(phx__writing(phx__safetensors_finish(w, sums, err)), status, done);
+  PHX_TRY_GOTO(phx__manifest_add_file(in->manifest, SHARD, w->file.bytes, sums, err), status, done);
   phx__state_hash_text(in->hash, in->manifest->state_hash);
-  PHX__TRY(phx__writing(phx__manifest_write(in->part, in->manifest, err)));
+  PHX_TRY_GOTO(phx__writing(phx__manifest_write(in->part, in->manifest, err)), status, done);
 done:
   phx__safetensors_writer_close(w);
   phx__free(sums);
@@ -209,20 +203,19 @@ done:
 static phx_status make_directory(const char *path, bool *made, phx_error *err) {
   *made = !phx__sys.mkdir(path, 0755);
   if (*made || errno == EEXIST) return PHX_OK;
-  return phx__fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", path);
+  return phx_fail_errno(err, PHX_INVALID, errno, "cannot create the directory %s", path);
 }
 
 /* No run begins, or goes on, in it meanwhile; one that has done so since the target was chosen is left alone. */
 static phx_status lock_run(const import *in, phx_error *err) {
   char path[PHX__TOOL_PATH];
   struct stat st;
-  const phx_status status = phx__run_lock_take(in->run, err);
-  if (status) return status;
+  PHX_TRY(phx__run_lock_take(in->run, err));
   if (phx__has_checkpoints(in->run))
-    return phx__fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
+    return phx_fail(err, PHX_INVALID, "%s has checkpoints of its own: import into a run of its own", in->run);
   snprintf(path, sizeof path, "%.4000s/" PHX__GPT2_WEIGHTS, in->run); /* a resume from the import would replace them */
   if (!lstat(path, &st))
-    return phx__fail(err, PHX_INVALID, "%s has final weights of its own: import into a run of its own", in->run);
+    return phx_fail(err, PHX_INVALID, "%s has final weights of its own: import into a run of its own", in->run);
   return PHX_OK;
 }
 
@@ -231,20 +224,20 @@ static phx_status commit(import *in, phx_error *err) {
   char path[PHX__TOOL_PATH + 32];
   bool run = false, parent = false, part = false, there = false;
   phx_status status = PHX_OK;
-  if (in->run[0]) PHX__TRY(make_directory(in->run, &run, err));
-  if (in->run[0]) PHX__TRY(lock_run(in, err));
-  if (in->run[0]) PHX__TRY(make_directory(in->parent, &parent, err));
-  PHX__TRY(make_directory(in->part, &part, err));
-  PHX__TRY(write_shard(in, err));
-  PHX__TRY(phx__writing(phx__dir_flush(in->part, err)));
-  PHX__TRY(phx__run_lock_check(err));
+  if (in->run[0]) PHX_TRY_GOTO(make_directory(in->run, &run, err), status, done);
+  if (in->run[0]) PHX_TRY_GOTO(lock_run(in, err), status, done);
+  if (in->run[0]) PHX_TRY_GOTO(make_directory(in->parent, &parent, err), status, done);
+  PHX_TRY_GOTO(make_directory(in->part, &part, err), status, done);
+  PHX_TRY_GOTO(write_shard(in, err), status, done);
+  PHX_TRY_GOTO(phx__writing(phx__dir_flush(in->part, err)), status, done);
+  PHX_TRY_GOTO(phx__run_lock_check(err), status, done);
   if (phx__sys.rename(in->part, in->target)) {
-    status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", in->part, in->target);
+    status = phx_fail_errno(err, PHX_STATE, errno, "cannot rename %s to %s", in->part, in->target);
     goto done;
   }
   there = true;
-  PHX__TRY(phx__writing(phx__dir_flush(in->parent, err)));
-  if (in->run[0]) PHX__TRY(phx__writing(phx__checkpoint_point(in->run, 0, err)));
+  PHX_TRY_GOTO(phx__writing(phx__dir_flush(in->parent, err)), status, done);
+  if (in->run[0]) PHX_TRY_GOTO(phx__writing(phx__checkpoint_point(in->run, 0, err)), status, done);
 done:
   if (!status || there) goto release;
   snprintf(path, sizeof path, "%s/" SHARD, in->part);
@@ -260,14 +253,13 @@ release:
 }
 
 static phx_status run_import(import *in, const char *from, const char *out, phx_error *err) {
-  phx_status status = choose_target(in, out, err);
-  if (!status) status = phx__source_open(from, &in->source, err);
-  if (!status) status = open_model(in, err);
-  if (status) return status;
+  PHX_TRY(choose_target(in, out, err));
+  PHX_TRY(phx__source_open(from, &in->source, err));
+  PHX_TRY(open_model(in, err));
   in->source->finite = true;
   in->data = phx__calloc(PHX__TOOL_PART, sizeof *in->data);
-  if (!in->data) return phx__fail(err, PHX_NOMEM, "no memory to import %s", from);
-  status = find_params(in, err);
+  if (!in->data) return phx_fail(err, PHX_NOMEM, "no memory to import %s", from);
+  phx_status status = find_params(in, err);
   if (!status) status = add_slices(in, err);
   return status ? status : commit(in, err);
 }
@@ -281,7 +273,7 @@ int phx__checkpoint_import(int argc, char **argv) {
     return PHX__EXIT_REFUSED;
   }
   import *in = phx__calloc(1, sizeof *in);
-  if (!in) return phx__checkpoint_refuse(phx__fail(&err, PHX_NOMEM, "no memory to import"), &err);
+  if (!in) return phx__checkpoint_refuse(phx_fail(&err, PHX_NOMEM, "no memory to import"), &err);
   phx_status status = run_import(in, argv[1], argv[3], &err);
   if (!status) printf("%s: %" PRIu32 " parameters, optimizer states zero\n", in->target, in->manifest->n_params);
   if (!status && in->gpt2.dropout[0])

@@ -63,8 +63,7 @@ static phx_status needed(const phx__config *config, int64_t *out, phx_error *err
   *out = 0;
   for (int32_t rank = 0; rank < size; rank++) {
     phx__prepared *p = NULL;
-    const phx_status status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
-    if (status) return status;
+    PHX_TRY(phx__prepare(config, rank, size, rank, size, 0, 0, &p, err));
     if (__builtin_add_overflow(*out, bytes_of(p), out) || __builtin_add_overflow(*out, PROCESS_BYTES, out))
       *out = INT64_MAX;
     phx__prepared_free(p);
@@ -161,7 +160,7 @@ static phx_status refuse(const phx__config *config, int64_t bytes, const phx__ro
   snprintf(text, sizeof text, "%d rank%s take%s %s (the plan, and 32 MiB for each process), and %s%s%s", ranks,
            ranks == 1 ? "" : "s", ranks == 1 ? "s" : "", size, there, *advice ? "; " : "", advice);
   if (!config->s.run.overcommit)
-    return phx__fail(err, PHX_INVALID, "%s (run.overcommit = yes starts it all the same)", text);
+    return phx_fail(err, PHX_INVALID, "%s (run.overcommit = yes starts it all the same)", text);
   phx__log(0, "core", PHX_LOG_WARN, text);
   return PHX_OK;
 }
@@ -190,8 +189,7 @@ phx_status phx__room_say(const phx__config *config, const phx__room *room, char 
   int64_t all = 0;
   *out = 0;
   if (!compares(config) || room->total == 0) return PHX_OK;
-  const phx_status status = needed(config, &all, err);
-  if (status) return status;
+  PHX_TRY(needed(config, &all, err));
   phx__bytes_text(all, size);
   say_room(room, there, sizeof there);
   snprintf(out, bytes, "%" PRId64 " rank%s: %s, with 32 MiB for each process; %s: %s", config->s.run.ranks,

@@ -56,16 +56,16 @@ static phx_status cut(int fd, const char *path, int64_t last, phx_error *err) {
   scan s = {.last = last};
   char *buffer = phx__calloc(1, READ_BYTES);
   ssize_t n = 1;
-  if (!buffer) return phx__fail(err, PHX_NOMEM, "no memory to read %s", path);
+  if (!buffer) return phx_fail(err, PHX_NOMEM, "no memory to read %s", path);
   for (bool found = false; n > 0 && !found;) {
     n = phx__sys.read(fd, buffer, READ_BYTES);
     if (n < 0 && errno == EINTR) n = 1;
     else if (n > 0) found = scan_bytes(&s, buffer, (size_t)n);
   }
   phx__free(buffer);
-  if (n < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot read %s", path);
+  if (n < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot read %s", path);
   if (s.at == s.line || !phx__sys.ftruncate(fd, s.line)) return PHX_OK;
-  return phx__fail_errno(err, PHX_IO, errno, "cannot cut %s to the lines up to step %" PRId64, path, last);
+  return phx_fail_errno(err, PHX_IO, errno, "cannot cut %s to the lines up to step %" PRId64, path, last);
 }
 
 /* ---- writing ---- */
@@ -134,13 +134,13 @@ static void keep(phx__metrics *m, const char *line, size_t bytes, bool begun, in
 phx_status phx__metrics_open(phx__metrics *m, const char *path, int64_t last, phx_error *err) {
   *m = (phx__metrics){.fd = -1};
   if (snprintf(m->path, sizeof m->path, "%s", path) >= (int)sizeof m->path)
-    return phx__fail(err, PHX_INVALID, "%.200s...: the path is too long", path);
+    return phx_fail(err, PHX_INVALID, "%.200s...: the path is too long", path);
   m->waiting = phx__calloc(1, PHX__METRICS_WAITING + PHX__METRICS_LINE);
-  if (!m->waiting) return phx__fail(err, PHX_NOMEM, "no memory for the lines of %s", path);
+  if (!m->waiting) return phx_fail(err, PHX_NOMEM, "no memory for the lines of %s", path);
   const int how = last > 0 ? O_RDWR : O_WRONLY | O_TRUNC;
   m->fd = phx__sys.open(path, how | O_CREAT | O_APPEND, 0644);
   phx_status status = PHX_OK;
-  if (m->fd < 0) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+  if (m->fd < 0) status = phx_fail_errno(err, PHX_IO, errno, "cannot write %s", path);
   if (!status && last > 0) status = cut(m->fd, path, last, err);
   if (status) phx__metrics_close(m);
   return status;
@@ -167,11 +167,11 @@ phx_status phx__metrics_flush(phx__metrics *m, phx_error *err) {
   m->used = 0;
   m->lost = 0;
   if (waiting > 0)
-    return phx__fail_errno(err, PHX_IO, m->cause, "%.300s cannot be written: its last lines (%zu bytes) are missing",
-                           m->path, waiting);
+    return phx_fail_errno(err, PHX_IO, m->cause, "%.300s cannot be written: its last lines (%zu bytes) are missing",
+                          m->path, waiting);
   if (lost > 0)
-    return phx__fail(err, PHX_IO, "%.300s lacks %" PRId64 " lines from step %" PRId64 " on: it could not be written",
-                     m->path, lost, m->first);
+    return phx_fail(err, PHX_IO, "%.300s lacks %" PRId64 " lines from step %" PRId64 " on: it could not be written",
+                    m->path, lost, m->first);
   return PHX_OK;
 }
 

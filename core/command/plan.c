@@ -18,8 +18,7 @@ typedef struct row {
 static phx_status row_of(const phx__config *config, int32_t rank, row *out, phx_error *err) {
   const int32_t size = (int32_t)config->s.run.ranks;
   phx__prepared *p = NULL;
-  const phx_status status = phx__prepare(config, rank, size, rank, size, 0, 0, &p, err);
-  if (status) return status;
+  PHX_TRY(phx__prepare(config, rank, size, rank, size, 0, 0, &p, err));
   memset(out, 0, sizeof *out);
   out->first = rank;
   memcpy(out->bytes, p->planned, sizeof out->bytes);
@@ -63,8 +62,7 @@ static phx_status print_room(const phx__config *config, FILE *out, phx_error *er
 phx_status phx__plan_print(const phx__config *config, FILE *out, phx_error *err) {
   const int32_t size = (int32_t)config->s.run.ranks;
   row now, before;
-  phx_status status = row_of(config, 0, &before, err);
-  if (status) return status;
+  PHX_TRY(row_of(config, 0, &before, err));
   fprintf(out,
           "\n; The plan: memory of each rank, and what it sends in a step.  Copies (of saves in the background) are\n"
           "; part of buffers; the device's own scratch is known when it is open, and comes to workspace then.\n;  %-9s",
@@ -72,8 +70,7 @@ phx_status phx__plan_print(const phx__config *config, FILE *out, phx_error *err)
   for (int k = 0; k < PHX_MEM_KINDS; k++) fprintf(out, " %11s", phx__memory_name(k));
   fprintf(out, " %11s %11s %11s\n", "total", "(copies)", "sent/step");
   for (int32_t rank = 1; rank < size; rank++) {
-    status = row_of(config, rank, &now, err);
-    if (status) return status;
+    PHX_TRY(row_of(config, rank, &now, err));
     if (same(&now, &before)) continue;
     print_row(&before, rank - 1, out);
     before = now;

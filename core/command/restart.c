@@ -25,15 +25,15 @@
 phx_status phx__restart_accumulate(const phx__config *config, int32_t ranks, int64_t *out, phx_error *err) {
   const phx__settings *s = &config->s;
   const int64_t total = s->run.ranks * s->batch.micro * s->batch.accumulate;
-  if (ranks < 1) return phx__fail(err, PHX_INVALID, "run.elastic: no rank is left");
+  if (ranks < 1) return phx_fail(err, PHX_INVALID, "run.elastic: no rank is left");
   const int64_t once = ranks * s->batch.micro;
   if (total % once)
-    return phx__fail(err, PHX_INVALID,
-                     "run.elastic: the global batch of %" PRId64 " ranks x %" PRId64 " micro x %" PRId64
-                     " accumulate = %" PRId64 " sequences does not divide over %d ranks x %" PRId64 " = %" PRId64
-                     " (remainder %" PRId64 "); choose batch.micro and batch.accumulate so that it does",
-                     s->run.ranks, s->batch.micro, s->batch.accumulate, total, ranks, s->batch.micro, once,
-                     total % once);
+    return phx_fail(err, PHX_INVALID,
+                    "run.elastic: the global batch of %" PRId64 " ranks x %" PRId64 " micro x %" PRId64
+                    " accumulate = %" PRId64 " sequences does not divide over %d ranks x %" PRId64 " = %" PRId64
+                    " (remainder %" PRId64 "); choose batch.micro and batch.accumulate so that it does",
+                    s->run.ranks, s->batch.micro, s->batch.accumulate, total, ranks, s->batch.micro, once,
+                    total % once);
   *out = total / once;
   return PHX_OK;
 }
@@ -51,7 +51,7 @@ static phx_status make_argv(attempt *a, const phx__config *config, char *const *
   while (argv[n]) n++;
   phx__free(a->argv);
   a->argv = phx__calloc(n + 6, sizeof *a->argv);
-  if (!a->argv) return phx__fail(err, PHX_NOMEM, "no memory for a command line of %zu words", n + 6);
+  if (!a->argv) return phx_fail(err, PHX_NOMEM, "no memory for a command line of %zu words", n + 6);
   memcpy(a->argv, argv, n * sizeof *argv);
   if (a->ranks != config->s.run.ranks) {
     snprintf(a->n, sizeof a->n, "%d", a->ranks);
@@ -75,8 +75,7 @@ static phx_status prepare_next(attempt *a, const phx__config *config, int32_t lo
   if (!status) status = phx__checkpoint_newest(config->s.run.out, INT64_MAX, &a->from, &found, err);
   if (!found) a->from = 0;
   if (status || !config->s.run.elastic || lost == 0) return status;
-  status = phx__restart_accumulate(config, a->ranks - lost, &a->accumulate, err);
-  if (status) return status;
+  PHX_TRY(phx__restart_accumulate(config, a->ranks - lost, &a->accumulate, err));
   phx__config next = *config; /* a copy of the values; the rest stays the caller's */
   a->ranks -= lost;
   next.s.run.ranks = a->ranks;

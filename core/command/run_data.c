@@ -89,9 +89,9 @@ static phx_status compare(const phx__run_data *data, const phx_job *job, bool re
   for (int32_t r = 1; r < job->size && !status; r++) {
     const bool read = all[r].low || all[r].high;
     if (all[r].shape != all[0].shape || (read && (all[r].low != all[0].low || all[r].high != all[0].high)))
-      return phx__fail(err, PHX_INVALID,
-                       "the token files that rank %d finds under [data] train or valid are not those of rank 0: copy "
-                       "the same files to every machine", r);
+      return phx_fail(err, PHX_INVALID,
+                      "the token files that rank %d finds under [data] train or valid are not those of rank 0: copy "
+                      "the same files to every machine", r);
   }
   return status;
 }
@@ -102,9 +102,8 @@ phx_status phx__run_data_meet(phx__run_data *data, const phx_job *job, phx_error
   bool said = false;
   int64_t left = 0;
   do {
-    phx_status status = reader ? read_some(data, READ_S, err) : PHX_OK;
-    if (!status) status = phx__job_max(job, reader ? unread(data) : 0, &left, err);
-    if (status) return status;
+    if (reader) PHX_TRY(read_some(data, READ_S, err));
+    PHX_TRY(phx__job_max(job, reader ? unread(data) : 0, &left, err));
     if (left > 0 && !said && job->rank == 0 && phx__now() - start >= LONG_S) {
       said = true;
       say_long(left);

@@ -55,10 +55,9 @@ static phx_status make_dirs(const char *path, int *made, phx_error *err) {
     if (slash) *slash = 0;
     if (!phx__sys.mkdir(part, 0755)) {
       ++*made;
-      const phx_status status = flush_parent(part, err);
-      if (status) return status;
+      PHX_TRY(flush_parent(part, err));
     } else if (errno != EEXIST) {
-      return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
+      return phx_fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
     }
     if (!slash) return PHX_OK;
     *slash = '/';
@@ -103,28 +102,28 @@ static phx_status resolve(const phx__config *config, char dir[RUN_DIR_MAX], phx_
   char real[PATH_MAX], asked[RUN_DIR_MAX];
   struct stat st, link;
   if (snprintf(asked, sizeof asked, "%s", config->s.run.out) >= RUN_DIR_MAX)
-    return phx__fail(err, PHX_INVALID, "run.out has %zu characters: more than %d are too long for a path",
-                     strlen(config->s.run.out), RUN_DIR_MAX - 1);
+    return phx_fail(err, PHX_INVALID, "run.out has %zu characters: more than %d are too long for a path",
+                    strlen(config->s.run.out), RUN_DIR_MAX - 1);
   for (size_t n = strlen(asked); n > 1 && asked[n - 1] == '/'; n--) asked[n - 1] = 0;
   memcpy(dir, asked, sizeof asked);
   if (lstat(asked, &link)) return PHX_OK; /* made below, or refused there */
   if (S_ISLNK(link.st_mode) && !is_ours(&link))
-    return phx__fail(err, PHX_INVALID, "run.out = %s is a link that user %ld made: name the directory itself", asked,
-                     (long)link.st_uid);
+    return phx_fail(err, PHX_INVALID, "run.out = %s is a link that user %ld made: name the directory itself", asked,
+                    (long)link.st_uid);
   if (!realpath(asked, real) || stat(real, &st)) {
     if (S_ISLNK(link.st_mode) && errno == ENOENT)
-      return phx__fail(err, PHX_INVALID, "run.out = %s is a link to a directory that is not there: make it, or change "
-                       "run.out", asked);
-    return phx__fail_errno(err, PHX_INVALID, errno, "run.out = %s", asked);
+      return phx_fail(err, PHX_INVALID, "run.out = %s is a link to a directory that is not there: make it, or change "
+                      "run.out", asked);
+    return phx_fail_errno(err, PHX_INVALID, errno, "run.out = %s", asked);
   }
-  if (!S_ISDIR(st.st_mode)) return phx__fail(err, PHX_INVALID, "run.out = %s is not a directory", asked);
+  if (!S_ISDIR(st.st_mode)) return phx_fail(err, PHX_INVALID, "run.out = %s is not a directory", asked);
   if (!is_ours(&st) && !has_no_owners(asked, &st))
-    return phx__fail(err, PHX_INVALID,
-                     "run.out = %s belongs to user %ld, neither to you nor to root: name a directory of your own, or a "
-                     "new one in it", asked, (long)st.st_uid);
+    return phx_fail(err, PHX_INVALID,
+                    "run.out = %s belongs to user %ld, neither to you nor to root: name a directory of your own, or a "
+                    "new one in it", asked, (long)st.st_uid);
   if (!S_ISLNK(link.st_mode) && !has_no_name(asked)) return PHX_OK;
   if (snprintf(dir, RUN_DIR_MAX, "%s", real) >= RUN_DIR_MAX)
-    return phx__fail(err, PHX_INVALID, "run.out = %.200s...: its real path is too long", asked);
+    return phx_fail(err, PHX_INVALID, "run.out = %.200s...: its real path is too long", asked);
   return PHX_OK;
 }
 
@@ -149,7 +148,7 @@ static phx_status aside_name(const char *dir, char name[RUN_DIR_MAX + 32], phx_e
     snprintf(name, RUN_DIR_MAX + 32, "%s.%d", dir, n);
     if (lstat(name, &st)) return PHX_OK;
   }
-  return phx__fail(err, PHX_IO, "%s has too many earlier runs beside it: remove some, or change run.out", dir);
+  return phx_fail(err, PHX_IO, "%s has too many earlier runs beside it: remove some, or change run.out", dir);
 }
 
 static bool work_is_in(const char *dir) {
@@ -162,9 +161,9 @@ static bool work_is_in(const char *dir) {
 static phx_status check_aside(const char *dir, char name[RUN_DIR_MAX + 32], phx_error *err) {
   const phx_status status = aside_name(dir, name, err);
   if (status || !name[0] || !work_is_in(dir)) return status;
-  return phx__fail(err, PHX_INVALID,
-                   "run.out = %s holds an earlier run, and is the directory you work in: go to another one, or name a "
-                   "new one in it", dir);
+  return phx_fail(err, PHX_INVALID,
+                  "run.out = %s holds an earlier run, and is the directory you work in: go to another one, or name a "
+                  "new one in it", dir);
 }
 
 /* Two that start at once: both have seen the earlier run's lock, and one of them holds it; while the name is free a
@@ -175,14 +174,14 @@ static phx_status move_aside(phx__run_dir *d, phx_error *err) {
   if (status || !name[0]) return status;
   if (phx__sys.rename(d->dir, name)) {
     const bool stuck = errno == EBUSY || errno == EXDEV;
-    return phx__fail_errno(err, stuck ? PHX_INVALID : PHX_IO, errno,
-                           "%s holds an earlier run, and cannot be moved to %s%s", d->dir, name,
-                           stuck ? " (a mount point?): name a new directory in it as run.out" : "");
+    return phx_fail_errno(err, stuck ? PHX_INVALID : PHX_IO, errno,
+                          "%s holds an earlier run, and cannot be moved to %s%s", d->dir, name,
+                          stuck ? " (a mount point?): name a new directory in it as run.out" : "");
   }
   memcpy(d->aside, name, sizeof name);
   d->made = 1;
   if (phx__sys.mkdir(d->dir, 0755))
-    return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", d->dir);
+    return phx_fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", d->dir);
   status = flush_parent(d->dir, err);
   if (!status) status = phx__run_lock_move(d->dir, name, err);
   if (!status) phx__complain("%s holds an earlier run: it is now %s", d->dir, name);
@@ -194,11 +193,11 @@ static phx_status write_config(const phx__config *config, const char *dir, phx_e
   char path[RUN_DIR_MAX + 32];
   phx__text text;
   FILE *f = phx__text_stream(&text);
-  if (!f) return phx__fail_errno(err, PHX_NOMEM, errno, "cannot write %s/config.ini", dir);
+  if (!f) return phx_fail_errno(err, PHX_NOMEM, errno, "cannot write %s/config.ini", dir);
   phx__config_print(config, f, true);
   phx_status status = PHX_OK;
   snprintf(path, sizeof path, "%s/config.ini", dir);
-  if (fclose(f) || text.failed) status = phx__fail(err, PHX_NOMEM, "no memory to write %s", path);
+  if (fclose(f) || text.failed) status = phx_fail(err, PHX_NOMEM, "no memory to write %s", path);
   else status = phx__text_write(path, text.data, err);
   phx__free(text.data);
   return status;
@@ -238,7 +237,7 @@ static void remember(phx__run_dir *d) {
 
 phx_status phx__run_dir_open(const phx__config *config, phx__run_dir **out, phx_error *err) {
   phx__run_dir *d = phx__calloc(1, sizeof *d);
-  if (!d) return phx__fail(err, PHX_NOMEM, "no memory to remember what run.out holds");
+  if (!d) return phx_fail(err, PHX_NOMEM, "no memory to remember what run.out holds");
   phx_status status = resolve(config, d->dir, err);
   if (!status) {
     status = make_dirs(d->dir, &d->made, err);
@@ -265,7 +264,7 @@ static phx_status check_parents(const char *path, phx_error *err) {
     if (stat(part, &st)) {
       if (errno == ENOENT) errno = access(above, W_OK | X_OK) ? errno : 0;
       if (!errno) return PHX_OK;
-      return phx__fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
+      return phx_fail_errno(err, PHX_IO, errno, "cannot create the directory %s (run.out)", part);
     }
     if (!slash) return PHX_OK;
     snprintf(above, sizeof above, "%s", part);
@@ -334,9 +333,8 @@ void phx__run_dir_close(phx__run_dir *d) {
 
 phx_status phx__run_dir_create(const phx__config *config, phx_error *err) {
   phx__run_dir *d = NULL;
-  phx_status status = phx__run_dir_open(config, &d, err);
-  if (status) return status;
-  status = phx__run_dir_begin(d, config, false, err);
+  PHX_TRY(phx__run_dir_open(config, &d, err));
+  phx_status status = phx__run_dir_begin(d, config, false, err);
   if (status) {
     phx__run_dir_close(d);
     return status;
@@ -353,6 +351,6 @@ phx_status phx__run_dir_inherit(const phx__config *config, phx_error *err) {
   errno = 0;
   const long fd = strtol(text, &end, 10);
   if (errno || end == text || *end || fd < 0 || fd > INT_MAX)
-    return phx__fail(err, PHX_INVALID, PHX__LOCK_VARIABLE " = %s is no descriptor", text);
+    return phx_fail(err, PHX_INVALID, PHX__LOCK_VARIABLE " = %s is no descriptor", text);
   return phx__run_lock_adopt(config->s.run.out, (int)fd, err);
 }

@@ -52,11 +52,11 @@ static phx_status make_file(const char *path, phx__secret *key, phx_error *err) 
   phx_status status = phx__random(key->key, KEY_BYTES, err);
   if (status) return status;
   const int fd = phx__sys.open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot make %s", path);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot make %s", path);
   const ssize_t written = phx__sys.write(fd, key->key, KEY_BYTES);
   if (written != KEY_BYTES)
-    status = phx__fail_errno(err, PHX_IO, written < 0 ? errno : ENOSPC, "cannot write %s", path);
-  if (phx__sys.close(fd) != 0 && !status) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+    status = phx_fail_errno(err, PHX_IO, written < 0 ? errno : ENOSPC, "cannot write %s", path);
+  if (phx__sys.close(fd) != 0 && !status) status = phx_fail_errno(err, PHX_IO, errno, "cannot write %s", path);
   if (status) phx__sys.unlink(path);
   return status;
 }
@@ -73,15 +73,15 @@ static phx_status judge(const phx__config *config, const phx__secret *key, const
   proof expected;
   for (int32_t r = 0; r < job->size; r++) {
     if (!all[r].has_seen)
-      return phx__fail(err, PHX_INVALID,
-                       "rank %d does not see what rank 0 writes in run.out = %s: ranks on several machines need a run "
-                       "directory on a file system that all of them share", r, config->s.run.out);
+      return phx_fail(err, PHX_INVALID,
+                      "rank %d does not see what rank 0 writes in run.out = %s: ranks on several machines need a run "
+                      "directory on a file system that all of them share", r, config->s.run.out);
     prove(key, r, numbers, job->size, &expected);
     if (key->bytes && !phx__proofs_are_equal(expected.bytes, all[r].bytes))
-      return phx__fail(err, PHX_INVALID,
-                       "rank %d says that it sees run.out = %s, but has not read what rank 0 wrote there: another "
-                       "user's process may have taken its place; set PHALANX_SECRET for all ranks", r,
-                       config->s.run.out);
+      return phx_fail(err, PHX_INVALID,
+                      "rank %d says that it sees run.out = %s, but has not read what rank 0 wrote there: another "
+                      "user's process may have taken its place; set PHALANX_SECRET for all ranks", r,
+                      config->s.run.out);
   }
   return PHX_OK;
 }
@@ -104,6 +104,6 @@ phx_status phx__run_dir_shared(const phx__config *config, const phx_job *job, ph
   if (!status) status = judge(config, &key, numbers, all, job, err);
 done:
   if (job->rank == 0 && key.bytes && phx__sys.unlink(path) != 0 && errno != ENOENT && !status)
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot remove %s", path);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot remove %s", path);
   return status;
 }

@@ -73,14 +73,14 @@ static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_err
   const float *logits = NULL;
   candidate *candidates = phx__calloc((size_t)vocabulary, sizeof *candidates);
   if (!tokens || !candidates) {
-    status = phx__fail(err, PHX_NOMEM, "no memory to sample");
+    status = phx_fail(err, PHX_NOMEM, "no memory to sample");
     goto done;
   }
   if (!bytes && prompt) {
-    status = phx__fail(err, PHX_UNSUPPORTED,
-                       "--prompt: the model's vocabulary of %" PRId64 " is not the byte tokenizer's %d, and no other "
-                       "tokenizer is known: without a prompt the numbers of tokens are printed",
-                       vocabulary, BYTE_VOCABULARY);
+    status = phx_fail(err, PHX_UNSUPPORTED,
+                      "--prompt: the model's vocabulary of %" PRId64 " is not the byte tokenizer's %d, and no other "
+                      "tokenizer is known: without a prompt the numbers of tokens are printed",
+                      vocabulary, BYTE_VOCABULARY);
     goto done;
   }
   tokens[n++] = first_token(vocabulary);
@@ -88,14 +88,14 @@ static phx_status generate(phx__engine *e, const phx__sample_options *o, phx_err
   fputs(o->prompt, stdout);
   for (int64_t i = 0; i < o->tokens; i++) {
     const int64_t length = n < context ? n : context;
-    PHX__TRY(phx__engine_logits(e, tokens + n - length, length, &logits, err));
+    PHX_TRY_GOTO(phx__engine_logits(e, tokens + n - length, length, &logits, err), status, done);
     for (int64_t t = 0; t < vocabulary; t++) candidates[t] = (candidate){logits[t], (int32_t)t};
     tokens[n] = choose(candidates, vocabulary, o, (uint64_t)i);
     show(tokens[n++], bytes);
     fflush(stdout);
   }
   if (putchar('\n') == EOF || fflush(stdout) || ferror(stdout))
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot write the text");
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot write the text");
 done:
   phx__free(candidates);
   phx__free(tokens);

@@ -12,7 +12,7 @@
 phx_status phx__step_times_open(phx__step_times *t, int64_t steps, phx_error *err) {
   *t = (phx__step_times){.room = steps < PHX__STEP_TIMES ? steps : PHX__STEP_TIMES, .seen = -1, .stride = 1};
   t->kept = phx__calloc((size_t)t->room, sizeof *t->kept);
-  return t->kept ? PHX_OK : phx__fail(err, PHX_NOMEM, "no memory for the step times");
+  return t->kept ? PHX_OK : phx_fail(err, PHX_NOMEM, "no memory for the step times");
 }
 
 static void thin_out(phx__step_times *t) {

@@ -52,8 +52,8 @@ static const char usage[] =
 /* A value that looks like an option is one: `--valid --force`.  A file of such a name is ./--force. */
 static phx_status check_value(const char *option, const char *value, phx_error *err) {
   if (strncmp(value, "--", 2)) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "%s needs a value, and %s is an option (a file of that name is ./%s)", option,
-                   value, value);
+  return phx_fail(err, PHX_INVALID, "%s needs a value, and %s is an option (a file of that name is ./%s)", option,
+                  value, value);
 }
 
 static phx_status parse(int argc, char **argv, arguments *a, phx_error *err) {
@@ -69,33 +69,31 @@ static phx_status parse(int argc, char **argv, arguments *a, phx_error *err) {
     } else if (!strcmp(argv[i], "--force")) {
       a->force = true;
     } else if (!strcmp(argv[i], "-o")) {
-      if (i + 1 >= argc) return phx__fail(err, PHX_INVALID, "-o needs the name of the token file");
-      const phx_status status = check_value(argv[i], argv[i + 1], err);
-      if (status) return status;
-      if (a->out) return phx__fail(err, PHX_INVALID, "-o is given twice: %s and %s", a->out, argv[i + 1]);
+      if (i + 1 >= argc) return phx_fail(err, PHX_INVALID, "-o needs the name of the token file");
+      PHX_TRY(check_value(argv[i], argv[i + 1], err));
+      if (a->out) return phx_fail(err, PHX_INVALID, "-o is given twice: %s and %s", a->out, argv[i + 1]);
       a->out = argv[++i];
     } else if (!strcmp(argv[i], "--valid")) {
-      if (i + 2 >= argc) return phx__fail(err, PHX_INVALID, "--valid needs a fraction and the name of a token file");
-      phx_status status = check_value(argv[i], argv[i + 1], err);
-      if (!status) status = check_value(argv[i], argv[i + 2], err);
-      if (status) return status;
-      if (a->valid) return phx__fail(err, PHX_INVALID, "--valid is given twice: %s and %s", a->valid, argv[i + 2]);
+      if (i + 2 >= argc) return phx_fail(err, PHX_INVALID, "--valid needs a fraction and the name of a token file");
+      PHX_TRY(check_value(argv[i], argv[i + 1], err));
+      PHX_TRY(check_value(argv[i], argv[i + 2], err));
+      if (a->valid) return phx_fail(err, PHX_INVALID, "--valid is given twice: %s and %s", a->valid, argv[i + 2]);
       char *end = NULL;
       a->fraction = strtod(argv[i + 1], &end);
       if (end == argv[i + 1] || *end || !(a->fraction > 0 && a->fraction < 1))
-        return phx__fail(err, PHX_INVALID, "--valid %s: the fraction must be a number between 0 and 1, such as 0.1",
-                         argv[i + 1]);
+        return phx_fail(err, PHX_INVALID, "--valid %s: the fraction must be a number between 0 and 1, such as 0.1",
+                        argv[i + 1]);
       a->valid = argv[i + 2];
       i += 2;
     } else {
-      return phx__fail(err, PHX_INVALID, "unknown option %s", argv[i]);
+      return phx_fail(err, PHX_INVALID, "unknown option %s", argv[i]);
     }
   }
   if (a->help) return PHX_OK;
-  if (!a->n_texts) return phx__fail(err, PHX_INVALID, "no text file is named");
-  if (!a->out) return phx__fail(err, PHX_INVALID, "-o OUT.bin is missing");
+  if (!a->n_texts) return phx_fail(err, PHX_INVALID, "no text file is named");
+  if (!a->out) return phx_fail(err, PHX_INVALID, "-o OUT.bin is missing");
   if (a->valid && !strcmp(a->out, a->valid))
-    return phx__fail(err, PHX_INVALID, "-o and --valid name the same file %s", a->out);
+    return phx_fail(err, PHX_INVALID, "-o and --valid name the same file %s", a->out);
   return PHX_OK;
 }
 
@@ -103,9 +101,8 @@ static phx_status parse(int argc, char **argv, arguments *a, phx_error *err) {
 
 static phx_status open_text(const char *path, int *fd, struct stat *st, phx_error *err) {
   static const char why[] = "a text is read twice, first for its length: put it into a file";
-  const phx_status status = phx__regular_open(path, "the text file", why, fd, st, err);
-  if (status) return status;
-  if (st->st_size == 0) return phx__fail(err, PHX_INVALID, "%s is empty", path);
+  PHX_TRY(phx__regular_open(path, "the text file", why, fd, st, err));
+  if (st->st_size == 0) return phx_fail(err, PHX_INVALID, "%s is empty", path);
   return PHX_OK;
 }
 
@@ -115,14 +112,14 @@ static phx_status check_text(const char *path, int fd, const struct stat *st, ph
   const size_t most = st->st_size < (off_t)sizeof head ? (size_t)st->st_size : sizeof head;
   ssize_t n;
   while ((n = phx__sys.pread(fd, head, most, 0)) < 0 && errno == EINTR) continue;
-  if (n < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot read %s", path);
+  if (n < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot read %s", path);
   int32_t magic = 0;
   if (n >= 4) memcpy(&magic, head, sizeof magic);
   if (magic == PHX__TOKENS_MAGIC)
-    return phx__fail(err, PHX_INVALID, "%s is no text: it is a token file already; name it in [data] train", path);
+    return phx_fail(err, PHX_INVALID, "%s is no text: it is a token file already; name it in [data] train", path);
   const char *what = phx__data_mark_of(head, (size_t)n);
   if (!what) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "%s is no text: it is %s; take the text out of it, and name that", path, what);
+  return phx_fail(err, PHX_INVALID, "%s is no text: it is %s; take the text out of it, and name that", path, what);
 }
 
 /* Is `path` there (*st filled)?  A file that cannot be looked at counts as there: open says why later. */
@@ -141,14 +138,14 @@ static phx_status survey(const arguments *a, int64_t *total, phx_error *err) {
   struct stat made[2] = {0};
   for (int k = 0; k < 2 && outputs[k]; k++) {
     if (strlen(outputs[k]) > PATH_BYTES - 32)
-      return phx__fail(err, PHX_INVALID, "the name of an output is longer than %d characters", PATH_BYTES - 32);
+      return phx_fail(err, PHX_INVALID, "the name of an output is longer than %d characters", PATH_BYTES - 32);
     if (exists(outputs[k], &made[k]) && !a->force)
-      return phx__fail(err, PHX_INVALID, "%s exists: choose another name, or give --force to replace it", outputs[k]);
+      return phx_fail(err, PHX_INVALID, "%s exists: choose another name, or give --force to replace it", outputs[k]);
     if (made[k].st_mode && !S_ISREG(made[k].st_mode))
-      return phx__fail(err, PHX_INVALID, "%s is not a regular file and is not replaced", outputs[k]);
+      return phx_fail(err, PHX_INVALID, "%s is not a regular file and is not replaced", outputs[k]);
   }
   if (made[0].st_ino && made[0].st_ino == made[1].st_ino && made[0].st_dev == made[1].st_dev)
-    return phx__fail(err, PHX_INVALID, "%s and %s are the same file", a->out, a->valid);
+    return phx_fail(err, PHX_INVALID, "%s and %s are the same file", a->out, a->valid);
   *total = a->n_texts - 1;
   for (int i = 0; i < a->n_texts; i++) {
     struct stat st = {0};
@@ -159,11 +156,11 @@ static phx_status survey(const arguments *a, int64_t *total, phx_error *err) {
     if (status != PHX_OK) return status;
     for (int k = 0; k < 2; k++)
       if (made[k].st_ino && made[k].st_ino == st.st_ino && made[k].st_dev == st.st_dev)
-        return phx__fail(err, PHX_INVALID, "%s is a text to read and would be replaced", a->texts[i]);
+        return phx_fail(err, PHX_INVALID, "%s is a text to read and would be replaced", a->texts[i]);
     if (__builtin_add_overflow(*total, (int64_t)st.st_size, total) || *total > INT32_MAX)
-      return phx__fail(err, PHX_INVALID,
-                       "the texts up to %s make more than %d tokens, which is all that one file of llm.c's format can "
-                       "count: make several files and name them by a glob in [data] train", a->texts[i], INT32_MAX);
+      return phx_fail(err, PHX_INVALID,
+                      "the texts up to %s make more than %d tokens, which is all that one file of llm.c's format can "
+                      "count: make several files and name them by a glob in [data] train", a->texts[i], INT32_MAX);
   }
   return PHX_OK;
 }
@@ -174,7 +171,7 @@ static phx_status write_all(const output *o, const void *bytes, size_t n, phx_er
   for (size_t done = 0; done < n;) {
     const ssize_t w = phx__sys.write(o->fd, (const char *)bytes + done, n - done);
     if (w < 0 && errno == EINTR) continue;
-    if (w <= 0) return phx__fail_errno(err, PHX_STATE, w < 0 ? errno : ENOSPC, "cannot write %s", o->temporary);
+    if (w <= 0) return phx_fail_errno(err, PHX_STATE, w < 0 ? errno : ENOSPC, "cannot write %s", o->temporary);
     done += (size_t)w;
   }
   return PHX_OK;
@@ -190,7 +187,7 @@ static phx_status output_open(output *o, const char *path, int64_t expected, phx
     const int number = errno;
     const bool full = number == ENOSPC || number == EDQUOT;
     const phx_status status =
-        phx__fail_errno(err, full ? PHX_STATE : PHX_IO, number, "cannot create %s", o->temporary);
+        phx_fail_errno(err, full ? PHX_STATE : PHX_IO, number, "cannot create %s", o->temporary);
     o->temporary[0] = 0; /* not ours to remove */
     return status;
   }
@@ -206,7 +203,7 @@ static phx_status flush(output *o, phx_error *err) {
 /* The first output takes what it expects, the second the rest. */
 static phx_status put(output *o, uint16_t token, phx_error *err) {
   if (o->tokens == o->expected) o++;
-  if (o->fd < 0) return phx__fail(err, PHX_IO, "the texts became longer while they were read");
+  if (o->fd < 0) return phx_fail(err, PHX_IO, "the texts became longer while they were read");
   o->buffer[o->used++] = token;
   o->tokens++;
   return o->used == CHUNK ? flush(o, err) : PHX_OK;
@@ -220,8 +217,8 @@ static phx_status copy_text(output *outputs, const char *path, unsigned char *ch
   while (status == PHX_OK && left > 0) {
     const ssize_t n = phx__sys.read(fd, chunk, left < CHUNK ? (size_t)left : CHUNK);
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) status = phx__fail_errno(err, PHX_IO, errno, "cannot read %s", path);
-    if (n == 0) status = phx__fail(err, PHX_IO, "%s became shorter while it was read", path);
+    if (n < 0) status = phx_fail_errno(err, PHX_IO, errno, "cannot read %s", path);
+    if (n == 0) status = phx_fail(err, PHX_IO, "%s became shorter while it was read", path);
     for (ssize_t i = 0; i < n && status == PHX_OK; i++) status = put(outputs, chunk[i], err);
     left -= n;
   }
@@ -232,14 +229,14 @@ static phx_status copy_text(output *outputs, const char *path, unsigned char *ch
 static phx_status output_close(output *o, phx_error *err) {
   phx_status status = flush(o, err);
   if (status == PHX_OK && o->tokens != o->expected)
-    status = phx__fail(err, PHX_IO, "the texts changed while they were read: %" PRId64 " tokens instead of %" PRId64,
-                       o->tokens, o->expected);
+    status = phx_fail(err, PHX_IO, "the texts changed while they were read: %" PRId64 " tokens instead of %" PRId64,
+                      o->tokens, o->expected);
   if (status == PHX_OK && phx__sys.fsync(o->fd))
-    status = phx__fail_errno(err, PHX_STATE, errno, "cannot write %s", o->temporary);
+    status = phx_fail_errno(err, PHX_STATE, errno, "cannot write %s", o->temporary);
   const int fd = o->fd;
   o->fd = -1;
   if (phx__sys.close(fd) && status == PHX_OK)
-    status = phx__fail_errno(err, PHX_STATE, errno, "cannot write %s", o->temporary);
+    status = phx_fail_errno(err, PHX_STATE, errno, "cannot write %s", o->temporary);
   return status;
 }
 
@@ -247,8 +244,8 @@ static phx_status output_close(output *o, phx_error *err) {
 static phx_status split(const arguments *a, int64_t total, int64_t *valid_tokens, phx_error *err) {
   *valid_tokens = a->valid ? (int64_t)((double)total * a->fraction) : 0;
   if (total < 2 || (a->valid && (*valid_tokens < 2 || total - *valid_tokens < 2)))
-    return phx__fail(err, PHX_INVALID, "%" PRId64 " tokens leave %" PRId64 " for training and %" PRId64
-                     " for validation; a file needs at least 2", total, total - *valid_tokens, *valid_tokens);
+    return phx_fail(err, PHX_INVALID, "%" PRId64 " tokens leave %" PRId64 " for training and %" PRId64
+                    " for validation; a file needs at least 2", total, total - *valid_tokens, *valid_tokens);
   return PHX_OK;
 }
 
@@ -258,26 +255,26 @@ static phx_status tokenize(const arguments *a, phx_error *err) {
   unsigned char *chunk = NULL;
   output *outputs = NULL;
   const int n = a->valid ? 2 : 1;
-  PHX__TRY(survey(a, &total, err));
-  PHX__TRY(split(a, total, &valid_tokens, err));
+  PHX_TRY_GOTO(survey(a, &total, err), status, done);
+  PHX_TRY_GOTO(split(a, total, &valid_tokens, err), status, done);
   chunk = phx__calloc(1, CHUNK);
   outputs = phx__calloc(2, sizeof *outputs);
   if (!chunk || !outputs) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for %zu bytes of buffers", CHUNK + 2 * sizeof *outputs);
+    status = phx_fail(err, PHX_NOMEM, "no memory for %zu bytes of buffers", CHUNK + 2 * sizeof *outputs);
     goto done;
   }
   outputs[0].fd = outputs[1].fd = -1;
-  PHX__TRY(output_open(&outputs[0], a->out, total - valid_tokens, err));
-  if (a->valid) PHX__TRY(output_open(&outputs[1], a->valid, valid_tokens, err));
+  PHX_TRY_GOTO(output_open(&outputs[0], a->out, total - valid_tokens, err), status, done);
+  if (a->valid) PHX_TRY_GOTO(output_open(&outputs[1], a->valid, valid_tokens, err), status, done);
   for (int i = 0; i < a->n_texts; i++) {
-    if (i) PHX__TRY(put(outputs, END_OF_TEXT, err));
-    PHX__TRY(copy_text(outputs, a->texts[i], chunk, err));
+    if (i) PHX_TRY_GOTO(put(outputs, END_OF_TEXT, err), status, done);
+    PHX_TRY_GOTO(copy_text(outputs, a->texts[i], chunk, err), status, done);
   }
-  for (int i = 0; i < n; i++) PHX__TRY(output_close(&outputs[i], err));
+  for (int i = 0; i < n; i++) PHX_TRY_GOTO(output_close(&outputs[i], err), status, done);
   for (int i = 0; i < n; i++) {
     if (phx__sys.rename(outputs[i].temporary, outputs[i].path)) {
-      status = phx__fail_errno(err, PHX_STATE, errno, "cannot rename %s%s", outputs[i].temporary,
-                               i ? " (the training file was made)" : "");
+      status = phx_fail_errno(err, PHX_STATE, errno, "cannot rename %s%s", outputs[i].temporary,
+                              i ? " (the training file was made)" : "");
       goto done;
     }
     outputs[i].temporary[0] = 0;

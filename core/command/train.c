@@ -159,12 +159,11 @@ static phx_status train_step(run *r, int64_t step, phx_error *err) {
   r->engine->at_stage = measured ? sample_pss : NULL;
   r->engine->at_stage_arg = r;
   r->sampling = 0;
-  phx_status status = measured ? settle(r->rt, err) : PHX_OK;
-  if (status) return status;
+  if (measured) PHX_TRY(settle(r->rt, err));
   if (drift) phx__drift_watch(r->drift);
   strategy_traffic(r->rt, &before);
   const double begin = phx__now();
-  status = phx__engine_step(r->engine, r->data.train, step, &r->done, err);
+  phx_status status = phx__engine_step(r->engine, r->data.train, step, &r->done, err);
   r->engine->at_stage = NULL; /* not in an evaluation, which has many more */
   if (status) return status;
   r->seconds = phx__now() - begin - r->sampling;
@@ -196,7 +195,7 @@ static phx_status save(run *r, bool last, phx_error *err) {
 /* The save that ends the run may fail, and what else there is to write is written. */
 static phx_status save_at_end(run *r, phx_error *err) {
   const phx_status status = save(r, true, &r->unsaved_why);
-  if (status == PHX_COMM) return phx__fail(err, status, "%s", r->unsaved_why.message);
+  if (status == PHX_COMM) return phx_fail(err, status, "%s", r->unsaved_why.message);
   r->unsaved = status;
   return PHX_OK;
 }
@@ -204,8 +203,7 @@ static phx_status save_at_end(run *r, phx_error *err) {
 /* Between two steps: the save in flight goes on, and who is to stop saves. */
 static phx_status heed(run *r, phx_error *err) {
   if (r->config->s.checkpoint.every == 0 || r->step == r->config->s.run.steps) return PHX_OK;
-  const phx_status status = phx__checkpoints_meet(&r->checkpoints, &r->stopped, err);
-  if (status) return status;
+  PHX_TRY(phx__checkpoints_meet(&r->checkpoints, &r->stopped, err));
   if (r->stopped) return save_at_end(r, err);
   r->unsaved = phx__checkpoints_given_up(&r->checkpoints, &r->unsaved_why);
   return PHX_OK;
@@ -308,8 +306,8 @@ static void save_before_failing(run *r) {
 static phx_status finish_stopped(run *r, phx_error *err) {
   r->result.stopped = phx__stop_name(r->stopped);
   if (r->unsaved)
-    return phx__fail(err, r->unsaved, "stopped by %s after step %" PRId64 ", which was not saved: %.400s",
-                     r->result.stopped, r->step, r->unsaved_why.message);
+    return phx_fail(err, r->unsaved, "stopped by %s after step %" PRId64 ", which was not saved: %.400s",
+                    r->result.stopped, r->step, r->unsaved_why.message);
   r->result.steps = r->step;
   r->result.saves = r->checkpoints.totals;
   phx__checkpoints_say(r->job->rank, PHX_LOG_INFO,
@@ -324,9 +322,9 @@ static phx_status finish_last(run *r, phx_error *err) {
   phx_status status = no_step && r->config->s.checkpoint.every > 0 ? save_at_end(r, err) : PHX_OK;
   if (!status) status = finish(r, err);
   if (status && r->unsaved)
-    return phx__fail_in(err, status, "; nor was the last step's checkpoint: %.200s", r->unsaved_why.message);
+    return phx_fail_more(err, status, "; nor was the last step's checkpoint: %.200s", r->unsaved_why.message);
   if (status || !r->unsaved) return status;
-  return phx__fail(err, r->unsaved, "the last step's checkpoint was not saved: %.400s", r->unsaved_why.message);
+  return phx_fail(err, r->unsaved, "the last step's checkpoint was not saved: %.400s", r->unsaved_why.message);
 }
 
 static void say_plugin(const char *kind, const phx__plugin *p) {
@@ -377,8 +375,7 @@ static phx_status decide_resume(run *r, phx_error *err) {
   if (status == PHX_IO) r->failed_exit = PHX__EXIT_DAMAGED;
   if (status) return status;
   mine = any;
-  status = r->job->exchange(r->job->ctx, "--resume=" PHX__RESUME_IF_ANY, &mine, sizeof mine, all, err);
-  if (status) return status;
+  PHX_TRY(r->job->exchange(r->job->ctx, "--resume=" PHX__RESUME_IF_ANY, &mine, sizeof mine, all, err));
   r->asked = all[0] ? "" : NULL;
   return r->asked ? phx__resume_locate(r->config, r->asked, &r->resume, err) : PHX_OK;
 }
@@ -397,25 +394,23 @@ static void limit_lock_wait(double timeout_s) {
 }
 
 static phx_status open_run(run *r, phx_error *err) {
-  phx_status status = phx__job_open(r->config->s.run.timeout, &r->job, err);
-  if (status) return status;
+  PHX_TRY(phx__job_open(r->config->s.run.timeout, &r->job, err));
   phx__crash_install(r->job); /* a rank alone says where it crashed, too */
-  status = phx__job_watch(r->job, err);
-  if (status) return status;
-  status = phx__prepare(r->config, r->job->rank, r->job->size, r->job->local_rank, r->job->local_size, 0, 0,
-                        &r->prepared, err);
+  PHX_TRY(phx__job_watch(r->job, err));
+  phx_status status = phx__prepare(r->config, r->job->rank, r->job->size, r->job->local_rank, r->job->local_size, 0, 0,
+                                   &r->prepared, err);
   if (!status) status = phx__run_data_attach(r->config, r->prepared, &r->data, err);
   if (!status && r->job->size != r->config->s.run.ranks)
-    status = phx__fail(err, PHX_INVALID,
-                       "run.ranks = %" PRId64 ", but the launcher started %d rank%s: leave -n and [run] ranks out, "
-                       "which takes what it started, or give -n %d",
-                       r->config->s.run.ranks, r->job->size, r->job->size == 1 ? "" : "s", r->job->size);
+    status = phx_fail(err, PHX_INVALID,
+                      "run.ranks = %" PRId64 ", but the launcher started %d rank%s: leave -n and [run] ranks out, "
+                      "which takes what it started, or give -n %d",
+                      r->config->s.run.ranks, r->job->size, r->job->size == 1 ? "" : "s", r->job->size);
   if (!status && r->config->s.run.drift_every > 0) status = phx__drift_supported(r->prepared, err);
   if (!status && r->config->s.run.max_restarts > 0 && !getenv("PHALANX_RANK"))
-    status = phx__fail(err, PHX_UNSUPPORTED,
-                       "run.max_restarts = %" PRId64 " is for ranks that this command starts; another launcher started "
-                       "these: use its restarts, and 0 here",
-                       r->config->s.run.max_restarts);
+    status = phx_fail(err, PHX_UNSUPPORTED,
+                      "run.max_restarts = %" PRId64 " is for ranks that this command starts; another launcher started "
+                      "these: use its restarts, and 0 here",
+                      r->config->s.run.max_restarts);
   phx__room room;
   phx__room_read("", &room);
   if (!status && foreign()) status = phx__room_check_rank(r->prepared, &room, r->job->local_size, err);
@@ -504,7 +499,7 @@ static phx_status run_steps(run *r, phx_error *err) {
   }
   if (status) return status;
   if (r->stopped) return finish_stopped(r, err);
-  if (r->unsaved && r->step < r->config->s.run.steps) return phx__fail(err, r->unsaved, "%s", r->unsaved_why.message);
+  if (r->unsaved && r->step < r->config->s.run.steps) return phx_fail(err, r->unsaved, "%s", r->unsaved_why.message);
   return finish_last(r, err);
 }
 

@@ -28,7 +28,7 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
   }
   const int32_t threads = phx__threads(config, size);
   if (!status && config->s.run.pin == 1 && threads * size > phx__cpus_count())
-    status = phx__fail(err, PHX_INVALID, "run.pin = yes: %d ranks x %d threads need %d CPUs, and there are %d", size,
-                       threads, threads * size, phx__cpus_count());
+    status = phx_fail(err, PHX_INVALID, "run.pin = yes: %d ranks x %d threads need %d CPUs, and there are %d", size,
+                      threads, threads * size, phx__cpus_count());
   return status;
 }

@@ -183,24 +183,24 @@ phx_status phx__ini_read(const char *path, char **out, size_t *out_bytes, phx_er
   char *text = NULL;
   size_t used = 0;
   int fd = phx__sys.open(path, O_RDONLY | O_NONBLOCK, 0);
-  if (fd < 0) return phx__fail_errno(err, PHX_INVALID, errno, "%s", path);
+  if (fd < 0) return phx_fail_errno(err, PHX_INVALID, errno, "%s", path);
   if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-    status = phx__fail(err, PHX_INVALID, "%s: not a regular file: every rank reads it again", path);
+    status = phx_fail(err, PHX_INVALID, "%s: not a regular file: every rank reads it again", path);
     goto done;
   }
   text = phx__calloc(PHX__INI_FILE_LARGEST + 1, 1);
   if (!text) {
-    status = phx__fail(err, PHX_NOMEM, "out of memory");
+    status = phx_fail(err, PHX_NOMEM, "out of memory");
     goto done;
   }
   for (;;) {
     ssize_t got = phx__sys.read(fd, text + used, PHX__INI_FILE_LARGEST + 1 - used);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) status = phx__fail_errno(err, PHX_IO, errno, "%s cannot be read", path);
+    if (got < 0) status = phx_fail_errno(err, PHX_IO, errno, "%s cannot be read", path);
     if (got <= 0) break;
     used += (size_t)got;
     if (used > PHX__INI_FILE_LARGEST) {
-      status = phx__fail(err, PHX_INVALID, "%s: larger than 1 MiB: not a configuration", path);
+      status = phx_fail(err, PHX_INVALID, "%s: larger than 1 MiB: not a configuration", path);
       break;
     }
   }

@@ -144,8 +144,7 @@ static bool take_error(void *arg, int line, const char *message) {
 phx_status phx__config_add_file(store *p, phx_error *err) {
   char *text;
   size_t bytes;
-  phx_status status = phx__ini_read(p->path, &text, &bytes, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__ini_read(p->path, &text, &bytes, err));
   const phx__ini_sink sink = {p, take_section, take_entry, take_error};
   if (phx__ini_parse(text, bytes, &sink) != PHX_OK) p->oom = true;
   phx__free(text);

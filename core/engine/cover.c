@@ -40,7 +40,7 @@ phx_status phx__cover_open(const phx_model *model, uint32_t kinds, phx__cover *o
   const size_t n = (size_t)kinds * PHX_FLATS * model->n_units;
   *out = (phx__cover){.model = model, .kinds = kinds, .n = n};
   out->cells = phx__calloc(n, sizeof *out->cells);
-  return out->cells ? PHX_OK : phx__fail(err, PHX_NOMEM, "no memory to count %u units", model->n_units);
+  return out->cells ? PHX_OK : phx_fail(err, PHX_NOMEM, "no memory to count %u units", model->n_units);
 }
 
 void phx__cover_close(phx__cover *c) {
@@ -76,12 +76,12 @@ phx_status phx__cover_judge(const phx__cover *c, const int64_t *sums, bool repea
     memcpy(&all, sums + i * (sizeof all / sizeof *sums), sizeof all);
     if (flat == PHX_FLAT_TRAINABLE || (c->frozen && kind == 0)) once = whole(c, unit, flat);
     if (covers(all, once, repeats)) continue;
-    return phx__fail(err, PHX_INTERNAL,
-                     "the ranks together %s %" PRId64 " of %" PRId64 " elements of %s of unit %u (%s)%s; every one "
-                     "must be %s exactly once%s",
-                     verb, all.elements, once.elements, kind_names[kind], unit, phx_model_unit(c->model, unit)->name,
-                     all.elements == once.elements ? ", but some twice and others never" : "", verb,
-                     repeats ? ", or once by each replica" : "");
+    return phx_fail(err, PHX_INTERNAL,
+                    "the ranks together %s %" PRId64 " of %" PRId64 " elements of %s of unit %u (%s)%s; every one "
+                    "must be %s exactly once%s",
+                    verb, all.elements, once.elements, kind_names[kind], unit, phx_model_unit(c->model, unit)->name,
+                    all.elements == once.elements ? ", but some twice and others never" : "", verb,
+                    repeats ? ", or once by each replica" : "");
   }
   return PHX_OK;
 }

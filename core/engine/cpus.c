@@ -115,8 +115,7 @@ phx_status phx__threads_of_rank(const phx__config *config, const phx_job *job, i
   *out = phx__threads(config, job->local_size);
   if (config->s.device.threads > 0 || job->size == 1) return PHX_OK;
   find_place(&mine);
-  const phx_status status = job->exchange(job->ctx, "cpus", &mine, sizeof mine, all, err);
-  if (status) return status;
+  PHX_TRY(job->exchange(job->ctx, "cpus", &mine, sizeof mine, all, err));
   for (int32_t r = 0; r < job->size; r++) {
     if (memcmp(all[r].machine, mine.machine, sizeof mine.machine) != 0) continue;
     if (r == job->rank) me = n;

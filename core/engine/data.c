@@ -62,10 +62,8 @@ struct phx__data {
 
 /* Opens, and closes the file that has been open longest. */
 static phx_status open_file(open_files *open, token_file *f, struct stat *st, phx_error *err) {
-  const phx_status status =
-      phx__regular_open(f->path, "the token file", "tokens are read again and again, at many places: put them into a "
-                        "file", &f->fd, st, err);
-  if (status) return status;
+  PHX_TRY(phx__regular_open(f->path, "the token file",
+                            "tokens are read again and again, at many places: put them into a file", &f->fd, st, err));
   token_file **place = &open->of[open->next++ % OPEN_MOST];
   if (*place) {
     phx__sys.close((*place)->fd);
@@ -82,9 +80,9 @@ static phx_status check_same(const token_file *f, const struct stat *st, phx_err
       now.modified_s == was->modified_s && now.modified_ns == was->modified_ns)
     return PHX_OK;
   if (now.device != was->device || now.inode != was->inode) what = "another file took its place";
-  return phx__fail(err, PHX_IO,
-                   "%s is not as it was when the run opened it: %s (%" PRId64 " bytes now, %" PRId64
-                   " then); restore the file and start again", f->path, what, now.bytes, was->bytes);
+  return phx_fail(err, PHX_IO,
+                  "%s is not as it was when the run opened it: %s (%" PRId64 " bytes now, %" PRId64
+                  " then); restore the file and start again", f->path, what, now.bytes, was->bytes);
 }
 
 /* Before its tokens are read: open, and the same file as ever. */
@@ -92,7 +90,7 @@ static phx_status make_ready(const phx__data *data, token_file *f, phx_error *er
   struct stat st;
   phx_status status = PHX_OK;
   if (f->fd < 0) status = open_file(data->open, f, &st, err);
-  else if (phx__sys.fstat(f->fd, &st)) status = phx__fail_errno(err, PHX_IO, errno, "cannot stat %s", f->path);
+  else if (phx__sys.fstat(f->fd, &st)) status = phx_fail_errno(err, PHX_IO, errno, "cannot stat %s", f->path);
   return status ? status : check_same(f, &st, err);
 }
 
@@ -100,13 +98,13 @@ static phx_status read_at(const token_file *f, void *out, int64_t bytes, int64_t
   for (int64_t done = 0; done < bytes;) {
     const ssize_t n = phx__sys.pread(f->fd, (char *)out + done, (size_t)(bytes - done), (off_t)(at + done));
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return phx__fail_errno(err, PHX_IO, errno, "%s: cannot read at byte %" PRId64, f->path, at + done);
+    if (n < 0) return phx_fail_errno(err, PHX_IO, errno, "%s: cannot read at byte %" PRId64, f->path, at + done);
     if (n == 0)
-      return phx__fail(err, PHX_IO,
-                       "%s ends at byte %" PRId64 ", but had %" PRId64
-                       " when the run opened it: it was changed; restore "
-                       "the file and start again",
-                       f->path, at + done, f->header + 2 * f->tokens);
+      return phx_fail(err, PHX_IO,
+                      "%s ends at byte %" PRId64 ", but had %" PRId64
+                      " when the run opened it: it was changed; restore "
+                      "the file and start again",
+                      f->path, at + done, f->header + 2 * f->tokens);
     done += n;
   }
   return PHX_OK;
@@ -124,11 +122,10 @@ static const char *foreign_format(int32_t magic) {
 /* Raw tokens have no header: is it something else that people have at hand?  look: (PHX__DATA_HEAD) of scratch. */
 static phx_status check_kind(const token_file *f, int64_t bytes, unsigned char *look, phx_error *err) {
   const int64_t n = bytes < PHX__DATA_HEAD ? bytes : PHX__DATA_HEAD;
-  const phx_status status = read_at(f, look, n, 0, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(read_at(f, look, n, 0, err));
   const phx__data_kind kind = phx__data_kind_of(look, (size_t)n, bytes);
   if (!kind.what) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "%s is no token file: it is %s; %s", f->path, kind.what, kind.advice);
+  return phx_fail(err, PHX_INVALID, "%s is no token file: it is %s; %s", f->path, kind.what, kind.advice);
 }
 
 /* Which format, and does the size agree with it? */
@@ -136,67 +133,61 @@ static phx_status read_header(token_file *f, int64_t bytes, unsigned char *look,
   int32_t head[4] = {0};
   f->header = 0;
   f->tokens = bytes / 2;
-  if (bytes >= (int64_t)sizeof head) {
-    const phx_status status = read_at(f, head, sizeof head, 0, err);
-    if (status != PHX_OK) return status;
-  }
+  if (bytes >= (int64_t)sizeof head) PHX_TRY(read_at(f, head, sizeof head, 0, err));
   if (head[0] == PHX__TOKENS_MAGIC) {
     if (head[1] != PHX__TOKENS_VERSION)
-      return phx__fail(err, PHX_INVALID,
-                       "%s: llm.c token file of version %" PRId32 "; only version 1 (uint16) is known", f->path,
-                       head[1]);
+      return phx_fail(err, PHX_INVALID,
+                      "%s: llm.c token file of version %" PRId32 "; only version 1 (uint16) is known", f->path,
+                      head[1]);
     const int64_t expected = PHX__TOKENS_HEADER + 2 * (int64_t)head[2];
     if (head[2] < 0 || bytes != expected)
-      return phx__fail(err, PHX_INVALID,
-                       "%s: its header announces %" PRId32 " tokens, so 1024 + 2 x %" PRId32 " = %" PRId64
-                       " bytes, but it has %" PRId64 ": %s; make it again",
-                       f->path, head[2], head[2], expected, bytes,
-                       bytes < expected ? "it is truncated" : "it is too long");
+      return phx_fail(err, PHX_INVALID,
+                      "%s: its header announces %" PRId32 " tokens, so 1024 + 2 x %" PRId32 " = %" PRId64
+                      " bytes, but it has %" PRId64 ": %s; make it again",
+                      f->path, head[2], head[2], expected, bytes,
+                      bytes < expected ? "it is truncated" : "it is too long");
     f->header = PHX__TOKENS_HEADER;
     f->tokens = head[2];
     return PHX_OK;
   }
   const char *foreign = foreign_format(head[0]);
   if (foreign)
-    return phx__fail(err, PHX_INVALID, "%s: this is %s, not a uint16 token file; tokenize the text again", f->path,
-                     foreign);
-  const phx_status status = check_kind(f, bytes, look, err);
-  if (status != PHX_OK) return status;
+    return phx_fail(err, PHX_INVALID, "%s: this is %s, not a uint16 token file; tokenize the text again", f->path,
+                    foreign);
+  PHX_TRY(check_kind(f, bytes, look, err));
   if (bytes >= PHX__TOKENS_HEADER && head[1] == PHX__TOKENS_VERSION && head[2] > 0 &&
       bytes == PHX__TOKENS_HEADER + 2 * (int64_t)head[2])
-    return phx__fail(err, PHX_INVALID, "%s: wrong magic %" PRId32 " in what looks like llm.c's header, expected %d",
-                     f->path, head[0], PHX__TOKENS_MAGIC);
+    return phx_fail(err, PHX_INVALID, "%s: wrong magic %" PRId32 " in what looks like llm.c's header, expected %d",
+                    f->path, head[0], PHX__TOKENS_MAGIC);
   if (bytes % 2)
-    return phx__fail(err, PHX_INVALID,
-                     "%s: no llm.c header, and %" PRId64 " bytes are not a whole number of uint16 tokens", f->path,
-                     bytes);
+    return phx_fail(err, PHX_INVALID,
+                    "%s: no llm.c header, and %" PRId64 " bytes are not a whole number of uint16 tokens", f->path,
+                    bytes);
   return PHX_OK;
 }
 
 static phx_status not_below(const token_file *f, int64_t token, int64_t at, int64_t vocabulary, phx_error *err) {
-  return phx__fail(err, PHX_INVALID,
-                   "%s: token %" PRId64 " at position %" PRId64 " (byte %" PRId64 ") is not below the vocabulary of %"
-                   PRId64 "%s",
-                   f->path, token, at, f->header + 2 * at, vocabulary,
-                   f->header ? ": set [model] vocab to the tokenizer's" :
-                               ": not a raw uint16 token file, or [model] vocab is not the tokenizer's");
+  return phx_fail(err, PHX_INVALID,
+                  "%s: token %" PRId64 " at position %" PRId64 " (byte %" PRId64 ") is not below the vocabulary of %"
+                  PRId64 "%s",
+                  f->path, token, at, f->header + 2 * at, vocabulary,
+                  f->header ? ": set [model] vocab to the tokenizer's" :
+                              ": not a raw uint16 token file, or [model] vocab is not the tokenizer's");
 }
 
 static phx_status file_attach(token_file *f, const char *path, const phx__data *data, unsigned char *look,
                               phx_error *err) {
   struct stat st;
   f->path = phx__strdup(path);
-  if (!f->path) return phx__fail(err, PHX_NOMEM, "%s: no memory to open it", path);
-  phx_status status = open_file(data->open, f, &st, err);
-  if (status != PHX_OK) return status;
-  if (st.st_size == 0) return phx__fail(err, PHX_INVALID, "%s is empty", path);
-  status = read_header(f, st.st_size, look, err);
-  if (status != PHX_OK) return status;
+  if (!f->path) return phx_fail(err, PHX_NOMEM, "%s: no memory to open it", path);
+  PHX_TRY(open_file(data->open, f, &st, err));
+  if (st.st_size == 0) return phx_fail(err, PHX_INVALID, "%s is empty", path);
+  PHX_TRY(read_header(f, st.st_size, look, err));
   if (f->tokens < data->sequence + 1)
-    return phx__fail(err, PHX_INVALID,
-                     "%s has %" PRId64 " tokens, one sample of sequence = %" PRId64 " needs %" PRId64
-                     " (the last is a target): lower [batch] sequence or take more text",
-                     path, f->tokens, data->sequence, data->sequence + 1);
+    return phx_fail(err, PHX_INVALID,
+                    "%s has %" PRId64 " tokens, one sample of sequence = %" PRId64 " needs %" PRId64
+                    " (the last is a target): lower [batch] sequence or take more text",
+                    path, f->tokens, data->sequence, data->sequence + 1);
   f->windows = (f->tokens - 1) / data->sequence;
   f->scan = phx__data_scan_of(&st, f->header);
   f->scan.most = -1;
@@ -216,10 +207,10 @@ static bool is_file(const char *path) {
 
 static phx_status find_files(const char *pattern, glob_t *found, phx_error *err) {
   const int rc = glob(pattern, 0, NULL, found); /* sorted by name */
-  if (rc == GLOB_NOSPACE) return phx__fail(err, PHX_NOMEM, "[data] no memory to list %s", pattern);
+  if (rc == GLOB_NOSPACE) return phx_fail(err, PHX_NOMEM, "[data] no memory to list %s", pattern);
   if (rc || !found->gl_pathc)
-    return phx__fail(err, PHX_IO, "[data] there is no file %s; make one with: phalanx data tokenize TEXT... -o OUT.bin",
-                     pattern);
+    return phx_fail(err, PHX_IO, "[data] there is no file %s; make one with: phalanx data tokenize TEXT... -o OUT.bin",
+                    pattern);
   return PHX_OK;
 }
 
@@ -231,9 +222,9 @@ phx_status phx__data_attach(const char *pattern, int64_t sequence, int64_t vocab
   unsigned char *look = NULL;
   phx__data *data = NULL;
   if (sequence < 1 || sequence > INT32_MAX || vocabulary < 1)
-    return phx__fail(err, PHX_INVALID, "sequence = %" PRId64 " and vocabulary = %" PRId64 " must be positive", sequence,
-                     vocabulary);
-  if (!one) PHX__TRY(find_files(pattern, &found, err));
+    return phx_fail(err, PHX_INVALID, "sequence = %" PRId64 " and vocabulary = %" PRId64 " must be positive", sequence,
+                    vocabulary);
+  if (!one) PHX_TRY_GOTO(find_files(pattern, &found, err), status, done);
   const size_t n = one ? 1 : found.gl_pathc;
   status = PHX_NOMEM;
   data = phx__calloc(1, sizeof *data);
@@ -242,7 +233,7 @@ phx_status phx__data_attach(const char *pattern, int64_t sequence, int64_t vocab
   if (data) data->open = phx__calloc(1, sizeof *data->open);
   if (data) data->row = phx__calloc((size_t)sequence + 1, sizeof *data->row);
   if (!data || !look || !data->files || !data->open || !data->row) {
-    phx__fail(err, status, "no memory to open %s", pattern);
+    phx_fail(err, status, "no memory to open %s", pattern);
     goto done;
   }
   data->sequence = sequence;
@@ -252,7 +243,7 @@ phx_status phx__data_attach(const char *pattern, int64_t sequence, int64_t vocab
     token_file *f = &data->files[i];
     f->fd = -1;
     data->n_files++;
-    PHX__TRY(file_attach(f, one ? pattern : found.gl_pathv[i], data, look, err));
+    PHX_TRY_GOTO(file_attach(f, one ? pattern : found.gl_pathv[i], data, look, err), status, done);
     f->first_window = data->windows;
     data->windows += f->windows;
     data->tokens += f->tokens;
@@ -271,12 +262,11 @@ done:
 static phx_status begin_file(phx__data *data, token_file *f, phx_error *err) {
   if (!data->hash) data->hash = XXH3_createState();
   if (!data->buffer) data->buffer = phx__calloc(SCAN_TOKENS, sizeof *data->buffer);
-  if (!data->hash || !data->buffer) return phx__fail(err, PHX_NOMEM, "no memory to read %s", f->path);
+  if (!data->hash || !data->buffer) return phx_fail(err, PHX_NOMEM, "no memory to read %s", f->path);
   XXH3_128bits_reset(data->hash);
   if (f->header) {
-    phx_status status = make_ready(data, f, err);
-    if (!status) status = read_at(f, data->buffer, f->header, 0, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(make_ready(data, f, err));
+    PHX_TRY(read_at(f, data->buffer, f->header, 0, err));
     XXH3_128bits_update(data->hash, data->buffer, (size_t)f->header);
   }
   data->done = f->header;
@@ -287,9 +277,8 @@ static phx_status begin_file(phx__data *data, token_file *f, phx_error *err) {
 static phx_status read_more(phx__data *data, token_file *f, phx_error *err) {
   const int64_t at = (data->done - f->header) / 2;
   const int64_t n = f->tokens - at < SCAN_TOKENS ? f->tokens - at : SCAN_TOKENS;
-  phx_status status = make_ready(data, f, err);
-  if (!status) status = read_at(f, data->buffer, 2 * n, data->done, err);
-  if (status) return status;
+  PHX_TRY(make_ready(data, f, err));
+  PHX_TRY(read_at(f, data->buffer, 2 * n, data->done, err));
   uint16_t most = 0;
   for (int64_t i = 0; i < n; i++) most = data->buffer[i] > most ? data->buffer[i] : most;
   if (most > f->scan.most) {
@@ -405,7 +394,7 @@ int64_t phx__data_order(const phx__data *data, int64_t epoch, int64_t i) {
 
 phx_status phx__data_window(const phx__data *data, int64_t window, int32_t *tokens, int32_t *targets, phx_error *err) {
   if (window < 0 || window >= data->windows)
-    return phx__fail(err, PHX_INVALID, "no window %" PRId64 ": there are only %" PRId64, window, data->windows);
+    return phx_fail(err, PHX_INVALID, "no window %" PRId64 ": there are only %" PRId64, window, data->windows);
   int64_t low = 0, high = data->n_files - 1; /* the last file whose first window is not behind `window` */
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
@@ -414,15 +403,14 @@ phx_status phx__data_window(const phx__data *data, int64_t window, int32_t *toke
   }
   token_file *f = &data->files[low];
   const int64_t n = data->sequence, first = (window - f->first_window) * n;
-  phx_status status = make_ready(data, f, err);
-  if (!status) status = read_at(f, data->row, 2 * (n + 1), f->header + 2 * first, err);
-  if (status) return status;
+  PHX_TRY(make_ready(data, f, err));
+  PHX_TRY(read_at(f, data->row, 2 * (n + 1), f->header + 2 * first, err));
   for (int64_t i = 0; i <= n; i++) {
     if (data->row[i] >= data->vocabulary)
-      return phx__fail(err, PHX_IO,
-                       "%s: token %" PRIu16 " at position %" PRId64 " is not below the vocabulary of %" PRId64
-                       ", but was when the run opened it: the file was changed",
-                       f->path, data->row[i], first + i, data->vocabulary);
+      return phx_fail(err, PHX_IO,
+                      "%s: token %" PRIu16 " at position %" PRId64 " is not below the vocabulary of %" PRId64
+                      ", but was when the run opened it: the file was changed",
+                      f->path, data->row[i], first + i, data->vocabulary);
     if (i < n) tokens[i] = data->row[i];
     if (i > 0) targets[i - 1] = data->row[i];
   }
@@ -434,14 +422,14 @@ phx_status phx__data_check_batch(const phx__data *data, int64_t micro, int32_t a
   int64_t global = 0;
   if (micro < 1 || accumulate < 1 || data_size < 1 || __builtin_mul_overflow(micro, (int64_t)accumulate, &global) ||
       __builtin_mul_overflow(global, (int64_t)data_size, &global))
-    return phx__fail(err, PHX_INVALID, "a step of micro %" PRId64 " x accumulate %" PRId32 " x ranks %" PRId32
-                     " samples cannot be", micro, accumulate, data_size);
+    return phx_fail(err, PHX_INVALID, "a step of micro %" PRId64 " x accumulate %" PRId32 " x ranks %" PRId32
+                    " samples cannot be", micro, accumulate, data_size);
   if (global > data->windows)
-    return phx__fail(err, PHX_INVALID,
-                     "[batch] a step takes micro %" PRId64 " x accumulate %" PRId32 " x ranks %" PRId32 " = %" PRId64
-                     " samples, but %" PRId64 " tokens in %" PRId64 " file(s) make only %" PRId64
-                     " of sequence = %" PRId64 ": use a smaller batch or sequence, or more text",
-                     micro, accumulate, data_size, global, data->tokens, data->n_files, data->windows, data->sequence);
+    return phx_fail(err, PHX_INVALID,
+                    "[batch] a step takes micro %" PRId64 " x accumulate %" PRId32 " x ranks %" PRId32 " = %" PRId64
+                    " samples, but %" PRId64 " tokens in %" PRId64 " file(s) make only %" PRId64
+                    " of sequence = %" PRId64 ": use a smaller batch or sequence, or more text",
+                    micro, accumulate, data_size, global, data->tokens, data->n_files, data->windows, data->sequence);
   return PHX_OK;
 }
 
@@ -453,8 +441,8 @@ phx_status phx__data_batch(const phx__data *data, int64_t first, int32_t micro_i
   const int64_t global = micro * accumulate * data_size;
   if (first < 0 || first > INT64_MAX - global || micro_index < 0 || micro_index >= accumulate || data_rank < 0 ||
       data_rank >= data_size)
-    return phx__fail(err, PHX_INTERNAL, "no batch from sample %" PRId64 ", micro-batch %" PRId32 " of %" PRId32
-                     ", data rank %" PRId32 " of %" PRId32, first, micro_index, accumulate, data_rank, data_size);
+    return phx_fail(err, PHX_INTERNAL, "no batch from sample %" PRId64 ", micro-batch %" PRId32 " of %" PRId32
+                    ", data rank %" PRId32 " of %" PRId32, first, micro_index, accumulate, data_rank, data_size);
   first += ((int64_t)micro_index * data_size + data_rank) * micro;
   for (int64_t i = 0; i < micro && status == PHX_OK; i++) {
     const int64_t sample = first + i;

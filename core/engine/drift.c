@@ -37,10 +37,10 @@ struct phx__drift {
 phx_status phx__drift_supported(const phx__prepared *p, phx_error *err) {
   for (uint32_t s = 0; s < p->model->n_stages; s++)
     if (!p->layout.stage_owned[s])
-      return phx__fail(err, PHX_UNSUPPORTED,
-                       "run.drift_every: strategy %s holds stage %u on other ranks only, so there is nothing to "
-                       "compare: use 0",
-                       p->config->strategy.plugin->descriptor->id, s);
+      return phx_fail(err, PHX_UNSUPPORTED,
+                      "run.drift_every: strategy %s holds stage %u on other ranks only, so there is nothing to "
+                      "compare: use 0",
+                      p->config->strategy.plugin->descriptor->id, s);
   return PHX_OK;
 }
 
@@ -53,7 +53,7 @@ bool phx__drift_at_start(const phx__prepared *p) {
 phx_status phx__drift_open(phx__runtime *rt, phx__drift **out, phx_error *err) {
   const uint32_t n_params = rt->prepared->model->n_params;
   phx__drift *d = phx__calloc(1, sizeof *d);
-  if (!d) return phx__fail(err, PHX_NOMEM, "no memory for the check of replicas");
+  if (!d) return phx_fail(err, PHX_NOMEM, "no memory for the check of replicas");
   *d = (phx__drift){.rt = rt, .n_params = n_params, .masters = rt->prepared->topology.compute_dtype != PHX_F32};
   d->n = n_params * (1 + d->masters + rt->optim.table.n_states);
   d->own = phx__calloc(d->n, sizeof *d->own);
@@ -61,7 +61,7 @@ phx_status phx__drift_open(phx__runtime *rt, phx__drift **out, phx_error *err) {
   d->spread = phx__calloc(2 * (size_t)d->n, sizeof *d->spread);
   if (!d->own || !d->updated || !d->spread) {
     phx__drift_close(d);
-    return phx__fail(err, PHX_NOMEM, "no memory for the hashes of %u tensors", d->n);
+    return phx_fail(err, PHX_NOMEM, "no memory for the hashes of %u tensors", d->n);
   }
   *out = d;
   return PHX_OK;
@@ -91,10 +91,8 @@ static phx_status hash_view(phx__drift *d, const phx_view *view, phx_error *err)
     XXH3_state_t state;
     if (!p->weight) continue;
     XXH3_64bits_reset(&state);
-    const phx_status status = phx__state_read(
-        d->rt, PHX_SPACE_DEVICE, p->weight,
-        phx_model_param(m, p->param)->numel * (int64_t)phx_dtype_bytes(p->weight_dtype), hash_part, &state, err);
-    if (status) return status;
+    const int64_t bytes = phx_model_param(m, p->param)->numel * (int64_t)phx_dtype_bytes(p->weight_dtype);
+    PHX_TRY(phx__state_read(d->rt, PHX_SPACE_DEVICE, p->weight, bytes, hash_part, &state, err));
     d->own[p->param] = XXH3_64bits_digest(&state);
   }
   return PHX_OK;
@@ -213,15 +211,14 @@ static phx_status say_drift(phx__drift *d, int64_t step, uint32_t first, uint32_
   const uint64_t mine[2] = {d->own[first], whole(d, first)};
   uint64_t all[PHX_RANKS_MAX][2];
   char ranks[160], kind[64], when[48] = "at the start";
-  phx_status status = PHX__IN_COMM(d->rt->job, c->all_gather(c->ctx, mine, all, 2, PHX_U64, NULL, err));
-  if (status) return status;
+  PHX_TRY(PHX__IN_COMM(d->rt->job, c->all_gather(c->ctx, mine, all, 2, PHX_U64, NULL, err)));
   name_ranks(all, c->size, ranks, sizeof ranks);
   name_kind(d, first / d->n_params, kind, sizeof kind);
   if (step > 0) snprintf(when, sizeof when, "step %" PRId64, step);
-  return phx__fail(err, PHX_COMM,
-                   "%s: the ranks' %s have drifted apart: '%s' is the first of %u tensors that differ, %s; a rank's "
-                   "memory or its arithmetic is wrong: do not go on from this state",
-                   when, kind, phx_model_param(d->rt->prepared->model, first % d->n_params)->name, different, ranks);
+  return phx_fail(err, PHX_COMM,
+                  "%s: the ranks' %s have drifted apart: '%s' is the first of %u tensors that differ, %s; a rank's "
+                  "memory or its arithmetic is wrong: do not go on from this state",
+                  when, kind, phx_model_param(d->rt->prepared->model, first % d->n_params)->name, different, ranks);
 }
 
 /* After the exchange: who has the tensor has the same, or nobody has it. */
@@ -242,9 +239,8 @@ phx_status phx__drift_check(phx__drift *d, int64_t step, phx_error *err) {
     d->spread[i] = whole(d, i) ? d->own[i] : UINT64_MAX;
     d->spread[d->n + i] = whole(d, i) ? ~d->own[i] : UINT64_MAX;
   }
-  status = PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, d->spread, d->spread, 2 * (int64_t)d->n, PHX_U64,
-                                                      PHX_MIN, NULL, err));
-  if (status) return status;
+  PHX_TRY(PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, d->spread, d->spread, 2 * (int64_t)d->n, PHX_U64,
+                                                     PHX_MIN, NULL, err)));
   for (uint32_t i = d->n; i-- > 0;)
     if (!equal(d, i)) {
       different++;

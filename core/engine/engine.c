@@ -49,31 +49,31 @@ phx_status phx__engine_create(phx__runtime *rt, phx__engine **out, phx_error *er
   const size_t slots = (size_t)p->layout.activation_slots, n = p->model->n_stages;
   void *tokens = NULL, *host_tokens = NULL, *losses = NULL, *norm_blocks = NULL;
   phx__engine *e = phx__calloc(1, sizeof *e);
-  if (!e) return phx__fail(err, PHX_NOMEM, "no memory for the engine");
+  if (!e) return phx_fail(err, PHX_NOMEM, "no memory for the engine");
   e->rt = rt;
   e->outputs = phx__calloc(slots * n, sizeof *e->outputs);
   e->saved = phx__calloc(slots * n, sizeof *e->saved);
   e->gradients = phx__calloc(slots * 2, sizeof *e->gradients);
   if (!e->outputs || !e->saved || !e->gradients) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for the engine");
+    status = phx_fail(err, PHX_NOMEM, "no memory for the engine");
     goto done;
   }
-  PHX__TRY(phx__step_check_open(rt, &e->check, err));
+  PHX_TRY_GOTO(phx__step_check_open(rt, &e->check, err), status, done);
   e->sums = phx__calloc((size_t)(PHX__SUM_WORDS + phx__step_check_size(&e->check)), sizeof *e->sums);
   if (!e->sums) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for the engine");
+    status = phx_fail(err, PHX_NOMEM, "no memory for the engine");
     goto done;
   }
-  PHX__TRY(take(rt, PHX_MEM_BUFFER, p->token_bytes, &tokens, err));
+  PHX_TRY_GOTO(take(rt, PHX_MEM_BUFFER, p->token_bytes, &tokens, err), status, done);
   e->tokens = tokens;
-  PHX__TRY(take_pinned(rt, p->token_bytes, &host_tokens, err));
+  PHX_TRY_GOTO(take_pinned(rt, p->token_bytes, &host_tokens, err), status, done);
   e->host_tokens = host_tokens;
-  PHX__TRY(take_pinned(rt, p->loss_slots * (int64_t)sizeof *e->losses, &losses, err));
+  PHX_TRY_GOTO(take_pinned(rt, p->loss_slots * (int64_t)sizeof *e->losses, &losses, err), status, done);
   e->losses = losses;
-  PHX__TRY(take_pinned(rt, p->norm_blocks * (int64_t)sizeof *e->norm_blocks, &norm_blocks, err));
+  PHX_TRY_GOTO(take_pinned(rt, p->norm_blocks * (int64_t)sizeof *e->norm_blocks, &norm_blocks, err), status, done);
   e->norm_blocks = norm_blocks;
-  for (int32_t slot = 0; slot < (int32_t)slots; slot++) PHX__TRY(take_slot(e, slot, err));
-  PHX__TRY(take(rt, PHX_MEM_WORKSPACE, p->workspace_bytes, &e->workspace, err));
+  for (int32_t slot = 0; slot < (int32_t)slots; slot++) PHX_TRY_GOTO(take_slot(e, slot, err), status, done);
+  PHX_TRY_GOTO(take(rt, PHX_MEM_WORKSPACE, p->workspace_bytes, &e->workspace, err), status, done);
   *out = e;
 done:
   if (status) phx__engine_destroy(e);
@@ -142,10 +142,10 @@ static phx_status pass_on(phx__engine *e, const phx_stage_call *call, phx_error 
   const phx_device *d = e->rt->device;
   const int64_t bytes = e->rt->prepared->stages[call->stage].memory.output;
   if (!call->input || !call->output)
-    return phx__fail(err, PHX_UNSUPPORTED, "stage %u cannot be skipped: it is the first or the last", call->stage);
+    return phx_fail(err, PHX_UNSUPPORTED, "stage %u cannot be skipped: it is the first or the last", call->stage);
   if (bytes != e->rt->prepared->stages[call->stage - 1].memory.output)
-    return phx__fail(err, PHX_UNSUPPORTED, "stage %u cannot be skipped: its output is not of its input's size",
-                     call->stage);
+    return phx_fail(err, PHX_UNSUPPORTED, "stage %u cannot be skipped: its output is not of its input's size",
+                    call->stage);
   if (call->pass == PHX_PASS_BACKWARD) return d->copy(d->ctx, call->d_input, call->d_output, bytes, NULL, err);
   return d->copy(d->ctx, call->output, call->input, bytes, NULL, err);
 }
@@ -155,8 +155,8 @@ static phx_status failed_in(const phx__engine *e, uint32_t stage, int32_t pass, 
   const phx_model *m = e->rt->prepared->model;
   if (status == PHX_OK) return PHX_OK;
   phx__where_reason(e->rt->job, status, err);
-  return phx__fail_in(err, status, "; in stage %u (%s), %s", stage, phx_model_stage(m, stage)->name,
-                      pass == PHX_PASS_BACKWARD ? "backward" : "forward");
+  return phx_fail_more(err, status, "; in stage %u (%s), %s", stage, phx_model_stage(m, stage)->name,
+                       pass == PHX_PASS_BACKWARD ? "backward" : "forward");
 }
 
 static phx_status run_stage(phx__engine *e, const phx_stage_call *call, int runs, phx_error *err) {
@@ -261,10 +261,8 @@ static phx_status load_batch(phx__engine *e, phx__data *data, phx_error *err) {
   const int64_t first = phx__engine_samples(e, e->step - 1);
   for (int32_t micro = 0; micro < p->topology.accumulate; micro++) {
     int32_t *at = e->host_tokens + 2 * micro * micro_tokens(e);
-    phx_status status =
-        phx__data_batch(data, first, micro, p->topology.accumulate, p->layout.data_rank, p->layout.data_size,
-                        p->shape.micro, at, at + micro_tokens(e), err);
-    if (status) return status;
+    PHX_TRY(phx__data_batch(data, first, micro, p->topology.accumulate, p->layout.data_rank, p->layout.data_size,
+                            p->shape.micro, at, at + micro_tokens(e), err));
   }
   memset(e->losses, 0, sizeof *e->losses * (size_t)p->topology.accumulate);
   return to_device(e, (int64_t)sizeof(int32_t) * 2 * p->topology.accumulate * micro_tokens(e), err);
@@ -274,12 +272,10 @@ static phx_status load_batch(phx__engine *e, phx__data *data, phx_error *err) {
 static phx_status combine_loss(phx__engine *e, int32_t micro_batches, double *out, phx_error *err) {
   const phx_device *d = e->rt->device;
   double sum = 0;
-  phx_status status = d->stream_synchronize(d->ctx, NULL, err);
-  if (status) return status;
+  PHX_TRY(d->stream_synchronize(d->ctx, NULL, err));
   for (int32_t micro = 0; micro < micro_batches; micro++) sum += e->losses[micro];
-  status = PHX__IN_COMM(e->rt->job,
-                        e->rt->core->all_reduce(e->rt->core->ctx, &sum, &sum, 1, PHX_F64, PHX_SUM, NULL, err));
-  if (status) return status;
+  PHX_TRY(PHX__IN_COMM(e->rt->job,
+                       e->rt->core->all_reduce(e->rt->core->ctx, &sum, &sum, 1, PHX_F64, PHX_SUM, NULL, err)));
   *out = sum / ((double)micro_batches * e->rt->prepared->layout.data_size);
   return PHX_OK;
 }
@@ -324,14 +320,12 @@ static phx_status gradient_norm(phx__engine *e, double *out, phx_error *err) {
   const int64_t n_counts = phx__step_check_size(&e->check);
   memset(norm_of(e), 0, sizeof(phx__exact_sum));
   phx__cover_clear(&e->check.norm);
-  phx_status status = PHX__IN_STRATEGY(e->rt->job, PHX_IN_NORM, -1,
-                                       e->rt->prepared->strategy->gradient_norm(e->rt->strategy, &acc, err));
-  if (status) return status;
+  PHX_TRY(PHX__IN_STRATEGY(e->rt->job, PHX_IN_NORM, -1,
+                           e->rt->prepared->strategy->gradient_norm(e->rt->strategy, &acc, err)));
   phx__step_check_words(&e->check, e->sums + PHX__SUM_WORDS);
-  status = PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, e->sums, e->sums,
-                                                            PHX__SUM_WORDS + n_counts, PHX_I64, PHX_SUM, NULL, err));
-  if (!status) status = phx__step_check_judge(&e->check, e->sums + PHX__SUM_WORDS, err);
-  if (status) return status;
+  PHX_TRY(PHX__IN_COMM(e->rt->job, e->rt->core->all_reduce(e->rt->core->ctx, e->sums, e->sums,
+                                                           PHX__SUM_WORDS + n_counts, PHX_I64, PHX_SUM, NULL, err)));
+  PHX_TRY(phx__step_check_judge(&e->check, e->sums + PHX__SUM_WORDS, err));
   *out = sqrt(phx__exact_sum_value(norm_of(e)));
   return PHX_OK;
 }
@@ -360,17 +354,17 @@ static phx_status not_finite(phx__engine *e, phx__step_result *result, phx_error
   const bool too_many = s->run.on_nonfinite == 1 && s->run.max_skipped > 0 && row >= s->run.max_skipped;
   e->not_finite = s->run.on_nonfinite == 0 || too_many;
   if (too_many)
-    return phx__fail(err, PHX_INVALID,
-                     "step %lld: loss %g, gradient norm %g: not finite, as in the %lld steps before: nothing has been "
-                     "learned since step %lld (run.max_skipped = %lld in a row); the run has diverged: go on from an "
-                     "earlier checkpoint with a lower optimizer.lr, or set optimizer.clip",
-                     (long long)e->step, result->loss, result->grad_norm, (long long)(row - 1),
-                     (long long)(e->step - row), (long long)s->run.max_skipped);
+    return phx_fail(err, PHX_INVALID,
+                    "step %lld: loss %g, gradient norm %g: not finite, as in the %lld steps before: nothing has been "
+                    "learned since step %lld (run.max_skipped = %lld in a row); the run has diverged: go on from an "
+                    "earlier checkpoint with a lower optimizer.lr, or set optimizer.clip",
+                    (long long)e->step, result->loss, result->grad_norm, (long long)(row - 1),
+                    (long long)(e->step - row), (long long)s->run.max_skipped);
   if (e->not_finite)
-    return phx__fail(err, PHX_INVALID,
-                     "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr, "
-                     "set optimizer.clip, or pass over such steps with run.on_nonfinite = skip",
-                     (long long)e->step, result->loss, result->grad_norm);
+    return phx_fail(err, PHX_INVALID,
+                    "step %lld: loss %g, gradient norm %g: not finite, stopped before the update; lower optimizer.lr, "
+                    "set optimizer.clip, or pass over such steps with run.on_nonfinite = skip",
+                    (long long)e->step, result->loss, result->grad_norm);
   e->skipped = row;
   result->skipped = true;
   return PHX__IN_STRATEGY(e->rt->job, PHX_IN_FINISH, -1,
@@ -388,19 +382,21 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
   phx__job_state(job, PHX_RANK_RUNNING, step);
   if (e->check.gradients) phx__gradient_check_begin(e->check.gradients, step);
 
-  PHX__TRY(load_batch(e, data, err));
-  if (PHX_HAS(strategy, phx_strategy_table, run_step) && strategy->run_step) PHX__TRY(run_own_schedule(e, err));
-  else PHX__TRY(run_micro_batches(e, err));
-  PHX__TRY(PHX__IN_STRATEGY(job, PHX_IN_FINISH, -1, strategy->finish_gradients(e->rt->strategy, err)));
-  if (e->check.gradients) PHX__TRY(phx__gradient_check_sum(e->check.gradients, err));
-  PHX__TRY(combine_loss(e, e->rt->prepared->topology.accumulate, &result.loss, err));
+  PHX_TRY_GOTO(load_batch(e, data, err), status, done);
+  if (PHX_HAS(strategy, phx_strategy_table, run_step) && strategy->run_step)
+    PHX_TRY_GOTO(run_own_schedule(e, err), status, done);
+  else PHX_TRY_GOTO(run_micro_batches(e, err), status, done);
+  PHX_TRY_GOTO(PHX__IN_STRATEGY(job, PHX_IN_FINISH, -1, strategy->finish_gradients(e->rt->strategy, err)), status,
+               done);
+  if (e->check.gradients) PHX_TRY_GOTO(phx__gradient_check_sum(e->check.gradients, err), status, done);
+  PHX_TRY_GOTO(combine_loss(e, e->rt->prepared->topology.accumulate, &result.loss, err), status, done);
 
   double norm = 0;
-  PHX__TRY(gradient_norm(e, &norm, err));
+  PHX_TRY_GOTO(gradient_norm(e, &norm, err), status, done);
   result.grad_norm = norm / terms;
   /* Both numbers have the same bits on every rank, so every rank decides alike. */
   if (!isfinite(result.loss) || !isfinite(result.grad_norm)) {
-    PHX__TRY(not_finite(e, &result, err));
+    PHX_TRY_GOTO(not_finite(e, &result, err), status, done);
     *out = result;
     goto done;
   }
@@ -411,8 +407,9 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
   e->rt->optim.lr = result.lr;
   const float scale = (float)(factor / terms);
   phx__step_check_update(&e->check, scale);
-  PHX__TRY(PHX__IN_STRATEGY(job, PHX_IN_UPDATE, -1, strategy->update(e->rt->strategy, step, scale, err)));
-  PHX__TRY(phx__step_check_updated(&e->check, err));
+  PHX_TRY_GOTO(PHX__IN_STRATEGY(job, PHX_IN_UPDATE, -1, strategy->update(e->rt->strategy, step, scale, err)), status,
+               done);
+  PHX_TRY_GOTO(phx__step_check_updated(&e->check, err), status, done);
   *out = result;
 done:
   e->rt->optim.step = 0;
@@ -443,8 +440,8 @@ static phx_status evaluate_logits(phx__engine *e, int64_t length, phx_error *err
 static phx_status check_can_evaluate(const phx__engine *e, phx_error *err) {
   for (uint32_t s = 0; s < e->rt->prepared->model->n_stages; s++)
     if (!e->rt->prepared->layout.stage_owned[s])
-      return phx__fail(err, PHX_UNSUPPORTED, "strategy %s does not hold every stage on every rank: no evaluation",
-                       e->rt->config->strategy.plugin->descriptor->id);
+      return phx_fail(err, PHX_UNSUPPORTED, "strategy %s does not hold every stage on every rank: no evaluation",
+                      e->rt->config->strategy.plugin->descriptor->id);
   return PHX_OK;
 }
 
@@ -532,8 +529,8 @@ phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows
   *loss = NAN;
   if (status || sum.stop) return status;
   if (sum.windows % wanted) /* more than once where ranks share their data */
-    return phx__fail(err, PHX_INTERNAL, "%lld of %lld windows of the held-out data were evaluated",
-                     (long long)sum.windows, (long long)wanted);
+    return phx_fail(err, PHX_INTERNAL, "%lld of %lld windows of the held-out data were evaluated",
+                    (long long)sum.windows, (long long)wanted);
   *loss = sum.losses.not_finite ? INFINITY : phx__exact_sum_value(&sum.losses) / (double)sum.windows;
   return PHX_OK;
 }
@@ -541,18 +538,15 @@ phx_status phx__engine_validate(phx__engine *e, phx__data *data, int64_t windows
 phx_status phx__engine_logits(phx__engine *e, const int32_t *tokens, int64_t length, const float **logits,
                               phx_error *err) {
   const phx_device *d = e->rt->device;
-  phx_status status = check_can_evaluate(e, err);
-  if (status) return status;
+  PHX_TRY(check_can_evaluate(e, err));
   if (!e->logits) { /* training never asks for them */
     void *p = NULL;
-    status = take_pinned(e->rt, e->rt->prepared->facts.vocabulary * (int64_t)sizeof *e->logits, &p, err);
-    if (status) return status;
+    PHX_TRY(take_pinned(e->rt, e->rt->prepared->facts.vocabulary * (int64_t)sizeof *e->logits, &p, err));
     e->logits = p;
   }
   memcpy(e->host_tokens, tokens, (size_t)length * sizeof *tokens);
-  status = to_device(e, length * (int64_t)sizeof *tokens, err);
-  if (status) return status;
-  status = evaluate_logits(e, length, err);
+  PHX_TRY(to_device(e, length * (int64_t)sizeof *tokens, err));
+  phx_status status = evaluate_logits(e, length, err);
   if (!status) status = d->stream_synchronize(d->ctx, NULL, err);
   if (!status) *logits = e->logits;
   return status;

@@ -34,7 +34,7 @@ struct phx__gradient_check {
 phx_status phx__gradient_check_open(phx__runtime *rt, phx__gradient_check **out, phx_error *err) {
   const int64_t blocks = rt->prepared->model->total_blocks[PHX_FLAT_TRAINABLE];
   phx__gradient_check *c = phx__calloc(1, sizeof *c);
-  if (!c) return phx__fail(err, PHX_NOMEM, "no memory to check gradients");
+  if (!c) return phx_fail(err, PHX_NOMEM, "no memory to check gradients");
   c->rt = rt;
   c->n = blocks < SAMPLES ? blocks : SAMPLES;
   c->tolerance = rt->prepared->topology.reduce_dtype == PHX_BF16 ? 0x1p-6 : 1e-4;
@@ -46,7 +46,7 @@ phx_status phx__gradient_check_open(phx__runtime *rt, phx__gradient_check **out,
     return PHX_OK;
   }
   phx__gradient_check_close(c);
-  return phx__fail(err, PHX_NOMEM, "no memory to check gradients");
+  return phx_fail(err, PHX_NOMEM, "no memory to check gradients");
 }
 
 void phx__gradient_check_close(phx__gradient_check *c) {
@@ -156,11 +156,11 @@ static phx_status compare(phx__gradient_check *c, const char *call, int64_t i, c
     const float expected = c->sums[i][from + k], scale = c->sums[c->n + i][from + k], given = c->part[i][from + k];
     if (!isfinite(expected) || !isfinite(scale) || !isfinite(given)) continue; /* [run] on_nonfinite's business */
     if (fabs((double)given - (double)expected) <= c->tolerance * (double)scale + 1e-30) continue;
-    return phx__fail(err, PHX_INTERNAL,
-                     "strategy %s: %s: the gradient of %s, element %lld, is %.9g; what the ranks computed adds up to "
-                     "%.9g",
-                     c->rt->config->strategy.plugin->descriptor->id, call, r->param->name,
-                     (long long)(r->in_param + k), (double)given, (double)expected);
+    return phx_fail(err, PHX_INTERNAL,
+                    "strategy %s: %s: the gradient of %s, element %lld, is %.9g; what the ranks computed adds up to "
+                    "%.9g",
+                    c->rt->config->strategy.plugin->descriptor->id, call, r->param->name,
+                    (long long)(r->in_param + k), (double)given, (double)expected);
   }
   return PHX_OK;
 }

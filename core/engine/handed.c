@@ -52,7 +52,7 @@ static phx_status wrong(const phx__runtime *rt, const thing *t, phx_error *err, 
   if (t->state >= 0) snprintf(state, sizeof state, " %d", t->state);
   if (t->unit < 0) snprintf(what, sizeof what, "%s %.64s", t->part, t->name);
   else snprintf(what, sizeof what, "%s%s of unit %" PRId64 " (%.64s)", t->part, state, t->unit, t->name);
-  return phx__fail(err, PHX_INTERNAL, "strategy %s: %s%s: the %s %s", id_of(rt), t->call, stage, what, wrongs);
+  return phx_fail(err, PHX_INTERNAL, "strategy %s: %s%s: the %s %s", id_of(rt), t->call, stage, what, wrongs);
 }
 
 static phx_status check_memory(const phx__runtime *rt, const thing *t, const void *p, int64_t bytes, size_t align,
@@ -103,9 +103,9 @@ static phx_status check_param(const phx__runtime *rt, const phx_use *use, int32_
   s->param = phx_model_param(rt->prepared->model, expected);
   s->thing.name = s->param->name;
   if (v->param != expected)
-    return phx__fail(err, PHX_INTERNAL,
-                     "strategy %s: %s, stage %" PRId64 ": the view has parameter %u where %u (%s) is expected",
-                     id_of(rt), s->thing.call, s->thing.stage, v->param, expected, s->param->name);
+    return phx_fail(err, PHX_INTERNAL,
+                    "strategy %s: %s, stage %" PRId64 ": the view has parameter %u where %u (%s) is expected",
+                    id_of(rt), s->thing.call, s->thing.stage, v->param, expected, s->param->name);
   if (v->weight || (use->flags & (backward ? PHX_USE_BACKWARD : PHX_USE_FORWARD))) status = check_weight(rt, s, err);
   if (status || !backward || !(use->flags & PHX_USE_GRADIENT) || (s->param->flags & PHX_PARAM_FROZEN)) return status;
   return check_gradient(rt, s, err);
@@ -115,19 +115,19 @@ static phx_status check_view(const phx__runtime *rt, uint32_t stage, const phx_v
                              phx_error *err) {
   const char *id = id_of(rt);
   if (!view)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u gave no view (NULL) and PHX_OK", id, stage);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u gave no view (NULL) and PHX_OK", id, stage);
   if (!plausible(view->struct_size, offsetof(phx_view, ready) + sizeof view->ready))
-    return phx__fail(err, PHX_INTERNAL,
-                     "strategy %s: acquire, stage %u: the view's struct_size is %zu; expected %zu or more", id, stage,
-                     view->struct_size, sizeof *view);
+    return phx_fail(err, PHX_INTERNAL,
+                    "strategy %s: acquire, stage %u: the view's struct_size is %zu; expected %zu or more", id, stage,
+                    view->struct_size, sizeof *view);
   if (view->n_params != n || (n > 0 && !view->params))
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u: the view has %u parameters at %p; expected %u",
-                     id, stage, view->n_params, (const void *)view->params, n);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u: the view has %u parameters at %p; expected %u",
+                    id, stage, view->n_params, (const void *)view->params, n);
   if (n == 0 || (view->param_stride >= sizeof(phx_param_view) && view->param_stride <= STRUCT_MOST &&
                  view->param_stride % _Alignof(phx_param_view) == 0))
     return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u: the view's param_stride is %u; expected %zu", id,
-                   stage, view->param_stride, sizeof(phx_param_view));
+  return phx_fail(err, PHX_INTERNAL, "strategy %s: acquire, stage %u: the view's param_stride is %u; expected %zu", id,
+                  stage, view->param_stride, sizeof(phx_param_view));
 }
 
 phx_status phx__handed_view(const phx__runtime *rt, uint32_t stage, int32_t pass, const phx_view *view,
@@ -157,57 +157,56 @@ static phx_status check_blocks(const phx__runtime *rt, const char *call, uint32_
                                int64_t blocks, phx_error *err) {
   const phx_model *m = rt->prepared->model;
   if (unit >= m->n_units)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: unit %u; the model has %u", id_of(rt), call, unit,
-                     m->n_units);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: %s: unit %u; the model has %u", id_of(rt), call, unit, m->n_units);
   if (flat >= PHX_FLATS)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: flat %u of unit %u (%s); there are %d", id_of(rt), call, flat,
-                     unit, unit_name(rt, unit), PHX_FLATS);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: %s: flat %u of unit %u (%s); there are %d", id_of(rt), call, flat,
+                    unit, unit_name(rt, unit), PHX_FLATS);
   const int64_t all = phx_model_unit(m, unit)->blocks[flat];
   if (first >= 0 && blocks > 0 && first < all && blocks <= all - first) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL,
-                   "strategy %s: %s: %" PRId64 " blocks from %" PRId64 " on, of unit %u (%s), which has %" PRId64,
-                   id_of(rt), call, blocks, first, unit, unit_name(rt, unit), all);
+  return phx_fail(err, PHX_INTERNAL,
+                  "strategy %s: %s: %" PRId64 " blocks from %" PRId64 " on, of unit %u (%s), which has %" PRId64,
+                  id_of(rt), call, blocks, first, unit, unit_name(rt, unit), all);
 }
 
 /* ---- state ---- */
 static phx_status check_place(const phx__runtime *rt, const char *call, int32_t place, phx_error *err) {
   if (place >= PHX_SPACE_DEVICE && place <= PHX_SPACE_PINNED) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL, "strategy %s: %s: place %d is no PHX_SPACE_*", id_of(rt), call, place);
+  return phx_fail(err, PHX_INTERNAL, "strategy %s: %s: place %d is no PHX_SPACE_*", id_of(rt), call, place);
 }
 
 static phx_status check_state_kind(const phx__runtime *rt, const phx_slice *s, phx_error *err) {
   const phx_optim *o = &rt->optim.table;
   if (s->kind < PHX_STATE_WEIGHT || s->kind > PHX_STATE_PRIVATE)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state: state of kind %d; there are 0 to %d", id_of(rt),
-                     s->kind, PHX_STATE_PRIVATE);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: state of kind %d; there are 0 to %d", id_of(rt),
+                    s->kind, PHX_STATE_PRIVATE);
   if (s->kind == PHX_STATE_PRIVATE && (!s->name || !s->name[0]))
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state: private state without a name", id_of(rt));
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: private state without a name", id_of(rt));
   if (s->kind == PHX_STATE_OPTIM && s->state_index >= o->n_states)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state: optimizer state %u; %s has %u", id_of(rt),
-                     s->state_index, o->name, o->n_states);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: optimizer state %u; %s has %u", id_of(rt),
+                    s->state_index, o->name, o->n_states);
   if (s->kind == PHX_STATE_OPTIM && s->flat != PHX_FLAT_TRAINABLE)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state: optimizer state of flat %u, which has none",
-                     id_of(rt), s->flat);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: optimizer state of flat %u, which has none",
+                    id_of(rt), s->flat);
   int32_t dtype = PHX_F32;
   if (s->kind == PHX_STATE_OPTIM) dtype = o->states[s->state_index].dtype;
   const bool low = s->kind == PHX_STATE_WEIGHT && s->dtype == rt->prepared->topology.compute_dtype;
   if (phx_dtype_bytes(s->dtype) && (s->kind >= PHX_STATE_BUFFER || s->dtype == dtype || low)) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state: state of kind %d has dtype %d; expected %d",
-                   id_of(rt), s->kind, s->dtype, dtype);
+  return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: state of kind %d has dtype %d; expected %d",
+                  id_of(rt), s->kind, s->dtype, dtype);
 }
 
 phx_status phx__handed_slice(const phx__runtime *rt, const phx_slice *s, phx_error *err) {
-  if (!s) return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state named no slice (NULL)", id_of(rt));
+  if (!s) return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state named no slice (NULL)", id_of(rt));
   if (!plausible(s->struct_size, offsetof(phx_slice, where) + sizeof s->where))
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state: a slice's struct_size is %zu; expected %zu or more",
-                     id_of(rt), s->struct_size, sizeof *s);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: a slice's struct_size is %zu; expected %zu or more",
+                    id_of(rt), s->struct_size, sizeof *s);
   phx_status status = check_state_kind(rt, s, err);
   if (!status) status = check_place(rt, "visit_state", s->place, err);
   if (status || s->kind != PHX_STATE_PRIVATE)
     return status ? status : check_blocks(rt, "visit_state", s->unit, s->flat, s->first_block, s->blocks, err);
   if (s->blocks > 0 && s->blocks <= INT64_MAX / (PHX_BLOCK * 8)) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL, "strategy %s: visit_state: private state %.64s has %" PRId64 " blocks", id_of(rt),
-                   s->name, s->blocks);
+  return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: private state %.64s has %" PRId64 " blocks", id_of(rt),
+                  s->name, s->blocks);
 }
 
 phx_status phx__handed_map(const phx__runtime *rt, const phx_slice *s, const void *p, phx_error *err) {
@@ -225,8 +224,7 @@ phx_status phx__handed_map(const phx__runtime *rt, const phx_slice *s, const voi
 /* ---- gradients ---- */
 phx_status phx__handed_gradient(const phx__runtime *rt, uint32_t unit, int64_t first_block, int64_t blocks,
                                 const float *gradient, phx_error *err) {
-  const phx_status status = check_blocks(rt, "gradient_norm", unit, PHX_FLAT_TRAINABLE, first_block, blocks, err);
-  if (status) return status;
+  PHX_TRY(check_blocks(rt, "gradient_norm", unit, PHX_FLAT_TRAINABLE, first_block, blocks, err));
   const thing t = {.call = "gradient_norm", .part = "gradient", .name = unit_name(rt, unit),
                    .stage = -1, .unit = unit, .state = -1};
   return check_memory(rt, &t, gradient, blocks * PHX_BLOCK * (int64_t)sizeof *gradient, sizeof *gradient, err);
@@ -234,22 +232,22 @@ phx_status phx__handed_gradient(const phx__runtime *rt, uint32_t unit, int64_t f
 
 static phx_status check_ticket_numbers(const phx__runtime *rt, const phx_ticket *t, float scale, phx_error *err) {
   const phx_model *m = rt->prepared->model;
-  if (!t) return phx__fail(err, PHX_INTERNAL, "strategy %s: update: no ticket (NULL)", id_of(rt));
+  if (!t) return phx_fail(err, PHX_INTERNAL, "strategy %s: update: no ticket (NULL)", id_of(rt));
   if (!plausible(t->struct_size, offsetof(phx_ticket, stream) + sizeof t->stream))
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: update: a ticket's struct_size is %zu; expected %zu or more",
-                     id_of(rt), t->struct_size, sizeof *t);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: update: a ticket's struct_size is %zu; expected %zu or more",
+                    id_of(rt), t->struct_size, sizeof *t);
   if (t->unit >= m->n_units)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: update: ticket for unit %u; the model has %u", id_of(rt), t->unit,
-                     m->n_units);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: update: ticket for unit %u; the model has %u", id_of(rt), t->unit,
+                    m->n_units);
   const int64_t all = phx_model_unit(m, t->unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
   if (t->first < 0 || t->numel < 0 || t->first > all || t->numel > all - t->first)
-    return phx__fail(err, PHX_INTERNAL,
-                     "strategy %s: update: ticket for unit %u (%s), %" PRId64 " elements from %" PRId64
-                     " on: out of range, it has %" PRId64,
-                     id_of(rt), t->unit, unit_name(rt, t->unit), t->numel, t->first, all);
+    return phx_fail(err, PHX_INTERNAL,
+                    "strategy %s: update: ticket for unit %u (%s), %" PRId64 " elements from %" PRId64
+                    " on: out of range, it has %" PRId64,
+                    id_of(rt), t->unit, unit_name(rt, t->unit), t->numel, t->first, all);
   if (scale != rt->optim.scale)
-    return phx__fail(err, PHX_INTERNAL, "strategy %s: update: a ticket's scale is %.9g; update was given %.9g",
-                     id_of(rt), (double)scale, (double)rt->optim.scale);
+    return phx_fail(err, PHX_INTERNAL, "strategy %s: update: a ticket's scale is %.9g; update was given %.9g",
+                    id_of(rt), (double)scale, (double)rt->optim.scale);
   return check_place(rt, "update", t->place, err);
 }
 
@@ -277,35 +275,34 @@ phx_status phx__handed_ticket(const phx__runtime *rt, const phx_ticket *t, float
 /* ---- what create gives ---- */
 phx_status phx__handed_self(const void *self, const char *kind, const phx_plugin *plugin, phx_error *err) {
   if (self) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL, "%s %s: create gave nothing (*out is NULL) and PHX_OK", kind, plugin->id);
+  return phx_fail(err, PHX_INTERNAL, "%s %s: create gave nothing (*out is NULL) and PHX_OK", kind, plugin->id);
 }
 
 /* The calls that the core makes itself: version 1 ends behind `scale`. */
 phx_status phx__handed_device(const phx_device *device, const phx_ops *ops, const phx_plugin *plugin, phx_error *err) {
   if (!device || !ops)
-    return phx__fail(err, PHX_INTERNAL, "device %s gave no device or no operations (NULL)", plugin->id);
+    return phx_fail(err, PHX_INTERNAL, "device %s gave no device or no operations (NULL)", plugin->id);
   if (!plausible(device->struct_size, offsetof(phx_device, space)) || !device->name)
-    return phx__fail(err, PHX_INTERNAL, "device %s: the device's struct_size is %zu and its name at %p; expected %zu",
-                     plugin->id, device->struct_size, (const void *)device->name, sizeof *device);
+    return phx_fail(err, PHX_INTERNAL, "device %s: the device's struct_size is %zu and its name at %p; expected %zu",
+                    plugin->id, device->struct_size, (const void *)device->name, sizeof *device);
   if (!plausible(ops->struct_size, sizeof *ops) || ops->scratch_bytes < 0)
-    return phx__fail(err, PHX_INTERNAL,
-                     "device %s: the operations' struct_size is %zu, expected %zu or more; scratch of %" PRId64 " B",
-                     plugin->id, ops->struct_size, sizeof *ops, ops->scratch_bytes);
+    return phx_fail(err, PHX_INTERNAL,
+                    "device %s: the operations' struct_size is %zu, expected %zu or more; scratch of %" PRId64 " B",
+                    plugin->id, ops->struct_size, sizeof *ops, ops->scratch_bytes);
   if (device->stream_synchronize && device->stream_wait && device->copy && device->zero) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL, "device %s: one of stream_synchronize, stream_wait, copy and zero is NULL",
-                   plugin->id);
+  return phx_fail(err, PHX_INTERNAL, "device %s: one of stream_synchronize, stream_wait, copy and zero is NULL",
+                  plugin->id);
 }
 
 phx_status phx__handed_comm(const phx_comm *comm, const phx_job *job, const phx_plugin *plugin, phx_error *err) {
-  const phx_status status = phx__handed_self(comm, "comm", plugin, err);
-  if (status) return status;
+  PHX_TRY(phx__handed_self(comm, "comm", plugin, err));
   if (!plausible(comm->struct_size, sizeof *comm))
-    return phx__fail(err, PHX_INTERNAL, "comm %s: the communicator's struct_size is %zu; expected %zu or more",
-                     plugin->id, comm->struct_size, sizeof *comm);
+    return phx_fail(err, PHX_INTERNAL, "comm %s: the communicator's struct_size is %zu; expected %zu or more",
+                    plugin->id, comm->struct_size, sizeof *comm);
   if (comm->rank != job->rank || comm->size != job->size)
-    return phx__fail(err, PHX_INTERNAL, "comm %s: the communicator has rank %d of %d; this is rank %d of %d",
-                     plugin->id, comm->rank, comm->size, job->rank, job->size);
+    return phx_fail(err, PHX_INTERNAL, "comm %s: the communicator has rank %d of %d; this is rank %d of %d",
+                    plugin->id, comm->rank, comm->size, job->rank, job->size);
   if (comm->all_reduce && comm->all_gather && comm->split && comm->stats && comm->destroy) return PHX_OK;
-  return phx__fail(err, PHX_INTERNAL, "comm %s: one of all_reduce, all_gather, split, stats and destroy is NULL",
-                   plugin->id);
+  return phx_fail(err, PHX_INTERNAL, "comm %s: one of all_reduce, all_gather, split, stats and destroy is NULL",
+                  plugin->id);
 }

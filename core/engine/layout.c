@@ -22,18 +22,18 @@ enum { ELEMENTS_PER_ALIGN = PHX_ALIGN / 4 };
 static phx_status place_param(phx_param *p, int64_t ends[PHX_FLATS], phx_error *err) {
   int64_t numel = 1;
   if (p->ndim < 1 || p->ndim > PHX_PARAM_DIMS)
-    return phx__fail(err, PHX_INVALID, "parameter %s has %u dimensions; 1 to %d are allowed", p->name, p->ndim,
-                     PHX_PARAM_DIMS);
+    return phx_fail(err, PHX_INVALID, "parameter %s has %u dimensions; 1 to %d are allowed", p->name, p->ndim,
+                    PHX_PARAM_DIMS);
   for (uint32_t d = 0; d < p->ndim; d++)
     if (p->shape[d] < 1 || __builtin_mul_overflow(numel, p->shape[d], &numel) || numel > INT64_MAX / 64)
-      return phx__fail(err, PHX_INVALID, "parameter %s: dimension %u = %lld is not a size", p->name, d,
-                       (long long)p->shape[d]);
+      return phx_fail(err, PHX_INVALID, "parameter %s: dimension %u = %lld is not a size", p->name, d,
+                      (long long)p->shape[d]);
   for (uint32_t d = p->ndim; d < PHX_PARAM_DIMS; d++) p->shape[d] = 1;
   int64_t *end = &ends[p->flags & PHX_PARAM_FROZEN ? PHX_FLAT_FROZEN : PHX_FLAT_TRAINABLE];
   p->numel = numel;
   p->offset = (*end + ELEMENTS_PER_ALIGN - 1) / ELEMENTS_PER_ALIGN * ELEMENTS_PER_ALIGN;
   if (__builtin_add_overflow(p->offset, numel, end))
-    return phx__fail(err, PHX_INVALID, "parameter %s makes its unit too large", p->name);
+    return phx_fail(err, PHX_INVALID, "parameter %s makes its unit too large", p->name);
   return PHX_OK;
 }
 
@@ -43,14 +43,13 @@ static phx_status place_units(layout *l, phx_error *err) {
     phx_unit *unit = &l->units[u];
     int64_t ends[PHX_FLATS] = {0, 0};
     if (unit->first_param != expected || unit->n_params > l->model.n_params - expected)
-      return phx__fail(err, PHX_INVALID, "unit %s: its parameters do not follow those of the unit before", unit->name);
+      return phx_fail(err, PHX_INVALID, "unit %s: its parameters do not follow those of the unit before", unit->name);
     expected += unit->n_params;
     for (uint32_t i = 0; i < unit->n_params; i++) {
       phx_param *p = &l->params[unit->first_param + i];
       if (p->unit != u)
-        return phx__fail(err, PHX_INVALID, "parameter %s says unit %u but stands in unit %u", p->name, p->unit, u);
-      phx_status status = place_param(p, ends, err);
-      if (status) return status;
+        return phx_fail(err, PHX_INVALID, "parameter %s says unit %u but stands in unit %u", p->name, p->unit, u);
+      PHX_TRY(place_param(p, ends, err));
     }
     for (int f = 0; f < PHX_FLATS; f++) {
       unit->blocks[f] = (ends[f] + PHX_BLOCK - 1) / PHX_BLOCK;
@@ -59,7 +58,7 @@ static phx_status place_units(layout *l, phx_error *err) {
     }
   }
   if (expected != l->model.n_params)
-    return phx__fail(err, PHX_INVALID, "%u parameters belong to no unit", l->model.n_params - expected);
+    return phx_fail(err, PHX_INVALID, "%u parameters belong to no unit", l->model.n_params - expected);
   return PHX_OK;
 }
 
@@ -67,11 +66,11 @@ static phx_status check_stages(layout *l, phx_error *err) {
   for (uint32_t s = 0; s < l->model.n_stages; s++) {
     const phx_stage *stage = &l->stages[s];
     if (stage->first_use > l->model.n_uses || stage->n_uses > l->model.n_uses - stage->first_use)
-      return phx__fail(err, PHX_INVALID, "stage %s uses units out of range", stage->name);
+      return phx_fail(err, PHX_INVALID, "stage %s uses units out of range", stage->name);
     for (uint32_t i = 0; i < stage->n_uses; i++) {
       phx_use *use = &l->uses[stage->first_use + i];
       if (use->unit >= l->model.n_units)
-        return phx__fail(err, PHX_INVALID, "stage %s uses unit %u of %u", stage->name, use->unit, l->model.n_units);
+        return phx_fail(err, PHX_INVALID, "stage %s uses unit %u of %u", stage->name, use->unit, l->model.n_units);
       use->flags &= ~PHX_USE_LAST;
     }
   }
@@ -84,8 +83,8 @@ static phx_status check_stages(layout *l, phx_error *err) {
       }
     if (last) last->flags |= PHX_USE_LAST;
     else if (l->units[u].blocks[PHX_FLAT_TRAINABLE])
-      return phx__fail(err, PHX_INVALID, "unit %s has trainable parameters, but no stage writes their gradient",
-                       l->units[u].name);
+      return phx_fail(err, PHX_INVALID, "unit %s has trainable parameters, but no stage writes their gradient",
+                      l->units[u].name);
   }
   return PHX_OK;
 }
@@ -94,17 +93,17 @@ static phx_status check_names(const layout *l, phx_error *err) {
   for (uint32_t i = 0; i < l->model.n_params; i++)
     for (uint32_t j = 0; j < i; j++)
       if (!strcmp(l->params[i].name, l->params[j].name))
-        return phx__fail(err, PHX_INVALID, "two parameters are called %s", l->params[i].name);
+        return phx_fail(err, PHX_INVALID, "two parameters are called %s", l->params[i].name);
   return PHX_OK;
 }
 
 phx_status phx__layout_build(const phx_model *declared, phx_model **out, phx_error *err) {
   phx_status status = PHX_OK;
   layout *l = phx__calloc(1, sizeof *l);
-  if (!l) return phx__fail(err, PHX_NOMEM, "no memory for the model's layout");
+  if (!l) return phx_fail(err, PHX_NOMEM, "no memory for the model's layout");
   if (!declared->n_params || !declared->n_units || !declared->n_stages) {
-    status = phx__fail(err, PHX_INVALID, "the model declares %u parameters, %u units and %u stages: none may be 0",
-                       declared->n_params, declared->n_units, declared->n_stages);
+    status = phx_fail(err, PHX_INVALID, "the model declares %u parameters, %u units and %u stages: none may be 0",
+                      declared->n_params, declared->n_units, declared->n_stages);
     goto done;
   }
   l->params = phx__calloc(declared->n_params, sizeof *l->params);
@@ -112,7 +111,7 @@ phx_status phx__layout_build(const phx_model *declared, phx_model **out, phx_err
   l->stages = phx__calloc(declared->n_stages, sizeof *l->stages);
   l->uses = phx__calloc(declared->n_uses, sizeof *l->uses);
   if (!l->params || !l->units || !l->stages || !l->uses) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for the model's layout");
+    status = phx_fail(err, PHX_NOMEM, "no memory for the model's layout");
     goto done;
   }
   for (uint32_t i = 0; i < declared->n_params; i++) l->params[i] = *phx_model_param(declared, i);
@@ -127,9 +126,9 @@ phx_status phx__layout_build(const phx_model *declared, phx_model **out, phx_err
       .n_params = declared->n_params, .n_units = declared->n_units, .n_stages = declared->n_stages,
       .n_uses = declared->n_uses, .param_stride = sizeof(phx_param), .unit_stride = sizeof(phx_unit),
       .stage_stride = sizeof(phx_stage), .use_stride = sizeof(phx_use)};
-  PHX__TRY(check_names(l, err));
-  PHX__TRY(place_units(l, err));
-  PHX__TRY(check_stages(l, err));
+  PHX_TRY_GOTO(check_names(l, err), status, done);
+  PHX_TRY_GOTO(place_units(l, err), status, done);
+  PHX_TRY_GOTO(check_stages(l, err), status, done);
   *out = &l->model;
 done:
   if (status) phx__layout_free(&l->model);

@@ -57,38 +57,33 @@ static phx_status warn_reader(const phx__optim *o, const phx_ticket *t, phx_erro
   for (int i = 0; i < 2; i++) {
     if (!parts[i].p) continue;
     const int64_t bytes = t->numel * (int64_t)phx_dtype_bytes(parts[i].dtype);
-    const phx_status status = o->before_change(o->before_change_arg, parts[i].p, bytes, err);
-    if (status) return status;
+    PHX_TRY(o->before_change(o->before_change_arg, parts[i].p, bytes, err));
   }
   for (uint32_t k = 0; k < o->table.n_states; k++) {
     const int64_t bytes = t->numel * (int64_t)phx_dtype_bytes(o->table.states[k].dtype);
-    const phx_status status = o->before_change(o->before_change_arg, t->states[k], bytes, err);
-    if (status) return status;
+    PHX_TRY(o->before_change(o->before_change_arg, t->states[k], bytes, err));
   }
   return PHX_OK;
 }
 
 static phx_status optim_update(void *ctx, const phx_ticket *t, float scale, phx_error *err) {
   const phx__optim *o = ctx;
-  phx_status status = PHX_OK;
-  if (o->step < 1) return phx__fail(err, PHX_STATE, "an optimizer ticket came outside update()");
-  if (o->on_ticket) status = o->on_ticket(o->on_ticket_arg, t, scale, err);
-  if (status) return status;
+  if (o->step < 1) return phx_fail(err, PHX_STATE, "an optimizer ticket came outside update()");
+  if (o->on_ticket) PHX_TRY(o->on_ticket(o->on_ticket_arg, t, scale, err));
   if (t->gradient_dtype != PHX_F32 || (!t->master && t->weight_dtype != PHX_F32))
-    return phx__fail(err, PHX_UNSUPPORTED, "%s needs fp32 gradients and fp32 weights or masters (unit %u)",
-                     o->table.name, t->unit);
+    return phx_fail(err, PHX_UNSUPPORTED, "%s needs fp32 gradients and fp32 weights or masters (unit %u)",
+                    o->table.name, t->unit);
   if (t->unit >= o->model->n_units || t->first < 0 || t->numel < 0 ||
       t->first + t->numel > phx_model_unit(o->model, t->unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK)
-    return phx__fail(err, PHX_INVALID, "optimizer ticket for unit %u, elements %lld + %lld: out of range", t->unit,
-                     (long long)t->first, (long long)t->numel);
-  status = warn_reader(o, t, err);
-  if (status) return status;
+    return phx_fail(err, PHX_INVALID, "optimizer ticket for unit %u, elements %lld + %lld: out of range", t->unit,
+                    (long long)t->first, (long long)t->numel);
+  PHX_TRY(warn_reader(o, t, err));
   phx__range range = {0};
   while (phx__layout_next(o->model, t->unit, PHX_FLAT_TRAINABLE, t->first, t->numel, &range)) {
-    status = update_range(o, t, &range, scale, err);
+    const phx_status status = update_range(o, t, &range, scale, err);
     if (status)
-      return phx__fail_in(err, status, "; in the update of unit %u (%s)", t->unit,
-                          phx_model_unit(o->model, t->unit)->name);
+      return phx_fail_more(err, status, "; in the update of unit %u (%s)", t->unit,
+                           phx_model_unit(o->model, t->unit)->name);
   }
   return o->after_ticket ? o->after_ticket(o->after_ticket_arg, t, err) : PHX_OK;
 }

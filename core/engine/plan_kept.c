@@ -17,21 +17,21 @@
 static const char *strategy_of(const phx__prepared *p) { return p->config->strategy.plugin->descriptor->id; }
 
 static phx_status impossible(const char *kind, const char *id, const char *what, int64_t value, phx_error *err) {
-  return phx__fail(err, PHX_INVALID, "%s %s plans %" PRId64 " %s: expected 0 to %" PRId64, kind, id, value, what, MOST);
+  return phx_fail(err, PHX_INVALID, "%s %s plans %" PRId64 " %s: expected 0 to %" PRId64, kind, id, value, what, MOST);
 }
 
 phx_status phx__plan_check_layout(const phx__prepared *p, phx_error *err) {
   enum { SLOTS_MOST = 1 << 20 };
   const phx_layout *l = &p->layout;
   if (l->data_size < 1 || l->data_size > p->topology.world_size || l->data_rank < 0 || l->data_rank >= l->data_size)
-    return phx__fail(err, PHX_INVALID, "strategy %s: layout gave data rank %d of %d, in a world of %d", strategy_of(p),
-                     l->data_rank, l->data_size, p->topology.world_size);
+    return phx_fail(err, PHX_INVALID, "strategy %s: layout gave data rank %d of %d, in a world of %d", strategy_of(p),
+                    l->data_rank, l->data_size, p->topology.world_size);
   if (l->activation_slots < 1 || l->activation_slots > SLOTS_MOST)
-    return phx__fail(err, PHX_INVALID, "strategy %s: layout gave %d activation slots", strategy_of(p),
-                     l->activation_slots);
+    return phx_fail(err, PHX_INVALID, "strategy %s: layout gave %d activation slots", strategy_of(p),
+                    l->activation_slots);
   if (l->n_axes > sizeof l->axes / sizeof *l->axes)
-    return phx__fail(err, PHX_INVALID, "strategy %s: layout gave %u axes; there is room for 4", strategy_of(p),
-                     l->n_axes);
+    return phx_fail(err, PHX_INVALID, "strategy %s: layout gave %u axes; there is room for 4", strategy_of(p),
+                    l->n_axes);
   return PHX_OK;
 }
 
@@ -58,8 +58,8 @@ static phx_status check_traffic(const phx__prepared *p, int32_t op, phx_error *e
   snprintf(what, sizeof what, "bytes sent by %s", phx_op_name(op));
   if (e->sent[op] < 0 || e->sent[op] > MOST) return impossible("strategy", strategy_of(p), what, e->sent[op], err);
   if (e->sent[op] == 0 || e->calls[op] > 0) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "strategy %s plans %" PRId64 " bytes sent by %s in no call", strategy_of(p),
-                   e->sent[op], phx_op_name(op));
+  return phx_fail(err, PHX_INVALID, "strategy %s plans %" PRId64 " bytes sent by %s in no call", strategy_of(p),
+                  e->sent[op], phx_op_name(op));
 }
 
 phx_status phx__plan_check_estimate(const phx__prepared *p, int64_t comm_buffers, phx_error *err) {
@@ -72,9 +72,9 @@ phx_status phx__plan_check_estimate(const phx__prepared *p, int64_t comm_buffers
     all += e->bytes[k];
   }
   if (e->arena_bytes < 0 || e->arena_bytes > all)
-    return phx__fail(err, PHX_INVALID,
-                     "strategy %s plans %" PRId64 " bytes with a communicator, of %" PRId64 " bytes in all",
-                     strategy_of(p), e->arena_bytes, all);
+    return phx_fail(err, PHX_INVALID,
+                    "strategy %s plans %" PRId64 " bytes with a communicator, of %" PRId64 " bytes in all",
+                    strategy_of(p), e->arena_bytes, all);
   if (e->state_bytes < 0 || e->state_bytes > MOST)
     return impossible("strategy", strategy_of(p), "bytes of state", e->state_bytes, err);
   if (comm_buffers < 0 || comm_buffers > MOST)

@@ -17,26 +17,24 @@
 static phx_status prepare_model(phx__prepared *p, phx_error *err) {
   phx_model declared = {.struct_size = sizeof declared};
   p->facts.struct_size = sizeof p->facts;
-  phx_status status =
-      PHX__SUSPECT(p->config->model.plugin->path, "in declare",
-                   p->model_table->declare(p->config->model.config, &declared, &p->facts, &p->shape, err), err);
-  if (status) return status;
+  PHX_TRY(PHX__SUSPECT(p->config->model.plugin->path, "in declare",
+                       p->model_table->declare(p->config->model.config, &declared, &p->facts, &p->shape, err), err));
   if (PHX_HAS(&p->facts, phx_model_facts, computes) && p->facts.computes &&
       snprintf(p->computes, sizeof p->computes, "%s", p->facts.computes) >= (int)sizeof p->computes)
-    return phx__fail(err, PHX_INVALID, "the model says in more than %zu characters what it computes",
-                     sizeof p->computes - 1);
+    return phx_fail(err, PHX_INVALID, "the model says in more than %zu characters what it computes",
+                    sizeof p->computes - 1);
   p->facts.computes = p->computes;
   if (p->shape.sequence > p->facts.context)
-    return phx__fail(err, PHX_INVALID,
-                     "batch.sequence = %" PRId64 " is longer than the model's context of %" PRId64
-                     " tokens: lower batch.sequence or raise model.context",
-                     p->shape.sequence, p->facts.context);
+    return phx_fail(err, PHX_INVALID,
+                    "batch.sequence = %" PRId64 " is longer than the model's context of %" PRId64
+                    " tokens: lower batch.sequence or raise model.context",
+                    p->shape.sequence, p->facts.context);
   const int64_t tokens = p->config->s.batch.accumulate * p->shape.micro * p->shape.sequence; /* 2^60 at most */
   if (tokens > STEP_TOKENS_MAX)
-    return phx__fail(err, PHX_INVALID,
-                     "[batch] micro x accumulate x sequence = %" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64
-                     " tokens per rank and step: more than %" PRId64 " are refused",
-                     p->shape.micro, p->config->s.batch.accumulate, p->shape.sequence, tokens, STEP_TOKENS_MAX);
+    return phx_fail(err, PHX_INVALID,
+                    "[batch] micro x accumulate x sequence = %" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64
+                    " tokens per rank and step: more than %" PRId64 " are refused",
+                    p->shape.micro, p->config->s.batch.accumulate, p->shape.sequence, tokens, STEP_TOKENS_MAX);
   return phx__layout_build(&declared, &p->model, err);
 }
 
@@ -62,14 +60,12 @@ static phx_status prepare_layout(phx__prepared *p, phx_error *err) {
   l->axes[0].index = l->data_rank;
   l->stage_owned = phx__calloc(p->model->n_stages, 1);
   l->unit_owned = phx__calloc(p->model->n_units, 1);
-  if (!l->stage_owned || !l->unit_owned) return phx__fail(err, PHX_NOMEM, "no memory for the layout");
+  if (!l->stage_owned || !l->unit_owned) return phx_fail(err, PHX_NOMEM, "no memory for the layout");
   memset(l->stage_owned, 1, p->model->n_stages);
   memset(l->unit_owned, 1, p->model->n_units);
   if (!p->strategy->layout) return PHX_OK;
-  phx_status status =
-      PHX__SUSPECT(p->config->strategy.plugin->path, "in layout",
-                   p->strategy->layout(p->config->strategy.config, &p->topology, p->model, l, err), err);
-  if (status) return status;
+  PHX_TRY(PHX__SUSPECT(p->config->strategy.plugin->path, "in layout",
+                       p->strategy->layout(p->config->strategy.config, &p->topology, p->model, l, err), err));
   return phx__plan_check_layout(p, err);
 }
 
@@ -80,19 +76,16 @@ static phx_status prepare_stages(phx__prepared *p, phx_error *err) {
   one.micro = 1;
   p->stages = phx__calloc(n, sizeof *p->stages);
   p->boundary = phx__calloc(n, sizeof *p->boundary);
-  if (!p->stages || !p->boundary) return phx__fail(err, PHX_NOMEM, "no memory for the plan");
+  if (!p->stages || !p->boundary) return phx_fail(err, PHX_NOMEM, "no memory for the plan");
   for (uint32_t s = 0; s < n; s++) {
     phx_stage_memory *memory = &p->stages[s].memory;
     memory->struct_size = sizeof *memory;
-    phx_status status =
-        PHX__SUSPECT(p->config->model.plugin->path, "in stage_memory",
-                     p->model_table->stage_memory(p->config->model.config, &p->shape, s, memory, err), err);
-    if (!status) status = phx__plan_check_stage(p, s, err);
-    if (status) return status;
+    PHX_TRY(PHX__SUSPECT(p->config->model.plugin->path, "in stage_memory",
+                         p->model_table->stage_memory(p->config->model.config, &p->shape, s, memory, err), err));
+    PHX_TRY(phx__plan_check_stage(p, s, err));
     p->boundary[s] = memory->output;
     phx_stage_memory alone = {.struct_size = sizeof alone};
-    status = p->model_table->stage_memory(p->config->model.config, &one, s, &alone, err);
-    if (status) return status;
+    PHX_TRY(p->model_table->stage_memory(p->config->model.config, &one, s, &alone, err));
     p->stages[s].window = phx_align_bytes(alone.output);
   }
   p->topology.boundary_bytes = p->boundary;
@@ -152,7 +145,7 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
                         int64_t micro, int64_t sequence, phx__prepared **out, phx_error *err) {
   phx_status status = PHX_OK;
   phx__prepared *p = phx__calloc(1, sizeof *p);
-  if (!p) return phx__fail(err, PHX_NOMEM, "no memory to prepare the run");
+  if (!p) return phx_fail(err, PHX_NOMEM, "no memory to prepare the run");
   p->config = config;
   p->strategy = config->strategy.plugin->descriptor->table;
   p->device = config->device.plugin->descriptor->table;
@@ -163,29 +156,29 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
                                .sequence = sequence > 0 ? sequence : config->s.batch.sequence,
                                .compute_dtype = config->s.precision.compute ? PHX_BF16 : PHX_F32};
   if (size < 2 && (config->strategy.plugin->descriptor->needs & PHX_NEED_TWO_RANKS)) {
-    status = phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs at least two ranks; this run has %d",
-                       config->strategy.plugin->descriptor->id, size);
+    status = phx_fail(err, PHX_UNSUPPORTED, "strategy %s needs at least two ranks; this run has %d",
+                      config->strategy.plugin->descriptor->id, size);
     goto done;
   }
   if (local_size < size && (config->comm.plugin->descriptor->needs & PHX_NEED_ONE_MACHINE)) {
-    status = phx__fail(err, PHX_UNSUPPORTED,
-                       "%s joins ranks of one machine; %d of %d are on this one: choose another [comm] plugin, such as "
-                       "nccl, or start all ranks on one machine", config->comm.plugin->descriptor->id, local_size,
-                       size);
+    status = phx_fail(err, PHX_UNSUPPORTED,
+                      "%s joins ranks of one machine; %d of %d are on this one: choose another [comm] plugin, such as "
+                      "nccl, or start all ranks on one machine", config->comm.plugin->descriptor->id, local_size,
+                      size);
     goto done;
   }
-  PHX__TRY(prepare_model(p, err));
+  PHX_TRY_GOTO(prepare_model(p, err), status, done);
   prepare_topology(p, rank, size, local_rank, local_size);
-  PHX__TRY(prepare_stages(p, err));
-  PHX__TRY(prepare_layout(p, err));
+  PHX_TRY_GOTO(prepare_stages(p, err), status, done);
+  PHX_TRY_GOTO(prepare_layout(p, err), status, done);
   p->estimate.struct_size = sizeof p->estimate;
-  PHX__TRY(PHX__SUSPECT(config->strategy.plugin->path, "in estimate",
-                        p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err),
-                        err));
+  PHX_TRY_GOTO(PHX__SUSPECT(config->strategy.plugin->path, "in estimate",
+                            p->strategy->estimate(config->strategy.config, &p->topology, p->model, &p->estimate, err),
+                            err), status, done);
   phx__suspect_begin(config->comm.plugin->path, "in buffer_bytes", PHX__SUSPECT_CALL);
   const int64_t comm_buffers = p->comm->buffer_bytes(config->comm.config, size);
   phx__suspect_end(PHX_OK, NULL);
-  PHX__TRY(phx__plan_check_estimate(p, comm_buffers, err));
+  PHX_TRY_GOTO(phx__plan_check_estimate(p, comm_buffers, err), status, done);
   for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
   p->planned[PHX_MEM_BUFFER] += comm_buffers;
   plan_activations(p);

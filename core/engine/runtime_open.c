@@ -27,39 +27,33 @@ static phx_status open_device(phx__runtime *rt, phx_error *err) {
   const phx__config *c = rt->config;
   const phx_device_table *table = rt->prepared->device;
   int32_t threads = 1;
-  phx_status status = phx__threads_of_rank(c, rt->job, &threads, err);
-  if (status) return status;
-  status = PHX__IN(rt->job, PHX_KIND_DEVICE, PHX_IN_CREATE, -1,
-                   table->create(&rt->device_host.table, c->device.config, threads, &rt->device_self, err));
-  if (!status) status = phx__handed_self(rt->device_self, "device", c->device.plugin->descriptor, err);
-  if (status) return status;
+  PHX_TRY(phx__threads_of_rank(c, rt->job, &threads, err));
+  PHX_TRY(PHX__IN(rt->job, PHX_KIND_DEVICE, PHX_IN_CREATE, -1,
+                  table->create(&rt->device_host.table, c->device.config, threads, &rt->device_self, err)));
+  PHX_TRY(phx__handed_self(rt->device_self, "device", c->device.plugin->descriptor, err));
   rt->book.device_table = table;
   rt->book.device_self = rt->device_self;
   rt->device = table->device(rt->device_self);
   rt->ops = table->ops(rt->device_self);
-  status = phx__handed_device(rt->device, rt->ops, c->device.plugin->descriptor, err);
-  if (status) return status;
+  PHX_TRY(phx__handed_device(rt->device, rt->ops, c->device.plugin->descriptor, err));
   rt->prepared->planned[PHX_MEM_WORKSPACE] += phx_align_bytes(rt->ops->scratch_bytes);
   phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, PHX_SPACE_DEVICE,
                         phx_align_bytes(rt->ops->scratch_bytes));
   rt->book.device = rt->device;
-  status = take_chunk(rt, err);
-  if (status) return status;
+  PHX_TRY(take_chunk(rt, err));
   if ((c->strategy.plugin->descriptor->needs & PHX_NEED_HOST_MEMORY) && !(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
-    return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs a device whose memory the CPU can read; %s is none",
-                     c->strategy.plugin->descriptor->id, rt->device->name);
+    return phx_fail(err, PHX_UNSUPPORTED, "strategy %s needs a device whose memory the CPU can read; %s is none",
+                    c->strategy.plugin->descriptor->id, rt->device->name);
   return PHX_OK;
 }
 
 static phx_status open_comm(phx__runtime *rt, phx_error *err) {
   int64_t arena = 0;
-  phx_status status = phx__job_max(rt->job, rt->prepared->estimate.arena_bytes, &arena, err);
-  if (status) return status;
+  PHX_TRY(phx__job_max(rt->job, rt->prepared->estimate.arena_bytes, &arena, err));
   rt->comm_host.device = rt->device;
-  status = PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
-                   rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err));
-  if (!status) status = phx__handed_comm(rt->world, rt->job, rt->config->comm.plugin->descriptor, err);
-  if (status) return status;
+  PHX_TRY(PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
+                  rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err)));
+  PHX_TRY(phx__handed_comm(rt->world, rt->job, rt->config->comm.plugin->descriptor, err));
   phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER, PHX_SPACE_HOST,
                         rt->prepared->comm->buffer_bytes(rt->config->comm.config, rt->job->size));
   rt->book.arena = rt->prepared->comm->arena(rt->world);
@@ -85,19 +79,18 @@ static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
   const char *const *wanted = rt->config->strategy.plugin->descriptor->extensions;
   for (; wanted && *wanted; wanted++)
     if (!rt->strategy_host.table.extension(&rt->strategy_host, *wanted))
-      return phx__fail(err, PHX_UNSUPPORTED, "strategy %s needs the host extension %s, which this core does not have",
-                       rt->config->strategy.plugin->descriptor->id, *wanted);
-  phx_status status = phx__cover_open(rt->prepared->model, 1 + rt->optim.table.n_states, &rt->state_cover, err);
-  if (status) return status;
+      return phx_fail(err, PHX_UNSUPPORTED, "strategy %s needs the host extension %s, which this core does not have",
+                      rt->config->strategy.plugin->descriptor->id, *wanted);
+  PHX_TRY(phx__cover_open(rt->prepared->model, 1 + rt->optim.table.n_states, &rt->state_cover, err));
   rt->state_cover.frozen = true;
   rt->state_words = phx__calloc((size_t)phx__cover_size(&rt->state_cover), sizeof *rt->state_words);
-  if (!rt->state_words) return phx__fail(err, PHX_NOMEM, "no memory to count the state");
+  if (!rt->state_words) return phx_fail(err, PHX_NOMEM, "no memory to count the state");
   phx__memory_watch_begin(&rt->book);
-  status = PHX__IN_STRATEGY(rt->job, PHX_IN_CREATE, -1,
-                            rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
-                                                           &rt->prepared->topology, rt->prepared->model,
-                                                           &rt->strategy, err));
-  return status ? status : phx__handed_self(rt->strategy, "strategy", rt->config->strategy.plugin->descriptor, err);
+  PHX_TRY(PHX__IN_STRATEGY(rt->job, PHX_IN_CREATE, -1,
+                           rt->prepared->strategy->create(&rt->strategy_host.table, rt->config->strategy.config,
+                                                          &rt->prepared->topology, rt->prepared->model, &rt->strategy,
+                                                          err)));
+  return phx__handed_self(rt->strategy, "strategy", rt->config->strategy.plugin->descriptor, err);
 }
 
 static void name_plugins(const phx__config *c, const phx_job *job) {
@@ -112,7 +105,7 @@ phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx_
   phx__runtime *rt = phx__calloc(1, sizeof *rt);
   if (!rt) {
     phx__prepared_free(prepared);
-    return phx__fail(err, PHX_NOMEM, "no memory for the run");
+    return phx_fail(err, PHX_NOMEM, "no memory for the run");
   }
   rt->config = config;
   rt->job = job;
@@ -125,10 +118,10 @@ phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx_
   phx__host_init(&rt->strategy_host, config->strategy.plugin->descriptor->id, job, &rt->book);
   phx__host *const hosts[] = {&rt->core_host, &rt->device_host, &rt->comm_host, &rt->model_host, &rt->strategy_host};
   for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) hosts[i]->table.deterministic = config->s.run.deterministic;
-  PHX__TRY(open_device(rt, err));
-  PHX__TRY(open_comm(rt, err));
-  PHX__TRY(open_model(rt, err));
-  PHX__TRY(open_strategy(rt, err));
+  PHX_TRY_GOTO(open_device(rt, err), status, done);
+  PHX_TRY_GOTO(open_comm(rt, err), status, done);
+  PHX_TRY_GOTO(open_model(rt, err), status, done);
+  PHX_TRY_GOTO(open_strategy(rt, err), status, done);
   *out = rt;
 done:
   if (status) phx__runtime_close(rt);

@@ -49,18 +49,17 @@ static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error 
   slice_walk w = {walk, slice};
   if (slice->kind == PHX_STATE_PRIVATE || phx__state_derived(slice)) return PHX_OK; /* the strategy's own business */
   if (slice->dtype != PHX_F32)
-    return phx__fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
-                     slice->dtype);
+    return phx_fail(err, PHX_UNSUPPORTED, "state of unit %u has dtype %d; only fp32 is initialised", slice->unit,
+                    slice->dtype);
   return phx__slice_write(walk->rt, slice, initialise_part, &w, err);
 }
 
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err) {
   state_walk walk = {.rt = rt};
   const phx_strategy_table *strategy = rt->prepared->strategy;
-  phx_status status = phx__optim_state_changes(&rt->optim, err);
-  if (!status) status = phx__state_visit(rt, initialise_slice, &walk, err);
-  if (!status) status = phx__state_covered(rt, err);
-  if (status) return status;
+  PHX_TRY(phx__optim_state_changes(&rt->optim, err));
+  PHX_TRY(phx__state_visit(rt, initialise_slice, &walk, err));
+  PHX_TRY(phx__state_covered(rt, err));
   return PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err));
 }
 
@@ -83,11 +82,9 @@ static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) 
 phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err) {
   state_walk walk = {.rt = rt};
   phx__state_hash all[PHX_RANKS_MAX];
-  phx_status status = phx__state_visit(rt, hash_slice, &walk, err);
-  if (!status) status = phx__state_covered(rt, err);
-  if (status) return status;
-  status = PHX__IN_COMM(rt->job, rt->core->all_gather(rt->core->ctx, &walk.hash, all, 2, PHX_U64, NULL, err));
-  if (status) return status;
+  PHX_TRY(phx__state_visit(rt, hash_slice, &walk, err));
+  PHX_TRY(phx__state_covered(rt, err));
+  PHX_TRY(PHX__IN_COMM(rt->job, rt->core->all_gather(rt->core->ctx, &walk.hash, all, 2, PHX_U64, NULL, err)));
   phx__state_hash sum = {0, 0};
   for (int32_t r = 0; r < rt->core->size; r++) phx__state_hash_add(&sum, all[r]);
   *out = sum;

@@ -6,6 +6,7 @@
 #include "engine/state_io.h"
 
 #include "base/job_calls.h"
+#include "base/status.h"
 #include "engine/handed.h"
 #include "plugin/where.h"
 
@@ -64,9 +65,8 @@ static phx_status map(phx__runtime *rt, const phx_slice *slice, int32_t mode, vo
 phx_status phx__slice_read(phx__runtime *rt, const phx_slice *slice, phx__state_use *use, void *ctx, phx_error *err) {
   void *data = NULL;
   phx__job_heartbeat(rt->job); /* within one call of the strategy, visit_state */
-  phx_status status = map(rt, slice, PHX_MAP_READ, &data, err);
-  if (status) return status;
-  status = phx__state_read(rt, slice->place, data, slice_bytes(slice), use, ctx, err);
+  PHX_TRY(map(rt, slice, PHX_MAP_READ, &data, err));
+  phx_status status = phx__state_read(rt, slice->place, data, slice_bytes(slice), use, ctx, err);
   return unmap(rt, slice, PHX_MAP_READ, data, status, err);
 }
 
@@ -74,9 +74,8 @@ phx_status phx__slice_write(phx__runtime *rt, const phx_slice *slice, phx__state
                             phx_error *err) {
   void *data = NULL;
   phx__job_heartbeat(rt->job);
-  phx_status status = map(rt, slice, PHX_MAP_WRITE, &data, err);
-  if (status) return status;
-  status = phx__state_write(rt, slice->place, data, slice_bytes(slice), fill, ctx, err);
+  PHX_TRY(map(rt, slice, PHX_MAP_WRITE, &data, err));
+  phx_status status = phx__state_write(rt, slice->place, data, slice_bytes(slice), fill, ctx, err);
   return unmap(rt, slice, PHX_MAP_WRITE, data, status, err);
 }
 

@@ -26,10 +26,10 @@ static phx_status see(void *ctx, const phx_slice *given, phx_error *err) {
   const bool counts = s->kind < PHX_STATE_BUFFER && !phx__state_derived(s);
   if (counts && !phx__cover_add(&rt->state_cover, counted_as(s), s->unit, s->flat, s->first_block * PHX_BLOCK,
                                 s->blocks * PHX_BLOCK))
-    return phx__fail(err, PHX_INTERNAL,
-                     "strategy %s: visit_state: this rank names blocks of unit %u (%s), state %d, more than once",
-                     rt->config->strategy.plugin->descriptor->id, s->unit,
-                     phx_model_unit(rt->prepared->model, s->unit)->name, s->kind);
+    return phx_fail(err, PHX_INTERNAL,
+                    "strategy %s: visit_state: this rank names blocks of unit %u (%s), state %d, more than once",
+                    rt->config->strategy.plugin->descriptor->id, s->unit,
+                    phx_model_unit(rt->prepared->model, s->unit)->name, s->kind);
   if (v->use) status = v->use(v->ctx, s, err);
   phx__enter(rt->job, PHX_KIND_STRATEGY, PHX_IN_STATE, -1); /* its call goes on */
   return status;
@@ -53,7 +53,7 @@ phx_status phx__state_covered(phx__runtime *rt, phx_error *err) {
   phx__cover_words(&rt->state_cover, words);
   phx_status status = PHX__IN_COMM(rt->job, c->all_reduce(c->ctx, words, words, n, PHX_I64, PHX_SUM, NULL, err));
   if (!status && phx__cover_judge(&rt->state_cover, words, false, names, "named", &why))
-    status = phx__fail(err, why.code, "strategy %s: visit_state: %s", rt->config->strategy.plugin->descriptor->id,
-                       why.message);
+    status = phx_fail(err, why.code, "strategy %s: visit_state: %s", rt->config->strategy.plugin->descriptor->id,
+                      why.message);
   return status;
 }

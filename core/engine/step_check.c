@@ -14,7 +14,7 @@ static phx_status keep_range(phx__step_check *c, const phx_ticket *t, phx_error 
   if (c->n_ranges == c->room) {
     const size_t room = c->room ? 2 * c->room : 64;
     phx__update_range *more = phx__sys.realloc(c->ranges, room * sizeof *more);
-    if (!more) return phx__fail(err, PHX_NOMEM, "no memory for the list of %zu tickets", room);
+    if (!more) return phx_fail(err, PHX_NOMEM, "no memory for the list of %zu tickets", room);
     c->ranges = more;
     c->room = room;
   }
@@ -24,21 +24,18 @@ static phx_status keep_range(phx__step_check *c, const phx_ticket *t, phx_error 
 
 static phx_status take_ticket(void *arg, const phx_ticket *t, float scale, phx_error *err) {
   phx__step_check *c = arg;
-  phx_status status = phx__handed_ticket(c->rt, t, scale, err);
-  if (status) return status;
+  PHX_TRY(phx__handed_ticket(c->rt, t, scale, err));
   phx__cover_add(&c->update, 0, t->unit, PHX_FLAT_TRAINABLE, t->first, t->numel);
-  status = keep_range(c, t, err);
-  if (status) return status;
+  PHX_TRY(keep_range(c, t, err));
   if (!c->gradients || t->gradient_dtype != PHX_F32) return PHX_OK;
   return phx__gradient_check_given(c->gradients, "update", t->unit, t->first, t->numel, t->gradient, t->stream, err);
 }
 
 phx_status phx__step_check_open(phx__runtime *rt, phx__step_check *out, phx_error *err) {
   *out = (phx__step_check){.rt = rt};
-  phx_status status = phx__cover_open(rt->prepared->model, 1, &out->norm, err);
-  if (!status) status = phx__cover_open(rt->prepared->model, 1, &out->update, err);
-  if (!status && rt->config->s.run.checked == 1) status = phx__gradient_check_open(rt, &out->gradients, err);
-  if (status) return status;
+  PHX_TRY(phx__cover_open(rt->prepared->model, 1, &out->norm, err));
+  PHX_TRY(phx__cover_open(rt->prepared->model, 1, &out->update, err));
+  if (rt->config->s.run.checked == 1) PHX_TRY(phx__gradient_check_open(rt, &out->gradients, err));
   out->update.logical = true;
   rt->optim.on_ticket = take_ticket;
   rt->optim.on_ticket_arg = out;
@@ -57,12 +54,11 @@ void phx__step_check_close(phx__step_check *c) {
 
 phx_status phx__step_check_norm(phx__step_check *c, uint32_t unit, int64_t first_block, int64_t blocks,
                                 const float *gradient, phx_stream *stream, phx_error *err) {
-  const phx_status status = phx__handed_gradient(c->rt, unit, first_block, blocks, gradient, err);
-  if (status) return status;
+  PHX_TRY(phx__handed_gradient(c->rt, unit, first_block, blocks, gradient, err));
   if (!phx__cover_add(&c->norm, 0, unit, PHX_FLAT_TRAINABLE, first_block * PHX_BLOCK, blocks * PHX_BLOCK))
-    return phx__fail(err, PHX_INTERNAL,
-                     "strategy %s: gradient_norm: this rank adds blocks of unit %u (%s) more than once", id_of(c), unit,
-                     phx_model_unit(c->rt->prepared->model, unit)->name);
+    return phx_fail(err, PHX_INTERNAL,
+                    "strategy %s: gradient_norm: this rank adds blocks of unit %u (%s) more than once", id_of(c), unit,
+                    phx_model_unit(c->rt->prepared->model, unit)->name);
   if (!c->gradients) return PHX_OK;
   return phx__gradient_check_given(c->gradients, "gradient_norm", unit, first_block * PHX_BLOCK, blocks * PHX_BLOCK,
                                    gradient, stream, err);
@@ -83,7 +79,7 @@ static phx_status judge_update(phx__step_check *c, const int64_t *sums, phx_erro
   if (!c->updated) return PHX_OK;
   c->updated = false;
   if (phx__cover_judge(&c->update, sums, true, names, "updated", &why) == PHX_OK) return PHX_OK;
-  return phx__fail(err, why.code, "strategy %s: update: %s", id_of(c), why.message);
+  return phx_fail(err, why.code, "strategy %s: update: %s", id_of(c), why.message);
 }
 
 phx_status phx__step_check_judge(phx__step_check *c, const int64_t *sums, phx_error *err) {
@@ -91,7 +87,7 @@ phx_status phx__step_check_judge(phx__step_check *c, const int64_t *sums, phx_er
   phx_error why = PHX_ERROR_INIT;
   const phx_status status = judge_update(c, sums + phx__cover_size(&c->norm), err);
   if (status || phx__cover_judge(&c->norm, sums, false, names, "added", &why) == PHX_OK) return status;
-  return phx__fail(err, why.code, "strategy %s: gradient_norm: %s", id_of(c), why.message);
+  return phx_fail(err, why.code, "strategy %s: gradient_norm: %s", id_of(c), why.message);
 }
 
 void phx__step_check_update(phx__step_check *c, float scale) {
@@ -112,9 +108,9 @@ phx_status phx__step_check_updated(phx__step_check *c, phx_error *err) {
   for (size_t i = 1; i < c->n_ranges; i++) {
     const phx__update_range *before = &c->ranges[i - 1], *r = &c->ranges[i];
     if (r->unit == before->unit && r->first < before->end && r->first < r->end)
-      return phx__fail(err, PHX_INTERNAL,
-                       "strategy %s: update: this rank updates element %lld of unit %u (%s) more than once", id_of(c),
-                       (long long)r->first, r->unit, phx_model_unit(c->rt->prepared->model, r->unit)->name);
+      return phx_fail(err, PHX_INTERNAL,
+                      "strategy %s: update: this rank updates element %lld of unit %u (%s) more than once", id_of(c),
+                      (long long)r->first, r->unit, phx_model_unit(c->rt->prepared->model, r->unit)->name);
   }
   return PHX_OK;
 }

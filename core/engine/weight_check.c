@@ -107,19 +107,18 @@ static phx_status check_param(weight_check *c, const phx_param_view *v, phx_erro
   const phx_status status = phx__state_read(c->rt, PHX_SPACE_DEVICE, v->weight, w.param->numel * (int64_t)w.size,
                                             hash_weights, &w, err);
   if (status || w.sum == c->state[v->param]) return status;
-  return phx__fail(err, PHX_INTERNAL,
-                   "strategy %s: acquire: %s this rank computes with another '%s' than the state that visit_state "
-                   "names: its replica or its low-precision copy was not made anew",
-                   c->rt->config->strategy.plugin->descriptor->id, c->when, w.param->name);
+  return phx_fail(err, PHX_INTERNAL,
+                  "strategy %s: acquire: %s this rank computes with another '%s' than the state that visit_state "
+                  "names: its replica or its low-precision copy was not made anew",
+                  c->rt->config->strategy.plugin->descriptor->id, c->when, w.param->name);
 }
 
 /* *found: what is wrong with a weight, and then the stage is acquired only because that is collective.  Returns how the
  * strategy's calls ended. */
 static phx_status check_stage(weight_check *c, uint32_t stage, phx_status *found, phx_error *err) {
   const phx_view *view = NULL;
-  phx_status status = phx__stage_acquire(c->rt, stage, PHX_PASS_EVALUATE, 0, &view, err);
-  if (!status) status = phx__stage_ready(c->rt, view, err);
-  if (status) return status;
+  PHX_TRY(phx__stage_acquire(c->rt, stage, PHX_PASS_EVALUATE, 0, &view, err));
+  PHX_TRY(phx__stage_ready(c->rt, view, err));
   for (uint32_t i = 0; !*found && i < view->n_params; i++) {
     const phx_param_view *v = phx_view_param(view, i);
     if (v->weight) *found = check_param(c, v, err);
@@ -131,12 +130,12 @@ phx_status phx__weight_check(phx__runtime *rt, const char *when, phx_error *err)
   const phx_model *m = rt->prepared->model;
   weight_check c = {.rt = rt, .when = when, .state = phx__calloc(m->n_params, sizeof *c.state)};
   phx_status status = PHX_OK, found = PHX_OK;
-  if (!c.state) return phx__fail(err, PHX_NOMEM, "no memory for the hashes of %u parameters", m->n_params);
-  PHX__TRY(phx__state_visit(rt, hash_slice, &c, err));
-  PHX__TRY(PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, c.state, c.state, m->n_params, PHX_U64, PHX_SUM,
-                                                      NULL, err)));
+  if (!c.state) return phx_fail(err, PHX_NOMEM, "no memory for the hashes of %u parameters", m->n_params);
+  PHX_TRY_GOTO(phx__state_visit(rt, hash_slice, &c, err), status, done);
+  PHX_TRY_GOTO(PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, c.state, c.state, m->n_params, PHX_U64,
+                                                          PHX_SUM, NULL, err)), status, done);
   for (uint32_t s = 0; s < m->n_stages; s++)
-    if (rt->prepared->layout.stage_owned[s]) PHX__TRY(check_stage(&c, s, &found, found ? NULL : err));
+    if (rt->prepared->layout.stage_owned[s]) PHX_TRY_GOTO(check_stage(&c, s, &found, found ? NULL : err), status, done);
 done:
   phx__free(c.state);
   return found ? found : status;

@@ -91,9 +91,9 @@ static phx_status job_share(void *ctx, const char *name, int64_t bytes, void **b
   struct job *job = ctx;
   void *found[PHX_RANKS_MAX];
   if (job->store)
-    return phx__fail(err, PHX_UNSUPPORTED,
-                     "shared memory '%s': the ranks are on several machines; choose a [comm] plugin that joins "
-                     "machines, such as nccl", name);
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "shared memory '%s': the ranks are on several machines; choose a [comm] plugin that joins "
+                    "machines, such as nccl", name);
   meet(job, 1);
   phx_status status = phx__segment_share(&job->member, name, bytes, found, err);
   meet(job, 0);
@@ -123,8 +123,8 @@ static phx_status join(struct job *job, phx_error *err) {
   int32_t nobody = 0;
   if (!__atomic_compare_exchange_n(&mine->pid, &nobody, (int32_t)getpid(), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) &&
       nobody != (int32_t)getpid())
-    return phx__fail(err, PHX_INVALID, "rank %d of this job is process %d already; this one is %d", job->shown.rank,
-                     nobody, (int)getpid());
+    return phx_fail(err, PHX_INVALID, "rank %d of this job is process %d already; this one is %d", job->shown.rank,
+                    nobody, (int)getpid());
   job->member.segment->pages[job->shown.rank].pid_space = pid_space();
   uint64_t now = phx__now_ns();
   __atomic_store_n(&mine->start_ns, now, __ATOMIC_RELAXED);
@@ -160,8 +160,7 @@ static void fill_shown(struct job *job, const phx__identity *me, double timeout_
 
 static phx_status meet_in_store(struct job *job, const phx__identity *me, double timeout_s, phx_error *err) {
   phx__secret secret;
-  phx_status status = phx__secret_find(&secret, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__secret_find(&secret, err));
   const phx__store_place place = {.address = me->address,
                                   .port = me->port,
                                   .job = XXH3_64bits(me->key, strlen(me->key)),
@@ -171,7 +170,7 @@ static phx_status meet_in_store(struct job *job, const phx__identity *me, double
                                   .timeout_s = timeout_s,
                                   .failed = job_failed,
                                   .ctx = job};
-  status = phx__store_open(&place, &job->store, err);
+  phx_status status = phx__store_open(&place, &job->store, err);
   int32_t pid = (int32_t)getpid(), pids[PHX_RANKS_MAX];
   if (status == PHX_OK) status = phx__store_exchange(job->store, "processes", &pid, sizeof pid, pids, err);
   /* of what they do, their pages say nothing here: start_ns stays 0 */
@@ -189,19 +188,19 @@ phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) 
   phx_status status;
   struct job *job = NULL;
   int fd = -1;
-  if (the_job) return phx__fail(err, PHX_STATE, "this process has opened its job already");
+  if (the_job) return phx_fail(err, PHX_STATE, "this process has opened its job already");
   if (!(timeout_s >= 0) || timeout_s > 1e9)
-    return phx__fail(err, PHX_INVALID, "timeout is %g s; expected 0 (for ever) to 1e9", timeout_s);
-  PHX__TRY(phx__identity_read(&me, err));
+    return phx_fail(err, PHX_INVALID, "timeout is %g s; expected 0 (for ever) to 1e9", timeout_s);
+  PHX_TRY_GOTO(phx__identity_read(&me, err), status, done);
   job = phx__calloc(1, sizeof *job);
   if (!job) {
-    status = phx__fail(err, PHX_NOMEM, "no memory for the job's record, %zu bytes", sizeof *job);
+    status = phx_fail(err, PHX_NOMEM, "no memory for the job's record, %zu bytes", sizeof *job);
     goto done;
   }
   if (me.by == PHX__BY_PHALANX) {
     fd = me.fd;
     if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) { /* what a rank starts is no rank */
-      status = phx__fail_errno(err, PHX_INVALID, errno, "PHALANX_JOB_FD=%d is not an open file", fd);
+      status = phx_fail_errno(err, PHX_INVALID, errno, "PHALANX_JOB_FD=%d is not an open file", fd);
       fd = -1;
       goto done;
     }
@@ -212,13 +211,13 @@ phx_status phx__job_open(double timeout_s, const phx_job **out, phx_error *err) 
       goto done;
     }
   } else {
-    PHX__TRY(phx__rendezvous(&me, timeout_s, &fd, err));
+    PHX_TRY_GOTO(phx__rendezvous(&me, timeout_s, &fd, err), status, done);
   }
   job->member.fd = fd;
-  PHX__TRY(phx__segment_map(fd, me.size, &job->member.segment, err));
+  PHX_TRY_GOTO(phx__segment_map(fd, me.size, &job->member.segment, err), status, done);
   fill_shown(job, &me, timeout_s);
-  PHX__TRY(join(job, err));
-  if (me.several) PHX__TRY(meet_in_store(job, &me, timeout_s, err));
+  PHX_TRY_GOTO(join(job, err), status, done);
+  if (me.several) PHX_TRY_GOTO(meet_in_store(job, &me, timeout_s, err), status, done);
   if (me.by != PHX__ALONE) phx__crash_install(&job->shown);
   the_job = job;
   *out = &job->shown;
@@ -283,12 +282,11 @@ static int32_t most_common(const phx__post *all, int32_t size) {
 phx_status phx__job_agree(const phx_job *job, uint64_t value, const char *what, phx_error *err) {
   phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_AGREE, .value = value};
   strncpy(mine.name, what, sizeof mine.name - 1);
-  phx_status status = exchange(inner(job), &mine, all, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(exchange(inner(job), &mine, all, err));
   int32_t usual = most_common(all, job->size);
   for (int32_t r = 0; r < job->size; r++)
     if (all[r].value != all[usual].value)
-      return phx__fail(
+      return phx_fail(
           err, PHX_INVALID,
           "the ranks disagree about %s: rank %d has %016llx, rank %d has %016llx; start all ranks with the "
           "same files and options",

@@ -63,9 +63,9 @@ static phx_status fail_failed(const phx__segment *segment, uint32_t failed, phx_
     char text[sizeof segment->message];
     memcpy(text, segment->pages[failed - 1].alive.message, sizeof text);
     text[sizeof text - 1] = 0;
-    return phx__fail(err, PHX_COMM, "the job has failed: rank %u: %.400s", failed - 1, text[0] ? text : "no message");
+    return phx_fail(err, PHX_COMM, "the job has failed: rank %u: %.400s", failed - 1, text[0] ? text : "no message");
   }
-  return phx__fail(err, PHX_COMM, "the launcher ends the job: %.400s", segment->message);
+  return phx_fail(err, PHX_COMM, "the launcher ends the job: %.400s", segment->message);
 }
 
 static phx_status fail_absent(const phx__member *me, uint64_t round, const phx__post *mine, phx_error *err) {
@@ -82,8 +82,8 @@ static phx_status fail_absent(const phx__member *me, uint64_t round, const phx__
     if (pid) snprintf(how, sizeof how, "pid %d", pid);
     used += (size_t)snprintf(list + used, sizeof list - used, "%s%d (%s)", used ? ", " : "", r, how);
   }
-  return phx__fail(err, PHX_COMM, "%s %s did not come to %s '%s' within %g s", count == 1 ? "rank" : "ranks", list,
-                   kind_name(mine->kind), mine->name, me->timeout_s);
+  return phx_fail(err, PHX_COMM, "%s %s did not come to %s '%s' within %g s", count == 1 ? "rank" : "ranks", list,
+                  kind_name(mine->kind), mine->name, me->timeout_s);
 }
 
 static phx_status wait_round(phx__member *me, uint64_t round, const phx__post *mine, phx_error *err) {
@@ -112,8 +112,8 @@ static phx_status wait_round(phx__member *me, uint64_t round, const phx__post *m
     else if (!dead_ns)
       dead_ns = now;
     if (dead_ns && now - dead_ns >= (segment->launcher_pid ? LAUNCHER_ACTS_NS : 0))
-      return phx__fail(err, PHX_COMM, "rank %d (pid %d) is dead; rank %d waited for it in %s '%s'", absent,
-                       segment->pages[absent].alive.pid, me->rank, kind_name(mine->kind), mine->name);
+      return phx_fail(err, PHX_COMM, "rank %d (pid %d) is dead; rank %d waited for it in %s '%s'", absent,
+                      segment->pages[absent].alive.pid, me->rank, kind_name(mine->kind), mine->name);
     phx__futex_wait(&segment->bell, bell, limit - (now - start) < SLICE_NS ? limit - (now - start) : SLICE_NS);
   }
 }
@@ -126,13 +126,12 @@ phx_status phx__exchange(phx__member *me, const phx__post *mine, phx__post *all,
   __atomic_store_n(&slot->round, round, __ATOMIC_RELEASE);
   __atomic_add_fetch(&segment->bell, 1, __ATOMIC_RELEASE);
   phx__futex_wake(&segment->bell);
-  phx_status status = wait_round(me, round, mine, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(wait_round(me, round, mine, err));
   for (int32_t r = 0; r < me->size; r++) all[r] = segment->slots[r].posts[round & 1];
   for (int32_t r = 1; r < me->size; r++)
     if (all[r].kind != all[0].kind)
-      return phx__fail(err, PHX_COMM, "the ranks take different ways: rank %d is in %s '%s', rank 0 in %s '%s'", r,
-                       kind_name(all[r].kind), all[r].name, kind_name(all[0].kind), all[0].name);
+      return phx_fail(err, PHX_COMM, "the ranks take different ways: rank %d is in %s '%s', rank 0 in %s '%s'", r,
+                      kind_name(all[r].kind), all[r].name, kind_name(all[0].kind), all[0].name);
   return PHX_OK;
 }
 
@@ -143,18 +142,17 @@ phx_status phx__segment_exchange(phx__member *me, const char *name, const void *
   phx__post posts[PHX_RANKS_MAX], post = {.kind = PHX__POST_BYTES, .value = (uint64_t)bytes};
   char *out = all;
   if (bytes < 1 || bytes > PHX_EXCHANGE_MAX)
-    return phx__fail(err, PHX_INVALID, "exchange '%s': %lld bytes; expected 1 to %d", name, (long long)bytes,
-                     PHX_EXCHANGE_MAX);
+    return phx_fail(err, PHX_INVALID, "exchange '%s': %lld bytes; expected 1 to %d", name, (long long)bytes,
+                    PHX_EXCHANGE_MAX);
   snprintf(post.name, sizeof post.name, "%s", name); /* first: do all mean the same? */
   for (int64_t at = -PIECE; at < bytes; at += PIECE) {
     size_t n = bytes - at < PIECE ? (size_t)(bytes - at) : PIECE;
     if (at >= 0) memcpy(post.name, (const char *)mine + at, n);
-    phx_status status = phx__exchange(me, &post, posts, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx__exchange(me, &post, posts, err));
     for (int32_t r = 0; r < me->size; r++) {
       if (posts[r].value != post.value || (at < 0 && strncmp(posts[r].name, post.name, PIECE) != 0))
-        return phx__fail(err, PHX_COMM, "the ranks disagree: rank %d exchanges %lld bytes, rank %d %lld, of '%s'", r,
-                         (long long)posts[r].value, me->rank, (long long)bytes, name);
+        return phx_fail(err, PHX_COMM, "the ranks disagree: rank %d exchanges %lld bytes, rank %d %lld, of '%s'", r,
+                        (long long)posts[r].value, me->rank, (long long)bytes, name);
       if (at >= 0) memcpy(out + r * bytes + at, posts[r].name, n);
     }
   }

@@ -137,12 +137,12 @@ static phx_status fail_missing(const phx__identity *me, const serving *s, double
   list_ranks(s, me->size, false, list, sizeof list);
   list_ranks(s, me->size, true, came, sizeof came);
   if (s->refused)
-    return phx__fail(err, PHX_COMM,
-                     "rank(s) %s of job %s did not come within %g s, rank(s) %s did; %d processes were refused, the "
-                     "last: %s", list, me->key, timeout_s, came, s->refused, s->last);
-  return phx__fail(err, PHX_COMM,
-                   "rank(s) %s of job %s did not come within %g s, rank(s) %s did: they did not start, or ended before "
-                   "they joined, which the launcher's own report says", list, me->key, timeout_s, came);
+    return phx_fail(err, PHX_COMM,
+                    "rank(s) %s of job %s did not come within %g s, rank(s) %s did; %d processes were refused, the "
+                    "last: %s", list, me->key, timeout_s, came, s->refused, s->last);
+  return phx_fail(err, PHX_COMM,
+                  "rank(s) %s of job %s did not come within %g s, rank(s) %s did: they did not start, or ended before "
+                  "they joined, which the launcher's own report says", list, me->key, timeout_s, came);
 }
 
 static phx_status serve(const phx__identity *me, double timeout_s, int *fd_out, phx_error *err) {
@@ -160,10 +160,10 @@ static phx_status serve(const phx__identity *me, double timeout_s, int *fd_out, 
   listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
   if (listener < 0 || bind(listener, (struct sockaddr *)&address, make_address(me, &address)) != 0 ||
       listen(listener, PHX_RANKS_MAX) != 0) {
-    status = phx__fail_errno(err, PHX_COMM, errno,
-                             "rank 0 cannot listen for the ranks of job %s: is another job of that name starting? "
-                             "Under torchrun's variables MASTER_PORT is its name: give each job a port of its own",
-                             me->key);
+    status = phx_fail_errno(err, PHX_COMM, errno,
+                            "rank 0 cannot listen for the ranks of job %s: is another job of that name starting? "
+                            "Under torchrun's variables MASTER_PORT is its name: give each job a port of its own",
+                            me->key);
     goto done;
   }
   for (int32_t come = 1; come < me->size;) {
@@ -216,15 +216,15 @@ static phx_status ask(const phx__identity *me, double timeout_s, int *fd_out, ph
       return PHX_OK;
     }
     if (stranger)
-      return phx__fail(err, PHX_COMM, "another user's process answers for job %s: choose another port or job", me->key);
+      return phx_fail(err, PHX_COMM, "another user's process answers for job %s: choose another port or job", me->key);
     if (said[0])
-      return phx__fail(err, PHX_INVALID, "rank %d is refused by rank 0 of job %s: %s", me->rank, me->key, said);
+      return phx_fail(err, PHX_INVALID, "rank %d is refused by rank 0 of job %s: %s", me->rank, me->key, said);
     struct timespec pause = {0, 10000000};
     nanosleep(&pause, NULL);
   }
-  return phx__fail(err, PHX_COMM,
-                   "rank 0 of job %s did not answer rank %d within %g s: it did not start, or is on another machine",
-                   me->key, me->rank, timeout_s);
+  return phx_fail(err, PHX_COMM,
+                  "rank 0 of job %s did not answer rank %d within %g s: it did not start, or is on another machine",
+                  me->key, me->rank, timeout_s);
 }
 
 phx_status phx__rendezvous(const phx__identity *identity, double timeout_s, int *fd_out, phx_error *err) {

@@ -46,16 +46,16 @@ int phx__job_create_segment(int32_t size, phx_error *err) {
   phx__segment *segment = MAP_FAILED;
   size_t bytes = sizeof *segment;
   if (size < 1 || size > PHX_RANKS_MAX) {
-    phx__fail(err, PHX_INVALID, "a job has 1 to %d ranks, not %d", PHX_RANKS_MAX, size);
+    phx_fail(err, PHX_INVALID, "a job has 1 to %d ranks, not %d", PHX_RANKS_MAX, size);
     return -1;
   }
   int fd = phx__sys.memfd_create("phalanx-job", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd < 0) {
-    phx__fail_errno(err, PHX_NOMEM, errno, "cannot create the job's shared memory (memfd_create)");
+    phx_fail_errno(err, PHX_NOMEM, errno, "cannot create the job's shared memory (memfd_create)");
     return -1;
   }
   if (phx__sys.ftruncate(fd, (off_t)bytes) != 0) {
-    phx__fail_errno(err, PHX_NOMEM, errno, "cannot size the job's shared memory to %zu bytes (ftruncate)", bytes);
+    phx_fail_errno(err, PHX_NOMEM, errno, "cannot size the job's shared memory to %zu bytes (ftruncate)", bytes);
     goto failed;
   }
   /* Cut by anybody, it would end every rank by SIGBUS.  It grows with every share(), so that stays allowed; no other
@@ -63,7 +63,7 @@ int phx__job_create_segment(int32_t size, phx_error *err) {
   fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL);
   segment = phx__sys.mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (segment == MAP_FAILED) {
-    phx__fail_errno(err, PHX_NOMEM, errno, "cannot map the job's shared memory, %zu bytes (mmap)", bytes);
+    phx_fail_errno(err, PHX_NOMEM, errno, "cannot map the job's shared memory, %zu bytes (mmap)", bytes);
     goto failed;
   }
   if (getrandom(&segment->nonce, sizeof segment->nonce, GRND_NONBLOCK) < 0) segment->nonce = phx__now_ns();
@@ -82,23 +82,23 @@ failed:
 phx_status phx__segment_map(int fd, int32_t size, phx__segment **out, phx_error *err) {
   struct stat info;
   if (fstat(fd, &info) != 0)
-    return phx__fail_errno(err, PHX_INVALID, errno, "file descriptor %d, said to be the job's memory, is not open", fd);
+    return phx_fail_errno(err, PHX_INVALID, errno, "file descriptor %d, said to be the job's memory, is not open", fd);
   if (!S_ISREG(info.st_mode) || info.st_size < (off_t)sizeof(phx__segment))
-    return phx__fail(err, PHX_INVALID, "file descriptor %d is not a job's memory (%lld bytes)", fd,
-                     (long long)info.st_size);
+    return phx_fail(err, PHX_INVALID, "file descriptor %d is not a job's memory (%lld bytes)", fd,
+                    (long long)info.st_size);
   phx__segment *segment = phx__sys.mmap(NULL, sizeof *segment, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (segment == MAP_FAILED)
-    return phx__fail_errno(err, PHX_NOMEM, errno, "cannot map the job's shared memory, %zu bytes (mmap)",
-                           sizeof *segment);
+    return phx_fail_errno(err, PHX_NOMEM, errno, "cannot map the job's shared memory, %zu bytes (mmap)",
+                          sizeof *segment);
   phx_status status = PHX_OK;
   if (segment->magic != PHX__SEGMENT_MAGIC || segment->version != PHX__SEGMENT_VERSION)
-    status = phx__fail(err, PHX_INVALID,
-                       "file descriptor %d is not a job's memory of this version (version %u, this build has %d): all "
-                       "ranks and the launcher must be the same phalanx",
-                       fd, segment->magic == PHX__SEGMENT_MAGIC ? segment->version : 0, PHX__SEGMENT_VERSION);
+    status = phx_fail(err, PHX_INVALID,
+                      "file descriptor %d is not a job's memory of this version (version %u, this build has %d): all "
+                      "ranks and the launcher must be the same phalanx",
+                      fd, segment->magic == PHX__SEGMENT_MAGIC ? segment->version : 0, PHX__SEGMENT_VERSION);
   else if (segment->size != size)
-    status = phx__fail(err, PHX_INVALID, "this rank is told of %d ranks, but the job's memory is for %d", size,
-                       segment->size);
+    status = phx_fail(err, PHX_INVALID, "this rank is told of %d ranks, but the job's memory is for %d", size,
+                      segment->size);
   if (status != PHX_OK) {
     phx__sys.munmap(segment, sizeof *segment);
     return status;
@@ -146,22 +146,22 @@ static phx_status check_causes(const phx__member *me, const phx__post *all, cons
                                int64_t bytes, phx_error *err) {
   for (int32_t r = 0; r < me->size; r++)
     if (all[r].cause)
-      return phx__fail_errno(err, PHX_NOMEM, all[r].cause,
-                             "rank %d cannot %s shared memory '%s', %lld bytes for each "
-                             "of %d ranks",
-                             r, step, name, (long long)bytes, me->size);
+      return phx_fail_errno(err, PHX_NOMEM, all[r].cause,
+                            "rank %d cannot %s shared memory '%s', %lld bytes for each "
+                            "of %d ranks",
+                            r, step, name, (long long)bytes, me->size);
   return PHX_OK;
 }
 
 static phx_status check_request(const phx__member *me, const phx__post *all, phx_error *err) {
   for (int32_t r = 1; r < me->size; r++) {
     if (strncmp(all[r].name, all[0].name, sizeof all[0].name) != 0)
-      return phx__fail(err, PHX_COMM, "the ranks disagree: rank %d asks for shared memory '%s', rank 0 for '%s'", r,
-                       all[r].name, all[0].name);
+      return phx_fail(err, PHX_COMM, "the ranks disagree: rank %d asks for shared memory '%s', rank 0 for '%s'", r,
+                      all[r].name, all[0].name);
     if (all[r].value != all[0].value)
-      return phx__fail(err, PHX_COMM,
-                       "the ranks disagree about shared memory '%s': rank %d asks for %lld bytes, rank 0 for %lld",
-                       all[0].name, r, (long long)all[r].value, (long long)all[0].value);
+      return phx_fail(err, PHX_COMM,
+                      "the ranks disagree about shared memory '%s': rank %d asks for %lld bytes, rank 0 for %lld",
+                      all[0].name, r, (long long)all[r].value, (long long)all[0].value);
   }
   return PHX_OK;
 }
@@ -170,18 +170,17 @@ phx_status phx__segment_share(phx__member *me, const char *name, int64_t bytes, 
   phx__post all[PHX_RANKS_MAX], mine = {.kind = PHX__POST_SHARE, .value = (uint64_t)bytes};
   phx__segment *segment = me->segment;
   snprintf(mine.name, sizeof mine.name, "%s", name);
-  phx_status status = phx__exchange(me, &mine, all, err);
-  if (status == PHX_OK) status = check_request(me, all, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__exchange(me, &mine, all, err));
+  PHX_TRY(check_request(me, all, err));
   /* From here on every rank sees the same request, and decides the same. */
   int64_t part = 0, whole = 0;
   if (bytes < 1 || bytes > INT64_MAX / PHX_RANKS_MAX / 2)
-    return phx__fail(err, PHX_INVALID, "shared memory '%s': %lld bytes per rank is out of range", name,
-                     (long long)bytes);
+    return phx_fail(err, PHX_INVALID, "shared memory '%s': %lld bytes per rank is out of range", name,
+                    (long long)bytes);
   part = page_up(bytes);
   whole = part * me->size;
   if (__atomic_load_n(&segment->n_shares, __ATOMIC_ACQUIRE) >= PHX__SHARES_MAX)
-    return phx__fail(err, PHX_UNSUPPORTED, "shared memory '%s': a job has at most %d parts", name, PHX__SHARES_MAX);
+    return phx_fail(err, PHX_UNSUPPORTED, "shared memory '%s': a job has at most %d parts", name, PHX__SHARES_MAX);
 
   mine.kind = PHX__POST_GROWN;
   mine.value = 0;
@@ -195,9 +194,8 @@ phx_status phx__segment_share(phx__member *me, const char *name, int64_t bytes, 
       mine.cause = errno;
     mine.value = (uint64_t)at;
   }
-  status = phx__exchange(me, &mine, all, err);
-  if (status == PHX_OK) status = check_causes(me, all, "grow the file of", name, bytes, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__exchange(me, &mine, all, err));
+  PHX_TRY(check_causes(me, all, "grow the file of", name, bytes, err));
 
   off_t at = (off_t)all[0].value;
   char *base = phx__sys.mmap(NULL, (size_t)whole, PROT_READ | PROT_WRITE, MAP_SHARED, me->fd, at);
@@ -210,7 +208,7 @@ phx_status phx__segment_share(phx__member *me, const char *name, int64_t bytes, 
     madvise(base, (size_t)whole, MADV_HUGEPAGE);
     mine.cause = prefault(base + part * me->rank, (size_t)part);
   }
-  status = phx__exchange(me, &mine, all, err);
+  phx_status status = phx__exchange(me, &mine, all, err);
   if (status == PHX_OK) status = check_causes(me, all, "map", name, bytes, err);
   if (status != PHX_OK) {
     if (base != MAP_FAILED) phx__sys.munmap(base, (size_t)whole);

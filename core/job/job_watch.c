@@ -342,13 +342,13 @@ phx_status phx__watch_start(const phx_job *job, phx__segment *segment, phx_error
   heard(&watcher, now);
   if (on_exit(on_ending, &watcher) != 0) {
     watcher.job = NULL;
-    return phx__fail(err, PHX_NOMEM, "cannot watch for the process's end (on_exit)");
+    return phx_fail(err, PHX_NOMEM, "cannot watch for the process's end (on_exit)");
   }
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are [main]'s */
   const int code = pthread_create(&thread, NULL, watch, &watcher);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
-  if (code != 0) return phx__fail_errno(err, PHX_NOMEM, code, "cannot start the thread that watches the ranks");
+  if (code != 0) return phx_fail_errno(err, PHX_NOMEM, code, "cannot start the thread that watches the ranks");
   pthread_detach(thread);
   return PHX_OK;
 }

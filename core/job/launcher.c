@@ -259,8 +259,7 @@ static void judge_progress(struct launch *l, uint64_t now) {
 static phx_status start(struct launch *l, const phx__spawn *spawn, phx_error *err) {
   for (int32_t r = 0; r < l->asked->ranks; r++) {
     struct rank *rank = &l->ranks[r];
-    phx_status status = phx__spawn_rank(spawn, r, &rank->pid, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx__spawn_rank(spawn, r, &rank->pid, err));
     rank->running = true;
     rank->moved_ns = phx__now_ns();
     /* Without pidfds (a kernel before 5.3) the tick finds the death. */
@@ -421,13 +420,13 @@ static int finish(struct launch *l) {
 
 static phx_status check(const phx__launch *asked, phx_error *err) {
   if (asked->ranks < 1 || asked->ranks > PHX_RANKS_MAX)
-    return phx__fail(err, PHX_INVALID, "ranks = %d; expected 1 to %d", asked->ranks, PHX_RANKS_MAX);
-  if (!asked->argv || !asked->argv[0]) return phx__fail(err, PHX_INVALID, "no command to start the ranks with");
+    return phx_fail(err, PHX_INVALID, "ranks = %d; expected 1 to %d", asked->ranks, PHX_RANKS_MAX);
+  if (!asked->argv || !asked->argv[0]) return phx_fail(err, PHX_INVALID, "no command to start the ranks with");
   if (asked->ranks > 1 && !asked->run_dir)
-    return phx__fail(err, PHX_INVALID, "no run directory for the logs of %d ranks", asked->ranks - 1);
+    return phx_fail(err, PHX_INVALID, "no run directory for the logs of %d ranks", asked->ranks - 1);
   if (asked->threads < 0 || !(asked->timeout_s >= 0) || asked->timeout_s > 1e9)
-    return phx__fail(err, PHX_INVALID, "threads = %d, timeout = %g; expected neither negative", asked->threads,
-                     asked->timeout_s);
+    return phx_fail(err, PHX_INVALID, "threads = %d, timeout = %g; expected neither negative", asked->threads,
+                    asked->timeout_s);
   return PHX_OK;
 }
 
@@ -440,10 +439,10 @@ static phx_status take_signals(struct launch *l, sigset_t *before, phx_error *er
   for (size_t i = 0; i < sizeof numbers / sizeof *numbers - !l->asked->saves; i++) /* SIGUSR1 is last */
     if (sigaction(numbers[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN) sigaddset(&taken, numbers[i]);
   if (sigprocmask(SIG_BLOCK, &taken, before) != 0)
-    return phx__fail_errno(err, PHX_INTERNAL, errno, "cannot block signals");
+    return phx_fail_errno(err, PHX_INTERNAL, errno, "cannot block signals");
   l->signals = signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);
   if (l->signals >= 0) return PHX_OK;
-  phx_status status = phx__fail_errno(err, PHX_NOMEM, errno, "cannot watch for signals (signalfd)");
+  phx_status status = phx_fail_errno(err, PHX_NOMEM, errno, "cannot watch for signals (signalfd)");
   sigprocmask(SIG_SETMASK, before, NULL);
   return status;
 }
@@ -452,7 +451,7 @@ static phx_status prepare(struct launch *l, phx_error *err) {
   size_t n = (size_t)l->asked->ranks;
   l->pages = phx__calloc(n, sizeof *l->pages);
   l->ends = phx__calloc(n, sizeof *l->ends);
-  if (!l->pages || !l->ends) return phx__fail(err, PHX_NOMEM, "no memory for the launcher's records");
+  if (!l->pages || !l->ends) return phx_fail(err, PHX_NOMEM, "no memory for the launcher's records");
   l->memfd = phx__job_create_segment(l->asked->ranks, err);
   if (l->memfd < 0) return PHX_NOMEM;
   phx_status status = phx__segment_map(l->memfd, l->asked->ranks, &l->segment, err);

@@ -41,7 +41,7 @@ static phx_status make_environment(surroundings *around, int32_t rank, int32_t s
   size_t count = 0, used = 0;
   while (environ[count]) count++;
   around->variables = phx__calloc(count + N_OWN + 1, sizeof *around->variables);
-  if (!around->variables) return phx__fail(err, PHX_NOMEM, "no memory for the environment of rank %d", rank);
+  if (!around->variables) return phx_fail(err, PHX_NOMEM, "no memory for the environment of rank %d", rank);
   snprintf(around->own[0], sizeof around->own[0], "PHALANX_RANK=%d", rank);
   snprintf(around->own[1], sizeof around->own[1], "PHALANX_WORLD_SIZE=%d", size);
   snprintf(around->own[2], sizeof around->own[2], "PHALANX_LOCAL_RANK=%d", rank);
@@ -61,12 +61,12 @@ static phx_status open_log(surroundings *around, int32_t rank, const char *run_d
   if (rank == 0) return PHX_OK;
   int used = snprintf(path, sizeof path, "%s/rank-%d.log", run_dir, rank);
   if (used < 0 || (size_t)used >= sizeof path)
-    return phx__fail(err, PHX_INVALID, "the run directory's name has more than %zu bytes", sizeof path - 20);
+    return phx_fail(err, PHX_INVALID, "the run directory's name has more than %zu bytes", sizeof path - 20);
   around->log = phx__sys.open(path, O_WRONLY | O_CREAT | O_APPEND, 0644);
   if (around->log < 0)
-    return phx__fail_errno(err, PHX_IO, errno, "cannot write %.300s, the log of rank %d", path, rank);
+    return phx_fail_errno(err, PHX_IO, errno, "cannot write %.300s, the log of rank %d", path, rank);
   around->null = phx__sys.open("/dev/null", O_RDONLY, 0);
-  if (around->null < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot open /dev/null for rank %d", rank);
+  if (around->null < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot open /dev/null for rank %d", rank);
   return PHX_OK;
 }
 
@@ -106,12 +106,12 @@ phx_status phx__spawn_rank(const phx__spawn *spawn, int32_t rank, pid_t *out, ph
   surroundings around = {.log = -1, .null = -1};
   pid_t launcher = getpid(), pid = -1;
   phx_status status;
-  PHX__TRY(make_environment(&around, rank, spawn->ranks, spawn->memfd, err));
-  PHX__TRY(open_log(&around, rank, spawn->run_dir, err));
+  PHX_TRY_GOTO(make_environment(&around, rank, spawn->ranks, spawn->memfd, err), status, done);
+  PHX_TRY_GOTO(open_log(&around, rank, spawn->run_dir, err), status, done);
   pid = fork();
   if (pid == 0) run_child(spawn, rank, launcher, &around);
   if (pid < 0) {
-    status = phx__fail_errno(err, PHX_NOMEM, errno, "cannot start rank %d (fork)", rank);
+    status = phx_fail_errno(err, PHX_NOMEM, errno, "cannot start rank %d (fork)", rank);
     goto done;
   }
   *out = pid;

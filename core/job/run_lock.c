@@ -142,20 +142,20 @@ static bool beyond_limit(int ms) { return phx__run_lock_limit_ms > 0 && ms > phx
 
 /* A shorter look at the file would take a run that lives for a dead one. */
 static phx_status refuse_to_wait(const char *dir, const char *path, const holder *h, phx_error *err) {
-  return phx__fail(err, PHX_INVALID,
-                   "run.out = %s: %s is of process %ld on host %s, of which nothing more is known here; to wait %.1f s "
-                   "for a sign of life is more than [run] timeout allows the other ranks: raise it, or remove the file "
-                   "if that run has ended", dir, path, h->pid, h->host, 1e-3 * phx__run_lock_patience_ms);
+  return phx_fail(err, PHX_INVALID,
+                  "run.out = %s: %s is of process %ld on host %s, of which nothing more is known here; to wait %.1f s "
+                  "for a sign of life is more than [run] timeout allows the other ranks: raise it, or remove the file "
+                  "if that run has ended", dir, path, h->pid, h->host, 1e-3 * phx__run_lock_patience_ms);
 }
 
 static phx_status refuse(const char *dir, const char *path, const holder *h, phx_error *err) {
   if (!h->host[0])
-    return phx__fail(err, PHX_INVALID,
-                     "run.out = %s is in use by another run (%s): wait until it has ended, or change run.out", dir,
-                     path);
-  return phx__fail(err, PHX_INVALID,
-                   "run.out = %s is in use by another run: process %ld on host %s, started %s (%s): wait until it has "
-                   "ended, or change run.out", dir, h->pid, h->host, h->started, path);
+    return phx_fail(err, PHX_INVALID,
+                    "run.out = %s is in use by another run (%s): wait until it has ended, or change run.out", dir,
+                    path);
+  return phx_fail(err, PHX_INVALID,
+                  "run.out = %s is in use by another run: process %ld on host %s, started %s (%s): wait until it has "
+                  "ended, or change run.out", dir, h->pid, h->host, h->started, path);
 }
 
 /* A name that nobody else uses, beside the lock. */
@@ -174,21 +174,21 @@ static phx_status create(const char *path, int *out, bool *taken, phx_error *err
   *taken = false;
   name_beside(part, path);
   int fd = phx__sys.open(part, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0644);
-  if (fd < 0) return phx__fail_errno(err, PHX_IO, errno, "cannot create %s", part);
+  if (fd < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot create %s", part);
   if (phx__sys.pwrite(fd, text, (size_t)length, 0) != length)
-    status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", part);
+    status = phx_fail_errno(err, PHX_IO, errno, "cannot write %s", part);
   phx__sys.lock(fd); /* where there are none, what is written in the file has to do */
   const int failed = !status && phx__sys.link(part, path) ? errno : 0;
   if (!status) *taken = !failed || (!phx__sys.fstat(fd, &st) && st.st_nlink == 2); /* over NFS an answer may be lost */
   if (!status && !*taken && failed != EEXIST) {
     const int other = phx__sys.open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0644);
-    if (other < 0 && errno != EEXIST) status = phx__fail_errno(err, PHX_IO, errno, "cannot create %s", path);
+    if (other < 0 && errno != EEXIST) status = phx_fail_errno(err, PHX_IO, errno, "cannot create %s", path);
     if (other >= 0) {
       phx__sys.close(fd);
       fd = other;
       phx__sys.lock(fd);
       *taken = phx__sys.pwrite(fd, text, (size_t)length, 0) == length;
-      if (!*taken) status = phx__fail_errno(err, PHX_IO, errno, "cannot write %s", path);
+      if (!*taken) status = phx_fail_errno(err, PHX_IO, errno, "cannot write %s", path);
     }
   }
   phx__sys.unlink(part);
@@ -227,17 +227,17 @@ static phx_status judge(const char *dir, const char *path, bool *free, bool *lef
     return PHX_OK;
   }
   if (fd < 0 && errno == ELOOP)
-    return phx__fail(err, PHX_INVALID, "%s is a link: remove it, or change run.out", path);
-  if (fd < 0) return phx__fail_errno(err, PHX_INVALID, errno, "cannot open %s", path);
+    return phx_fail(err, PHX_INVALID, "%s is a link: remove it, or change run.out", path);
+  if (fd < 0) return phx_fail_errno(err, PHX_INVALID, errno, "cannot open %s", path);
   phx_status status = PHX_OK;
   if (phx__sys.fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-    status = phx__fail(err, PHX_INVALID, "%s is not a regular file: remove it, or change run.out", path);
+    status = phx_fail(err, PHX_INVALID, "%s is not a regular file: remove it, or change run.out", path);
     goto done;
   }
   const bool locked = phx__sys.lock(fd) && (errno == EAGAIN || errno == EACCES);
   const reading r = read_holder(path, &h, &start);
   if (r == READ_UNKNOWN) {
-    status = phx__fail_errno(err, PHX_INVALID, errno, "cannot read %s", path);
+    status = phx_fail_errno(err, PHX_INVALID, errno, "cannot read %s", path);
   } else if (locked) { /* ranks of a launcher that was killed may be on their way out */
     *leftover = r != READ_OK || (is_of_this_machine(&h) && start_of(h.pid) != start);
     status = refuse(dir, path, &h, err);
@@ -269,7 +269,7 @@ static phx_status take_file(const char *dir, const char *path, int *fd, phx_erro
     nanosleep(&(struct timespec){0, 50000000}, NULL);
     waited_ms += 50;
   }
-  return status ? status : phx__fail(err, PHX_INVALID, "run.out = %s: others take %s all the time", dir, path);
+  return status ? status : phx_fail(err, PHX_INVALID, "run.out = %s: others take %s all the time", dir, path);
 }
 
 /* ---- watching ---- */
@@ -328,7 +328,7 @@ static phx_status start_watching(phx_error *err) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   const int failed = pthread_create(&run_lock.thread, NULL, watch, NULL);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
-  if (failed) return phx__fail_errno(err, PHX_NOMEM, failed, "cannot start the thread that watches %s", run_lock.path);
+  if (failed) return phx_fail_errno(err, PHX_NOMEM, failed, "cannot start the thread that watches %s", run_lock.path);
   run_lock.watching = true;
   return PHX_OK;
 }
@@ -346,19 +346,17 @@ static void stop_watching(void) {
 /* ---- for callers ---- */
 static phx_status path_in(const char *dir, char path[PATH_BYTES], phx_error *err) {
   if (snprintf(path, PATH_BYTES, "%s/" PHX__LOCK_NAME, dir) < PATH_BYTES - 64) return PHX_OK;
-  return phx__fail(err, PHX_INVALID, "%.200s...: the path is too long", dir);
+  return phx_fail(err, PHX_INVALID, "%.200s...: the path is too long", dir);
 }
 
 phx_status phx__run_lock_take(const char *dir, phx_error *err) {
-  if (run_lock.held) return phx__fail(err, PHX_STATE, "a second lock, of %s, in one process", dir);
-  phx_status status = path_in(dir, run_lock.path, err);
-  if (status) return status;
+  if (run_lock.held) return phx_fail(err, PHX_STATE, "a second lock, of %s, in one process", dir);
+  PHX_TRY(path_in(dir, run_lock.path, err));
   fill_mine(&run_lock.mine);
-  status = take_file(dir, run_lock.path, &run_lock.fd, err);
-  if (status) return status;
+  PHX_TRY(take_file(dir, run_lock.path, &run_lock.fd, err));
   run_lock.held = true;
   run_lock.adopted = false;
-  status = start_watching(err);
+  phx_status status = start_watching(err);
   if (status) phx__run_lock_release();
   return status;
 }
@@ -382,12 +380,11 @@ phx_status phx__run_lock_move(const char *dir, const char *moved, phx_error *err
 phx_status phx__run_lock_adopt(const char *dir, int fd, phx_error *err) {
   uint64_t ignored;
   struct stat st;
-  phx_status status = path_in(dir, run_lock.path, err);
-  if (status) return status;
+  PHX_TRY(path_in(dir, run_lock.path, err));
   if (phx__sys.fstat(fd, &st) || !S_ISREG(st.st_mode) || !same_file(fd, run_lock.path) ||
       read_holder(run_lock.path, &run_lock.mine, &ignored) != READ_OK)
-    return phx__fail(err, PHX_STATE, "%s is not the launcher's lock any more", run_lock.path);
-  if (fcntl(fd, F_SETFD, FD_CLOEXEC)) return phx__fail_errno(err, PHX_INTERNAL, errno, "cannot keep %s", run_lock.path);
+    return phx_fail(err, PHX_STATE, "%s is not the launcher's lock any more", run_lock.path);
+  if (fcntl(fd, F_SETFD, FD_CLOEXEC)) return phx_fail_errno(err, PHX_INTERNAL, errno, "cannot keep %s", run_lock.path);
   run_lock.fd = fd;
   run_lock.held = run_lock.adopted = true;
   return PHX_OK;
@@ -396,7 +393,7 @@ phx_status phx__run_lock_adopt(const char *dir, int fd, phx_error *err) {
 phx_status phx__run_lock_check(phx_error *err) {
   char why[sizeof run_lock.why];
   if (!run_lock.held || !look(why, sizeof why)) return PHX_OK;
-  return phx__fail(err, PHX_STATE, "%s; this run stops, and leaves everything as it is", why);
+  return phx_fail(err, PHX_STATE, "%s; this run stops, and leaves everything as it is", why);
 }
 
 phx_status phx__run_lock_seen(phx_error *err) {
@@ -404,7 +401,7 @@ phx_status phx__run_lock_seen(phx_error *err) {
   if (!run_lock.watching) return PHX_OK;
   pthread_mutex_lock(&run_lock.mutex);
   if (run_lock.lost)
-    status = phx__fail(err, PHX_STATE, "%s; this run stops, and leaves everything as it is", run_lock.why);
+    status = phx_fail(err, PHX_STATE, "%s; this run stops, and leaves everything as it is", run_lock.why);
   pthread_mutex_unlock(&run_lock.mutex);
   return status;
 }

@@ -103,18 +103,17 @@ static int connect_one(const struct addrinfo *a) {
 }
 
 static phx_status fail_unreached(const phx__store_place *place, int why, phx_error *err) {
-  return phx__fail_errno(err, PHX_COMM, why,
-                         "rank %d did not reach rank 0 at MASTER_ADDR=%s, port %s, within %g s: does rank 0 run there, "
-                         "and is the port open?  The last try said", place->rank, place->address, place->port,
-                         place->timeout_s);
+  return phx_fail_errno(err, PHX_COMM, why,
+                        "rank %d did not reach rank 0 at MASTER_ADDR=%s, port %s, within %g s: does rank 0 run there, "
+                        "and is the port open?  The last try said", place->rank, place->address, place->port,
+                        place->timeout_s);
 }
 
 /* Tries every address that the name has, again and again: rank 0 may come later. */
 static phx_status reach(const phx__store_place *place, waited *w, int *out, phx_error *err) {
   struct addrinfo *found = NULL;
   int fd = -1, why = 0;
-  const phx_status status = phx__store_resolve(place, &found, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__store_resolve(place, &found, err));
   while (fd < 0) {
     for (const struct addrinfo *a = found; a && fd < 0; a = a->ai_next) {
       fd = connect_one(a);
@@ -150,17 +149,17 @@ static phx_status prove(phx__store *s, phx_error *err) {
   uint8_t expected[PHX__PROOF_BYTES], frame[PHX__WIRE_HEAD + PHX__PROOF_BYTES];
   const phx__frame head = {PHX__WIRE_PROOF, s->place.rank, s->place.job, 0, PHX__PROOF_BYTES};
   if (!has_secret(s))
-    return phx__fail(err, PHX_INVALID,
-                     "rank 0 at %s, port %s, asks rank %d for the job's secret: give every rank the PHALANX_SECRET or "
-                     "PHALANX_SECRET_FILE of rank 0 (or another job meets there: give each a MASTER_PORT of its own)",
-                     s->place.address, s->place.port, s->place.rank);
+    return phx_fail(err, PHX_INVALID,
+                    "rank 0 at %s, port %s, asks rank %d for the job's secret: give every rank the PHALANX_SECRET or "
+                    "PHALANX_SECRET_FILE of rank 0 (or another job meets there: give each a MASTER_PORT of its own)",
+                    s->place.address, s->place.port, s->place.rank);
   memcpy(s->claim.stores, s->body, PHX__WIRE_NONCE);
   phx__claim_prove(&s->claim, s->place.secret, PHX__PROOF_OF_STORE, expected);
   if (!phx__proofs_are_equal(expected, s->body + PHX__WIRE_NONCE))
-    return phx__fail(err, PHX_INVALID,
-                     "what listens at MASTER_ADDR=%s, port %s, does not know the secret of rank %d: it has another "
-                     "PHALANX_SECRET, or another job meets there: give each job a MASTER_PORT of its own",
-                     s->place.address, s->place.port, s->place.rank);
+    return phx_fail(err, PHX_INVALID,
+                    "what listens at MASTER_ADDR=%s, port %s, does not know the secret of rank %d: it has another "
+                    "PHALANX_SECRET, or another job meets there: give each job a MASTER_PORT of its own",
+                    s->place.address, s->place.port, s->place.rank);
   phx__frame_head(&head, frame);
   phx__claim_prove(&s->claim, s->place.secret, PHX__PROOF_OF_RANK, frame + PHX__WIRE_HEAD);
   s->proved = true;
@@ -173,16 +172,16 @@ static phx_status take_answer(phx__store *s, phx_error *err) {
   char *text = (char *)s->body;
   if (f->kind == PHX__WIRE_REFUSED || f->kind == PHX__WIRE_FAILED) phx__clean(text, f->bytes);
   if (f->kind == PHX__WIRE_REFUSED)
-    return phx__fail(err, PHX_INVALID, "rank %d is refused by rank 0 at %s, port %s: %.*s", s->place.rank,
-                     s->place.address, s->place.port, (int)f->bytes, text);
-  if (f->kind == PHX__WIRE_FAILED) return phx__fail(err, PHX_COMM, "the ranks did not meet: %.*s", (int)f->bytes, text);
+    return phx_fail(err, PHX_INVALID, "rank %d is refused by rank 0 at %s, port %s: %.*s", s->place.rank,
+                    s->place.address, s->place.port, (int)f->bytes, text);
+  if (f->kind == PHX__WIRE_FAILED) return phx_fail(err, PHX_COMM, "the ranks did not meet: %.*s", (int)f->bytes, text);
   if (f->kind != PHX__WIRE_WELCOME || f->bytes != (uint32_t)s->place.size * PHX__WIRE_PLACE)
-    return phx__fail(err, PHX_COMM, "rank 0 at %s, port %s, gives an answer of another version: all ranks must be the "
-                     "same phalanx", s->place.address, s->place.port);
+    return phx_fail(err, PHX_COMM, "rank 0 at %s, port %s, gives an answer of another version: all ranks must be the "
+                    "same phalanx", s->place.address, s->place.port);
   if (has_secret(s) && !s->proved)
-    return phx__fail(err, PHX_INVALID,
-                     "what listens at MASTER_ADDR=%s, port %s, lets rank %d in without its secret: it is not rank 0 of "
-                     "this job", s->place.address, s->place.port, s->place.rank);
+    return phx_fail(err, PHX_INVALID,
+                    "what listens at MASTER_ADDR=%s, port %s, lets rank %d in without its secret: it is not rank 0 of "
+                    "this job", s->place.address, s->place.port, s->place.rank);
   s->session = f->session;
   memcpy(s->places, s->body, f->bytes);
   for (int32_t r = 0; r < s->place.size; r++) {
@@ -201,26 +200,24 @@ static bool is_challenge(const phx__store *s, int got) {
 static phx_status come(phx__store *s, phx_error *err) {
   waited all = wait_begin(s->place.timeout_s);
   for (;;) {
-    phx_status status = reach(&s->place, &all, &s->wire.fd, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(reach(&s->place, &all, &s->wire.fd, err));
     waited here = wait_begin(with_grace(s->place.timeout_s));
     int got = say_hello(s) ? PHX__WIRE_MORE : PHX__WIRE_CLOSED;
     while (got == PHX__WIRE_MORE) {
       if (wait_is_over(&here))
-        return phx__fail(err, PHX_COMM, "rank %d is connected to %s, port %s, but rank 0 does not answer within %g s",
-                         s->place.rank, s->place.address, s->place.port, here.limit_s);
+        return phx_fail(err, PHX_COMM, "rank %d is connected to %s, port %s, but rank 0 does not answer within %g s",
+                        s->place.rank, s->place.address, s->place.port, here.limit_s);
       if (poll_one(s->wire.fd, POLLIN, SLICE_MS) != 0) got = phx__wire_read(&s->wire);
       if (!is_challenge(s, got)) continue;
-      status = prove(s, err);
-      if (status != PHX_OK) return status;
+      PHX_TRY(prove(s, err));
       got = PHX__WIRE_MORE;
     }
     const int why = errno;
     if (got == PHX__WIRE_WHOLE) return take_answer(s, err);
     if (got == PHX__WIRE_GARBAGE)
-      return phx__fail(err, PHX_COMM,
-                       "what listens at MASTER_ADDR=%s, port %s, is no rank 0 of this version: another program's port? "
-                       "Set MASTER_PORT to a free one, on every machine", s->place.address, s->place.port);
+      return phx_fail(err, PHX_COMM,
+                      "what listens at MASTER_ADDR=%s, port %s, is no rank 0 of this version: another program's port? "
+                      "Set MASTER_PORT to a free one, on every machine", s->place.address, s->place.port);
     phx__sys.close(s->wire.fd);
     s->wire.fd = -1;
     s->wire.have = 0;
@@ -317,7 +314,7 @@ static phx_status start(phx__store *s, phx_error *err) {
   pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are [main]'s */
   const int code = pthread_create(&s->thread, NULL, listen_to, s);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
-  if (code != 0) return phx__fail_errno(err, PHX_NOMEM, code, "cannot start the thread that listens to the store");
+  if (code != 0) return phx_fail_errno(err, PHX_NOMEM, code, "cannot start the thread that listens to the store");
   s->running = true;
   return PHX_OK;
 }
@@ -340,10 +337,10 @@ phx_status phx__store_open(const phx__store_place *place, phx__store **out, phx_
   phx_status status = PHX_OK;
   pthread_condattr_t monotonic;
   if (place->size < 1 || place->size > PHX_RANKS_MAX || place->rank < 0 || place->rank >= place->size)
-    return phx__fail(err, PHX_INVALID, "the store joins 1 to %d ranks; this is rank %d of %d", PHX_RANKS_MAX,
-                     place->rank, place->size);
+    return phx_fail(err, PHX_INVALID, "the store joins 1 to %d ranks; this is rank %d of %d", PHX_RANKS_MAX,
+                    place->rank, place->size);
   phx__store *s = phx__calloc(1, sizeof *s);
-  if (!s) return phx__fail(err, PHX_NOMEM, "no memory for the store's connection, %zu bytes", sizeof *s);
+  if (!s) return phx_fail(err, PHX_NOMEM, "no memory for the store's connection, %zu bytes", sizeof *s);
   s->place = *place;
   s->claim = (phx__claim){.job = place->job, .rank = place->rank, .size = place->size};
   s->wire = (phx__wire){.fd = -1, .limit = sizeof s->body, .body = s->body};
@@ -354,14 +351,14 @@ phx_status phx__store_open(const phx__store_place *place, phx__store **out, phx_
   pthread_condattr_destroy(&monotonic);
   s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (s->wake < 0) {
-    status = phx__fail_errno(err, PHX_NOMEM, errno, "the store needs an eventfd");
+    status = phx_fail_errno(err, PHX_NOMEM, errno, "the store needs an eventfd");
     goto done;
   }
-  PHX__TRY(phx__random(s->claim.mine, sizeof s->claim.mine, err));
-  if (place->rank == 0) PHX__TRY(phx__store_serve(place, &s->server, err));
-  PHX__TRY(come(s, err));
+  PHX_TRY_GOTO(phx__random(s->claim.mine, sizeof s->claim.mine, err), status, done);
+  if (place->rank == 0) PHX_TRY_GOTO(phx__store_serve(place, &s->server, err), status, done);
+  PHX_TRY_GOTO(come(s, err), status, done);
   s->place.secret = NULL; /* the caller's, until here */
-  PHX__TRY(start(s, err));
+  PHX_TRY_GOTO(start(s, err), status, done);
   *out = s;
   return PHX_OK;
 done:
@@ -413,26 +410,26 @@ static phx_status await(phx__store *s, const char *name, phx_error *err) {
   while (s->done < s->round && !s->failed) {
     struct timespec until;
     if (wait_is_over(&w))
-      return phx__fail(err, PHX_COMM, "the store at rank 0 (%s) did not answer in '%s' within %g s", s->places[0], name,
-                       w.limit_s);
+      return phx_fail(err, PHX_COMM, "the store at rank 0 (%s) did not answer in '%s' within %g s", s->places[0], name,
+                      w.limit_s);
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += SLICE_MS * 1000000L;
     if (until.tv_nsec >= 1000000000L) until.tv_sec++, until.tv_nsec -= 1000000000L;
     pthread_cond_timedwait(&s->changed, &s->lock, &until);
   }
-  return s->done == s->round ? PHX_OK : phx__fail(err, PHX_COMM, "the job has failed: %s", s->message);
+  return s->done == s->round ? PHX_OK : phx_fail(err, PHX_COMM, "the job has failed: %s", s->message);
 }
 
 phx_status phx__store_exchange(phx__store *s, const char *name, const void *mine, int64_t bytes, void *all,
                                phx_error *err) {
   uint8_t frame[PHX__WIRE_HEAD + PHX__WIRE_TO_STORE] = {0};
   if (bytes < 1 || bytes > PHX_EXCHANGE_MAX)
-    return phx__fail(err, PHX_INVALID, "exchange '%s': %lld bytes; expected 1 to %d", name, (long long)bytes,
-                     PHX_EXCHANGE_MAX);
+    return phx_fail(err, PHX_INVALID, "exchange '%s': %lld bytes; expected 1 to %d", name, (long long)bytes,
+                    PHX_EXCHANGE_MAX);
   pthread_mutex_lock(&s->lock);
   phx_status status = PHX_OK;
   if (s->failed) {
-    status = phx__fail(err, PHX_COMM, "the job has failed: %s", s->message);
+    status = phx_fail(err, PHX_COMM, "the job has failed: %s", s->message);
     goto done;
   }
   s->round++;

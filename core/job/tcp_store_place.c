@@ -20,15 +20,15 @@ phx_status phx__store_resolve(const phx__store_place *place, struct addrinfo **o
   struct addrinfo *found = NULL;
   const int code = getaddrinfo(place->address, place->port, &hints, &found);
   if (code != 0)
-    return phx__fail(err, PHX_COMM, "MASTER_ADDR=%s, MASTER_PORT=%s: %s", place->address, place->port,
-                     gai_strerror(code));
+    return phx_fail(err, PHX_COMM, "MASTER_ADDR=%s, MASTER_PORT=%s: %s", place->address, place->port,
+                    gai_strerror(code));
   for (const struct addrinfo *a = found; a; a = a->ai_next) {
     if (!is_any_address(a->ai_addr)) continue;
     freeaddrinfo(found);
-    return phx__fail(err, PHX_INVALID,
-                     "MASTER_ADDR=%s means every address of a machine, and rank 0 would listen on all of its networks: "
-                     "set it to the one address of rank 0's machine that the others reach, on every machine",
-                     place->address);
+    return phx_fail(err, PHX_INVALID,
+                    "MASTER_ADDR=%s means every address of a machine, and rank 0 would listen on all of its networks: "
+                    "set it to the one address of rank 0's machine that the others reach, on every machine",
+                    place->address);
   }
   *out = found;
   return PHX_OK;

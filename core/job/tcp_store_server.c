@@ -424,23 +424,22 @@ static phx_status fail_listen(const phx__store_place *place, int why, phx_error 
   char host[64] = "this machine";
   gethostname(host, sizeof host - 1);
   if (why == EADDRINUSE)
-    return phx__fail(err, PHX_COMM,
-                     "port %s of %s is in use: another job meets there, or another program listens; set MASTER_PORT to "
-                     "a free port, on every machine", place->port, place->address);
+    return phx_fail(err, PHX_COMM,
+                    "port %s of %s is in use: another job meets there, or another program listens; set MASTER_PORT to "
+                    "a free port, on every machine", place->port, place->address);
   if (why == EADDRNOTAVAIL)
-    return phx__fail(err, PHX_COMM,
-                     "MASTER_ADDR=%s is no address of %s, where rank 0 runs: set it to one of this machine's that the "
-                     "others reach, on every machine", place->address, host);
-  return phx__fail_errno(err, PHX_COMM, why, "rank 0 cannot listen at MASTER_ADDR=%s, port %s", place->address,
-                         place->port);
+    return phx_fail(err, PHX_COMM,
+                    "MASTER_ADDR=%s is no address of %s, where rank 0 runs: set it to one of this machine's that the "
+                    "others reach, on every machine", place->address, host);
+  return phx_fail_errno(err, PHX_COMM, why, "rank 0 cannot listen at MASTER_ADDR=%s, port %s", place->address,
+                        place->port);
 }
 
 static phx_status listen_at(phx__store_server *s, phx_error *err) {
   const phx__store_place *place = &s->place;
   struct addrinfo *found = NULL;
   int why = 0, yes = 1;
-  const phx_status status = phx__store_resolve(place, &found, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__store_resolve(place, &found, err));
   for (struct addrinfo *a = found; a && s->listener < 0; a = a->ai_next) {
     char host[64] = "";
     const int fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -483,21 +482,21 @@ phx_status phx__store_serve(const phx__store_place *place, phx__store_server **o
   phx__store_server *s = phx__calloc(1, sizeof *s);
   phx_status status = PHX_OK;
   sigset_t all, before;
-  if (!s) return phx__fail(err, PHX_NOMEM, "no memory for the store of %d ranks, %zu bytes", place->size, sizeof *s);
+  if (!s) return phx_fail(err, PHX_NOMEM, "no memory for the store of %d ranks, %zu bytes", place->size, sizeof *s);
   set_up(s, place);
   if (getrandom(&s->session, sizeof s->session, GRND_NONBLOCK) < 0) s->session = s->started_ns;
   s->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (s->wake < 0) {
-    status = phx__fail_errno(err, PHX_NOMEM, errno, "the store needs an eventfd");
+    status = phx_fail_errno(err, PHX_NOMEM, errno, "the store needs an eventfd");
     goto done;
   }
-  PHX__TRY(listen_at(s, err));
+  PHX_TRY_GOTO(listen_at(s, err), status, done);
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are [main]'s */
   const int code = pthread_create(&s->thread, NULL, serve, s);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   if (code != 0) {
-    status = phx__fail_errno(err, PHX_NOMEM, code, "cannot start the store's thread");
+    status = phx_fail_errno(err, PHX_NOMEM, code, "cannot start the store's thread");
     goto done;
   }
   *out = s;

@@ -326,7 +326,7 @@ phx_status phx__config_plugin_path(const char *file, char **out, phx_error *err)
   phx_status status = PHX_OK;
   store *p = phx__calloc(1, sizeof *p);
   *out = NULL;
-  if (!p) return phx__fail(err, PHX_NOMEM, "%s: out of memory", file);
+  if (!p) return phx_fail(err, PHX_NOMEM, "%s: out of memory", file);
   p->path = phx__config_keep_text(p, file);
   status = p->path ? phx__config_add_file(p, err) : PHX_NOMEM;
   const char *value = NULL;
@@ -334,7 +334,7 @@ phx_status phx__config_plugin_path(const char *file, char **out, phx_error *err)
     if (strcmp(e->section, "plugins") == 0 && strcmp(e->key, "path") == 0) value = e->value;
   if (!status && p->oom) status = PHX_NOMEM;
   if (!status && value) *out = phx__strdup(value);
-  if (status == PHX_NOMEM || (!status && value && !*out)) status = phx__fail(err, PHX_NOMEM, "%s: out of memory", file);
+  if (status == PHX_NOMEM || (!status && value && !*out)) status = phx_fail(err, PHX_NOMEM, "%s: out of memory", file);
   phx__config_forget(p);
   phx__free(p);
   return status;

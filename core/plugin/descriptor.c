@@ -40,16 +40,16 @@ static const entry *const calls_of_kind[] = {[PHX_KIND_STRATEGY] = strategy_call
 
 static phx_status check_table(const phx_plugin *d, phx_error *err) {
   size_t bytes;
-  if (!d->table) return phx__fail(err, PHX_INVALID, "has no %s table", phx__kind_name(d->kind));
+  if (!d->table) return phx_fail(err, PHX_INVALID, "has no %s table", phx__kind_name(d->kind));
   memcpy(&bytes, d->table, sizeof bytes); /* every table begins with its struct_size */
   if (bytes < sizeof bytes || bytes > TABLE_LARGEST || bytes % sizeof(void *))
-    return phx__fail(err, PHX_INVALID, "its %s table says it has %zu bytes: not plausible", phx__kind_name(d->kind),
-                     bytes);
+    return phx_fail(err, PHX_INVALID, "its %s table says it has %zu bytes: not plausible", phx__kind_name(d->kind),
+                    bytes);
   for (const entry *e = calls_of_kind[d->kind]; e->name; e++) {
     void (*call)(void) = NULL;
     if (e->offset + sizeof call <= bytes) memcpy(&call, (const char *)d->table + e->offset, sizeof call);
     if (!call)
-      return phx__fail(err, PHX_INVALID, "its %s table lacks the mandatory call %s", phx__kind_name(d->kind), e->name);
+      return phx_fail(err, PHX_INVALID, "its %s table lacks the mandatory call %s", phx__kind_name(d->kind), e->name);
   }
   return PHX_OK;
 }
@@ -59,62 +59,60 @@ static phx_status check_needs(const phx_plugin *d, phx_error *err) {
   uint64_t unknown = d->needs & ~(uint64_t)(PHX_NEED_HOST_MEMORY | PHX_NEED_TWO_RANKS | PHX_NEED_ONE_MACHINE |
                                             PHX_NEED_OWN_DEVICE);
   if (unknown)
-    return phx__fail(err, PHX_UNSUPPORTED, "needs bit %d, which this phalanx does not know: use a newer phalanx",
-                     __builtin_ctzll(unknown));
+    return phx_fail(err, PHX_UNSUPPORTED, "needs bit %d, which this phalanx does not know: use a newer phalanx",
+                    __builtin_ctzll(unknown));
   for (const char *const *ext = d->extensions; ext && *ext; ext++) {
     size_t i = 0, n = sizeof offered / sizeof offered[0];
     while (i < n && strcmp(*ext, offered[i]) != 0) i++;
     if (i == n)
-      return phx__fail(err, PHX_UNSUPPORTED, "needs the host extension '%s', which this phalanx does not offer", *ext);
+      return phx_fail(err, PHX_UNSUPPORTED, "needs the host extension '%s', which this phalanx does not offer", *ext);
   }
   return PHX_OK;
 }
 
 static phx_status check_id(const phx_plugin *d, const char *name, phx_error *err) {
   if (!d->id || !phx__name_is_plain(d->id, ID_LONGEST))
-    return phx__fail(err, PHX_INVALID, "its id is not of the form [a-z0-9_]{1,32}");
+    return phx_fail(err, PHX_INVALID, "its id is not of the form [a-z0-9_]{1,32}");
   if (name && strcmp(name, d->id) != 0)
-    return phx__fail(err, PHX_INVALID, "its id is '%s', but its file's name says '%s': rename the file", d->id, name);
+    return phx_fail(err, PHX_INVALID, "its id is '%s', but its file's name says '%s': rename the file", d->id, name);
   if (phx__core_section(d->id))
-    return phx__fail(err, PHX_INVALID, "its id '%s' is the name of one of the core's own sections", d->id);
+    return phx_fail(err, PHX_INVALID, "its id '%s' is the name of one of the core's own sections", d->id);
   if (!d->version || !d->summary || !d->vendor || !d->license || !d->build)
-    return phx__fail(err, PHX_INVALID, "version, summary, vendor, license and build must not be NULL");
+    return phx_fail(err, PHX_INVALID, "version, summary, vendor, license and build must not be NULL");
   return PHX_OK;
 }
 
 phx_status phx__descriptor_check(const phx_plugin *d, uint32_t kind, const char *name, phx_error *err) {
-  phx_status status;
   if (!d || d->struct_size < offsetof(phx_plugin, table) + sizeof d->table)
-    return phx__fail(err, PHX_INVALID, "its descriptor is missing or shorter than version 1 (%zu bytes, expected %zu)",
-                     d ? d->struct_size : 0, sizeof *d);
+    return phx_fail(err, PHX_INVALID, "its descriptor is missing or shorter than version 1 (%zu bytes, expected %zu)",
+                    d ? d->struct_size : 0, sizeof *d);
   if (d->struct_size > TABLE_LARGEST)
-    return phx__fail(err, PHX_INVALID, "its descriptor says it has %zu bytes: not plausible (expected %zu, at most %d)",
-                     d->struct_size, sizeof *d, TABLE_LARGEST);
+    return phx_fail(err, PHX_INVALID, "its descriptor says it has %zu bytes: not plausible (expected %zu, at most %d)",
+                    d->struct_size, sizeof *d, TABLE_LARGEST);
   if (d->table_major != PHX_ABI_MAJOR)
-    return phx__fail(err, PHX_UNSUPPORTED, "was built for ABI %u, this phalanx speaks ABI %d: build it again",
-                     (unsigned)d->table_major, PHX_ABI_MAJOR);
+    return phx_fail(err, PHX_UNSUPPORTED, "was built for ABI %u, this phalanx speaks ABI %d: build it again",
+                    (unsigned)d->table_major, PHX_ABI_MAJOR);
   if (d->table_minor < PHX_ABI_MINOR_OLDEST)
-    return phx__fail(err, PHX_UNSUPPORTED,
-                     "was built for ABI %u.%u, and the oldest that is taken is %d.%d: build it again",
-                     (unsigned)d->table_major, (unsigned)d->table_minor, PHX_ABI_MAJOR, PHX_ABI_MINOR_OLDEST);
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "was built for ABI %u.%u, and the oldest that is taken is %d.%d: build it again",
+                    (unsigned)d->table_major, (unsigned)d->table_minor, PHX_ABI_MAJOR, PHX_ABI_MINOR_OLDEST);
   const unsigned reserved1 = PHX_HAS(d, phx_plugin, reserved1) ? d->reserved1 : 0;
   if (d->reserved0 || reserved1)
-    return phx__fail(err, PHX_INVALID, "its descriptor has reserved0 = %u, reserved1 = %u; expected 0",
-                     (unsigned)d->reserved0, reserved1);
+    return phx_fail(err, PHX_INVALID, "its descriptor has reserved0 = %u, reserved1 = %u; expected 0",
+                    (unsigned)d->reserved0, reserved1);
   if (d->kind < PHX_KIND_STRATEGY || d->kind > PHX_KIND_MODEL)
-    return phx__fail(err, PHX_INVALID, "says it is of kind %u, which this phalanx does not know; a %s was asked for",
-                     (unsigned)d->kind, phx__kind_name(kind));
+    return phx_fail(err, PHX_INVALID, "says it is of kind %u, which this phalanx does not know; a %s was asked for",
+                    (unsigned)d->kind, phx__kind_name(kind));
   if (d->kind != kind)
-    return phx__fail(err, PHX_INVALID, "is a %s plugin (kind %u), a %s was asked for", phx__kind_name(d->kind),
-                     (unsigned)d->kind, phx__kind_name(kind));
-  PHX__TRY(check_id(d, name, err));
-  PHX__TRY(check_needs(d, err));
+    return phx_fail(err, PHX_INVALID, "is a %s plugin (kind %u), a %s was asked for", phx__kind_name(d->kind),
+                    (unsigned)d->kind, phx__kind_name(kind));
+  PHX_TRY(check_id(d, name, err));
+  PHX_TRY(check_needs(d, err));
   if (d->config_size > CONFIG_LARGEST)
-    return phx__fail(err, PHX_INVALID, "config_size %zu is not plausible", d->config_size);
-  PHX__TRY(phx__options_check(d->options, d->n_options, d->option_stride, d->config_size, err));
-  PHX__TRY(check_table(d, err));
-done:
-  return status;
+    return phx_fail(err, PHX_INVALID, "config_size %zu is not plausible", d->config_size);
+  PHX_TRY(phx__options_check(d->options, d->n_options, d->option_stride, d->config_size, err));
+  PHX_TRY(check_table(d, err));
+  return PHX_OK;
 }
 
 phx_status phx__descriptor_probe(const phx_plugin *d, phx_error *err) {

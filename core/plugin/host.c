@@ -52,7 +52,7 @@ static phx_status book_room(phx__memory_book *book, phx_error *err) {
   if (book->n < book->room) return PHX_OK;
   size_t room = book->room ? 2 * book->room : 64;
   phx__allocation *list = phx__sys.realloc(book->list, room * sizeof *list);
-  if (!list) return phx__fail(err, PHX_NOMEM, "no memory for the memory book");
+  if (!list) return phx_fail(err, PHX_NOMEM, "no memory for the memory book");
   book->list = list;
   book->room = room;
   return PHX_OK;
@@ -82,27 +82,24 @@ static phx_status host_alloc(void *ctx, const phx_memory *what, void **out, phx_
   phx__memory_book *book = h->book;
   if (what->bytes <= 0 || what->bytes > INT64_MAX - PHX_ALIGN || what->kind < 0 || what->kind >= PHX_MEM_KINDS ||
       what->space < PHX_SPACE_DEVICE || what->space > PHX_SPACE_PINNED)
-    return phx__fail(err, PHX_INVALID, "%s asked for %lld bytes of memory kind %d in space %d", h->plugin,
-                     (long long)what->bytes, what->kind, what->space);
-  phx_status status = book_room(book, err);
-  if (status) return status;
+    return phx_fail(err, PHX_INVALID, "%s asked for %lld bytes of memory kind %d in space %d", h->plugin,
+                    (long long)what->bytes, what->kind, what->space);
+  PHX_TRY(book_room(book, err));
   const int64_t bytes = phx_align_bytes(what->bytes);
   void *p = NULL;
   const bool arena = what->comm && book->arena;
   if (arena) {
     if (bytes > book->arena_bytes - book->arena_used)
-      return phx__fail(err, PHX_NOMEM,
-                       "%s asked for %lld bytes of shared memory (%s), but its estimate left %lld: estimate() and "
-                       "create() of the strategy disagree",
-                       h->plugin, (long long)bytes, phx__memory_name(what->kind),
-                       (long long)(book->arena_bytes - book->arena_used));
+      return phx_fail(err, PHX_NOMEM,
+                      "%s asked for %lld bytes of shared memory (%s), but its estimate left %lld: estimate() and "
+                      "create() of the strategy disagree",
+                      h->plugin, (long long)bytes, phx__memory_name(what->kind),
+                      (long long)(book->arena_bytes - book->arena_used));
     p = book->arena + book->arena_used;
-    status = zero(book, p, bytes, err);
-    if (status) return status;
+    PHX_TRY(zero(book, p, bytes, err));
     book->arena_used += bytes;
   } else {
-    status = book->device_table->alloc(book->device_self, what->space, bytes, &p, err);
-    if (status) return status;
+    PHX_TRY(book->device_table->alloc(book->device_self, what->space, bytes, &p, err));
   }
   book->list[book->n++] = (phx__allocation){p, bytes, what->kind, what->space, arena, h};
   book->calls++;

@@ -74,7 +74,7 @@ static void *vtable_symbol(lt_user_data data, lt_module module, const char *name
 static phx_status ltdl_start(phx_error *err) {
   static bool started;
   if (started) return PHX_OK;
-  if (lt_dlinit() != 0) return phx__fail(err, PHX_INTERNAL, "libltdl does not start: %s", lt_dlerror());
+  if (lt_dlinit() != 0) return phx_fail(err, PHX_INTERNAL, "libltdl does not start: %s", lt_dlerror());
   static const lt_dlvtable prototype = {.name = "phx_dlopen",
                                         .sym_prefix = "",
                                         .module_open = vtable_open,
@@ -84,7 +84,7 @@ static phx_status ltdl_start(phx_error *err) {
   static lt_dlvtable vtable;
   vtable = prototype;
   free(lt_dlloader_remove("lt_dlopen")); /* else a failed open is tried again lazily, and "succeeds" */
-  if (lt_dlloader_add(&vtable) != 0) return phx__fail(err, PHX_INTERNAL, "libltdl takes no loader: %s", lt_dlerror());
+  if (lt_dlloader_add(&vtable) != 0) return phx_fail(err, PHX_INTERNAL, "libltdl takes no loader: %s", lt_dlerror());
   started = true;
   return PHX_OK;
 }
@@ -95,11 +95,11 @@ static phx_status find_entry(lt_dlhandle module, const char *path, phx_plugin_en
   Dl_info info;
   void *symbol = lt_dlsym(module, PHX_ENTRY_SYMBOL);
   if (!symbol)
-    return phx__fail(err, PHX_INVALID, "%s is not a phalanx plugin: it has no function " PHX_ENTRY_SYMBOL, path);
+    return phx_fail(err, PHX_INVALID, "%s is not a phalanx plugin: it has no function " PHX_ENTRY_SYMBOL, path);
   if (!dladdr(symbol, &info) || !info.dli_fname || stat(path, &ours) != 0 || stat(info.dli_fname, &theirs) != 0 ||
       ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino)
-    return phx__fail(err, PHX_INVALID, "%s is not a phalanx plugin: its " PHX_ENTRY_SYMBOL " comes from another file",
-                     path);
+    return phx_fail(err, PHX_INVALID, "%s is not a phalanx plugin: its " PHX_ENTRY_SYMBOL " comes from another file",
+                    path);
   memcpy(out, &symbol, sizeof symbol);
   return PHX_OK;
 }
@@ -114,7 +114,7 @@ static phx_status check(const phx_plugin *descriptor, uint32_t kind, const char 
                         phx_error *err) {
   phx_error reason = PHX_ERROR_INIT;
   phx_status status = phx__descriptor_check(descriptor, kind, name, &reason);
-  return status == PHX_OK ? PHX_OK : phx__fail(err, status, "%s: %s", path, reason.message);
+  return status == PHX_OK ? PHX_OK : phx_fail(err, status, "%s: %s", path, reason.message);
 }
 
 /* ---- pins ---- */
@@ -150,7 +150,7 @@ static phx_status check_pin(const loaded_plugin *mine, const char *path, phx_err
   if (!named && !lies_in(path, guard.directories)) return PHX_OK;
   const phx_status status = phx__sha256_fd(mine->fd, path, sha256, err);
   if (status || is_pinned(sha256)) return status;
-  return phx__fail(err, PHX_INVALID, "%s has the SHA-256 %s, which is not in [plugins] pin: refused", path, sha256);
+  return phx_fail(err, PHX_INVALID, "%s has the SHA-256 %s, which is not in [plugins] pin: refused", path, sha256);
 }
 
 static char *copy_of(const char *text, bool *lost) {
@@ -167,7 +167,7 @@ phx_status phx__loader_guard(const char *directories, const char *file, const ch
   guard.directories = copy_of(directories, &lost);
   guard.file = copy_of(file, &lost);
   guard.pins = copy_of(pins, &lost);
-  return lost ? phx__fail(err, PHX_NOMEM, "no memory for [plugins] pin") : PHX_OK;
+  return lost ? phx_fail(err, PHX_NOMEM, "no memory for [plugins] pin") : PHX_OK;
 }
 
 /* ---- loading ---- */
@@ -182,31 +182,31 @@ static phx_status load(const char *path, uint32_t kind, const char *name, const 
   phx_plugin_entry *entry = NULL;
   phx_status status;
   loaded_plugin *mine = phx__calloc(1, sizeof *mine);
-  if (!mine) return phx__fail(err, PHX_NOMEM, "out of memory");
+  if (!mine) return phx_fail(err, PHX_NOMEM, "out of memory");
   mine->fd = phx__sys.open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK, 0);
   if (mine->fd < 0) {
-    status = phx__fail_errno(err, PHX_INVALID, errno, "%s", path);
+    status = phx_fail_errno(err, PHX_INVALID, errno, "%s", path);
     goto done;
   }
-  PHX__TRY(phx__file_trusted(mine->fd, path, &mine->info, err));
-  PHX__TRY(check_pin(mine, path, err));
-  PHX__TRY(ltdl_start(err));
+  PHX_TRY_GOTO(phx__file_trusted(mine->fd, path, &mine->info, err), status, done);
+  PHX_TRY_GOTO(check_pin(mine, path, err), status, done);
+  PHX_TRY_GOTO(ltdl_start(err), status, done);
   snprintf(dlopen_error, sizeof dlopen_error, "libltdl gives no reason");
   phx__suspect_begin(path, "while it was loaded", PHX__SUSPECT_LOADS);
   lt_dlhandle module = lt_dlopen(path);
   phx__suspect_end(PHX_OK, NULL);
   if (!module) {
-    status = phx__fail(err, PHX_INVALID, "%s cannot be loaded: %s", path, dlopen_error);
+    status = phx_fail(err, PHX_INVALID, "%s cannot be loaded: %s", path, dlopen_error);
     goto done;
   }
   if (!unchanged(mine, path)) {
-    status = phx__fail(err, PHX_INVALID, "%s changed while it was loaded: refused", path);
+    status = phx_fail(err, PHX_INVALID, "%s changed while it was loaded: refused", path);
     goto done;
   }
-  PHX__TRY(find_entry(module, path, &entry, err));
+  PHX_TRY_GOTO(find_entry(module, path, &entry, err), status, done);
   phx__suspect_begin(path, "while its descriptor was read", PHX__SUSPECT_LOADS);
   const phx_plugin *descriptor = entry();
-  PHX__TRY(phx__suspect_end(check(descriptor, kind, name, path, err), err));
+  PHX_TRY_GOTO(phx__suspect_end(check(descriptor, kind, name, path, err), err), status, done);
   mine->plugin.descriptor = descriptor;
   snprintf(mine->plugin.path, sizeof mine->plugin.path, "%s", path);
   mine->next = loaded;
@@ -224,13 +224,13 @@ phx_status phx__loader_open_file(uint32_t kind, const char *path, const char *na
   char real[PATH_MAX];
   size_t length = strlen(path);
   if (length < 4 || strcmp(path + length - 3, ".so") != 0)
-    return phx__fail(err, PHX_INVALID, "%s: the path of a plugin must end in .so", path);
-  if (!realpath(path, real)) return phx__fail_errno(err, PHX_INVALID, errno, "plugin %s", path);
+    return phx_fail(err, PHX_INVALID, "%s: the path of a plugin must end in .so", path);
+  if (!realpath(path, real)) return phx_fail_errno(err, PHX_INVALID, errno, "plugin %s", path);
   phx_status trusted = phx__path_trusted(path, err); /* each link's directory too, not only what it leads to */
   if (trusted != PHX_OK) return trusted;
   length = strlen(real);
   if (length < 4 || strcmp(real + length - 3, ".so") != 0)
-    return phx__fail(err, PHX_INVALID, "%s leads to %s: the path of a plugin must end in .so", path, real);
+    return phx_fail(err, PHX_INVALID, "%s leads to %s: the path of a plugin must end in .so", path, real);
   const phx__plugin *known = find_loaded(real);
   if (known) {
     phx_status status = check(known->descriptor, kind, name, real, err);
@@ -246,16 +246,15 @@ static phx_status not_found(const char *search, uint32_t kind, const char *name,
   size_t n = 0, used = 0;
   char names[200] = "", hint[80];
   phx__nearest nearest = {.word = name};
-  phx_status status = phx__loader_list(search, &list, &n, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__loader_list(search, &list, &n, err));
   for (size_t i = 0; i < n; i++) {
     if (list[i].kind != kind || list[i].shadowed) continue;
     phx__nearest_offer(&nearest, list[i].name);
     if (used < sizeof names)
       used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", used ? ", " : "", list[i].name);
   }
-  status = phx__fail(err, PHX_INVALID, "there is no %s plugin '%s' (found: %s)%s", phx__kind_name(kind), name,
-                     used ? names : "none", phx__nearest_hint(&nearest, hint, sizeof hint));
+  phx_status status = phx_fail(err, PHX_INVALID, "there is no %s plugin '%s' (found: %s)%s", phx__kind_name(kind), name,
+                               used ? names : "none", phx__nearest_hint(&nearest, hint, sizeof hint));
   phx__free(list);
   return status;
 }
@@ -268,7 +267,7 @@ phx_status phx__loader_identify(const phx__plugin *plugin, phx_error *err) {
   phx_status status = phx__sha256_fd(mine->fd, mine->plugin.path, mine->plugin.sha256, err);
   if (!status && (phx__sys.fstat(mine->fd, &now) || now.st_size != mine->info.st_size ||
                   now.st_mtim.tv_sec != mine->info.st_mtim.tv_sec || now.st_mtim.tv_nsec != mine->info.st_mtim.tv_nsec))
-    status = phx__fail(err, PHX_INVALID, "%s changed since it was loaded: refused", mine->plugin.path);
+    status = phx_fail(err, PHX_INVALID, "%s changed since it was loaded: refused", mine->plugin.path);
   if (status) {
     mine->plugin.sha256[0] = 0;
     return status;
@@ -285,10 +284,9 @@ static phx_status find_and_open(const char *search, uint32_t kind, const char *n
   bool found = false;
   if (strchr(name, '/') && kind == PHX_KIND_STRATEGY) return phx__loader_open_file(kind, name, NULL, out, err);
   if (!phx__name_is_plain(name, 32))
-    return phx__fail(err, PHX_INVALID, "'%s' is not a plugin's name: expected [a-z0-9_]{1,32}%s", name,
-                     kind == PHX_KIND_STRATEGY ? ", or the path of a .so with a '/' in it" : "");
-  phx_status status = phx__search_open(search, &where, err);
-  if (status != PHX_OK) return status;
+    return phx_fail(err, PHX_INVALID, "'%s' is not a plugin's name: expected [a-z0-9_]{1,32}%s", name,
+                    kind == PHX_KIND_STRATEGY ? ", or the path of a .so with a '/' in it" : "");
+  PHX_TRY(phx__search_open(search, &where, err));
   for (size_t i = 0; i < where.n && !found; i++) {
     snprintf(path, sizeof path, "%s/phx_%s_%s.so", where.directories[i], phx__kind_name(kind), name);
     found = access(path, F_OK) == 0;

@@ -28,20 +28,20 @@ static phx_status add_directory(phx__search *out, const char *path, size_t lengt
   struct stat info;
   if (length == 0) return PHX_OK;
   if (path[0] != '/')
-    return phx__fail(err, PHX_INVALID, "plugin directory '%.*s' is not an absolute path", (int)length, path);
-  if (length >= sizeof asked) return phx__fail(err, PHX_INVALID, "a plugin directory has a path of %zu bytes", length);
+    return phx_fail(err, PHX_INVALID, "plugin directory '%.*s' is not an absolute path", (int)length, path);
+  if (length >= sizeof asked) return phx_fail(err, PHX_INVALID, "a plugin directory has a path of %zu bytes", length);
   memcpy(asked, path, length);
   asked[length] = 0;
   if (!realpath(asked, real) || stat(real, &info) != 0 || !S_ISDIR(info.st_mode)) {
     if (!must_exist) return PHX_OK;
-    return phx__fail(err, PHX_INVALID, "plugin directory %s is not a directory that can be read", asked);
+    return phx_fail(err, PHX_INVALID, "plugin directory %s is not a directory that can be read", asked);
   }
   for (size_t i = 0; i < out->n; i++)
     if (strcmp(out->directories[i], real) == 0) return PHX_OK;
   if (out->n == PHX__SEARCH_MOST)
-    return phx__fail(err, PHX_INVALID, "more than %d plugin directories", PHX__SEARCH_MOST);
+    return phx_fail(err, PHX_INVALID, "more than %d plugin directories", PHX__SEARCH_MOST);
   out->directories[out->n] = phx__strdup(real);
-  if (!out->directories[out->n]) return phx__fail(err, PHX_NOMEM, "out of memory");
+  if (!out->directories[out->n]) return phx_fail(err, PHX_NOMEM, "out of memory");
   out->n++;
   return PHX_OK;
 }
@@ -74,10 +74,10 @@ static phx_status add_beside_command(phx__search *out, phx_error *err) {
 phx_status phx__search_open(const char *configured, phx__search *out, phx_error *err) {
   phx_status status;
   *out = (phx__search){0};
-  PHX__TRY(add_list(out, configured, true, err));
-  if (!getauxval(AT_SECURE)) PHX__TRY(add_list(out, getenv("PHALANX_PLUGIN_PATH"), false, err));
-  PHX__TRY(add_beside_command(out, err));
-  PHX__TRY(add_list(out, PHX__PLUGIN_DIR, false, err));
+  PHX_TRY_GOTO(add_list(out, configured, true, err), status, done);
+  if (!getauxval(AT_SECURE)) PHX_TRY_GOTO(add_list(out, getenv("PHALANX_PLUGIN_PATH"), false, err), status, done);
+  PHX_TRY_GOTO(add_beside_command(out, err), status, done);
+  PHX_TRY_GOTO(add_list(out, PHX__PLUGIN_DIR, false, err), status, done);
 done:
   if (status != PHX_OK) phx__search_close(out);
   return status;
@@ -111,7 +111,7 @@ static int by_kind_name(const void *a, const void *b) {
 
 static phx_status list_directory(const char *directory, int order, phx__found **list, size_t *n, phx_error *err) {
   DIR *dir = opendir(directory);
-  if (!dir) return phx__fail_errno(err, PHX_INVALID, errno, "plugin directory %s cannot be read", directory);
+  if (!dir) return phx_fail_errno(err, PHX_INVALID, errno, "plugin directory %s cannot be read", directory);
   for (struct dirent *e; (e = readdir(dir));) {
     phx__found found = {.order = order};
     found.kind = kind_of_file(e->d_name, found.name);
@@ -120,7 +120,7 @@ static phx_status list_directory(const char *directory, int order, phx__found **
     phx__found *bigger = phx__sys.realloc(*list, (*n + 1) * sizeof **list);
     if (!bigger) {
       closedir(dir);
-      return phx__fail(err, PHX_NOMEM, "out of memory");
+      return phx_fail(err, PHX_NOMEM, "out of memory");
     }
     *list = bigger;
     bigger[(*n)++] = found;
@@ -135,7 +135,8 @@ phx_status phx__loader_list(const char *search, phx__found **out, size_t *out_n,
   size_t n = 0;
   phx_status status = phx__search_open(search, &where, err);
   if (status != PHX_OK) return status;
-  for (size_t i = 0; i < where.n; i++) PHX__TRY(list_directory(where.directories[i], (int)i, &list, &n, err));
+  for (size_t i = 0; i < where.n; i++)
+    PHX_TRY_GOTO(list_directory(where.directories[i], (int)i, &list, &n, err), status, done);
   if (n) qsort(list, n, sizeof *list, by_kind_name);
   for (size_t i = 1; i < n; i++)
     list[i].shadowed = list[i].kind == list[i - 1].kind && strcmp(list[i].name, list[i - 1].name) == 0;

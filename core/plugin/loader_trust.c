@@ -36,11 +36,11 @@ static bool group_is_ours(gid_t gid) {
 
 static phx_status check_mode(const char *what, const char *path, const struct stat *info, phx_error *err) {
   if (info->st_uid != 0 && info->st_uid != geteuid())
-    return phx__fail(err, PHX_INVALID, "%s %s belongs to user %ld, neither to root nor to you: refused", what, path,
-                     (long)info->st_uid);
+    return phx_fail(err, PHX_INVALID, "%s %s belongs to user %ld, neither to root nor to you: refused", what, path,
+                    (long)info->st_uid);
   if ((info->st_mode & S_IWOTH) || ((info->st_mode & S_IWGRP) && !group_is_ours(info->st_gid)))
-    return phx__fail(err, PHX_INVALID, "%s %s can be written by others (mode %03o): refused; chmod o-w,g-w it", what,
-                     path, (unsigned)(info->st_mode & 0777));
+    return phx_fail(err, PHX_INVALID, "%s %s can be written by others (mode %03o): refused; chmod o-w,g-w it", what,
+                    path, (unsigned)(info->st_mode & 0777));
   return PHX_OK;
 }
 
@@ -74,12 +74,12 @@ typedef struct walk {
 static phx_status follow(walk *w, const char *link, phx_error *err) {
   char target[PATH_MAX], rest[REST_BYTES];
   const ssize_t n = readlink(link, target, sizeof target - 1);
-  if (n < 0) return phx__fail_errno(err, PHX_INVALID, errno, "%s", link);
+  if (n < 0) return phx_fail_errno(err, PHX_INVALID, errno, "%s", link);
   target[n] = 0;
-  if (++w->links > LINKS_MOST) return phx__fail_errno(err, PHX_INVALID, ELOOP, "%s", link);
+  if (++w->links > LINKS_MOST) return phx_fail_errno(err, PHX_INVALID, ELOOP, "%s", link);
   if (target[0] == '/') w->at[0] = 0;
   if (snprintf(rest, sizeof rest, "%s/%s", target, w->rest) >= (int)sizeof rest)
-    return phx__fail_errno(err, PHX_INVALID, ENAMETOOLONG, "%s", link);
+    return phx_fail_errno(err, PHX_INVALID, ENAMETOOLONG, "%s", link);
   memcpy(w->rest, rest, sizeof rest);
   return PHX_OK;
 }
@@ -107,12 +107,12 @@ static phx_status step(walk *w, const char *name, bool *file, phx_error *err) {
     return PHX_OK;
   }
   if (snprintf(next, sizeof next, "%s/%s", w->at, name) >= PATH_MAX)
-    return phx__fail_errno(err, PHX_INVALID, ENAMETOOLONG, "%s", w->at);
-  if (lstat(next, &info)) return phx__fail_errno(err, PHX_INVALID, errno, "%s", next);
+    return phx_fail_errno(err, PHX_INVALID, ENAMETOOLONG, "%s", w->at);
+  if (lstat(next, &info)) return phx_fail_errno(err, PHX_INVALID, errno, "%s", next);
   if (S_ISLNK(info.st_mode)) {
     if (info.st_uid != 0 && info.st_uid != geteuid() && !is_unmapped(info.st_uid))
-      return phx__fail(err, PHX_INVALID, "the link %s belongs to user %ld, neither to root nor to you: refused", next,
-                       (long)info.st_uid);
+      return phx_fail(err, PHX_INVALID, "the link %s belongs to user %ld, neither to root nor to you: refused", next,
+                      (long)info.st_uid);
     return follow(w, next, err);
   }
   *file = !S_ISDIR(info.st_mode);
@@ -126,20 +126,20 @@ phx_status phx__path_trusted(const char *path, phx_error *err) {
   struct stat info;
   walk w = {.links = 0};
   bool file = false;
-  if (path[0] != '/' && !getcwd(here, sizeof here)) return phx__fail_errno(err, PHX_INVALID, errno, "%s", path);
+  if (path[0] != '/' && !getcwd(here, sizeof here)) return phx_fail_errno(err, PHX_INVALID, errno, "%s", path);
   if (snprintf(w.rest, sizeof w.rest, "%s/%s", here, path) >= (int)sizeof w.rest)
-    return phx__fail_errno(err, PHX_INVALID, ENAMETOOLONG, "%s", path);
-  if (stat("/", &info)) return phx__fail_errno(err, PHX_INVALID, errno, "/");
+    return phx_fail_errno(err, PHX_INVALID, ENAMETOOLONG, "%s", path);
+  if (stat("/", &info)) return phx_fail_errno(err, PHX_INVALID, errno, "/");
   phx_status status = check_above("/", &info, err);
   while (!status && !file && next_name(&w, name)) status = step(&w, name, &file, err);
   if (status) return status;
-  if (!file || w.rest[strspn(w.rest, "/")]) return phx__fail(err, PHX_INVALID, "%s is not a regular file", path);
-  if (stat(w.at[0] ? w.at : "/", &info)) return phx__fail_errno(err, PHX_INVALID, errno, "%s", w.at);
+  if (!file || w.rest[strspn(w.rest, "/")]) return phx_fail(err, PHX_INVALID, "%s is not a regular file", path);
+  if (stat(w.at[0] ? w.at : "/", &info)) return phx_fail_errno(err, PHX_INVALID, errno, "%s", w.at);
   return check_mode("the directory", w.at[0] ? w.at : "/", &info, err);
 }
 
 phx_status phx__file_trusted(int fd, const char *path, struct stat *info, phx_error *err) {
-  if (phx__sys.fstat(fd, info)) return phx__fail_errno(err, PHX_INVALID, errno, "%s", path);
-  if (!S_ISREG(info->st_mode)) return phx__fail(err, PHX_INVALID, "%s is not a regular file", path);
+  if (phx__sys.fstat(fd, info)) return phx_fail_errno(err, PHX_INVALID, errno, "%s", path);
+  if (!S_ISREG(info->st_mode)) return phx_fail(err, PHX_INVALID, "%s is not a regular file", path);
   return check_mode("the file", path, info, err);
 }

@@ -126,8 +126,8 @@ phx_status phx__suspect_end(phx_status status, phx_error *err) {
   if (status && err && suspect) {
     err->message[sizeof err->message - 1] = 0;
     if (!err->message[0])
-      phx__fail(err, status, "%s failed %s with %s (status %d) and gave no reason", suspect, doing,
-                phx__status_name(status), status);
+      phx_fail(err, status, "%s failed %s with %s (status %d) and gave no reason", suspect, doing,
+               phx__status_name(status), status);
   }
   suspect = NULL;
   return status;

@@ -65,6 +65,6 @@ void phx__where_reason(const phx_job *job, phx_status status, phx_error *err) {
   err->message[sizeof err->message - 1] = 0; /* a plugin may have filled it to the brim */
   if (status == PHX_OK || err->message[0]) return;
   const bool known = job && phx__where_text(job->mine, where, sizeof where);
-  phx__fail(err, status, "%s failed with %s (status %d) and gave no reason", known ? where : "a call",
-            phx__status_name(status), status);
+  phx_fail(err, status, "%s failed with %s (status %d) and gave no reason", known ? where : "a call",
+           phx__status_name(status), status);
 }

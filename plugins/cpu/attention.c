@@ -414,25 +414,24 @@ static void backward_items(void *arg, int64_t first, int64_t last, int32_t worke
 
 static phx_status check(int64_t b, int64_t t, int64_t c, int64_t heads, phx_error *err) {
   if (b < 1 || t < 1 || heads < 1 || c < 1 || c % heads)
-    return phx__cpu_fail(
+    return phx_fail(
         err, PHX_INVALID,
         "attention: batch %lld, sequence %lld, channels %lld, heads %lld: all must be positive and the "
         "channels a multiple of the heads",
         (long long)b, (long long)t, (long long)c, (long long)heads);
   if (c / heads > WIDEST)
-    return phx__cpu_fail(err, PHX_UNSUPPORTED,
-                         "attention: a head of %lld channels; the cpu device goes to %d: use more heads",
-                         (long long)(c / heads), WIDEST);
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "attention: a head of %lld channels; the cpu device goes to %d: use more heads",
+                    (long long)(c / heads), WIDEST);
   return PHX_OK;
 }
 
 static phx_status begin(phx__cpu *cpu, int32_t dtype, int64_t b, int64_t t, int64_t c, int64_t heads, phx_stream *s,
                         job *out, phx_error *err) {
   void *scratch = NULL;
-  phx_status status = check(b, t, c, heads, err);
-  if (status == PHX_OK) status = phx__cpu_begin(cpu, dtype, s, err);
-  if (status == PHX_OK) status = phx__cpu_scratch(cpu, &scratch, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(check(b, t, c, heads, err));
+  PHX_TRY(phx__cpu_begin(cpu, dtype, s, err));
+  PHX_TRY(phx__cpu_scratch(cpu, &scratch, err));
   *out = (job){.t = t,
                .c = c,
                .heads = heads,
@@ -448,8 +447,7 @@ phx_status phx__cpu_attention(void *ctx, int32_t dtype, void *out, float *lse, c
                               int64_t c, int64_t heads, phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
   job a;
-  const phx_status status = begin(cpu, dtype, b, t, c, heads, s, &a, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(begin(cpu, dtype, b, t, c, heads, s, &a, err));
   a.qkv = qkv, a.new_out = out, a.new_lse = lse;
   phx__cpu_parallel(cpu, b * heads * forward_groups(&a), 1, forward_items, &a);
   return PHX_OK;
@@ -460,8 +458,7 @@ phx_status phx__cpu_attention_backward(void *ctx, int32_t dtype, void *dqkv, con
                                        int64_t heads, phx_stream *s, phx_error *err) {
   phx__cpu *cpu = ctx;
   job a;
-  const phx_status status = begin(cpu, dtype, b, t, c, heads, s, &a, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(begin(cpu, dtype, b, t, c, heads, s, &a, err));
   a.qkv = qkv, a.out = out, a.lse = lse, a.dout = dout, a.dqkv = dqkv, a.work = work;
   phx__cpu_parallel(cpu, b * heads, 1, backward_items, &a);
   return PHX_OK;

@@ -10,6 +10,7 @@
  */
 #ifndef PHX__CPU_H
 #define PHX__CPU_H
+#include <phalanx/error.h>
 #include <phalanx/provider.h>
 
 enum { PHX__CPU_BASE = 0, PHX__CPU_AVX2 = 1, PHX__CPU_AVX512 = 2 };
@@ -85,10 +86,6 @@ void phx__cpu_product_version(int32_t version[3]);
 /* [main] before the first product of the process: keeps oneDNN at PHX__CPU_BASE or PHX__CPU_AVX2. */
 phx_status phx__cpu_product_isa(int32_t isa, phx_error *err);
 int32_t phx__cpu_product_has_bf16(void); /* does oneDNN use the processor's bf16 instructions?  Settles its limit. */
-
-/* Fills err (may be NULL) and returns code. */
-phx_status phx__cpu_fail(phx_error *err, phx_status code, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
 
 /* ---- stream.c ---- */
 void phx__cpu_device_init(phx__cpu *cpu); /* fills cpu->device */

@@ -130,15 +130,14 @@ static void rows(void *arg, int64_t first, int64_t last, int32_t worker) {
 phx_status phx__cpu_cross_entropy(void *ctx, int32_t dtype, void *logits, float *losses, const int32_t *targets,
                                   int64_t n, int64_t v, int64_t vp, int32_t gradient, float scale, phx_stream *s,
                                   phx_error *err) {
-  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cpu_begin(ctx, dtype, s, err));
   if (n < 1 || v < 1 || vp < v)
-    return phx__cpu_fail(err, PHX_INVALID, "cross_entropy: %lld rows of %lld classes in rows of %lld", (long long)n,
-                         (long long)v, (long long)vp);
+    return phx_fail(err, PHX_INVALID, "cross_entropy: %lld rows of %lld classes in rows of %lld", (long long)n,
+                    (long long)v, (long long)vp);
   for (int64_t i = 0; i < n; i++)
     if (targets[i] < 0 || targets[i] >= v)
-      return phx__cpu_fail(err, PHX_INVALID, "cross_entropy: target %d of row %lld is not below the vocabulary of %lld",
-                           targets[i], (long long)i, (long long)v);
+      return phx_fail(err, PHX_INVALID, "cross_entropy: target %d of row %lld is not below the vocabulary of %lld",
+                      targets[i], (long long)i, (long long)v);
   int64_t block = (v + MOST_BLOCKS - 1) / MOST_BLOCKS;
   block = (block + LEAST_BLOCK - 1) / LEAST_BLOCK * LEAST_BLOCK;
   job a = {logits, losses, targets, v, vp, block, gradient, dtype, scale};

@@ -60,17 +60,14 @@ static void log_page_size(phx__cpu *cpu, const void *p) {
 }
 
 phx_status phx__cpu_alloc(phx__cpu *cpu, int64_t bytes, void **out, phx_error *err) {
-  if (bytes <= 0) return phx__cpu_fail(err, PHX_INVALID, "cpu: alloc of %lld bytes", (long long)bytes);
-  if (bytes > INT64_MAX / 2) return phx__cpu_fail(err, PHX_NOMEM, "cpu: alloc of %lld bytes", (long long)bytes);
+  if (bytes <= 0) return phx_fail(err, PHX_INVALID, "cpu: alloc of %lld bytes", (long long)bytes);
+  if (bytes > INT64_MAX / 2) return phx_fail(err, PHX_NOMEM, "cpu: alloc of %lld bytes", (long long)bytes);
   const size_t size = rounded(bytes);
   char *p =
       size >= HUGE_PAGE ? map_huge(size) : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) {
-    const int why = errno;
-    phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for %lld bytes: %s; make the model or the batch smaller",
-                  (long long)bytes, strerror(why));
-    if (err) err->cause = why;
-    return PHX_NOMEM;
+    phx_fail_errno(err, PHX_NOMEM, errno, "cpu: no memory for %lld bytes", (long long)bytes);
+    return phx_fail_more(err, PHX_NOMEM, "; make the model or the batch smaller");
   }
   for (size_t at = 0; at < size; at += SMALL_PAGE) ((volatile char *)p)[at] = 0;
   if (size >= HUGE_PAGE && !cpu->page_size_logged) log_page_size(cpu, p);

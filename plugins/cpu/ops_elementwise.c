@@ -90,7 +90,7 @@ typedef struct update_args {
 
 static phx_status check_low(const void *low, int32_t dtype, phx_error *err) {
   if (!low || dtype == PHX_F32 || dtype == PHX_F16 || dtype == PHX_BF16) return PHX_OK;
-  return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: weight copy of dtype %d: only F32, F16 and BF16", dtype);
+  return phx_fail(err, PHX_UNSUPPORTED, "cpu: weight copy of dtype %d: only F32, F16 and BF16", dtype);
 }
 
 /* `low` follows while the block of new weights is still in the cache. */
@@ -179,9 +179,8 @@ phx_status phx__cpu_block_norms(void *ctx, double *sums, const float *x, int64_t
 }
 
 phx_status phx__cpu_mean(void *ctx, double *out, const float *x, int64_t n, phx_stream *s, phx_error *err) {
-  if (n < 1) return phx__cpu_fail(err, PHX_INVALID, "cpu: mean of %lld numbers", (long long)n);
-  const phx_status status = phx__cpu_enter(ctx, s, err);
-  if (status != PHX_OK) return status;
+  if (n < 1) return phx_fail(err, PHX_INVALID, "cpu: mean of %lld numbers", (long long)n);
+  PHX_TRY(phx__cpu_enter(ctx, s, err));
   double sum = 0; /* in order, on one thread: thousands of losses, not millions */
   for (int64_t i = 0; i < n; i++) sum += (double)x[i];
   *out = sum / (double)n;

@@ -69,14 +69,13 @@ phx_status phx__cpu_embedding_backward(void *ctx, int32_t dtype, float *dwte, in
                                        int32_t wpe_mode, const void *dout, const int32_t *tokens, int64_t b, int64_t t,
                                        int64_t c, int64_t v, int64_t max_t, phx_stream *s, phx_error *err) {
   if (t > max_t)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: embedding of %lld positions, the table has %lld", (long long)t,
-                         (long long)max_t);
+    return phx_fail(err, PHX_INVALID, "cpu: embedding of %lld positions, the table has %lld", (long long)t,
+                    (long long)max_t);
   for (int64_t i = 0; i < b * t; i++)
     if (tokens[i] < 0 || tokens[i] >= v)
-      return phx__cpu_fail(err, PHX_INVALID, "cpu: token %d at %lld is outside the vocabulary of %lld", tokens[i],
-                           (long long)i, (long long)v);
-  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
-  if (status != PHX_OK) return status;
+      return phx_fail(err, PHX_INVALID, "cpu: token %d at %lld is outside the vocabulary of %lld", tokens[i],
+                      (long long)i, (long long)v);
+  PHX_TRY(phx__cpu_begin(ctx, dtype, s, err));
   if (dwte && wte_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, v * c, PHX_BLOCK, clear_body, dwte);
   if (dwpe && wpe_mode == PHX_GRAD_WRITE) phx__cpu_parallel(ctx, max_t * c, PHX_BLOCK, clear_body, dwpe);
   phx__cpu_parallel(ctx, c, 64, backward_body, &(backward_args){dwte, dwpe, dout, tokens, b * t, t, c, dtype});

@@ -17,8 +17,8 @@ static int64_t chunk_rows(int64_t n, int64_t columns) {
 
 static phx_status check(int64_t n, int64_t ic, int64_t oc, int64_t ld, phx_error *err) {
   if (n >= 1 && ic >= 1 && oc >= 1 && ld >= oc) return PHX_OK;
-  return phx__cpu_fail(err, PHX_INVALID, "cpu: linear of %lld rows, %lld to %lld channels, row length %lld",
-                       (long long)n, (long long)ic, (long long)oc, (long long)ld);
+  return phx_fail(err, PHX_INVALID, "cpu: linear of %lld rows, %lld to %lld channels, row length %lld",
+                  (long long)n, (long long)ic, (long long)oc, (long long)ld);
 }
 
 /* ---- products of either dtype ---- */
@@ -196,8 +196,8 @@ phx_status phx__cpu_linear_backward_input(void *ctx, int32_t dtype, void *dx, co
   int64_t step = pre ? chunk_rows(n, ic) : n;
   if (apart && step > cpu->scratch_bytes / 4 / ic) step = cpu->scratch_bytes / 4 / ic;
   if (step < 1)
-    return phx__cpu_fail(err, PHX_UNSUPPORTED,
-                         "cpu: linear_backward_input adds through GELU: a row of %lld is too long", (long long)ic);
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "cpu: linear_backward_input adds through GELU: a row of %lld is too long", (long long)ic);
   for (int64_t at = 0; at < n && status == PHX_OK; at += step) {
     const tile t = {apart ? scratch : (float *)dx + at * ic, ic, at, 0, n - at < step ? n - at : step, ic};
     status = product_tile(cpu, &f, &t, mode == PHX_GRAD_ADD && !apart, err);

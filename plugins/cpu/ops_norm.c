@@ -69,8 +69,8 @@ phx_status phx__cpu_layer_norm(void *ctx, int32_t dtype, void *out, void *sum, f
                                const void *b, const void *w, const void *bias, int64_t n, int64_t c, float eps,
                                phx_stream *s, phx_error *err) {
   if (n < 1 || c < 1)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
-  if (b && !sum) return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of a + b needs a place for the sum");
+    return phx_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
+  if (b && !sum) return phx_fail(err, PHX_INVALID, "cpu: layer norm of a + b needs a place for the sum");
   const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
   if (status == PHX_OK)
     phx__cpu_parallel(ctx, n, 1, forward_body, &(forward_args){out, sum, mean, rstd, a, b, w, bias, c, eps, dtype});
@@ -175,9 +175,8 @@ phx_status phx__cpu_layer_norm_backward(void *ctx, int32_t dtype, void *dx, cons
                                         phx_error *err) {
   enum { ROWS = 64 };
   if (n < 1 || c < 1)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
-  const phx_status status = phx__cpu_begin(ctx, dtype, s, err);
-  if (status != PHX_OK) return status;
+    return phx_fail(err, PHX_INVALID, "cpu: layer norm of %lld rows of %lld", (long long)n, (long long)c);
+  PHX_TRY(phx__cpu_begin(ctx, dtype, s, err));
   backward_args a = {dx, dw, db, add, dout, x, w, mean, rstd, c, 0, 0, w_mode, b_mode, dtype};
   for (; a.first_row < n; a.first_row += ROWS) {
     a.rows = n - a.first_row < ROWS ? n - a.first_row : ROWS;

@@ -10,7 +10,6 @@
  * [main] */
 #include <omp.h>
 #include <sched.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include "cpu.h"
 
@@ -64,16 +63,4 @@ int32_t phx__cpu_team(int32_t threads, int32_t *cpus, int32_t *available) {
 
 void phx__cpu_parallel_end(const phx__cpu *cpu) {
   if (cpu->threads > 1) omp_pause_resource_all(omp_pause_hard);
-}
-
-phx_status phx__cpu_fail(phx_error *err, phx_status code, const char *format, ...) {
-  if (err) {
-    va_list args;
-    va_start(args, format);
-    err->code = code;
-    err->cause = 0;
-    vsnprintf(err->message, sizeof err->message, format, args);
-    va_end(args);
-  }
-  return code;
 }

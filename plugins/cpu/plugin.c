@@ -44,10 +44,10 @@ static phx_status choose_isa(int32_t *out, phx_error *err) {
     for (isa = PHX__CPU_AVX512; isa >= PHX__CPU_BASE; isa--)
       if (strcmp(asked, isa_names[isa]) == 0) break;
   if (isa < PHX__CPU_BASE)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: PHALANX_ISA is \"%s\"; choose base, avx2 or avx512", asked);
+    return phx_fail(err, PHX_INVALID, "cpu: PHALANX_ISA is \"%s\"; choose base, avx2 or avx512", asked);
   if (isa > machine)
-    return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: PHALANX_ISA is %s, but this machine has only %s", asked,
-                         isa_names[machine]);
+    return phx_fail(err, PHX_UNSUPPORTED, "cpu: PHALANX_ISA is %s, but this machine has only %s", asked,
+                    isa_names[machine]);
   *out = isa;
   return PHX_OK;
 }
@@ -112,9 +112,9 @@ static phx_status device_create(const phx_host *host, const void *config, int32_
   int32_t version[3];
   (void)config;
   if (threads < 1 || threads > THREADS_MAX)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: threads is %d; choose 1 to %d", threads, THREADS_MAX);
+    return phx_fail(err, PHX_INVALID, "cpu: threads is %d; choose 1 to %d", threads, THREADS_MAX);
   phx_device_self *self = calloc(1, sizeof *self);
-  if (!self) return phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for the device");
+  if (!self) return phx_fail(err, PHX_NOMEM, "cpu: no memory for the device");
   phx__cpu *cpu = &self->cpu;
   phx_status status = choose_isa(&cpu->isa, err);
   if (status == PHX_OK && asked_isa()) status = phx__cpu_product_isa(cpu->isa, err);
@@ -159,10 +159,9 @@ static const phx_ops *device_ops(phx_device_self *self) {
 static phx_status device_alloc(phx_device_self *self, int32_t space, int64_t bytes, void **out, phx_error *err) {
   void *p, *scratch;
   if (space < PHX_SPACE_DEVICE || space > PHX_SPACE_PINNED)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: alloc in space %d", space);
-  phx_status status = phx__cpu_alloc(&self->cpu, bytes, &p, err);
-  if (status != PHX_OK) return status;
-  status = phx__cpu_scratch(&self->cpu, &scratch, err);
+    return phx_fail(err, PHX_INVALID, "cpu: alloc in space %d", space);
+  PHX_TRY(phx__cpu_alloc(&self->cpu, bytes, &p, err));
+  phx_status status = phx__cpu_scratch(&self->cpu, &scratch, err);
   if (status != PHX_OK)
     phx__cpu_free(p, bytes);
   else

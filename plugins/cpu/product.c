@@ -11,15 +11,15 @@ phx_status phx__cpu_product(const phx__cpu *cpu, int32_t a_t, int32_t b_t, int64
                             const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
                             int32_t accumulate, phx_error *err) {
   if (m < 1 || n < 1 || k < 1)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: product of %lld x %lld by %lld x %lld: sizes must be positive",
-                         (long long)m, (long long)k, (long long)k, (long long)n);
+    return phx_fail(err, PHX_INVALID, "cpu: product of %lld x %lld by %lld x %lld: sizes must be positive",
+                    (long long)m, (long long)k, (long long)k, (long long)n);
   phx__cpu_settle(cpu);
   const dnnl_status_t status =
       dnnl_sgemm(a_t ? 'T' : 'N', b_t ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, accumulate ? 1.0f : 0.0f, c, ldc);
   if (status == dnnl_success) return PHX_OK;
-  phx__cpu_fail(err, status == dnnl_out_of_memory ? PHX_NOMEM : PHX_DEVICE,
-                "cpu: oneDNN refused a product (m %lld, n %lld, k %lld): status %d", (long long)m, (long long)n,
-                (long long)k, (int)status);
+  phx_fail(err, status == dnnl_out_of_memory ? PHX_NOMEM : PHX_DEVICE,
+           "cpu: oneDNN refused a product (m %lld, n %lld, k %lld): status %d", (long long)m, (long long)n,
+           (long long)k, (int)status);
   if (err) err->cause = (int32_t)status;
   return status == dnnl_out_of_memory ? PHX_NOMEM : PHX_DEVICE;
 }
@@ -35,9 +35,9 @@ phx_status phx__cpu_product_isa(int32_t isa, phx_error *err) {
   const dnnl_cpu_isa_t limit = isa == PHX__CPU_BASE ? dnnl_cpu_isa_sse41 : dnnl_cpu_isa_avx2;
   if (isa == PHX__CPU_AVX512) return PHX_OK;
   if (dnnl_set_max_cpu_isa(limit) == dnnl_success || dnnl_get_effective_cpu_isa() == limit) return PHX_OK;
-  return phx__cpu_fail(err, PHX_STATE,
-                       "cpu: PHALANX_ISA comes too late: oneDNN already computes with more in this process (isa 0x%x)",
-                       (unsigned)dnnl_get_effective_cpu_isa());
+  return phx_fail(err, PHX_STATE,
+                  "cpu: PHALANX_ISA comes too late: oneDNN already computes with more in this process (isa 0x%x)",
+                  (unsigned)dnnl_get_effective_cpu_isa());
 }
 
 int32_t phx__cpu_product_has_bf16(void) {

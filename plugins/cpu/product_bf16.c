@@ -36,8 +36,7 @@ struct phx__cpu_matmuls {
 };
 
 static phx_status refused(const char *what, dnnl_status_t status, phx_error *err) {
-  phx__cpu_fail(err, status == dnnl_out_of_memory ? PHX_NOMEM : PHX_DEVICE, "cpu: oneDNN: %s: status %d", what,
-                (int)status);
+  phx_fail(err, status == dnnl_out_of_memory ? PHX_NOMEM : PHX_DEVICE, "cpu: oneDNN: %s: status %d", what, (int)status);
   if (err) err->cause = (int32_t)status;
   return status == dnnl_out_of_memory ? PHX_NOMEM : PHX_DEVICE;
 }
@@ -143,7 +142,7 @@ static dnnl_status_t matmul_make(matmul *x, dnnl_engine_t engine, const shape *s
 static phx_status matmuls_open(phx__cpu *cpu, phx_error *err) {
   if (cpu->matmuls) return PHX_OK;
   phx__cpu_matmuls *all = calloc(1, sizeof *all);
-  if (!all) return phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for bf16 products");
+  if (!all) return phx_fail(err, PHX_NOMEM, "cpu: no memory for bf16 products");
   cpu->matmuls = all;
   dnnl_status_t status = dnnl_engine_create(&all->engine, dnnl_cpu, 0);
   TRY(dnnl_stream_create(&all->stream, all->engine, dnnl_stream_default_flags));
@@ -163,8 +162,7 @@ void phx__cpu_product_bf16_end(phx__cpu *cpu) {
 }
 
 static phx_status matmul_find(phx__cpu *cpu, const shape *s, matmul **out, phx_error *err) {
-  phx_status opened = matmuls_open(cpu, err);
-  if (opened != PHX_OK) return opened;
+  PHX_TRY(matmuls_open(cpu, err));
   phx__cpu_matmuls *all = cpu->matmuls;
   matmul *oldest = &all->kept[0];
   for (int32_t i = 0; i < all->n; i++) {
@@ -243,16 +241,14 @@ static phx_status multiply(phx__cpu *cpu, const shape *s, const uint16_t *a, con
                            int64_t room_bytes, phx_error *err) {
   matmul *x = NULL;
   if (!cpu->bf16) return widened(cpu, s, a, b, c, room, room_bytes, err);
-  phx_status status = matmul_find(cpu, s, &x, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(matmul_find(cpu, s, &x, err));
   if (x->primitive && x->scratch_bytes <= room_bytes) return execute(cpu, x, a, b, c, room, err);
   const int rows = s->m >= s->n;
   if (!x->primitive || (rows ? s->m : s->n) < 2 * LEAST_SPLIT) return widened(cpu, s, a, b, c, room, room_bytes, err);
   shape half = *s;
   const int64_t first = (rows ? s->m : s->n) / 2 / LEAST_SPLIT * LEAST_SPLIT;
   *(rows ? &half.m : &half.n) = first;
-  status = multiply(cpu, &half, a, b, c, room, room_bytes, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(multiply(cpu, &half, a, b, c, room, room_bytes, err));
   *(rows ? &half.m : &half.n) = (rows ? s->m : s->n) - first;
   if (rows)
     return multiply(cpu, &half, block_at(a, s->lda, s->a_t, first, 0), b, c + first * s->ldc, room, room_bytes, err);
@@ -265,10 +261,9 @@ phx_status phx__cpu_product_bf16(phx__cpu *cpu, int32_t a_t, int32_t b_t, int64_
   const shape s = {m, n, k, lda, ldb, ldc, a_t, b_t, accumulate, 0};
   void *scratch = NULL;
   if (m < 1 || n < 1 || k < 1)
-    return phx__cpu_fail(err, PHX_INVALID, "cpu: product of %lld x %lld by %lld x %lld: sizes must be positive",
-                         (long long)m, (long long)k, (long long)k, (long long)n);
-  const phx_status status = phx__cpu_scratch(cpu, &scratch, err);
-  if (status != PHX_OK) return status;
+    return phx_fail(err, PHX_INVALID, "cpu: product of %lld x %lld by %lld x %lld: sizes must be positive",
+                    (long long)m, (long long)k, (long long)k, (long long)n);
+  PHX_TRY(phx__cpu_scratch(cpu, &scratch, err));
   phx__cpu_settle(cpu);
   const int64_t taken = (void *)c == scratch ? PHX__CPU_TILE_BYTES : 0;
   return multiply(cpu, &s, a, b, c, (char *)scratch + taken, cpu->scratch_bytes - taken, err);

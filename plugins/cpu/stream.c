@@ -94,7 +94,7 @@ static phx_status run_entry(const phx__cpu *cpu, const entry *e, phx_error *err)
     case WAIT:
       return event_wait(e->event, e->number, err);
     default:
-      return phx__cpu_fail(err, PHX_INTERNAL, "cpu: stream entry of kind %d", e->kind);
+      return phx_fail(err, PHX_INTERNAL, "cpu: stream entry of kind %d", e->kind);
   }
 }
 
@@ -165,8 +165,7 @@ phx_status phx__cpu_enter(phx__cpu *cpu, phx_stream *s, phx_error *err) {
 
 phx_status phx__cpu_begin(phx__cpu *cpu, int32_t dtype, phx_stream *s, phx_error *err) {
   if (dtype != PHX_F32 && dtype != PHX_BF16)
-    return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: operations of dtype %d: this device computes in fp32 and bf16",
-                         dtype);
+    return phx_fail(err, PHX_UNSUPPORTED, "cpu: operations of dtype %d: this device computes in fp32 and bf16", dtype);
   return phx__cpu_enter(cpu, s, err);
 }
 
@@ -182,7 +181,7 @@ static int start_thread(phx_stream *s) {
 
 static phx_status stream_create(void *ctx, const char *name, phx_stream **out, phx_error *err) {
   phx_stream *s = calloc(1, sizeof *s);
-  if (!s) return phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for stream \"%s\"", name ? name : "");
+  if (!s) return phx_fail(err, PHX_NOMEM, "cpu: no memory for stream \"%s\"", name ? name : "");
   s->cpu = ctx;
   pthread_mutex_init(&s->lock, NULL);
   pthread_cond_init(&s->work, NULL);
@@ -193,9 +192,7 @@ static phx_status stream_create(void *ctx, const char *name, phx_stream **out, p
     pthread_cond_destroy(&s->work);
     pthread_mutex_destroy(&s->lock);
     free(s);
-    phx__cpu_fail(err, PHX_DEVICE, "cpu: no thread for stream \"%s\": %s", name ? name : "", strerror(failed));
-    if (err) err->cause = failed;
-    return PHX_DEVICE;
+    return phx_fail_errno(err, PHX_DEVICE, failed, "cpu: no thread for stream \"%s\"", name ? name : "");
   }
   char shown[16];
   snprintf(shown, sizeof shown, "phx:%s", name ? name : "stream");
@@ -221,7 +218,7 @@ static void stream_destroy(void *ctx, phx_stream *s) {
 static phx_status event_create(void *ctx, phx_event **out, phx_error *err) {
   (void)ctx;
   phx_event *e = calloc(1, sizeof *e);
-  if (!e) return phx__cpu_fail(err, PHX_NOMEM, "cpu: no memory for an event");
+  if (!e) return phx_fail(err, PHX_NOMEM, "cpu: no memory for an event");
   pthread_mutex_init(&e->lock, NULL);
   pthread_cond_init(&e->change, NULL);
   *out = e;
@@ -292,8 +289,8 @@ static phx_status cast(void *ctx, void *dst, int32_t dst_dtype, const void *src,
   for (int i = 0; i < 2; i++) {
     const int32_t dtype = i ? src_dtype : dst_dtype;
     if (dtype != PHX_F32 && dtype != PHX_F16 && dtype != PHX_BF16)
-      return phx__cpu_fail(err, PHX_UNSUPPORTED, "cpu: cast from dtype %d to %d: only F32, F16 and BF16", src_dtype,
-                           dst_dtype);
+      return phx_fail(err, PHX_UNSUPPORTED, "cpu: cast from dtype %d to %d: only F32, F16 and BF16", src_dtype,
+                      dst_dtype);
   }
   return submit(
       ctx, s,

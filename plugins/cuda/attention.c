@@ -15,8 +15,7 @@ static phx_status run(phx__cuda *cuda, const phx__cuda_attention_call *call, con
 }
 
 static phx_status check(const phx__cuda *cuda, const phx__cuda_attention_call *call, const char *what, phx_error *err) {
-  const phx_status status = phx__cuda_begin(cuda, call->dtype, what, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(cuda, call->dtype, what, err));
   if (call->b < 1 || call->t < 1 || call->heads < 1 || call->c < 1 || call->c % call->heads ||
       call->b * call->heads > INT32_MAX || call->t > 65535 * (int64_t)32)
     return phx__cuda_fail(cuda, err, PHX_INVALID, "%s: %lld sequences of %lld tokens, %lld channels in %lld heads",

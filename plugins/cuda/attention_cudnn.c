@@ -170,8 +170,7 @@ phx_status phx__cuda_attention_cudnn(phx__cuda *cuda, const phx__cuda_attention_
   if (!cuda->cudnn) return PHX_OK;
   const char *reason = declined(cuda, call);
   if (reason && reason != cuda->cudnn->told && call->dtype == PHX_BF16) tell_declined(cuda, reason);
-  phx_status status = reason ? PHX_OK : find(cuda, call, what, &e, err);
-  if (status != PHX_OK) return status;
+  if (!reason) PHX_TRY(find(cuda, call, what, &e, err));
   if (!reason && !e->plan.plan) reason = e->plan.reason;
   if (reason && cuda->config.attention == CUDNN)
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
@@ -179,10 +178,9 @@ phx_status phx__cuda_attention_cudnn(phx__cuda *cuda, const phx__cuda_attention_
                           (long long)call->b, (long long)call->t, (long long)call->heads, (long long)call->width,
                           reason);
   if (reason) return PHX_OK;
-  status = phx__cuda_scratch(cuda, s, 0, what, &scratch, err);
-  if (status == PHX_OK) status = check(cuda, cuda->cudnn->api.set_stream(cuda->cudnn->handle, s), what, err);
-  if (status != PHX_OK) return status;
-  status = check(cuda, execute(cuda->cudnn, e, call, (char *)scratch + cuda->scratch_bytes), what, err);
+  PHX_TRY(phx__cuda_scratch(cuda, s, 0, what, &scratch, err));
+  PHX_TRY(check(cuda, cuda->cudnn->api.set_stream(cuda->cudnn->handle, s), what, err));
+  phx_status status = check(cuda, execute(cuda->cudnn, e, call, (char *)scratch + cuda->scratch_bytes), what, err);
   if (status == PHX_OK) *done = 1;
   return status;
 }

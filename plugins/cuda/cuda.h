@@ -9,6 +9,7 @@
 #ifndef PHX__CUDA_H
 #define PHX__CUDA_H
 #include <cuda_runtime_api.h>
+#include <phalanx/error.h>
 #include <phalanx/provider.h>
 #ifdef __cplusplus
 extern "C" {

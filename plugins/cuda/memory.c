@@ -33,9 +33,7 @@ static phx_status alloc_device(phx__cuda *cuda, int64_t bytes, void **out, phx_e
 
 static phx_status alloc_pinned(phx__cuda *cuda, int64_t bytes, void **out, phx_error *err) {
   void *p = NULL;
-  const phx_status status =
-      phx__cuda_check(cuda, cudaHostAlloc(&p, (size_t)bytes, cudaHostAllocPortable), "cudaHostAlloc", err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_check(cuda, cudaHostAlloc(&p, (size_t)bytes, cudaHostAllocPortable), "cudaHostAlloc", err));
   memset(p, 0, (size_t)bytes);
   *out = p;
   return PHX_OK;

@@ -15,9 +15,8 @@ static phx_status check_sizes(const phx__cuda *cuda, const char *what, int64_t n
 
 static phx_status embedding(void *ctx, int32_t dtype, void *out, const int32_t *tokens, const void *wte,
                             const void *wpe, int64_t b, int64_t t, int64_t c, phx_stream *s, phx_error *err) {
-  phx_status status = phx__cuda_begin(ctx, dtype, "embedding", err);
-  if (status == PHX_OK) status = check_sizes(ctx, "embedding", b * t, c, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(ctx, dtype, "embedding", err));
+  PHX_TRY(check_sizes(ctx, "embedding", b * t, c, err));
   return phx__cuda_check(ctx, phx__cuda_k_embedding(dtype, out, tokens, wte, wpe, b, t, c, phx__cuda_stream(ctx, s)),
                          "embedding", err);
 }
@@ -49,11 +48,9 @@ static phx_status embedding_backward(void *ctx, int32_t dtype, float *dwte, int3
 static phx_status layer_norm(void *ctx, int32_t dtype, void *out, void *sum, float *mean, float *rstd, const void *a,
                              const void *b, const void *w, const void *bias, int64_t n, int64_t c, float eps,
                              phx_stream *s, phx_error *err) {
-  phx_status status = phx__cuda_begin(ctx, dtype, "layer_norm", err);
-  if (status == PHX_OK) status = check_sizes(ctx, "layer_norm", n, c, err);
-  if (status == PHX_OK && b && !sum)
-    status = phx__cuda_fail(ctx, err, PHX_INVALID, "layer_norm of a + b needs a place for the sum");
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(ctx, dtype, "layer_norm", err));
+  PHX_TRY(check_sizes(ctx, "layer_norm", n, c, err));
+  if (b && !sum) return phx__cuda_fail(ctx, err, PHX_INVALID, "layer_norm of a + b needs a place for the sum");
   return phx__cuda_check(
       ctx, phx__cuda_k_layer_norm(dtype, out, sum, mean, rstd, a, b, w, bias, n, c, eps, phx__cuda_stream(ctx, s)),
       "layer_norm", err);
@@ -67,18 +64,16 @@ static phx_status layer_norm_backward(void *ctx, int32_t dtype, void *dx, const 
   phx__cuda *cuda = ctx;
   const cudaStream_t s = phx__cuda_stream(cuda, stream);
   void *parts = NULL;
-  phx_status status = phx__cuda_begin(cuda, dtype, what, err);
-  if (status == PHX_OK) status = check_sizes(cuda, what, n, c, err);
-  if (status == PHX_OK && !dw != !db)
-    status = phx__cuda_fail(cuda, err, PHX_INVALID, "%s: gradients of weight and bias come together", what);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(cuda, dtype, what, err));
+  PHX_TRY(check_sizes(cuda, what, n, c, err));
+  if (!dw != !db)
+    return phx__cuda_fail(cuda, err, PHX_INVALID, "%s: gradients of weight and bias come together", what);
   const int64_t blocks = (int64_t)NORM_BLOCKS * cuda->multiprocessors;
   const int64_t most = cuda->scratch_bytes / (8 * c), rows = n < blocks ? n : blocks;
   if (dw && most < 1)
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "%s: %lld channels are too many", what, (long long)c);
   const int64_t slices = dw && most < rows ? most : rows;
-  if (dw) status = phx__cuda_scratch(cuda, s, 8 * c * slices, what, &parts, err);
-  if (status != PHX_OK) return status;
+  if (dw) PHX_TRY(phx__cuda_scratch(cuda, s, 8 * c * slices, what, &parts, err));
   const phx__cuda_norm_backward p = {.dtype = dtype, .w_mode = w_mode, .b_mode = b_mode, .dx = dx, .add = add,
                                      .dout = dout, .x = x, .w = w, .dw = dw, .db = db, .parts = parts, .mean = mean,
                                      .rstd = rstd, .n = n, .c = c, .slices = dw ? slices : n};
@@ -87,8 +82,7 @@ static phx_status layer_norm_backward(void *ctx, int32_t dtype, void *dx, const 
 
 static phx_status add(void *ctx, int32_t dtype, void *out, const void *a, const void *b, int64_t numel, phx_stream *s,
                       phx_error *err) {
-  const phx_status status = phx__cuda_begin(ctx, dtype, "add", err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(ctx, dtype, "add", err));
   return phx__cuda_check(ctx, phx__cuda_k_add(dtype, out, a, b, numel, phx__cuda_stream(ctx, s)), "add", err);
 }
 
@@ -96,12 +90,11 @@ static phx_status cross_entropy(void *ctx, int32_t dtype, void *logits, float *l
                                 int64_t n, int64_t v, int64_t vp, int32_t gradient, float scale, phx_stream *s,
                                 phx_error *err) {
   const phx__cuda *cuda = ctx;
-  phx_status status = phx__cuda_begin(cuda, dtype, "cross_entropy", err);
-  if (status == PHX_OK) status = check_sizes(ctx, "cross_entropy", n, v, err);
-  if (status == PHX_OK && vp < v)
-    status = phx__cuda_fail(ctx, err, PHX_INVALID, "cross_entropy of %lld logits in rows of %lld", (long long)v,
-                            (long long)vp);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(cuda, dtype, "cross_entropy", err));
+  PHX_TRY(check_sizes(ctx, "cross_entropy", n, v, err));
+  if (vp < v)
+    return phx__cuda_fail(ctx, err, PHX_INVALID, "cross_entropy of %lld logits in rows of %lld", (long long)v,
+                          (long long)vp);
   return phx__cuda_check(ctx,
                          phx__cuda_k_cross_entropy(dtype, logits, losses, targets, n, v, vp, gradient, scale,
                                                    cuda->shared_limit, phx__cuda_stream(cuda, s)),

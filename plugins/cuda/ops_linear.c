@@ -27,8 +27,7 @@ static phx_status product_of_parts(phx__cuda *cuda, phx__cuda_product p, int64_t
   int32_t done;
   if (apart == 0) return phx__cuda_product_run(cuda, &p, s, what, &done, err);
   p.k = apart;
-  const phx_status status = phx__cuda_product_run(cuda, &p, s, what, &done, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_product_run(cuda, &p, s, what, &done, err));
   p.k = rest, p.accumulate = 1;
   p.a = (const char *)p.a + apart * size; /* rows of a, and of b as it is */
   p.b = (const char *)p.b + apart * p.ldb * size;
@@ -84,13 +83,11 @@ phx_status phx__cuda_linear(void *ctx, int32_t dtype, void *out, int64_t out_ld,
   phx__cuda *cuda = ctx;
   const cudaStream_t s = phx__cuda_stream(cuda, stream);
   const int64_t size = (int64_t)phx_dtype_bytes(dtype), ld = out_ld ? out_ld : oc;
-  phx_status status = phx__cuda_begin(cuda, dtype, "linear", err);
-  if (status == PHX_OK) status = check_shape(cuda, "linear", n, ic, oc, out_ld, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(cuda, dtype, "linear", err));
+  PHX_TRY(check_shape(cuda, "linear", n, ic, oc, out_ld, err));
   const int64_t apart = pre ? 0 : columns_apart(oc, ld); /* rows of pre are not padded */
   if (apart) {
-    status = linear_columns(cuda, dtype, out, ld, NULL, x, w, bias, n, ic, apart, gelu, s, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(linear_columns(cuda, dtype, out, ld, NULL, x, w, bias, n, ic, apart, gelu, s, err));
     out = (char *)out + apart * size;
     w = (const char *)w + apart * ic * size;
     if (bias) bias = (const char *)bias + apart * size;
@@ -131,8 +128,7 @@ static phx_status bias_gradient(phx__cuda *cuda, int32_t dtype, float *db, int32
   if (most < 1)
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "%s: %lld channels are too many", what, (long long)oc);
   const int64_t taken = slices < most ? slices : most;
-  const phx_status status = phx__cuda_scratch(cuda, s, 4 * oc * taken, what, &parts, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_scratch(cuda, s, 4 * oc * taken, what, &parts, err));
   return phx__cuda_check(cuda, phx__cuda_k_column_sums(db, mode, dtype, dout, ld, n, oc, parts, taken, s), what, err);
 }
 
@@ -147,12 +143,10 @@ static phx_status weight_columns(phx__cuda *cuda, int32_t dtype, float *dw, floa
   void *sums = NULL;
   const int32_t through_scratch = db && b_mode == PHX_GRAD_ADD && 4 * oc <= cuda->scratch_bytes;
   if (through_scratch) { /* the epilogue writes: what is added comes by way of the scratch */
-    status = phx__cuda_scratch(cuda, s, 4 * oc, what, &sums, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx__cuda_scratch(cuda, s, 4 * oc, what, &sums, err));
     p.bias = sums;
   }
-  status = phx__cuda_product_run(cuda, &p, s, what, &done, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_product_run(cuda, &p, s, what, &done, err));
   if (done)
     return through_scratch ? phx__cuda_check(cuda, phx__cuda_k_accumulate(db, sums, oc, s), what, err) : PHX_OK;
   p.epilogue = PHX__EPILOGUE_NONE, p.bias = NULL;
@@ -167,12 +161,10 @@ phx_status phx__cuda_linear_backward_weight(void *ctx, int32_t dtype, float *dw,
   phx__cuda *cuda = ctx;
   const cudaStream_t s = phx__cuda_stream(cuda, stream);
   const int64_t ld = dout_ld ? dout_ld : oc, apart = columns_apart(oc, ld);
-  phx_status status = phx__cuda_begin(cuda, dtype, what, err);
-  if (status == PHX_OK) status = check_shape(cuda, what, n, ic, oc, dout_ld, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_begin(cuda, dtype, what, err));
+  PHX_TRY(check_shape(cuda, what, n, ic, oc, dout_ld, err));
   if (apart) {
-    status = weight_columns(cuda, dtype, dw, db, dout, ld, x, n, ic, apart, w_mode, b_mode, what, s, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(weight_columns(cuda, dtype, dw, db, dout, ld, x, n, ic, apart, w_mode, b_mode, what, s, err));
     dw += apart * ic;
     dout = (const char *)dout + apart * (int64_t)phx_dtype_bytes(dtype);
     if (db) db += apart;

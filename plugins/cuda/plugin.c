@@ -19,14 +19,11 @@ struct phx_device_self {
 
 phx_status phx__cuda_fail(const phx__cuda *cuda, phx_error *err, phx_status code, const char *format, ...) {
   va_list args;
-  if (!err) return code;
-  err->code = code;
-  err->cause = 0;
   const int32_t rank = cuda && cuda->host ? cuda->host->rank : -1;
-  const int at = rank < 0 ? snprintf(err->message, sizeof err->message, "cuda: ")
-                          : snprintf(err->message, sizeof err->message, "cuda: rank %d: ", rank);
+  if (rank < 0) phx_fail(err, code, "cuda: ");
+  else phx_fail(err, code, "cuda: rank %d: ", rank);
   va_start(args, format);
-  vsnprintf(err->message + at, sizeof err->message - (size_t)at, format, args);
+  phx_fail_more_args(err, code, format, args);
   va_end(args);
   return code;
 }
@@ -127,12 +124,10 @@ static phx_status choose_device(phx__cuda *cuda, phx_error *err) {
   const phx_host *host = cuda->host;
   int count = 0;
   int32_t other = -1;
-  phx_status status = count_devices(cuda, &count, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(count_devices(cuda, &count, err));
   cuda->device_index = host->local_rank % count;
-  status = check_capability(cuda, cuda->device_index, err);
-  if (status == PHX_OK) status = who_else(cuda, &other, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(check_capability(cuda, cuda->device_index, err));
+  PHX_TRY(who_else(cuda, &other, err));
   cuda->sharing = other >= 0;
   if (cuda->sharing && !cuda->config.share)
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED,
@@ -145,13 +140,11 @@ static phx_status choose_device(phx__cuda *cuda, phx_error *err) {
 static phx_status describe(phx__cuda *cuda, phx_error *err) {
   struct cudaDeviceProp prop;
   int value = 0;
-  phx_status status =
-      phx__cuda_check(cuda, cudaGetDeviceProperties(&prop, cuda->device_index), "cudaGetDeviceProperties", err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_check(cuda, cudaGetDeviceProperties(&prop, cuda->device_index), "cudaGetDeviceProperties", err));
   cuda->multiprocessors = prop.multiProcessorCount;
-  status = phx__cuda_check(
-      cuda, cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->device_index),
-      "cudaDeviceGetAttribute", err);
+  phx_status status =
+      phx__cuda_check(cuda, cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda->device_index),
+                      "cudaDeviceGetAttribute", err);
   cuda->shared_limit = value;
   const long long products = (long long)phx__cuda_products_version();
   snprintf(cuda->name, sizeof cuda->name, "cuda:%d (%.64s, sm_%d%d, CUDA %d.%d, cuBLASLt %lld.%lld)",

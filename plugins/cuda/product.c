@@ -91,8 +91,7 @@ static phx_status check(const phx__cuda *cuda, cublasStatus_t status, const char
 int64_t phx__cuda_products_version(void) { return (int64_t)blaslt.GetVersion(); }
 
 phx_status phx__cuda_products_begin(phx__cuda *cuda, phx_error *err) {
-  const phx_status status = open_library(cuda, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(open_library(cuda, err));
   cuda->products = calloc(1, sizeof *cuda->products);
   if (!cuda->products) return phx__cuda_fail(cuda, err, PHX_NOMEM, "no memory for the products");
   return check(cuda, blaslt.Create(&cuda->products->handle), "cublasLtCreate", err);
@@ -261,9 +260,8 @@ phx_status phx__cuda_product_run(phx__cuda *cuda, const phx__cuda_product *p, cu
                               (long long)p->m, (long long)p->n, (long long)p->k);
     return status;
   }
-  status = phx__cuda_scratch(cuda, s, 0, what, &scratch, err);
-  if (status == PHX_OK) status = check(cuda, set_pointers(e, p), what, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_scratch(cuda, s, 0, what, &scratch, err));
+  PHX_TRY(check(cuda, set_pointers(e, p), what, err));
   void *workspace = (char *)scratch + cuda->scratch_bytes;
   status = check(cuda,
                  blaslt.Matmul(cuda->products->handle, e->desc, &one, p->b, e->a, p->a, e->b, &beta, p->c, e->c, p->c,

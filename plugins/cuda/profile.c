@@ -240,9 +240,8 @@ phx_status phx__cuda_profile_begin(phx__cuda *cuda, phx_error *err) {
   p->plain = cuda->ops;
   p->device = cuda->device;
   for (int32_t i = 0; i < PAIRS; i++) {
-    phx_status status = phx__cuda_check(cuda, cudaEventCreate(&p->pairs[i].begin), "profile", err);
-    if (status == PHX_OK) status = phx__cuda_check(cuda, cudaEventCreate(&p->pairs[i].end), "profile", err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx__cuda_check(cuda, cudaEventCreate(&p->pairs[i].begin), "profile", err));
+    PHX_TRY(phx__cuda_check(cuda, cudaEventCreate(&p->pairs[i].end), "profile", err));
   }
   cuda->ops.linear = timed_linear;
   cuda->ops.linear_backward_input = timed_linear_backward_input;

@@ -92,8 +92,7 @@ static phx_status thread_begin(phx_stream *s, phx_error *err) {
   void *flag = NULL;
   if (s->running) return PHX_OK;
   if (!s->flag) {
-    const phx_status status = phx__cuda_alloc(s->cuda, PHX_SPACE_PINNED, PHX_ALIGN, &flag, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx__cuda_alloc(s->cuda, PHX_SPACE_PINNED, PHX_ALIGN, &flag, err));
     s->flag = flag;
   }
   sigfillset(&all);
@@ -108,14 +107,13 @@ static phx_status thread_begin(phx_stream *s, phx_error *err) {
 static phx_status enqueue(void *ctx, phx_stream *stream, phx_stream_fn *fn, void *arg, phx_error *err) {
   phx__cuda *cuda = ctx;
   phx_stream *s = object_of(cuda, stream);
-  phx_status status = thread_begin(s, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(thread_begin(s, err));
   pthread_mutex_lock(&s->lock);
   while (s->put - s->done == RING) pthread_cond_wait(&s->change, &s->lock);
   s->ring[s->put % RING] = (call){fn, arg};
   const uint32_t number = s->put + 1;
   pthread_mutex_unlock(&s->lock);
-  status = phx__cuda_check(cuda, cudaLaunchHostFunc(s->native, stream_is_there, s), "enqueue", err);
+  phx_status status = phx__cuda_check(cuda, cudaLaunchHostFunc(s->native, stream_is_there, s), "enqueue", err);
   if (status != PHX_OK) return status; /* the place in the ring is used again */
   pthread_mutex_lock(&s->lock);
   s->put = number;
@@ -164,8 +162,7 @@ static void stream_unmake(phx_stream *s) {
 static phx_status stream_create(void *ctx, const char *name, phx_stream **out, phx_error *err) {
   phx__cuda *cuda = ctx;
   (void)name;
-  const phx_status status = stream_make(cuda, out, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(stream_make(cuda, out, err));
   (*out)->next = cuda->streams;
   cuda->streams = *out;
   return PHX_OK;
@@ -320,8 +317,7 @@ static phx_status find_wait_value(phx__cuda *cuda, phx_error *err) {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuStreamWaitValue32", &entry, cudaEnableDefault, &found);
 #endif
-  const phx_status status = phx__cuda_check(cuda, error, "looking for cuStreamWaitValue32", err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx__cuda_check(cuda, error, "looking for cuStreamWaitValue32", err));
   if (found != cudaDriverEntryPointSuccess || !entry)
     return phx__cuda_fail(cuda, err, PHX_UNSUPPORTED, "the driver has no cuStreamWaitValue32: update it");
   memcpy(&cuda->wait_value, &entry, sizeof entry);
@@ -340,10 +336,9 @@ static phx_status keep_pool(const phx__cuda *cuda, phx_error *err) {
 }
 
 phx_status phx__cuda_streams_begin(phx__cuda *cuda, phx_error *err) {
-  phx_status status = find_wait_value(cuda, err);
-  if (status == PHX_OK) status = keep_pool(cuda, err);
-  if (status == PHX_OK) status = stream_make(cuda, &cuda->first, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(find_wait_value(cuda, err));
+  PHX_TRY(keep_pool(cuda, err));
+  PHX_TRY(stream_make(cuda, &cuda->first, err));
   cuda->compute = cuda->scratch_stream = cuda->first->native;
   return phx__cuda_check(cuda, cudaEventCreateWithFlags(&cuda->scratch_event, cudaEventDisableTiming), "event_create",
                          err);

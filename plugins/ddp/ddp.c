@@ -74,9 +74,9 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
   ddp_plan p = {0};
   phx_status status = phx_kit_check_precision(t, err);
   if (status != PHX_OK) return status;
-  PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
-  PHX_KIT_TRY(phx_kit_buckets_create(m, &p.order, c->first_bucket_bytes / 4, c->bucket_bytes / 4, &p.buckets,
-                                     &p.n_buckets, err));
+  PHX_TRY_GOTO(phx_kit_order_create(m, &p.order, err), status, done);
+  PHX_TRY_GOTO(phx_kit_buckets_create(m, &p.order, c->first_bucket_bytes / 4, c->bucket_bytes / 4, &p.buckets,
+                                      &p.n_buckets, err), status, done);
   /* whole, and padded to equal parts per rank, so that the writers' parts are gathered in place */
   int64_t trainable = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_TRAINABLE], t->world_size);
   int64_t frozen = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_FROZEN], t->world_size);
@@ -106,8 +106,7 @@ done:
 static phx_status ddp_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
                                phx_error *err) {
   ddp_plan p;
-  phx_status status = plan_create(config, t, m, &p, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, N_REGIONS, out);
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     phx_kit_estimate_state(out, t, flat, phx_kit_shard_of(m->total_blocks[flat], t->rank, t->world_size).blocks);
@@ -158,19 +157,19 @@ static void place_weights(phx_strategy *self) {
 static phx_status ddp_create(const phx_host *host, const void *config, const phx_topology *topology,
                              const phx_model *model, phx_strategy **out, phx_error *err) {
   phx_strategy *self = calloc(1, sizeof *self);
-  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  if (!self) return phx_fail(err, PHX_NOMEM, "no memory for the strategy");
   *self = (phx_strategy){.topology = topology, .model = model};
   phx_status status;
-  PHX_KIT_TRY(plan_create(config, topology, model, &self->plan, err));
-  PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_TENSOR, &self->s, err));
-  PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->mark, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, self->plan.n_buckets, &self->reduced, err));
-  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->plan.regions, N_REGIONS, err));
+  PHX_TRY_GOTO(plan_create(config, topology, model, &self->plan, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_TENSOR, &self->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&self->s, 1, &self->mark, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&self->s, self->plan.n_buckets, &self->reduced, err), status, done);
+  PHX_TRY_GOTO(phx_kit_regions_alloc(&self->s, self->plan.regions, N_REGIONS, err), status, done);
   self->last_bucket = calloc(model->n_units + 1u, sizeof *self->last_bucket);
   self->complete = calloc(model->n_units + 1u, 1);
   if (!self->last_bucket || !self->complete) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
+    status = phx_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
     goto done;
   }
   uint32_t b = 0;
@@ -199,9 +198,8 @@ static phx_status ddp_visit_state(phx_strategy *self, const phx_visitor *visitor
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
     phx_kit_shard mine = my_part(self, (int)flat);
     for (phx_kit_part p = {0}; phx_kit_part_next(self->model, flat, mine.first, mine.blocks, &p);) {
-      phx_status status = phx_kit_visit(visitor, self->s.optim, self->topology->compute_dtype, p.unit, flat, p.first,
-                                        p.blocks, err);
-      if (status != PHX_OK) return status;
+      PHX_TRY(phx_kit_visit(visitor, self->s.optim, self->topology->compute_dtype, p.unit, flat, p.first,
+                            p.blocks, err));
     }
   }
   return PHX_OK;
@@ -211,7 +209,7 @@ static phx_status ddp_map(phx_strategy *self, const phx_slice *slice, int32_t mo
   (void)mode;
   bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
-    return phx_kit_fail(err, PHX_INVALID, "ddp keeps no state of kind %d", slice->kind);
+    return phx_fail(err, PHX_INVALID, "ddp keeps no state of kind %d", slice->kind);
   uint32_t region = WEIGHT + slice->flat;
   if (master) region = MASTER + slice->flat;
   if (slice->kind == PHX_STATE_OPTIM) region = STATES + slice->state_index;
@@ -237,33 +235,29 @@ static phx_status derive_weights(phx_strategy *self, phx_error *err) {
   const phx_kit_region *r = self->plan.regions;
   int32_t dtype = self->topology->compute_dtype;
   phx_kit_shard ice = my_part(self, PHX_FLAT_FROZEN);
-  phx_status status = PHX_OK;
-  PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[MASTER].at, PHX_F32, err));
+  PHX_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[MASTER].at, PHX_F32, err));
   if (r[MASTER].at)
-    PHX_KIT_TRY(d->cast(d->ctx, r[WEIGHT].at, dtype, r[MASTER].at, PHX_F32, r[MASTER].bytes / 4, self->s.stream, err));
+    PHX_TRY(d->cast(d->ctx, r[WEIGHT].at, dtype, r[MASTER].at, PHX_F32, r[MASTER].bytes / 4, self->s.stream, err));
   if (ice.blocks > 0)
-    PHX_KIT_TRY(d->cast(d->ctx, weight_at(self, PHX_FLAT_FROZEN, ice.first * PHX_BLOCK), dtype, r[ICE].at, PHX_F32,
-                        ice.blocks * PHX_BLOCK, self->s.stream, err));
-done:
-  return status;
+    PHX_TRY(d->cast(d->ctx, weight_at(self, PHX_FLAT_FROZEN, ice.first * PHX_BLOCK), dtype, r[ICE].at, PHX_F32,
+                    ice.blocks * PHX_BLOCK, self->s.stream, err));
+  return PHX_OK;
 }
 
 static phx_status ddp_state_changed(phx_strategy *self, phx_error *err) {
   const phx_device *d = self->s.device;
   phx_kit_region *r = self->plan.regions;
-  phx_status status;
   self->s.comm->annotate(self->s.comm->ctx, -1);
-  PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
+  PHX_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
   if (phx_kit_masters(self->topology))
-    PHX_KIT_TRY(derive_weights(self, err));
+    PHX_TRY(derive_weights(self, err));
   else
-    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, PHX_F32, err));
-  PHX_KIT_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, self->topology->compute_dtype, err));
+    PHX_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[WEIGHT].at, PHX_F32, err));
+  PHX_TRY(make_whole(self, PHX_FLAT_FROZEN, r[FROZEN].at, self->topology->compute_dtype, err));
   for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
-    PHX_KIT_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, self->topology->optim_dtype[k], err));
-  PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
-done:
-  return status;
+    PHX_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[STATES + k].at, self->topology->optim_dtype[k], err));
+  PHX_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
+  return PHX_OK;
 }
 
 /* ---- the step ---- */
@@ -289,9 +283,7 @@ static phx_status ddp_acquire(phx_strategy *self, uint32_t s, int32_t pass, int3
   for (uint32_t i = 0; busy && i < stage->n_uses; i++) {
     const phx_use *use = phx_model_use(self->model, stage->first_use + i);
     if (!(use->flags & PHX_USE_GRADIENT) || !self->views.places[use->unit].gradient) continue;
-    phx_status status =
-        self->s.device->stream_wait(self->s.device->ctx, stream, self->reduced[self->last_bucket[use->unit]], err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(self->s.device->stream_wait(self->s.device->ctx, stream, self->reduced[self->last_bucket[use->unit]], err));
   }
   *out = phx_kit_view(&self->views, s, pass, NULL);
   return PHX_OK;
@@ -307,22 +299,19 @@ static phx_status reduce_bucket(phx_strategy *self, const phx_kit_bucket *bucket
   float *part = adds ? (float *)self->plan.regions[REDUCED].at + bucket->first : total;
   c->annotate(c->ctx, (int32_t)self->plan.order.units[bucket->last]);
   void *wire = self->plan.regions[WIRE].at ? self->plan.regions[WIRE].at : part;
-  phx_status status = PHX_OK;
-  if (wire != part) PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, part, PHX_F32, bucket->numel, s, err));
-  PHX_KIT_TRY(c->all_reduce(c->ctx, wire, wire, bucket->numel, dtype, PHX_SUM, s, err));
-  if (wire != part) PHX_KIT_TRY(d->cast(d->ctx, part, PHX_F32, wire, dtype, bucket->numel, s, err));
-  if (adds) PHX_KIT_TRY(d->add(d->ctx, total, part, bucket->numel, s, err));
-  PHX_KIT_TRY(d->event_record(d->ctx, reduced, s, err));
-done:
-  return status;
+  if (wire != part) PHX_TRY(d->cast(d->ctx, wire, dtype, part, PHX_F32, bucket->numel, s, err));
+  PHX_TRY(c->all_reduce(c->ctx, wire, wire, bucket->numel, dtype, PHX_SUM, s, err));
+  if (wire != part) PHX_TRY(d->cast(d->ctx, part, PHX_F32, wire, dtype, bucket->numel, s, err));
+  if (adds) PHX_TRY(d->add(d->ctx, total, part, bucket->numel, s, err));
+  PHX_TRY(d->event_record(d->ctx, reduced, s, err));
+  return PHX_OK;
 }
 
 static phx_status ddp_release(phx_strategy *self, uint32_t s, int32_t pass, int32_t micro_batch, uint32_t flags,
                               phx_stream *stream, phx_error *err) {
   (void)micro_batch;
-  phx_status status = PHX_OK;
   if (pass != PHX_PASS_BACKWARD) return PHX_OK;
-  if (flags & PHX_RELEASE_NO_GRADIENT) PHX_KIT_TRY(phx_kit_view_unused(&self->views, self->s.device, s, stream, err));
+  if (flags & PHX_RELEASE_NO_GRADIENT) PHX_TRY(phx_kit_view_unused(&self->views, self->s.device, s, stream, err));
   if (!(flags & PHX_RELEASE_LAST_USE) || !self->reducing) return PHX_OK;
   const phx_stage *stage = phx_model_stage(self->model, s);
   for (uint32_t i = 0; i < stage->n_uses; i++) {
@@ -335,20 +324,19 @@ static phx_status ddp_release(phx_strategy *self, uint32_t s, int32_t pass, int3
   for (; self->next_bucket < self->plan.n_buckets; self->next_bucket++) {
     const phx_kit_bucket *bucket = &self->plan.buckets[self->next_bucket];
     if (bucket->last >= self->n_complete) break;
-    if (!marked) PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
+    if (!marked) PHX_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
     marked = true;
-    PHX_KIT_TRY(reduce_bucket(self, bucket, self->reduced[self->next_bucket], err));
+    PHX_TRY(reduce_bucket(self, bucket, self->reduced[self->next_bucket], err));
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status ddp_finish_gradients(phx_strategy *self, phx_error *err) {
   if (self->next_bucket < self->plan.n_buckets)
-    return phx_kit_fail(err, PHX_STATE,
-                        "gradients are to be finished, but that of unit '%s' is not complete: its last backward stage "
-                        "was not released with LAST_USE in the step's last micro-batch",
-                        phx_model_unit(self->model, self->plan.order.units[self->n_complete])->name);
+    return phx_fail(err, PHX_STATE,
+                    "gradients are to be finished, but that of unit '%s' is not complete: its last backward stage "
+                    "was not released with LAST_USE in the step's last micro-batch",
+                    phx_model_unit(self->model, self->plan.order.units[self->n_complete])->name);
   return self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err);
 }
 
@@ -362,8 +350,7 @@ static phx_status ddp_gradient_norm(phx_strategy *self, const phx_accumulator *a
   phx_kit_shard mine = my_part(self, PHX_FLAT_TRAINABLE);
   for (phx_kit_part p = {0}; phx_kit_part_next(self->model, PHX_FLAT_TRAINABLE, mine.first, mine.blocks, &p);) {
     const float *gradient = base + self->plan.order.offset[p.unit] + p.first * PHX_BLOCK;
-    phx_status status = acc->add(acc->ctx, p.unit, p.first, p.blocks, gradient, NULL, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(acc->add(acc->ctx, p.unit, p.first, p.blocks, gradient, NULL, err));
   }
   return PHX_OK;
 }
@@ -382,8 +369,7 @@ static phx_status ddp_update(phx_strategy *self, int64_t step, float scale, phx_
     slice.gradient = (const float *)r[GRADIENT].at + self->plan.order.offset[u];
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++)
       slice.states[k] = (char *)r[STATES + k].at + first * (int64_t)phx_dtype_bytes(self->topology->optim_dtype[k]);
-    phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx_kit_update(self->s.optim, &slice, scale, NULL, err));
   }
   return PHX_OK;
 }

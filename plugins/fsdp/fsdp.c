@@ -75,23 +75,24 @@ static void say_what_accumulation_costs(const phx_strategy *self) {
 static phx_status fsdp_create(const phx_host *host, const void *config, const phx_topology *topology,
                               const phx_model *model, phx_strategy **out, phx_error *err) {
   phx_strategy *self = calloc(1, sizeof *self);
-  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  if (!self) return phx_fail(err, PHX_NOMEM, "no memory for the strategy");
   *self = (phx_strategy){.topology = topology, .model = model};
   size_t n = model->n_units + 1u;
   phx_status status;
-  PHX_KIT_TRY(fsdp_plan_create(config, topology, model, &self->plan, err));
-  PHX_KIT_TRY(phx_kit_services_open(host, self->plan.sharded ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err));
-  PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
+  PHX_TRY_GOTO(fsdp_plan_create(config, topology, model, &self->plan, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, self->plan.sharded ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err),
+               status, done);
+  PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
   self->views.weight_dtype = topology->compute_dtype;
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, model->n_units, &self->reduced, err));
-  PHX_KIT_TRY(phx_kit_events_create(&self->s, 1, &self->mark, err));
-  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->plan.regions, FSDP_REGIONS, err));
+  PHX_TRY_GOTO(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&self->s, model->n_units, &self->reduced, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&self->s, 1, &self->mark, err), status, done);
+  PHX_TRY_GOTO(phx_kit_regions_alloc(&self->s, self->plan.regions, FSDP_REGIONS, err), status, done);
   self->gather_number = calloc(n, sizeof *self->gather_number);
   self->reduce_number = calloc(n, sizeof *self->reduce_number);
   self->reduce_offset = calloc(n, sizeof *self->reduce_offset);
   if (!self->gather_number || !self->reduce_number || !self->reduce_offset) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
+    status = phx_fail(err, PHX_NOMEM, "no memory for %u units", model->n_units);
     goto done;
   }
   place_at_rest(self);
@@ -120,9 +121,7 @@ static phx_status gather(phx_strategy *self, const phx_kit_action *a, phx_error 
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
     int64_t numel = fsdp_part(self, a->unit, flat).per * PHX_BLOCK;
     if (numel == 0) continue;
-    phx_status status =
-        c->all_gather(c->ctx, fsdp_held_weight(self, a->unit, flat), window, numel, dtype, self->s.stream, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(c->all_gather(c->ctx, fsdp_held_weight(self, a->unit, flat), window, numel, dtype, self->s.stream, err));
     self->views.places[a->unit].weight[flat] = window;
     window += numel * self->plan.group * phx_kit_weight_bytes(self->topology);
   }
@@ -134,18 +133,15 @@ static phx_status gather(phx_strategy *self, const phx_kit_action *a, phx_error 
 static phx_status open_gradient(phx_strategy *self, const phx_kit_action *a, phx_stream *stream, phx_error *err) {
   int64_t end = a->offset + self->plan.gradient_numel[a->unit];
   uint32_t latest = a->unit;
-  phx_status status = PHX_OK;
   for (uint32_t u = 0; u < self->model->n_units; u++)
     if (self->reduce_number[u] > self->reduce_number[latest] && self->reduce_offset[u] < end &&
         self->reduce_offset[u] + self->plan.gradient_numel[u] > a->offset)
       latest = u;
   if (self->reduce_number[latest] > 0)
-    PHX_KIT_TRY(self->s.device->stream_wait(self->s.device->ctx, stream, self->reduced[latest], err));
+    PHX_TRY(self->s.device->stream_wait(self->s.device->ctx, stream, self->reduced[latest], err));
   float *window = (float *)self->plan.regions[FSDP_POOL].at + a->offset;
   self->views.places[a->unit].gradient = window;
-  status = phx_kit_zero_gaps(self->s.device, self->model, a->unit, window, stream, err);
-done:
-  return status;
+  return phx_kit_zero_gaps(self->s.device, self->model, a->unit, window, stream, err);
 }
 
 /* Nothing of the stream may touch the window before the gather has: a stage that was skipped did not wait for it. */
@@ -164,16 +160,14 @@ static phx_status reduce_through(phx_strategy *self, float *source, float *targe
   int32_t dtype = self->topology->reduce_dtype, group = self->plan.group;
   char *wire = self->plan.regions[FSDP_WIRE].at;
   void *src = wire ? (void *)wire : source, *dst = target;
-  phx_status status = PHX_OK;
   if (wire) {
     dst = wire + (self->plan.sharded ? c->rank * numel * (int64_t)phx_dtype_bytes(dtype) : 0);
-    PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, source, PHX_F32, numel * group, s, err));
+    PHX_TRY(d->cast(d->ctx, wire, dtype, source, PHX_F32, numel * group, s, err));
   }
-  PHX_KIT_TRY(self->plan.sharded ? c->reduce_scatter(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err)
-                                 : c->all_reduce(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err));
-  if (wire) PHX_KIT_TRY(d->cast(d->ctx, target, PHX_F32, dst, dtype, numel, s, err));
-done:
-  return status;
+  PHX_TRY(self->plan.sharded ? c->reduce_scatter(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err)
+                             : c->all_reduce(c->ctx, src, dst, numel, dtype, PHX_SUM, s, err));
+  if (wire) PHX_TRY(d->cast(d->ctx, target, PHX_F32, dst, dtype, numel, s, err));
+  return PHX_OK;
 }
 
 static phx_status reduce(phx_strategy *self, const phx_kit_action *a, phx_error *err) {
@@ -183,18 +177,16 @@ static phx_status reduce(phx_strategy *self, const phx_kit_action *a, phx_error 
   bool adds = self->plan.adds && self->micro_batch > 0;
   phx_kit_shard part = fsdp_part(self, a->unit, PHX_FLAT_TRAINABLE);
   int64_t numel = (self->plan.sharded ? part.per : part.blocks) * PHX_BLOCK;
-  phx_status status;
   c->annotate(c->ctx, (int32_t)a->unit);
   if (adds) target = self->plan.sharded ? self->plan.regions[FSDP_REDUCED].at : source;
-  PHX_KIT_TRY(reduce_through(self, source, target, numel, err));
-  if (adds) PHX_KIT_TRY(d->add(d->ctx, total, target, numel, self->s.stream, err));
-  PHX_KIT_TRY(d->event_record(d->ctx, self->reduced[a->unit], self->s.stream, err));
+  PHX_TRY(reduce_through(self, source, target, numel, err));
+  if (adds) PHX_TRY(d->add(d->ctx, total, target, numel, self->s.stream, err));
+  PHX_TRY(d->event_record(d->ctx, self->reduced[a->unit], self->s.stream, err));
   if (self->plan.windows) {
     self->reduce_number[a->unit] = ++self->issued;
     self->reduce_offset[a->unit] = a->offset;
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 /* All actions of one acquire or release.  skipped: the host passed the stage over. */
@@ -206,13 +198,12 @@ static phx_status run_actions(phx_strategy *self, uint32_t index, bool skipped, 
     const phx_kit_action *a = &p->actions[i];
     if (a->what == PHX_KIT_REDUCE && !self->reducing) continue;
     if (a->what == PHX_KIT_REDUCE && skipped)
-      return phx_kit_fail(err, PHX_STATE,
-                          "the gradient of unit '%s' is not complete: its last backward stage was not released with "
-                          "LAST_USE",
-                          phx_model_unit(self->model, a->unit)->name);
+      return phx_fail(err, PHX_STATE,
+                      "the gradient of unit '%s' is not complete: its last backward stage was not released with "
+                      "LAST_USE",
+                      phx_model_unit(self->model, a->unit)->name);
     if (!marked && (a->what == PHX_KIT_GATHER || a->what == PHX_KIT_REDUCE)) {
-      status = phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err);
-      if (status != PHX_OK) return status;
+      PHX_TRY(phx_kit_after(&self->s, self->mark[0], stream, self->s.stream, err));
       marked = true;
     }
     switch (a->what) {
@@ -251,35 +242,31 @@ static phx_status go_to(phx_strategy *self, uint32_t position, phx_stream *strea
 
 static phx_status open_position(phx_strategy *self, uint32_t stage, int32_t pass, phx_stream *stream, phx_error *err) {
   uint32_t position = phx_kit_position(self->model, stage, pass);
-  phx_status status = PHX_OK;
   if (pass == PHX_PASS_EVALUATE && (self->program != &self->plan.evaluate || position < self->position)) {
-    PHX_KIT_TRY(fsdp_forget_windows(self, err));
+    PHX_TRY(fsdp_forget_windows(self, err));
     self->program = &self->plan.evaluate;
     self->position = 0;
   }
   if (!self->program || position < self->position || (pass != PHX_PASS_EVALUATE && self->program != &self->plan.train))
-    return phx_kit_fail(err, PHX_STATE, "stage '%s' comes out of order: forward goes up, backward comes down",
-                        phx_model_stage(self->model, stage)->name);
-  PHX_KIT_TRY(go_to(self, position, stream, err));
-  if (!self->open) PHX_KIT_TRY(run_actions(self, 2 * position, false, stream, err));
+    return phx_fail(err, PHX_STATE, "stage '%s' comes out of order: forward goes up, backward comes down",
+                    phx_model_stage(self->model, stage)->name);
+  PHX_TRY(go_to(self, position, stream, err));
+  if (!self->open) PHX_TRY(run_actions(self, 2 * position, false, stream, err));
   self->open = true;
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status fsdp_begin_micro_batch(phx_strategy *self, int32_t index, int32_t last, phx_error *err) {
-  phx_status status = PHX_OK;
   if (self->program == &self->plan.train)
-    PHX_KIT_TRY(go_to(self, self->program->n_positions, NULL, err));
+    PHX_TRY(go_to(self, self->program->n_positions, NULL, err));
   else if (self->program)
-    PHX_KIT_TRY(fsdp_forget_windows(self, err)); /* an evaluation, maybe not to its end */
+    PHX_TRY(fsdp_forget_windows(self, err)); /* an evaluation, maybe not to its end */
   self->program = &self->plan.train;
   self->position = 0;
   self->micro_batch = index;
   self->reducing = self->plan.adds || last;
   phx_kit_views_begin(&self->views, self->plan.adds || index == 0);
-done:
-  return status;
+  return PHX_OK;
 }
 
 /* The pass may run after the last issued gather among those it reads; earlier ones are complete before it. */
@@ -292,10 +279,10 @@ static phx_status last_gather(phx_strategy *self, uint32_t s, int32_t pass, phx_
     const phx_use *use = phx_model_use(self->model, stage->first_use + i);
     if (!(use->flags & reads)) continue;
     if (self->gather_number[use->unit] == 0 && self->plan.weight_numel[use->unit] > 0)
-      return phx_kit_fail(err, PHX_UNSUPPORTED,
-                          "stage '%s' is recomputed, but declares no backward use of unit '%s', so nothing gathers its "
-                          "weights then; do not checkpoint this stage",
-                          phx_model_stage(self->model, s)->name, phx_model_unit(self->model, use->unit)->name);
+      return phx_fail(err, PHX_UNSUPPORTED,
+                      "stage '%s' is recomputed, but declares no backward use of unit '%s', so nothing gathers its "
+                      "weights then; do not checkpoint this stage",
+                      phx_model_stage(self->model, s)->name, phx_model_unit(self->model, use->unit)->name);
     if (self->gather_number[use->unit] > number) {
       number = self->gather_number[use->unit];
       *out = self->gathered[use->unit];
@@ -308,34 +295,30 @@ static phx_status fsdp_acquire(phx_strategy *self, uint32_t stage, int32_t pass,
                                phx_stream *stream, const phx_view **out, phx_error *err) {
   (void)micro_batch;
   phx_event *ready;
-  phx_status status;
-  PHX_KIT_TRY(open_position(self, stage, pass, stream, err));
-  PHX_KIT_TRY(last_gather(self, stage, pass, &ready, err));
+  PHX_TRY(open_position(self, stage, pass, stream, err));
+  PHX_TRY(last_gather(self, stage, pass, &ready, err));
   *out = phx_kit_view(&self->views, stage, pass, ready);
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status fsdp_release(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
                                phx_stream *stream, phx_error *err) {
   (void)micro_batch;
-  phx_status status;
   if (pass == PHX_PASS_RECOMPUTE) return PHX_OK; /* backward of the same stage follows */
-  PHX_KIT_TRY(open_position(self, stage, pass, stream, err));
+  PHX_TRY(open_position(self, stage, pass, stream, err));
   bool backward = pass == PHX_PASS_BACKWARD;
   if (backward && (flags & PHX_RELEASE_NO_GRADIENT))
-    PHX_KIT_TRY(phx_kit_view_unused(&self->views, self->s.device, stage, stream, err));
+    PHX_TRY(phx_kit_view_unused(&self->views, self->s.device, stage, stream, err));
   bool incomplete = backward && !(flags & PHX_RELEASE_LAST_USE);
-  PHX_KIT_TRY(run_actions(self, 2 * self->position + 1, incomplete, stream, err));
+  PHX_TRY(run_actions(self, 2 * self->position + 1, incomplete, stream, err));
   self->position++;
   self->open = false;
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status fsdp_finish_gradients(phx_strategy *self, phx_error *err) {
   if (self->program != &self->plan.train)
-    return phx_kit_fail(err, PHX_STATE, "gradients are to be finished, but no micro-batch was begun");
+    return phx_fail(err, PHX_STATE, "gradients are to be finished, but no micro-batch was begun");
   phx_status status = go_to(self, self->program->n_positions, NULL, err);
   return status == PHX_OK ? fsdp_forget_windows(self, err) : status;
 }

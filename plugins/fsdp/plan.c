@@ -22,13 +22,13 @@ void fsdp_plan_destroy(fsdp_plan *p) {
 
 static phx_status check_options(const fsdp_config *c, phx_error *err) {
   if (c->sharding == FSDP_NONE && c->max_gathered > 0)
-    return phx_kit_fail(err, PHX_INVALID, "max_gathered = %lld, but sharding = none gathers nothing; leave it at 0",
-                        (long long)c->max_gathered);
+    return phx_fail(err, PHX_INVALID, "max_gathered = %lld, but sharding = none gathers nothing; leave it at 0",
+                    (long long)c->max_gathered);
   if (c->sharding == FSDP_NONE && !c->reshard_after_forward)
-    return phx_kit_fail(err, PHX_INVALID,
-                        "reshard_after_forward = no, but sharding = none shards nothing; leave it at yes");
+    return phx_fail(err, PHX_INVALID,
+                    "reshard_after_forward = no, but sharding = none shards nothing; leave it at yes");
   if (c->sharding == FSDP_NONE && c->gather_alone)
-    return phx_kit_fail(err, PHX_INVALID, "gather_alone = yes, but sharding = none gathers nothing; leave it at no");
+    return phx_fail(err, PHX_INVALID, "gather_alone = yes, but sharding = none gathers nothing; leave it at no");
   return PHX_OK;
 }
 
@@ -59,15 +59,14 @@ static phx_status plan_windows(const fsdp_config *c, const phx_model *m, fsdp_pl
                            .keep = c->sharding == FSDP_GRAD_OP || !c->reshard_after_forward};
   if (c->max_gathered > 0) {
     phx_kit_program least;
-    phx_status status = phx_kit_program_create(m, &policy, &least, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx_kit_program_create(m, &policy, &least, err));
     int64_t most = least.most_units;
     phx_kit_program_destroy(&least);
     if (c->max_gathered < most)
-      return phx_kit_fail(err, PHX_INVALID,
-                          "max_gathered = %lld is too small: with these options the model needs %lld units gathered at "
-                          "once; raise it, or leave it at 0",
-                          (long long)c->max_gathered, (long long)most);
+      return phx_fail(err, PHX_INVALID,
+                      "max_gathered = %lld is too small: with these options the model needs %lld units gathered at "
+                      "once; raise it, or leave it at 0",
+                      (long long)c->max_gathered, (long long)most);
     policy.live_units = c->max_gathered;
   }
   policy.ahead_units = c->prefetch;
@@ -115,14 +114,14 @@ phx_status fsdp_plan_create(const fsdp_config *c, const phx_topology *t, const p
   p.weight_numel = calloc(m->n_units + 1u, sizeof *p.weight_numel);
   p.gradient_numel = calloc(m->n_units + 1u, sizeof *p.gradient_numel);
   if (!p.at[0] || !p.at[1] || !p.weight_numel || !p.gradient_numel) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory for the plan of %u units", m->n_units);
+    status = phx_fail(err, PHX_NOMEM, "no memory for the plan of %u units", m->n_units);
     goto done;
   }
-  PHX_KIT_TRY(phx_kit_check_precision(t, err));
-  PHX_KIT_TRY(check_options(c, err));
-  PHX_KIT_TRY(phx_kit_order_create(m, &order, err)); /* every trainable unit is reduced once */
+  PHX_TRY_GOTO(phx_kit_check_precision(t, err), status, done);
+  PHX_TRY_GOTO(check_options(c, err), status, done);
+  PHX_TRY_GOTO(phx_kit_order_create(m, &order, err), status, done); /* every trainable unit is reduced once */
   place_units(c, t, m, &p, held, &largest_shard);
-  PHX_KIT_TRY(plan_windows(c, m, &p, err));
+  PHX_TRY_GOTO(plan_windows(c, m, &p, err), status, done);
   plan_regions(t, &p, held, largest_shard);
 done:
   phx_kit_order_destroy(&order);
@@ -136,8 +135,7 @@ done:
 phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
                          phx_error *err) {
   fsdp_plan p;
-  phx_status status = fsdp_plan_create(config, t, m, &p, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(fsdp_plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, FSDP_REGIONS, out);
   for (uint32_t u = 0; u < m->n_units; u++)
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++)

@@ -59,7 +59,7 @@ phx_status fsdp_map(phx_strategy *self, const phx_slice *slice, int32_t mode, vo
   (void)mode;
   bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
-    return phx_kit_fail(err, PHX_INVALID, "fsdp keeps no state of kind %d", slice->kind);
+    return phx_fail(err, PHX_INVALID, "fsdp keeps no state of kind %d", slice->kind);
   char *base = NULL;
   if (slice->kind == PHX_STATE_OPTIM) base = fsdp_held_state(self, slice->unit, slice->state_index);
   else if (master) base = (char *)fsdp_held_master(self, slice->unit, slice->flat);
@@ -90,47 +90,41 @@ static phx_status derive_weights(phx_strategy *self, uint32_t unit, uint32_t fla
 static phx_status share_weights(phx_strategy *self, uint32_t unit, uint32_t flat, phx_error *err) {
   bool masters = phx_kit_masters(self->topology);
   int64_t numel = fsdp_mine(self, unit, flat).per * PHX_BLOCK;
-  phx_status status = PHX_OK;
   if (masters && flat == PHX_FLAT_TRAINABLE) {
     float *master = fsdp_held_master(self, unit, flat);
-    PHX_KIT_TRY(phx_kit_make_whole(&self->s, master, numel, PHX_F32, err));
+    PHX_TRY(phx_kit_make_whole(&self->s, master, numel, PHX_F32, err));
     return derive_weights(self, unit, flat, err);
   }
-  PHX_KIT_TRY(derive_weights(self, unit, flat, err));
+  PHX_TRY(derive_weights(self, unit, flat, err));
   void *weight = fsdp_held_weight(self, unit, flat);
-  PHX_KIT_TRY(phx_kit_make_whole(&self->s, weight, numel, self->topology->compute_dtype, err));
-done:
-  return status;
+  PHX_TRY(phx_kit_make_whole(&self->s, weight, numel, self->topology->compute_dtype, err));
+  return PHX_OK;
 }
 
 /* A shard is all there is. */
 static phx_status derive_shards(phx_strategy *self, phx_error *err) {
-  phx_status status = PHX_OK;
   for (uint32_t u = 0; u < self->model->n_units; u++)
-    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) PHX_KIT_TRY(derive_weights(self, u, flat, err));
-  PHX_KIT_TRY(self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err));
-done:
-  return status;
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) PHX_TRY(derive_weights(self, u, flat, err));
+  PHX_TRY(self->s.device->stream_synchronize(self->s.device->ctx, self->s.stream, err));
+  return PHX_OK;
 }
 
 phx_status fsdp_state_changed(phx_strategy *self, phx_error *err) {
-  phx_status status = fsdp_forget_windows(self, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(fsdp_forget_windows(self, err));
   const phx_device *d = self->s.device;
-  PHX_KIT_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
+  PHX_TRY(phx_kit_after(&self->s, self->mark[0], NULL, self->s.stream, err));
   if (self->plan.sharded) return derive_shards(self, err);
   for (uint32_t u = 0; u < self->model->n_units; u++) {
     self->s.comm->annotate(self->s.comm->ctx, (int32_t)u);
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
       phx_kit_shard part = fsdp_mine(self, u, flat);
       if (part.per == 0) continue;
-      PHX_KIT_TRY(share_weights(self, u, flat, err));
+      PHX_TRY(share_weights(self, u, flat, err));
       for (uint32_t k = 0; flat == PHX_FLAT_TRAINABLE && k < self->topology->n_optim_states; k++)
-        PHX_KIT_TRY(phx_kit_make_whole(&self->s, fsdp_held_state(self, u, k), part.per * PHX_BLOCK,
-                                       self->topology->optim_dtype[k], err));
+        PHX_TRY(phx_kit_make_whole(&self->s, fsdp_held_state(self, u, k), part.per * PHX_BLOCK,
+                                   self->topology->optim_dtype[k], err));
     }
   }
-  PHX_KIT_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
-done:
-  return status;
+  PHX_TRY(d->stream_synchronize(d->ctx, self->s.stream, err));
+  return PHX_OK;
 }

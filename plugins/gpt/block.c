@@ -18,18 +18,18 @@ phx_status gpt_block_forward(phx_model_self *self, const phx_stage_call *call, p
   void *const qkv = gpt_at(saved, p.qkv), *const att = gpt_at(saved, p.att), *const res2 = gpt_at(saved, p.res2);
   void *const act = gpt_at(saved, p.act);
 
-  GPT_TRY(o->layer_norm(o->ctx, self->dtype, one, NULL, gpt_at(saved, p.mean1), gpt_at(saved, p.rstd1), call->input,
+  PHX_TRY(o->layer_norm(o->ctx, self->dtype, one, NULL, gpt_at(saved, p.mean1), gpt_at(saved, p.rstd1), call->input,
                         NULL, gpt_weight(w, GPT_LN1_W), gpt_weight(w, GPT_LN1_B), n, c, self->eps, st, err));
-  GPT_TRY(o->linear(o->ctx, self->dtype, qkv, 0, NULL, one, gpt_weight(w, GPT_QKV_W), gpt_weight(w, GPT_QKV_B), n, c,
+  PHX_TRY(o->linear(o->ctx, self->dtype, qkv, 0, NULL, one, gpt_weight(w, GPT_QKV_W), gpt_weight(w, GPT_QKV_B), n, c,
                     3 * c, 0, st, err));
-  GPT_TRY(o->attention(o->ctx, self->dtype, att, gpt_at(saved, p.lse), qkv, b, t, c, heads, st, err));
-  GPT_TRY(o->linear(o->ctx, self->dtype, one, 0, NULL, att, gpt_weight(w, GPT_ATT_W), gpt_weight(w, GPT_ATT_B), n, c, c,
+  PHX_TRY(o->attention(o->ctx, self->dtype, att, gpt_at(saved, p.lse), qkv, b, t, c, heads, st, err));
+  PHX_TRY(o->linear(o->ctx, self->dtype, one, 0, NULL, att, gpt_weight(w, GPT_ATT_W), gpt_weight(w, GPT_ATT_B), n, c, c,
                     0, st, err));
-  GPT_TRY(o->layer_norm(o->ctx, self->dtype, two, res2, gpt_at(saved, p.mean2), gpt_at(saved, p.rstd2), call->input,
+  PHX_TRY(o->layer_norm(o->ctx, self->dtype, two, res2, gpt_at(saved, p.mean2), gpt_at(saved, p.rstd2), call->input,
                         one, gpt_weight(w, GPT_LN2_W), gpt_weight(w, GPT_LN2_B), n, c, self->eps, st, err));
-  GPT_TRY(o->linear(o->ctx, self->dtype, act, 0, gpt_at(saved, p.pre), two, gpt_weight(w, GPT_FC_W),
+  PHX_TRY(o->linear(o->ctx, self->dtype, act, 0, gpt_at(saved, p.pre), two, gpt_weight(w, GPT_FC_W),
                     gpt_weight(w, GPT_FC_B), n, c, 4 * c, 1, st, err));
-  GPT_TRY(o->linear(o->ctx, self->dtype, call->output, 0, NULL, act, gpt_weight(w, GPT_OUT_W), gpt_weight(w, GPT_OUT_B),
+  PHX_TRY(o->linear(o->ctx, self->dtype, call->output, 0, NULL, act, gpt_weight(w, GPT_OUT_W), gpt_weight(w, GPT_OUT_B),
                     n, 4 * c, c, 0, st, err));
   return o->add(o->ctx, self->dtype, call->output, call->output, res2, n * c, st, err);
 }
@@ -56,13 +56,13 @@ static phx_status mlp_backward(const phx_model_self *self, const phx_stage_call 
   float *const drop = gpt_at(space, p->drop);
   float *const mean = gpt_at(saved, p->mean2), *const rstd = gpt_at(saved, p->rstd2);
 
-  GPT_TRY(weight_gradient(self, call, GPT_OUT_W, drop, call->d_output, gpt_at(saved, p->act), 4 * c, c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, wide, call->d_output, 0, gpt_weight(w, GPT_OUT_W),
+  PHX_TRY(weight_gradient(self, call, GPT_OUT_W, drop, call->d_output, gpt_at(saved, p->act), 4 * c, c, err));
+  PHX_TRY(o->linear_backward_input(o->ctx, self->dtype, wide, call->d_output, 0, gpt_weight(w, GPT_OUT_W),
                                    gpt_at(saved, p->pre), n, 4 * c, c, PHX_GRAD_WRITE, st, err));
-  GPT_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, res2, NULL, gpt_weight(w, GPT_LN2_W),
+  PHX_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, res2, NULL, gpt_weight(w, GPT_LN2_W),
                         gpt_weight(w, GPT_LN2_B), n, c, self->eps, st, err));
-  GPT_TRY(weight_gradient(self, call, GPT_FC_W, drop, wide, narrow, c, 4 * c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, wide, 0, gpt_weight(w, GPT_FC_W), NULL, n, c, 4 * c,
+  PHX_TRY(weight_gradient(self, call, GPT_FC_W, drop, wide, narrow, c, 4 * c, err));
+  PHX_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, wide, 0, gpt_weight(w, GPT_FC_W), NULL, n, c, 4 * c,
                                    PHX_GRAD_WRITE, st, err));
   gpt_gradient g = gpt_gradient_of(w, GPT_LN2_W, drop);
   if (g.w && !g.b) g.b = drop, g.b_mode = PHX_GRAD_WRITE;
@@ -83,15 +83,15 @@ static phx_status attention_backward(const phx_model_self *self, const phx_stage
   float *const drop = gpt_at(space, p->drop);
   float *const mean = gpt_at(saved, p->mean1), *const rstd = gpt_at(saved, p->rstd1);
 
-  GPT_TRY(weight_gradient(self, call, GPT_ATT_W, drop, call->d_input, att, c, c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, call->d_input, 0, gpt_weight(w, GPT_ATT_W), NULL, n, c,
+  PHX_TRY(weight_gradient(self, call, GPT_ATT_W, drop, call->d_input, att, c, c, err));
+  PHX_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, call->d_input, 0, gpt_weight(w, GPT_ATT_W), NULL, n, c,
                                    c, PHX_GRAD_WRITE, st, err));
-  GPT_TRY(o->attention_backward(o->ctx, self->dtype, dqkv, narrow, gpt_at(saved, p->qkv), att, gpt_at(saved, p->lse),
+  PHX_TRY(o->attention_backward(o->ctx, self->dtype, dqkv, narrow, gpt_at(saved, p->qkv), att, gpt_at(saved, p->lse),
                                 gpt_at(space, p->rows), b, t, c, self->sizes.heads, st, err));
-  GPT_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LN1_W),
+  PHX_TRY(o->layer_norm(o->ctx, self->dtype, narrow, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LN1_W),
                         gpt_weight(w, GPT_LN1_B), n, c, self->eps, st, err));
-  GPT_TRY(weight_gradient(self, call, GPT_QKV_W, drop, dqkv, narrow, c, 3 * c, err));
-  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, dqkv, 0, gpt_weight(w, GPT_QKV_W), NULL, n, c, 3 * c,
+  PHX_TRY(weight_gradient(self, call, GPT_QKV_W, drop, dqkv, narrow, c, 3 * c, err));
+  PHX_TRY(o->linear_backward_input(o->ctx, self->dtype, narrow, dqkv, 0, gpt_weight(w, GPT_QKV_W), NULL, n, c, 3 * c,
                                    PHX_GRAD_WRITE, st, err));
   gpt_gradient g = gpt_gradient_of(w, GPT_LN1_W, drop);
   if (g.w && !g.b) g.b = drop, g.b_mode = PHX_GRAD_WRITE;
@@ -101,9 +101,9 @@ static phx_status attention_backward(const phx_model_self *self, const phx_stage
 
 phx_status gpt_block_backward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
   if (call->d_input == call->d_output)
-    return gpt_fail(err, PHX_INTERNAL, "a block's d_input and d_output are one buffer: give it two");
+    return phx_fail(err, PHX_INTERNAL, "a block's d_input and d_output are one buffer: give it two");
   gpt_block_plan p;
   gpt_block_layout(&self->sizes, self->dtype, call->batch, call->sequence, 0, &p);
-  GPT_TRY(mlp_backward(self, call, &p, err));
+  PHX_TRY(mlp_backward(self, call, &p, err));
   return attention_backward(self, call, &p, err);
 }

@@ -5,7 +5,6 @@
 
 #include <fnmatch.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -20,22 +19,11 @@ const gpt_preset gpt_presets[] = {
 };
 enum { PRESETS = sizeof gpt_presets / sizeof gpt_presets[0] - 1 };
 
-phx_status gpt_fail(phx_error *err, phx_status code, const char *format, ...) {
-  if (!err) return code;
-  err->code = code;
-  err->cause = 0;
-  va_list args;
-  va_start(args, format);
-  vsnprintf(err->message, sizeof err->message, format, args);
-  va_end(args);
-  return code;
-}
-
 static int64_t pick(int64_t explicit_value, int64_t preset) { return explicit_value > 0 ? explicit_value : preset; }
 
 phx_status gpt_resolve(const gpt_config *config, gpt_sizes *out, phx_error *err) {
   if (config->size < 0 || config->size >= PRESETS)
-    return gpt_fail(err, PHX_INVALID, "[model] size: there is no preset number %" PRId32, config->size);
+    return phx_fail(err, PHX_INVALID, "[model] size: there is no preset number %" PRId32, config->size);
   const gpt_preset *preset = &gpt_presets[config->size];
   gpt_sizes s = {
       .layers = pick(config->layers, preset->layers),
@@ -55,11 +43,11 @@ phx_status gpt_resolve(const gpt_config *config, gpt_sizes *out, phx_error *err)
     strncat(missing, keys[i].key, sizeof missing - strlen(missing) - 1);
   }
   if (missing[0])
-    return gpt_fail(err, PHX_INVALID,
+    return phx_fail(err, PHX_INVALID,
                     "[model] %s not set: give size = tiny, 124M, 355M, 774M or 1558M, or set all of layers, heads, "
                     "width, context, vocab", missing);
   if (s.width % s.heads)
-    return gpt_fail(err, PHX_INVALID,
+    return phx_fail(err, PHX_INVALID,
                     "[model] width = %" PRId64 " is not a multiple of heads = %" PRId64 ": %" PRId64 " = %" PRId64
                     " x %" PRId64 " + %" PRId64 "; choose a width that heads divides",
                     s.width, s.heads, s.width, s.heads, s.width / s.heads, s.width % s.heads);
@@ -96,18 +84,18 @@ phx_status gpt_check_freeze(const gpt_config *config, const phx_param *params, u
   char pattern[256];
   for (const char *list = config->freeze ? config->freeze : ""; next_pattern(&list, pattern, sizeof pattern);) {
     if (strlen(pattern) == sizeof pattern - 1)
-      return gpt_fail(err, PHX_INVALID, "[model] freeze: a pattern is longer than %zu characters", sizeof pattern - 2);
+      return phx_fail(err, PHX_INVALID, "[model] freeze: a pattern is longer than %zu characters", sizeof pattern - 2);
     uint32_t matched = 0;
     for (uint32_t i = 0; i < n; i++) matched += fnmatch(pattern, params[i].name, 0) == 0;
     if (!matched)
-      return gpt_fail(err, PHX_INVALID,
+      return phx_fail(err, PHX_INVALID,
                       "[model] freeze: '%s' matches no parameter; names are wte.weight, wpe.weight, "
                       "h.0.attn.c_attn.weight, ..., ln_f.bias", pattern);
   }
   uint32_t trainable = 0;
   for (uint32_t i = 0; i < n; i++) trainable += !(params[i].flags & PHX_PARAM_FROZEN);
   if (!trainable)
-    return gpt_fail(err, PHX_INVALID, "[model] freeze = %s leaves nothing to train: all %" PRIu32 " parameters match",
+    return phx_fail(err, PHX_INVALID, "[model] freeze = %s leaves nothing to train: all %" PRIu32 " parameters match",
                     config->freeze, n);
   return PHX_OK;
 }

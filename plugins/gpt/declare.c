@@ -60,7 +60,7 @@ static phx_status declaration_alloc(declaration *d, int64_t layers, phx_error *e
   d->names = calloc(GPT_BLOCK_PARAMS * l + 4 + l, sizeof *d->names);
   if (d->params && d->units && d->stages && d->uses && d->names) return PHX_OK;
   declaration_free(d);
-  return gpt_fail(err, PHX_NOMEM, "the declaration of a model with %lld layers does not fit in memory",
+  return phx_fail(err, PHX_NOMEM, "the declaration of a model with %lld layers does not fit in memory",
                   (long long)layers);
 }
 
@@ -133,14 +133,14 @@ static void declare_stages(declaration *d, const gpt_sizes *s) {
 phx_status gpt_declare(const void *config, phx_model *out, phx_model_facts *facts, const phx_batch_shape *shape,
                        phx_error *err) {
   gpt_sizes s;
-  GPT_TRY(gpt_resolve(config, &s, err));
+  PHX_TRY(gpt_resolve(config, &s, err));
   const int64_t t = shape ? shape->sequence : s.context;
   if (t < 1 || t > s.context)
-    return gpt_fail(err, PHX_INVALID,
+    return phx_fail(err, PHX_INVALID,
                     "[batch] sequence = %lld does not fit the model's context of %lld tokens: lower sequence or raise "
                     "[model] context", (long long)t, (long long)s.context);
   declaration d = {0};
-  GPT_TRY(declaration_alloc(&d, s.layers, err));
+  PHX_TRY(declaration_alloc(&d, s.layers, err));
   declare_units(&d, config, &s);
   declare_stages(&d, &s);
   const phx_status status = gpt_check_freeze(config, d.params, d.n_params, err);

@@ -31,16 +31,16 @@ static phx_status last_logits(const phx_model_self *self, const phx_stage_call *
   char *const rows = gpt_at(call->workspace, p->last);
   void *const ln = gpt_at(call->workspace, p->ln), *const logits = gpt_at(call->saved, p->logits);
   for (int64_t i = 0; i < b; i++)
-    GPT_TRY(dev->copy(dev->ctx, rows + i * row, x + ((i + 1) * t - 1) * row, row, call->stream, err));
-  GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p->mean), gpt_at(call->saved, p->rstd), rows,
+    PHX_TRY(dev->copy(dev->ctx, rows + i * row, x + ((i + 1) * t - 1) * row, row, call->stream, err));
+  PHX_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p->mean), gpt_at(call->saved, p->rstd), rows,
                         NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), b, c, self->eps,
                         call->stream, err));
-  GPT_TRY(o->linear(o->ctx, self->dtype, logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c, v, 0,
+  PHX_TRY(o->linear(o->ctx, self->dtype, logits, 0, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, b, c, v, 0,
                     call->stream, err));
   const void *wide = logits;
   if (self->dtype != PHX_F32) {
     void *const to = gpt_at(call->workspace, p->wide);
-    GPT_TRY(dev->cast(dev->ctx, to, PHX_F32, logits, self->dtype, b * v, call->stream, err));
+    PHX_TRY(dev->cast(dev->ctx, to, PHX_F32, logits, self->dtype, b * v, call->stream, err));
     wide = to;
   }
   return dev->copy(dev->ctx, call->logits, wide, b * v * (int64_t)sizeof(float), call->stream, err);
@@ -53,19 +53,19 @@ phx_status gpt_head_forward(phx_model_self *self, const phx_stage_call *call, ph
   const int32_t evaluate = call->pass == PHX_PASS_EVALUATE;
   gpt_head_plan p;
   gpt_head_layout(s, self->dtype, call->batch, call->sequence, 0, &p);
-  if (evaluate && call->logits) GPT_TRY(last_logits(self, call, &p, err));
+  if (evaluate && call->logits) PHX_TRY(last_logits(self, call, &p, err));
   if (!call->targets) {
     if (evaluate && call->logits) return PHX_OK;
-    return gpt_fail(err, PHX_INTERNAL, "the head was called without targets");
+    return phx_fail(err, PHX_INTERNAL, "the head was called without targets");
   }
   void *const ln = gpt_at(call->workspace, p.ln), *const logits = gpt_at(call->saved, p.logits);
   float *const losses = gpt_at(call->workspace, p.losses);
-  GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p.mean), gpt_at(call->saved, p.rstd),
+  PHX_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, gpt_at(call->saved, p.mean), gpt_at(call->saved, p.rstd),
                         call->input, NULL, gpt_weight(call->view, GPT_LNF_W), gpt_weight(call->view, GPT_LNF_B), n, c,
                         self->eps, call->stream, err));
-  GPT_TRY(o->linear(o->ctx, self->dtype, logits, s->vp, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, n, c,
+  PHX_TRY(o->linear(o->ctx, self->dtype, logits, s->vp, NULL, ln, gpt_weight(call->view, GPT_HEAD_WTE), NULL, n, c,
                     s->vocab, 0, call->stream, err));
-  GPT_TRY(o->cross_entropy(o->ctx, self->dtype, logits, losses, call->targets, n, s->vocab, s->vp, !evaluate,
+  PHX_TRY(o->cross_entropy(o->ctx, self->dtype, logits, losses, call->targets, n, s->vocab, s->vp, !evaluate,
                            (float)(1.0 / (double)n), call->stream, err));
   if (!call->loss) return PHX_OK;
   return o->mean(o->ctx, call->loss, losses, n, call->stream, err);
@@ -84,12 +84,12 @@ phx_status gpt_head_backward(phx_model_self *self, const phx_stage_call *call, p
   float *const mean = gpt_at(call->saved, p.mean), *const rstd = gpt_at(call->saved, p.rstd);
   const phx_param_view *wte = phx_view_param(w, GPT_HEAD_WTE);
   if (wte->gradient) {
-    GPT_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LNF_W),
+    PHX_TRY(o->layer_norm(o->ctx, self->dtype, ln, NULL, mean, rstd, call->input, NULL, gpt_weight(w, GPT_LNF_W),
                           gpt_weight(w, GPT_LNF_B), n, c, self->eps, st, err));
-    GPT_TRY(o->linear_backward_weight(o->ctx, self->dtype, wte->gradient, NULL, d_logits, s->vp, ln, n, c, s->vocab,
+    PHX_TRY(o->linear_backward_weight(o->ctx, self->dtype, wte->gradient, NULL, d_logits, s->vp, ln, n, c, s->vocab,
                                       wte->gradient_mode, PHX_GRAD_NONE, st, err));
   }
-  GPT_TRY(o->linear_backward_input(o->ctx, self->dtype, ln, d_logits, s->vp, gpt_weight(w, GPT_HEAD_WTE), NULL, n, c,
+  PHX_TRY(o->linear_backward_input(o->ctx, self->dtype, ln, d_logits, s->vp, gpt_weight(w, GPT_HEAD_WTE), NULL, n, c,
                                    s->vocab, PHX_GRAD_WRITE, st, err));
   gpt_gradient g = gpt_gradient_of(w, GPT_LNF_W, drop);
   if (g.w && !g.b) g.b = drop, g.b_mode = PHX_GRAD_WRITE;

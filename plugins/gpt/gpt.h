@@ -4,6 +4,7 @@
  * length of the logits (V rounded up to vocab_pad; the extra columns are scratch, never state). */
 #ifndef PHX__GPT_H
 #define PHX__GPT_H
+#include <phalanx/error.h>
 #include <phalanx/provider.h>
 
 typedef struct gpt_config { /* filled by the core from the option table of plugin.c */
@@ -26,7 +27,6 @@ typedef struct gpt_preset {
 } gpt_preset;
 extern const gpt_preset gpt_presets[]; /* [0] is "none"; ends with a NULL name */
 
-phx_status gpt_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 phx_status gpt_resolve(const gpt_config *config, gpt_sizes *out, phx_error *err);
 /* Does a pattern of `freeze` match this parameter's name? */
 int32_t gpt_frozen(const gpt_config *config, const char *name);
@@ -110,10 +110,4 @@ static inline const void *gpt_weight(const phx_view *view, uint32_t i) {
 static inline void *gpt_at(void *base, int64_t offset) {
   return (char *)base + offset;
 }
-
-#define GPT_TRY(call)                        \
-  do {                                       \
-    const phx_status gpt_s_ = (call);        \
-    if (gpt_s_ != PHX_OK) return gpt_s_;     \
-  } while (0)
 #endif

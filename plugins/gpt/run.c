@@ -99,14 +99,14 @@ static int32_t gpt_dtype(const phx_batch_shape *shape) {
 
 static phx_status check_shape(const gpt_sizes *s, const phx_batch_shape *shape, phx_error *err) {
   if (shape->micro < 1 || shape->sequence < 1 || shape->sequence > s->context)
-    return gpt_fail(err, PHX_INVALID, "a micro-batch of %" PRId64 " x %" PRId64 " tokens does not fit a context of %"
+    return phx_fail(err, PHX_INVALID, "a micro-batch of %" PRId64 " x %" PRId64 " tokens does not fit a context of %"
                     PRId64, shape->micro, shape->sequence, s->context);
   if (gpt_dtype(shape) != PHX_F32 && gpt_dtype(shape) != PHX_BF16)
-    return gpt_fail(err, PHX_UNSUPPORTED,
+    return phx_fail(err, PHX_UNSUPPORTED,
                     "the gpt model computes in fp32 or bf16: set [precision] compute to one of them");
   const double row = (double)larger(s->vp, 16 * s->width) * sizeof(float);
   if ((double)shape->micro * (double)shape->sequence * row > 0x1p62)
-    return gpt_fail(err, PHX_INVALID,
+    return phx_fail(err, PHX_INVALID,
                     "micro = %" PRId64 " x sequence = %" PRId64 " x %.0f bytes a token is more than 64 bits can count",
                     shape->micro, shape->sequence, row);
   return PHX_OK;
@@ -115,10 +115,10 @@ static phx_status check_shape(const gpt_sizes *s, const phx_batch_shape *shape, 
 phx_status gpt_stage_memory(const void *config, const phx_batch_shape *shape, uint32_t stage, phx_stage_memory *out,
                             phx_error *err) {
   gpt_sizes s;
-  GPT_TRY(gpt_resolve(config, &s, err));
-  GPT_TRY(check_shape(&s, shape, err));
+  PHX_TRY(gpt_resolve(config, &s, err));
+  PHX_TRY(check_shape(&s, shape, err));
   if (stage > (uint32_t)s.layers + 1)
-    return gpt_fail(err, PHX_INVALID, "stage %" PRIu32 " of %" PRId64, stage, s.layers + 2);
+    return phx_fail(err, PHX_INVALID, "stage %" PRIu32 " of %" PRId64, stage, s.layers + 2);
   const int32_t dtype = gpt_dtype(shape);
   phx_stage_memory m = {.struct_size = sizeof m};
   if (stage <= (uint32_t)s.layers)
@@ -142,17 +142,17 @@ phx_status gpt_create(const phx_host *host, const void *config, const phx_model 
                       phx_model_self **out, phx_error *err) {
   const gpt_config *c = config;
   gpt_sizes s;
-  GPT_TRY(gpt_resolve(c, &s, err));
-  GPT_TRY(check_shape(&s, shape, err));
+  PHX_TRY(gpt_resolve(c, &s, err));
+  PHX_TRY(check_shape(&s, shape, err));
   if (model->n_stages != (uint32_t)s.layers + 2)
-    return gpt_fail(err, PHX_INTERNAL, "the model has %" PRIu32 " stages, %" PRId64 " layers need %" PRId64,
+    return phx_fail(err, PHX_INTERNAL, "the model has %" PRIu32 " stages, %" PRId64 " layers need %" PRId64,
                     model->n_stages, s.layers, s.layers + 2);
   const phx_ops *ops = host->extension(host->ctx, PHX_EXT_OPS);
   const phx_device *device = host->extension(host->ctx, PHX_EXT_DEVICE);
   if (!ops || !device)
-    return gpt_fail(err, PHX_UNSUPPORTED, "the gpt model needs the host's " PHX_EXT_OPS " and " PHX_EXT_DEVICE);
+    return phx_fail(err, PHX_UNSUPPORTED, "the gpt model needs the host's " PHX_EXT_OPS " and " PHX_EXT_DEVICE);
   phx_model_self *self = calloc(1, sizeof *self);
-  if (!self) return gpt_fail(err, PHX_NOMEM, "no memory for the model's own %zu bytes", sizeof *self);
+  if (!self) return phx_fail(err, PHX_NOMEM, "no memory for the model's own %zu bytes", sizeof *self);
   self->host = host;
   self->ops = ops;
   self->device = device;
@@ -191,39 +191,39 @@ int32_t gpt_stage_runs(phx_model_self *self, uint32_t stage, uint64_t seed, int6
 static phx_status check_call(const phx_model_self *self, const phx_stage_call *call, phx_error *err) {
   const gpt_sizes *s = &self->sizes;
   if (call->stage > (uint32_t)s->layers + 1)
-    return gpt_fail(err, PHX_INTERNAL, "stage %" PRIu32 " of %" PRId64, call->stage, s->layers + 2);
+    return phx_fail(err, PHX_INTERNAL, "stage %" PRIu32 " of %" PRId64, call->stage, s->layers + 2);
   if (call->batch < 1 || call->batch > self->shape.micro || call->sequence < 1 ||
       call->sequence > self->shape.sequence)
-    return gpt_fail(err, PHX_INTERNAL,
+    return phx_fail(err, PHX_INTERNAL,
                     "a batch of %" PRId64 " x %" PRId64 " exceeds the planned %" PRId64 " x %" PRId64, call->batch,
                     call->sequence, self->shape.micro, self->shape.sequence);
   uint32_t params = call->stage <= (uint32_t)s->layers ? GPT_BLOCK_PARAMS : GPT_HEAD_PARAMS;
   if (call->stage == 0) params = 2;
   if (call->view->n_params != params)
-    return gpt_fail(err, PHX_INTERNAL, "stage %" PRIu32 " got a view of %" PRIu32 " parameters, it has %" PRIu32,
+    return phx_fail(err, PHX_INTERNAL, "stage %" PRIu32 " got a view of %" PRIu32 " parameters, it has %" PRIu32,
                     call->stage, call->view->n_params, params);
   for (uint32_t i = 0; i < params; i++) {
     const phx_param_view *v = phx_view_param(call->view, i);
     if (v->weight && v->weight_dtype != self->dtype)
-      return gpt_fail(err, PHX_UNSUPPORTED,
+      return phx_fail(err, PHX_UNSUPPORTED,
                       "parameter %" PRIu32 " of stage %" PRIu32 " comes in dtype %" PRId32
                       ", but the model was created to compute in dtype %" PRId32,
                       i, call->stage, v->weight_dtype, self->dtype);
     if (v->gradient && v->gradient_dtype != PHX_F32)
-      return gpt_fail(err, PHX_UNSUPPORTED, "the gpt model writes fp32 gradients and was given another type");
+      return phx_fail(err, PHX_UNSUPPORTED, "the gpt model writes fp32 gradients and was given another type");
   }
   return PHX_OK;
 }
 
 phx_status gpt_forward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
-  GPT_TRY(check_call(self, call, err));
+  PHX_TRY(check_call(self, call, err));
   if (call->stage == 0) return gpt_embed_forward(self, call, err);
   if (call->stage <= (uint32_t)self->sizes.layers) return gpt_block_forward(self, call, err);
   return gpt_head_forward(self, call, err);
 }
 
 phx_status gpt_backward(phx_model_self *self, const phx_stage_call *call, phx_error *err) {
-  GPT_TRY(check_call(self, call, err));
+  PHX_TRY(check_call(self, call, err));
   if (call->stage == 0) return gpt_embed_backward(self, call, err);
   if (call->stage <= (uint32_t)self->sizes.layers) return gpt_block_backward(self, call, err);
   return gpt_head_backward(self, call, err);

@@ -27,8 +27,8 @@ static phx_status add_rows(const canonical *k, int32_t first, int32_t n, int64_t
   int32_t left = 1;
   if (n == 1) return PHX_OK;
   while (left * 2 < n) left *= 2;
-  NCX_TRY(add_rows(k, first, left, numel, err));
-  NCX_TRY(add_rows(k, first + left, n - left, numel, err));
+  PHX_TRY(add_rows(k, first, left, numel, err));
+  PHX_TRY(add_rows(k, first + left, n - left, numel, err));
   return d->add(d->ctx, k->wide + first * k->stride, k->wide + (first + left) * k->stride, numel, k->call->s, err);
 }
 
@@ -41,14 +41,14 @@ static phx_status reduce_rows(const canonical *k, int64_t numel, phx_error *err)
   if (!k->on_device) {
     char *host = ncx_pinned(k->c) + k->c->world->config.staging / 2;
     const int64_t bytes = ((n - 1) * k->stride + numel) * k->element;
-    NCX_TRY(ncx_copy(call, host, k->rows, bytes, err));
-    NCX_TRY(ncx_wait(call, err));
+    PHX_TRY(ncx_copy(call, host, k->rows, bytes, err));
+    PHX_TRY(ncx_wait(call, err));
     ncx_tree(call->dtype, call->reduce, host, k->stride * k->element, n, numel);
     return ncx_copy(call, k->rows, host, numel * k->element, err);
   }
   if (call->dtype == PHX_F32) return add_rows(k, 0, n, numel, err);
-  NCX_TRY(d->cast(d->ctx, k->wide, PHX_F32, k->rows, call->dtype, (n - 1) * k->stride + numel, call->s, err));
-  NCX_TRY(add_rows(k, 0, n, numel, err));
+  PHX_TRY(d->cast(d->ctx, k->wide, PHX_F32, k->rows, call->dtype, (n - 1) * k->stride + numel, call->s, err));
+  PHX_TRY(add_rows(k, 0, n, numel, err));
   return d->cast(d->ctx, k->rows, call->dtype, k->wide, PHX_F32, numel, call->s, err);
 }
 
@@ -81,7 +81,7 @@ static phx_status gather_rows(const canonical *k, const char *src, const part *p
   for (int32_t p = 0; p < k->c->n; p++)
     parcels[p] = (ncx_parcel){src + parts[p].begin * k->element, k->rows + p * k->stride * k->element,
                               parts[p].numel * k->element, mine};
-  NCX_TRY(ncx_copy(k->call, parcels[k->c->me].to, parcels[k->c->me].from, mine, err));
+  PHX_TRY(ncx_copy(k->call, parcels[k->c->me].to, parcels[k->c->me].from, mine, err));
   return ncx_exchange(k->call, parcels, err);
 }
 
@@ -99,7 +99,7 @@ static phx_status hand_out(const canonical *k, char *dst, int64_t round, const p
     parcels[p].to = i_get ? dst + parts[p].begin * k->element : NULL;
     parcels[p].recv = i_get ? parts[p].numel * k->element : 0;
   }
-  if (i_get) NCX_TRY(ncx_copy(call, parcels[me].to, k->rows, mine, err));
+  if (i_get) PHX_TRY(ncx_copy(call, parcels[me].to, k->rows, mine, err));
   return ncx_exchange(call, parcels, err);
 }
 
@@ -112,9 +112,9 @@ phx_status ncx_canonical(const ncx_call *call, const void *src, void *dst, int64
   k.rows = ncx_staging(c) + c->world->config.staging / 2;
   k.wide = (float *)(void *)(call->dtype == PHX_F32 ? k.rows : k.rows + c->n * k.stride * k.element);
   for (int64_t round = 0; cut(&k, numel, round, parts); round++) {
-    NCX_TRY(gather_rows(&k, src, parts, err));
-    NCX_TRY(reduce_rows(&k, parts[c->me].numel, err));
-    NCX_TRY(hand_out(&k, dst, round, parts, err));
+    PHX_TRY(gather_rows(&k, src, parts, err));
+    PHX_TRY(reduce_rows(&k, parts[c->me].numel, err));
+    PHX_TRY(hand_out(&k, dst, round, parts, err));
   }
   return PHX_OK;
 }

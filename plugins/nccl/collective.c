@@ -51,7 +51,7 @@ static phx_status all_to_all(const ncx_call *call, const char *src, char *dst, i
   const int32_t me = call->comm->me;
   for (int32_t p = 0; p < call->comm->n; p++)
     parcels[p] = (ncx_parcel){src + p * bytes, dst + p * bytes, bytes, bytes};
-  NCX_TRY(ncx_copy(call, parcels[me].to, parcels[me].from, bytes, err));
+  PHX_TRY(ncx_copy(call, parcels[me].to, parcels[me].from, bytes, err));
   return ncx_exchange(call, parcels, err);
 }
 
@@ -153,7 +153,7 @@ static phx_status stage_in(const ncx_call *call, const sides *s, int64_t at, int
       memcpy(pinned + q * bytes, from, (size_t)bytes);
       from = pinned + q * bytes;
     }
-    NCX_TRY(ncx_copy(call, device + q * bytes, from, bytes, err));
+    PHX_TRY(ncx_copy(call, device + q * bytes, from, bytes, err));
   }
   return PHX_OK;
 }
@@ -162,9 +162,9 @@ static phx_status stage_out(const ncx_call *call, const sides *s, int64_t at, in
   char *device = ncx_staging(call->comm) + quarter, *pinned = ncx_pinned(call->comm) + quarter;
   for (int32_t q = 0; q < s->out; q++) {
     char *to = (char *)call->dst + (q * s->numel + at) * s->element;
-    NCX_TRY(ncx_copy(call, call->dst_host ? pinned + q * bytes : to, device + q * bytes, bytes, err));
+    PHX_TRY(ncx_copy(call, call->dst_host ? pinned + q * bytes : to, device + q * bytes, bytes, err));
   }
-  NCX_TRY(ncx_wait(call, err)); /* also before the next chunk overwrites the pinned memory */
+  PHX_TRY(ncx_wait(call, err)); /* also before the next chunk overwrites the pinned memory */
   for (int32_t q = 0; q < s->out && call->dst_host; q++)
     memcpy((char *)call->dst + (q * s->numel + at) * s->element, pinned + q * bytes, (size_t)bytes);
   return PHX_OK;
@@ -175,16 +175,16 @@ static phx_status run_staged(const ncx_call *call, phx_error *err) {
   char *in = ncx_staging(call->comm), *out = in + call->comm->world->config.staging / 4;
   for (int64_t at = 0; at < s.numel; at += s.chunk) {
     const int64_t numel = s.numel - at < s.chunk ? s.numel - at : s.chunk;
-    NCX_TRY(stage_in(call, &s, at, numel, err));
-    NCX_TRY(ncx_launch(call, in, call->op == PHX_OP_SEND ? NULL : out, numel, err));
-    NCX_TRY(stage_out(call, &s, at, numel, err));
+    PHX_TRY(stage_in(call, &s, at, numel, err));
+    PHX_TRY(ncx_launch(call, in, call->op == PHX_OP_SEND ? NULL : out, numel, err));
+    PHX_TRY(stage_out(call, &s, at, numel, err));
   }
   return PHX_OK;
 }
 
 /* A world of one: copy, or nothing. */
 static phx_status run_alone(const ncx_call *call, phx_error *err) {
-  NCX_TRY(ncx_copy(call, call->dst, call->src, call->numel * (int64_t)phx_dtype_bytes(call->dtype), err));
+  PHX_TRY(ncx_copy(call, call->dst, call->src, call->numel * (int64_t)phx_dtype_bytes(call->dtype), err));
   return call->src_host || call->dst_host ? ncx_wait(call, err) : PHX_OK;
 }
 

@@ -13,6 +13,7 @@
 #define COMM_NCCL_H
 #include <cuda_runtime_api.h>
 #include <nccl.h>
+#include <phalanx/error.h>
 #include <phalanx/kit.h>
 #include <phalanx/kit_comm.h>
 #include <phalanx/provider.h>
@@ -180,11 +181,6 @@ static inline void ncx_cut(int64_t numel, int32_t n, int32_t rank, int64_t *begi
   *begin = first < numel ? first : numel;
   *end = last < numel ? last : numel;
 }
-#define NCX_TRY(x)                               \
-  do {                                           \
-    phx_status try_status = (x);                 \
-    if (try_status != PHX_OK) return try_status; \
-  } while (0)
 #define NCX_CUDA(err, call)                                                        \
   do {                                                                             \
     cudaError_t cuda_code = (call);                                                \

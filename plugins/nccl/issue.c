@@ -24,8 +24,7 @@ static phx_status find_owner(ncx_world *w, const void *p, int32_t *host, phx_err
   }
   *host = at.type == cudaMemoryTypeUnregistered || at.type == cudaMemoryTypeHost;
   if (!*host && at.device != w->cuda_device)
-    return phx_kit_fail(err, PHX_INVALID, "a buffer lies on device %d, and this rank's is %d", at.device,
-                        w->cuda_device);
+    return phx_fail(err, PHX_INVALID, "a buffer lies on device %d, and this rank's is %d", at.device, w->cuda_device);
   return PHX_OK;
 }
 
@@ -34,8 +33,8 @@ static phx_status find_owners(ncx_call *call, phx_error *err) {
   const int32_t op = call->op, me = call->comm->me;
   const int reads = op != PHX_OP_RECV, writes = op != PHX_OP_SEND && !(op == PHX_OP_REDUCE && call->root != me);
   if (call->numel == 0) return PHX_OK;
-  if (reads) NCX_TRY(find_owner(w, call->src, &call->src_host, err));
-  if (writes) NCX_TRY(find_owner(w, call->dst, &call->dst_host, err));
+  if (reads) PHX_TRY(find_owner(w, call->src, &call->src_host, err));
+  if (writes) PHX_TRY(find_owner(w, call->dst, &call->dst_host, err));
   return PHX_OK;
 }
 
@@ -43,7 +42,7 @@ phx_status ncx_begin(ncx_call *call, ncx_pending **out, phx_error *err) {
   ncx_comm *c = call->comm;
   ncx_world *w = c->world;
   const int pairs = call->op == PHX_OP_SEND || call->op == PHX_OP_RECV;
-  if (c->head >= NCX_PENDING) NCX_TRY(ncx_drain(c, c->head - NCX_PENDING + 1, err)); /* its place must be free */
+  if (c->head >= NCX_PENDING) PHX_TRY(ncx_drain(c, c->head - NCX_PENDING + 1, err)); /* its place must be free */
   call->stream = w->device->native_stream(w->device->ctx, call->s);
   call->sequence = pairs ? c->sequence : ++c->sequence;
   call->shown = (phx_kit_call){c->id, ++c->issued, call->numel, call->op, call->dtype, call->reduce, call->root,
@@ -52,7 +51,7 @@ phx_status ncx_begin(ncx_call *call, ncx_pending **out, phx_error *err) {
   call->begin = p->begin;
   call->end = p->end;
   const uint64_t flight = phx_kit_flight_begin(w->job, &call->shown, c->issued);
-  NCX_TRY(ncx_announce(call, err));
+  PHX_TRY(ncx_announce(call, err));
   if (c->head > 0) {
     const ncx_call *before = &c->pending[(c->head - 1) % NCX_PENDING].call;
     if (before->stream != call->stream) NCX_CUDA(err, cudaStreamWaitEvent(call->stream, before->end, 0));
@@ -105,10 +104,10 @@ static phx_status issue(ncx_call call, phx_stream *s, phx_error *err) {
   call.s = s;
   const phx_kit_call shown = {.numel = call.numel, .op = call.op, .dtype = call.dtype, .reduce = call.reduce,
                               .root = call.root};
-  NCX_TRY(phx_kit_check_call(&shown, call.comm->me, call.comm->n, call.src, call.dst, err));
-  NCX_TRY(ncx_check_alive(call.comm, err));
-  NCX_TRY(find_owners(&call, err));
-  NCX_TRY(ncx_begin(&call, &pending, err));
+  PHX_TRY(phx_kit_check_call(&shown, call.comm->me, call.comm->n, call.src, call.dst, err));
+  PHX_TRY(ncx_check_alive(call.comm, err));
+  PHX_TRY(find_owners(&call, err));
+  PHX_TRY(ncx_begin(&call, &pending, err));
   return ncx_end(&call, pending, ncx_run(&call, err), err);
 }
 
@@ -160,9 +159,9 @@ static phx_status split(void *ctx, int32_t color, int32_t key, phx_comm **out, p
   ncx_pending *pending = NULL;
   phx_error own = {.struct_size = sizeof own};
   if (!err) err = &own;
-  NCX_TRY(ncx_check_alive(ctx, err));
-  NCX_TRY(ncx_drain(ctx, call.comm->head, err)); /* after what is still on a stream */
-  NCX_TRY(ncx_begin(&call, &pending, err));
+  PHX_TRY(ncx_check_alive(ctx, err));
+  PHX_TRY(ncx_drain(ctx, call.comm->head, err)); /* after what is still on a stream */
+  PHX_TRY(ncx_begin(&call, &pending, err));
   const phx_status status = ncx_split(&call, color, key, out, err);
   if (status != PHX_UNSUPPORTED) {
     const phx_status ended = ncx_end(&call, pending, status, err);

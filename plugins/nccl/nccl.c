@@ -25,8 +25,8 @@ static phx_status probe(phx_error *err) {
   cudaError_t code = cudaGetDeviceCount(&count);
   if (code == cudaSuccess && count > 0) return PHX_OK;
   (void)cudaGetLastError(); /* it would stay for the next call */
-  phx_kit_fail(err, PHX_UNSUPPORTED, "nccl joins NVIDIA GPUs, and this machine offers none: %s",
-               code == cudaSuccess ? "the driver counts 0 devices" : cudaGetErrorString(code));
+  phx_fail(err, PHX_UNSUPPORTED, "nccl joins NVIDIA GPUs, and this machine offers none: %s",
+           code == cudaSuccess ? "the driver counts 0 devices" : cudaGetErrorString(code));
   if (err) err->cause = (int32_t)code;
   return PHX_UNSUPPORTED;
 }
@@ -56,9 +56,9 @@ static int64_t buffer_bytes(const void *config, int32_t size) {
 
 static phx_status create(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out,
                          phx_error *err) {
-  if (arena_bytes < 0) return phx_kit_fail(err, PHX_INVALID, "nccl: an arena of %lld bytes", (long long)arena_bytes);
+  if (arena_bytes < 0) return phx_fail(err, PHX_INVALID, "nccl: an arena of %lld bytes", (long long)arena_bytes);
   ncx_world *w = calloc(1, sizeof *w);
-  if (!w) return phx_kit_fail(err, PHX_NOMEM, "nccl: no memory for %zu bytes", sizeof *w);
+  if (!w) return phx_fail(err, PHX_NOMEM, "nccl: no memory for %zu bytes", sizeof *w);
   w->host = host;
   w->job = host->extension(host->ctx, PHX_EXT_JOB);
   w->device = host->extension(host->ctx, PHX_EXT_DEVICE);

@@ -25,14 +25,14 @@ typedef struct card { /* what a rank brings to the meeting */
 phx_status ncx_cuda_fail(phx_error *err, cudaError_t code, const char *what) {
   (void)cudaGetLastError(); /* it would stay for the next call */
   const phx_status status = code == cudaErrorMemoryAllocation ? PHX_NOMEM : PHX_DEVICE;
-  phx_kit_fail(err, status, "nccl: %.60s: %s", what, cudaGetErrorString(code));
+  phx_fail(err, status, "nccl: %.60s: %s", what, cudaGetErrorString(code));
   if (err) err->cause = (int32_t)code;
   return status;
 }
 static phx_status nccl_fail(phx_error *err, ncclResult_t code, const char *what) {
   const char *more = ncclGetLastError(NULL);
-  phx_kit_fail(err, PHX_COMM, "nccl: %s: %s%s%.200s", what, ncclGetErrorString(code), more && *more ? ": " : "",
-               more ? more : "");
+  phx_fail(err, PHX_COMM, "nccl: %s: %s%s%.200s", what, ncclGetErrorString(code), more && *more ? ": " : "",
+           more ? more : "");
   if (err) err->cause = (int32_t)code;
   return PHX_COMM;
 }
@@ -47,7 +47,7 @@ ncclConfig_t ncx_nccl_config(void) {
 
 phx_status ncx_comm_new(ncx_world *w, int32_t slot, ncx_comm **out, phx_error *err) {
   ncx_comm *c = calloc(1, sizeof *c);
-  if (!c) return phx_kit_fail(err, PHX_NOMEM, "nccl: no memory for a communicator's %zu bytes", sizeof *c);
+  if (!c) return phx_fail(err, PHX_NOMEM, "nccl: no memory for a communicator's %zu bytes", sizeof *c);
   c->world = w;
   c->slot = slot;
   c->unit = -1;
@@ -124,14 +124,14 @@ void ncx_comm_free(ncx_comm *c) {
 static phx_status check_host(const ncx_world *w, phx_error *err) {
   const phx_job *job = w->job;
   if (!job || !w->device)
-    return phx_kit_fail(err, PHX_STATE, "nccl needs the host extensions %s and %s", PHX_EXT_JOB, PHX_EXT_DEVICE);
+    return phx_fail(err, PHX_STATE, "nccl needs the host extensions %s and %s", PHX_EXT_JOB, PHX_EXT_DEVICE);
   if (job->size < 1 || job->size > PHX_RANKS_MAX)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "nccl joins 1 to %d ranks, not %d", PHX_RANKS_MAX, job->size);
+    return phx_fail(err, PHX_UNSUPPORTED, "nccl joins 1 to %d ranks, not %d", PHX_RANKS_MAX, job->size);
   if (!PHX_HAS(job, phx_job, exchange) || !job->exchange)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "nccl needs a core whose job can exchange bytes (phx_job.exchange)");
+    return phx_fail(err, PHX_UNSUPPORTED, "nccl needs a core whose job can exchange bytes (phx_job.exchange)");
   if (!w->device->native_stream || !w->device->native_stream(w->device->ctx, NULL))
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "nccl needs a device with CUDA streams, and %s has none: choose [device] "
-                        "plugin = cuda, or another [comm] plugin", w->device->name);
+    return phx_fail(err, PHX_UNSUPPORTED, "nccl needs a device with CUDA streams, and %s has none: choose [device] "
+                    "plugin = cuda, or another [comm] plugin", w->device->name);
   return PHX_OK;
 }
 
@@ -160,19 +160,19 @@ static phx_status check_cards(const ncx_world *w, const card *all, phx_error *er
   for (int32_t r = 0; r < w->job->size; r++) {
     version_text(all[r].version, theirs, sizeof theirs);
     if (all[r].failed)
-      return phx_kit_fail(err, PHX_COMM, "rank %d: NCCL does not start: %s", r,
-                          ncclGetErrorString((ncclResult_t)all[r].failed));
+      return phx_fail(err, PHX_COMM, "rank %d: NCCL does not start: %s", r,
+                      ncclGetErrorString((ncclResult_t)all[r].failed));
     if (all[r].version != w->version)
-      return phx_kit_fail(err, PHX_UNSUPPORTED, "rank %d has NCCL %s, rank %d has %s: all ranks need the same", r,
-                          theirs, w->job->rank, ours);
+      return phx_fail(err, PHX_UNSUPPORTED, "rank %d has NCCL %s, rank %d has %s: all ranks need the same", r,
+                      theirs, w->job->rank, ours);
     for (int32_t q = 0; q < r; q++) {
       if (strcmp(all[q].host, all[r].host) != 0 || strcmp(all[q].bus, all[r].bus) != 0) continue;
       if (w->version >= SHARED_GPU_VERSION && set && strcmp(set, "1") == 0) continue;
-      return phx_kit_fail(err, PHX_UNSUPPORTED,
-                          "ranks %d and %d are both on GPU %s: NCCL %s joins one rank per GPU (2.30.3 "
-                          "and newer join more for tests, with NCCL_MULTI_RANK_GPU_ENABLE=1); use fewer ranks, or "
-                          "[comm] plugin = shm",
-                          q, r, all[r].bus, ours);
+      return phx_fail(err, PHX_UNSUPPORTED,
+                      "ranks %d and %d are both on GPU %s: NCCL %s joins one rank per GPU (2.30.3 "
+                      "and newer join more for tests, with NCCL_MULTI_RANK_GPU_ENABLE=1); use fewer ranks, or "
+                      "[comm] plugin = shm",
+                      q, r, all[r].bus, ours);
     }
   }
   return PHX_OK;
@@ -180,7 +180,7 @@ static phx_status check_cards(const ncx_world *w, const card *all, phx_error *er
 
 static phx_status meet(ncx_world *w, ncclUniqueId *id, phx_error *err) {
   card mine, *all = calloc((size_t)w->job->size, sizeof *all);
-  if (!all) return phx_kit_fail(err, PHX_NOMEM, "nccl: no memory for %d ranks' cards", w->job->size);
+  if (!all) return phx_fail(err, PHX_NOMEM, "nccl: no memory for %d ranks' cards", w->job->size);
   phx_status status = fill_card(w, &mine, err);
   if (status == PHX_OK) status = w->job->exchange(w->job->ctx, "nccl", &mine, (int64_t)sizeof mine, all, err);
   if (status == PHX_OK) status = check_cards(w, all, err);
@@ -194,7 +194,7 @@ static phx_status meet(ncx_world *w, ncclUniqueId *id, phx_error *err) {
 static phx_status take_lanes(ncx_world *w, phx_error *err) {
   void *bases[PHX_RANKS_MAX];
   if (w->job->local_size != w->job->size) return PHX_OK;
-  NCX_TRY(w->job->share(w->job->ctx, "nccl", w->config.communicators * (int64_t)sizeof(ncx_lane), bases, err));
+  PHX_TRY(w->job->share(w->job->ctx, "nccl", w->config.communicators * (int64_t)sizeof(ncx_lane), bases, err));
   for (int32_t r = 0; r < w->job->size; r++) w->lanes[r] = bases[r];
   w->lanes[w->job->rank][0].comm = 1; /* the world's */
   return PHX_OK;
@@ -220,7 +220,7 @@ static phx_status take_memory(ncx_world *w, int64_t arena_bytes, phx_error *err)
 
 static phx_status join(ncx_world *w, const ncclUniqueId *id, phx_error *err) {
   ncclConfig_t config = ncx_nccl_config();
-  NCX_TRY(ncx_comm_new(w, 0, &w->all, err));
+  PHX_TRY(ncx_comm_new(w, 0, &w->all, err));
   ncx_comm *c = w->all;
   c->id = 1;
   c->n = w->job->size;
@@ -265,13 +265,13 @@ phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes, phx_error *err) {
   pthread_mutex_init(&w->calls, NULL);
   pthread_mutex_init(&w->lock, NULL);
   pthread_cond_init(&w->changed, NULL);
-  NCX_TRY(check_host(w, err));
-  NCX_TRY(meet(w, &id, err));
-  NCX_TRY(take_lanes(w, err));
-  NCX_TRY(take_memory(w, arena_bytes, err));
-  NCX_TRY(join(w, &id, err));
-  NCX_TRY(ncx_comm_register(w->all, err));
-  NCX_TRY(ncx_watch(w, err));
+  PHX_TRY(check_host(w, err));
+  PHX_TRY(meet(w, &id, err));
+  PHX_TRY(take_lanes(w, err));
+  PHX_TRY(take_memory(w, arena_bytes, err));
+  PHX_TRY(join(w, &id, err));
+  PHX_TRY(ncx_comm_register(w->all, err));
+  PHX_TRY(ncx_watch(w, err));
   if (w->job->rank == 0) announce(w);
   return PHX_OK;
 }

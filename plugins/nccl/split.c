@@ -46,7 +46,7 @@ static phx_status join(const ncx_call *call, int32_t color, int32_t key, ncclCom
   pthread_mutex_lock(&c->world->calls);
   if (c->nccl) r = ncclCommSplit(c->nccl, color < 0 ? NCCL_SPLIT_NOCOLOR : color, key, nccl, &config);
   pthread_mutex_unlock(&c->world->calls);
-  NCX_TRY(ncx_check_alive(c, err));
+  PHX_TRY(ncx_check_alive(c, err));
   return ncx_settle(c, &call->shown, r, err); /* the parent's state says when the child is there */
 }
 
@@ -72,14 +72,14 @@ phx_status ncx_split(ncx_call *call, int32_t color, int32_t key, phx_comm **out,
   int32_t local[PHX_RANKS_MAX];
   uint64_t id = 0, lowest = 0;
   ncclComm_t nccl = NULL;
-  NCX_TRY(gather(call, &mine, all, err));
+  PHX_TRY(gather(call, &mine, all, err));
   for (int32_t p = 0; p < c->n; p++) id = all[p].next_id > id ? all[p].next_id : id;
   w->next_id = id + (uint64_t)c->n; /* one id per possible colour: the lowest member's rank is added */
   for (int32_t p = 0; p < c->n; p++)
     if (all[p].slot < 0)
-      return phx_kit_fail(err, PHX_UNSUPPORTED, "split: all %lld communicators of rank %d are in use; destroy some, or "
-                          "raise `communicators` in [nccl]", (long long)w->config.communicators, c->ranks[p]);
-  if (color >= 0) NCX_TRY(ncx_comm_new(w, mine.slot, &child, err)); /* a failure ends the job: see ncx_end */
+      return phx_fail(err, PHX_UNSUPPORTED, "split: all %lld communicators of rank %d are in use; destroy some, or "
+                      "raise `communicators` in [nccl]", (long long)w->config.communicators, c->ranks[p]);
+  if (color >= 0) PHX_TRY(ncx_comm_new(w, mine.slot, &child, err)); /* a failure ends the job: see ncx_end */
   phx_status status = join(call, color, key, &nccl, err);
   if (status == PHX_OK && color < 0) {
     *out = NULL;

@@ -101,7 +101,7 @@ phx_status ncx_end_job(ncx_world *w, phx_error *err, const char *message) {
   w->job->fail(w->job->ctx, message);
   __atomic_store_n(&w->aborted, 1, __ATOMIC_RELEASE);
   ncx_abort_now(w);
-  return phx_kit_fail(err, PHX_COMM, "%s", message);
+  return phx_fail(err, PHX_COMM, "%s", message);
 }
 
 static void say_why(const ncx_comm *c, char *text, size_t size) {
@@ -114,7 +114,7 @@ phx_status ncx_check_alive(ncx_comm *c, phx_error *err) {
   char why[300] = "";
   if (!must_give_up(c)) return PHX_OK;
   say_why(c, why, sizeof why);
-  return phx_kit_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
+  return phx_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
 }
 
 static void say_own(phx_kit_text *t, const ncx_comm *c, const phx_kit_call *shown) {
@@ -131,7 +131,7 @@ static phx_status report_given_up(ncx_comm *c, const phx_kit_call *shown, phx_er
   phx_kit_say(&t, ": given up, %s", why);
   __atomic_store_n(&c->world->aborted, 1, __ATOMIC_RELEASE); /* the ranks no longer agree on where they are */
   ncx_abort_now(c->world);
-  return phx_kit_fail(err, PHX_COMM, "%s", message);
+  return phx_fail(err, PHX_COMM, "%s", message);
 }
 static phx_status report_absent(const ncx_call *call, int64_t waited_ns, phx_error *err) {
   char message[496];
@@ -276,7 +276,7 @@ phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err) {
     call = c->pending[at % NCX_PENDING].call;
     pthread_mutex_unlock(&w->lock);
     if (at >= upto) return PHX_OK;
-    NCX_TRY(await(&call, call.begin, call.end, err));
+    PHX_TRY(await(&call, call.begin, call.end, err));
     retire(c, at, time_of(w, call.begin, call.end));
   }
 }
@@ -406,7 +406,7 @@ static void *watch(void *arg) {
 
 phx_status ncx_watch(ncx_world *w, phx_error *err) {
   const int code = pthread_create(&w->watchdog, NULL, watch, w);
-  if (code != 0) return phx_kit_fail(err, PHX_NOMEM, "nccl: cannot start the watchdog's thread: %s", strerror(code));
+  if (code != 0) return phx_fail_errno(err, PHX_NOMEM, code, "nccl: cannot start the watchdog's thread");
   w->watched = 1;
   return PHX_OK;
 }

@@ -57,8 +57,7 @@ phx_status shm_arrive(shm_call *call, const shm_record *mine, phx_error *err) {
   if (put <= SHM_SMALL) slot_prepare(lane, mine->sequence, put);
   for (int32_t p = 0; p < c->n; p++) {
     if (p == c->me) continue;
-    phx_status status = shm_step_of(call, p, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(shm_step_of(call, p, err));
     const shm_record *r = &c->lane[p]->slot[mine->sequence & 1].record;
     if (r->sequence != mine->sequence || r->numel != mine->numel || r->op != mine->op || r->dtype != mine->dtype ||
         r->reduce != mine->reduce || r->root != mine->root)
@@ -342,8 +341,7 @@ phx_status shm_collective(shm_call *call, phx_error *err) {
     mine.src = shm_arena_offset(c, call->src, put);
     mine.dst = shm_arena_offset(c, call->dst, got);
   }
-  phx_status status = shm_arrive(call, &mine, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(shm_arrive(call, &mine, err));
   if (small) {
     if (put > 0) run_small(&m, sequence);
     return PHX_OK;

@@ -20,15 +20,14 @@ static phx_status over(shm_call *call, phx_status status) { return status == PHX
 /* After a failure the record may be another call's: only the communicator is looked at. */
 static phx_status is_alive(const shm_call *call, phx_error *err) {
   if (!__atomic_load_n(&call->comm->broken, __ATOMIC_ACQUIRE)) return PHX_OK;
-  return phx_kit_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)call->comm->id);
+  return phx_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)call->comm->id);
 }
 
 static phx_status arrive(void *arg, phx_error *err) {
   shm_call *call = arg;
   shm_comm *c = call->comm;
-  phx_status status = is_alive(call, err);
-  if (status != PHX_OK) return status;
-  status = shm_begin(call, err);
+  PHX_TRY(is_alive(call, err));
+  phx_status status = shm_begin(call, err);
   if (status == PHX_OK && c->n > 1 && !call->small) {
     const shm_record mine = {++c->sequence, call->numel, -1, -1, call->op, call->dtype, call->reduce, call->root};
     status = shm_arrive(call, &mine, err);
@@ -69,8 +68,8 @@ static phx_status copy(const issue *i, void *dst, const void *src, int64_t bytes
 static phx_status issue_alone(const issue *i, int64_t put_bytes) {
   shm_call *call = i->record;
   call->rounds = 1;
-  SHM_TRY(put(i, arrive));
-  SHM_TRY(copy(i, call->dst, call->src, call->dst ? put_bytes : 0));
+  PHX_TRY(put(i, arrive));
+  PHX_TRY(copy(i, call->dst, call->src, call->dst ? put_bytes : 0));
   return put(i, work);
 }
 
@@ -85,15 +84,15 @@ static phx_status issue_small(const issue *i, int64_t put_bytes, int64_t got_byt
   const int takes = (call->op != PHX_OP_REDUCE && call->op != PHX_OP_BROADCAST) ||
                     (call->op == PHX_OP_REDUCE) == (call->root == c->me);
   if (SHM_SMALL + got_bytes > c->world->config.staging / 2)
-    return phx_kit_fail(i->err, PHX_UNSUPPORTED, "%s of %lld bytes on %d ranks: raise `staging` in [shm]",
-                        phx_op_name(call->op), (long long)put_bytes, c->n);
+    return phx_fail(i->err, PHX_UNSUPPORTED, "%s of %lld bytes on %d ranks: raise `staging` in [shm]",
+                    phx_op_name(call->op), (long long)put_bytes, c->n);
   call->small = 1;
   call->rounds = 1;
   call->src = in;
   call->dst = out;
-  SHM_TRY(put(i, arrive));
-  if (brings) SHM_TRY(copy(i, in, src, put_bytes));
-  SHM_TRY(put(i, work));
+  PHX_TRY(put(i, arrive));
+  if (brings) PHX_TRY(copy(i, in, src, put_bytes));
+  PHX_TRY(put(i, work));
   return takes ? copy(i, dst, out, got_bytes) : PHX_OK;
 }
 
@@ -105,13 +104,13 @@ static phx_status issue_staged(const issue *i) {
   void *dst = call->dst;
   shm_part part;
   call->rounds = k.rounds;
-  SHM_TRY(put(i, arrive));
+  PHX_TRY(put(i, arrive));
   for (int64_t r = 0; r < k.rounds; r++) {
     for (int32_t q = 0; shm_staged_in(call, &k, r, q, &part); q++)
-      SHM_TRY(copy(i, part.staging, (const char *)src + part.at * element, part.numel * element));
-    SHM_TRY(put(i, work));
+      PHX_TRY(copy(i, part.staging, (const char *)src + part.at * element, part.numel * element));
+    PHX_TRY(put(i, work));
     for (int32_t q = 0; shm_staged_out(call, &k, r, q, &part); q++)
-      SHM_TRY(copy(i, (char *)dst + part.at * element, part.staging, part.numel * element));
+      PHX_TRY(copy(i, (char *)dst + part.at * element, part.staging, part.numel * element));
   }
   return PHX_OK;
 }
@@ -149,11 +148,10 @@ phx_status shm_device_check(const shm_call *call, int32_t *is_device, phx_error 
   if (!c->world->far || call->numel == 0) return PHX_OK;
   const int src = is_far(c, call->src), dst = is_far(c, call->dst);
   if (call->src && call->dst && src != dst && (call->op != PHX_OP_REDUCE || call->root == c->me))
-    return phx_kit_fail(err, PHX_INVALID, "%s: one buffer is the device's, the other host memory",
-                        phx_op_name(call->op));
+    return phx_fail(err, PHX_INVALID, "%s: one buffer is the device's, the other host memory", phx_op_name(call->op));
   if ((src || dst) && (call->op == PHX_OP_SEND || call->op == PHX_OP_RECV))
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "%s: shm does not send memory of device %s between ranks: choose another "
-                        "[comm] plugin", phx_op_name(call->op), c->world->device->name);
+    return phx_fail(err, PHX_UNSUPPORTED, "%s: shm does not send memory of device %s between ranks: choose another "
+                    "[comm] plugin", phx_op_name(call->op), c->world->device->name);
   *is_device = src || dst;
   return PHX_OK;
 }

@@ -20,12 +20,12 @@ static phx_status check_alive(const shm_comm *c, phx_error *err) {
   char why[300];
   if (__atomic_load_n(job->failed, __ATOMIC_ACQUIRE)) {
     phx_kit_job_failure(job, why, sizeof why);
-    return phx_kit_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
+    return phx_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
   }
   if (__atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) || __atomic_load_n(&c->world->all->aborted, __ATOMIC_ACQUIRE))
-    return phx_kit_fail(err, PHX_COMM, "communicator %llu was aborted", (unsigned long long)c->id);
+    return phx_fail(err, PHX_COMM, "communicator %llu was aborted", (unsigned long long)c->id);
   if (__atomic_load_n(&c->broken, __ATOMIC_ACQUIRE))
-    return phx_kit_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)c->id);
+    return phx_fail(err, PHX_COMM, "communicator %llu: an earlier call failed", (unsigned long long)c->id);
   return PHX_OK;
 }
 
@@ -34,11 +34,11 @@ static phx_status check_order(const shm_call *call, phx_error *err) {
   const shm_comm *c = call->comm;
   uint64_t done = __atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
   if (done == call->ticket) return PHX_OK;
-  return phx_kit_fail(err, PHX_STATE,
-                      "%s is call %llu of communicator %llu, but was started when only %llu were done: order the "
-                      "streams of one communicator with events, or use split()",
-                      phx_op_name(call->op), (unsigned long long)call->ticket + 1, (unsigned long long)c->id,
-                      (unsigned long long)done);
+  return phx_fail(err, PHX_STATE,
+                  "%s is call %llu of communicator %llu, but was started when only %llu were done: order the "
+                  "streams of one communicator with events, or use split()",
+                  phx_op_name(call->op), (unsigned long long)call->ticket + 1, (unsigned long long)c->id,
+                  (unsigned long long)done);
 }
 phx_status shm_begin(shm_call *call, phx_error *err) {
   phx_status status = check_order(call, err);
@@ -81,8 +81,7 @@ static phx_status issue(shm_call call, phx_stream *s, phx_error *err) {
   if (status == PHX_OK) status = check_alive(c, err);
   if (status != PHX_OK) return status;
   int32_t is_device = 0;
-  status = shm_device_check(&call, &is_device, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(shm_device_check(&call, &is_device, err));
   call.ticket = c->issued;
   call.unit = c->unit;
   if (!s && !is_device) {
@@ -154,7 +153,7 @@ static phx_status barrier(void *ctx, phx_stream *s, phx_error *err) {
 static phx_status split(void *ctx, int32_t color, int32_t key, phx_comm **out, phx_error *err) {
   shm_comm *c = ctx;
   shm_call call = {.comm = c, .op = PHX_OP_SPLIT, .reduce = -1, .root = -1, .unit = c->unit};
-  SHM_TRY(check_alive(c, err));
+  PHX_TRY(check_alive(c, err));
   shm_drain(c, c->issued); /* inline, after what is still on a stream */
   call.ticket = c->issued++;
   phx_status status = shm_begin(&call, err);

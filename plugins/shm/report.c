@@ -27,7 +27,7 @@ static void say_own(phx_kit_text *t, const shm_call *call) {
 static phx_status end_job(shm_call *call, phx_error *err, const char *message) {
   const phx_job *job = call->comm->world->job;
   job->fail(job->ctx, message);
-  return phx_kit_fail(err, PHX_COMM, "%s", message);
+  return phx_fail(err, PHX_COMM, "%s", message);
 }
 
 static int is_absent(const shm_call *call, int32_t p) {
@@ -84,5 +84,5 @@ phx_status shm_report_failed(shm_call *call, phx_error *err) {
   } else {
     phx_kit_say(&t, ": given up, the communicator was aborted");
   }
-  return phx_kit_fail(err, PHX_COMM, "%s", message);
+  return phx_fail(err, PHX_COMM, "%s", message);
 }

@@ -146,18 +146,18 @@ static int64_t buffer_bytes(const void *config, int32_t size) {
 static phx_status check_host(const phx_host *host, const phx_job *job, const phx_device *device, phx_error *err) {
   (void)host;
   if (!job || !device)
-    return phx_kit_fail(err, PHX_STATE, "shm needs the host extensions %s and %s", PHX_EXT_JOB, PHX_EXT_DEVICE);
+    return phx_fail(err, PHX_STATE, "shm needs the host extensions %s and %s", PHX_EXT_JOB, PHX_EXT_DEVICE);
   if (job->size < 1 || job->size > PHX_RANKS_MAX)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "shm joins 1 to %d ranks, not %d", PHX_RANKS_MAX, job->size);
+    return phx_fail(err, PHX_UNSUPPORTED, "shm joins 1 to %d ranks, not %d", PHX_RANKS_MAX, job->size);
   if (job->local_size != job->size)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "shm joins ranks of one machine; %d of %d are on this one: choose "
-                        "another [comm] plugin", job->local_size, job->size);
+    return phx_fail(err, PHX_UNSUPPORTED, "shm joins ranks of one machine; %d of %d are on this one: choose "
+                    "another [comm] plugin", job->local_size, job->size);
   if (!(device->caps & PHX_DEVICE_HOST_MEMORY) &&
       (!PHX_HAS(device, phx_device, unpin) || !device->space || !device->pin || !device->unpin))
-    return phx_kit_fail(err, PHX_UNSUPPORTED,
-                        "shm cannot stage for device %s, which does not tell its memory from the host's "
-                        "or cannot pin: choose another [comm] plugin",
-                        device->name);
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "shm cannot stage for device %s, which does not tell its memory from the host's "
+                    "or cannot pin: choose another [comm] plugin",
+                    device->name);
   return PHX_OK;
 }
 
@@ -167,9 +167,9 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
   const phx_device *device = host->extension(host->ctx, PHX_EXT_DEVICE);
   phx_status status = check_host(host, job, device, err);
   if (status != PHX_OK) return status;
-  if (arena_bytes < 0) return phx_kit_fail(err, PHX_INVALID, "shm: an arena of %lld bytes", (long long)arena_bytes);
+  if (arena_bytes < 0) return phx_fail(err, PHX_INVALID, "shm: an arena of %lld bytes", (long long)arena_bytes);
   shm_world *w = calloc(1, sizeof *w);
-  if (!w) return phx_kit_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof *w);
+  if (!w) return phx_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof *w);
   w->host = host;
   w->job = job;
   w->device = device;
@@ -182,18 +182,16 @@ static phx_status create(const phx_host *host, const void *config, int64_t arena
   w->arena_bytes = w->far ? 0 : round_up(arena_bytes, PAGE); /* the device's memory is no peer's: it is staged */
   w->next_id = 2;
   void *bases[PHX_RANKS_MAX];
-  status = job->share(job->ctx, "shm", w->arena_at + w->arena_bytes, bases, err);
-  if (status != PHX_OK) goto fail;
+  PHX_TRY_GOTO(job->share(job->ctx, "shm", w->arena_at + w->arena_bytes, bases, err), status, fail);
   int32_t ranks[PHX_RANKS_MAX];
   for (int32_t r = 0; r < job->size; r++) {
     w->base[r] = bases[r];
     ranks[r] = r;
   }
-  status = shm_device_open(w, err);
-  if (status != PHX_OK) goto fail;
+  PHX_TRY_GOTO(shm_device_open(w, err), status, fail);
   w->all = shm_comm_new(w, 0, 1, job->size, ranks);
   if (!w->all) {
-    status = phx_kit_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof(shm_comm));
+    status = phx_fail(err, PHX_NOMEM, "shm: no memory for %zu bytes", sizeof(shm_comm));
     goto fail;
   }
   advise(w, w->base[job->rank] + w->arena_at);

@@ -11,6 +11,7 @@
  * into its staging half in the staged form of the same. */
 #ifndef SHM_H
 #define SHM_H
+#include <phalanx/error.h>
 #include <phalanx/kit.h>
 #include <phalanx/kit_comm.h>
 #include <phalanx/provider.h>
@@ -137,12 +138,6 @@ static inline int64_t shm_got_bytes(int32_t op, int64_t put, int32_t n) {
   return op == PHX_OP_REDUCE_SCATTER ? put / n : put;
 }
 int64_t shm_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
-
-#define SHM_TRY(x)                               \
-  do {                                           \
-    phx_status try_status = (x);                 \
-    if (try_status != PHX_OK) return try_status; \
-  } while (0)
 
 /* ---- shm.c ---- */
 shm_comm *shm_comm_new(shm_world *w, int32_t group, uint64_t id, int32_t n, const int32_t *ranks); /* or NULL */

@@ -80,7 +80,7 @@ static phx_status new_comm(shm_comm *c, const proposal *const *all, int32_t colo
   int32_t n = members_of(all, c->n, color, local), g = group_of(all, c->n, color);
   for (int32_t i = 0; i < n; i++) ranks[i] = c->ranks[local[i]];
   shm_comm *child = shm_comm_new(w, g, id, n, ranks);
-  if (!child) return phx_kit_fail(err, PHX_NOMEM, "split: no memory for a communicator's %zu bytes", sizeof *child);
+  if (!child) return phx_fail(err, PHX_NOMEM, "split: no memory for a communicator's %zu bytes", sizeof *child);
   for (int32_t i = 0; i < n; i++) child->base[i] = all[local[i]]->phase[g];
   __atomic_store_n(&child->lane[child->me]->begun, 0, __ATOMIC_RELEASE);
   *out = child;
@@ -91,10 +91,9 @@ phx_status shm_split(shm_call *call, int32_t color, int32_t key, phx_comm **out,
   shm_comm *c = call->comm, *child = NULL;
   const proposal *all[PHX_RANKS_MAX] = {NULL};
   proposal mine;
-  phx_status status = round_of(call, NULL, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(round_of(call, NULL, err));
   propose(c, &mine, color < 0 ? -1 : color, key);
-  status = round_of(call, &mine, err);
+  phx_status status = round_of(call, &mine, err);
   if (status != PHX_OK) return status;
   for (int32_t p = 0; p < c->n; p++) all[p] = (const proposal *)(const void *)c->lane[p]->slot[c->sequence & 1].data;
   uint64_t id = 0;
@@ -102,8 +101,8 @@ phx_status shm_split(shm_call *call, int32_t color, int32_t key, phx_comm **out,
   c->world->next_id = id + (uint64_t)c->n; /* one id per possible colour: the lowest member's rank is added */
   for (int32_t p = 0; p < c->n && status == PHX_OK; p++) {
     if (all[p]->color >= 0 && group_of(all, c->n, all[p]->color) < 0)
-      status = phx_kit_fail(err, PHX_UNSUPPORTED, "split: all %lld communicators are in use; destroy some, or raise "
-                            "`communicators` in [shm]", (long long)c->world->config.communicators);
+      status = phx_fail(err, PHX_UNSUPPORTED, "split: all %lld communicators are in use; destroy some, or raise "
+                        "`communicators` in [shm]", (long long)c->world->config.communicators);
   }
   if (status == PHX_OK && color >= 0) {
     uint64_t lowest = 0;

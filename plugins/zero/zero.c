@@ -57,8 +57,7 @@ struct phx_strategy {
 static phx_status zero_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
                                 phx_error *err) {
   zero_plan p;
-  phx_status status = zero_plan_create(config, t, m, &p, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(zero_plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, ZERO_REGIONS, out);
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) phx_kit_estimate_state(out, t, flat, p.shard[flat].blocks);
   zero_gather_traffic(&p, out);
@@ -107,19 +106,19 @@ static void tell_cost_of_accumulation(const zero_rank *r) {
 static phx_status zero_create(const phx_host *host, const void *config, const phx_topology *topology,
                               const phx_model *model, phx_strategy **out, phx_error *err) {
   phx_strategy *self = calloc(1, sizeof *self);
-  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  if (!self) return phx_fail(err, PHX_NOMEM, "no memory for the strategy");
   zero_rank *r = &self->rank;
   phx_status status;
-  PHX_KIT_TRY(zero_plan_create(config, topology, model, &r->plan, err));
-  PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &r->s, err));
-  PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
-  PHX_KIT_TRY(phx_kit_events_create(&r->s, 1, &r->mark, err));
-  PHX_KIT_TRY(phx_kit_events_create(&r->s, 1, &r->whole, err));
-  PHX_KIT_TRY(phx_kit_events_create(&r->s, model->n_units, &r->gathered, err));
-  PHX_KIT_TRY(phx_kit_events_create(&r->s, r->plan.n_buckets, &r->reduced, err));
-  PHX_KIT_TRY(phx_kit_regions_alloc(&r->s, r->plan.regions, ZERO_REGIONS, err));
-  PHX_KIT_TRY(zero_gathering_create(r, self->views.places, &self->gathering, err));
-  PHX_KIT_TRY(zero_reducing_create(r, &self->views, &self->reducing, err));
+  PHX_TRY_GOTO(zero_plan_create(config, topology, model, &r->plan, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &r->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&r->s, 1, &r->mark, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&r->s, 1, &r->whole, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&r->s, model->n_units, &r->gathered, err), status, done);
+  PHX_TRY_GOTO(phx_kit_events_create(&r->s, r->plan.n_buckets, &r->reduced, err), status, done);
+  PHX_TRY_GOTO(phx_kit_regions_alloc(&r->s, r->plan.regions, ZERO_REGIONS, err), status, done);
+  PHX_TRY_GOTO(zero_gathering_create(r, self->views.places, &self->gathering, err), status, done);
+  PHX_TRY_GOTO(zero_reducing_create(r, &self->views, &self->reducing, err), status, done);
   self->views.weight_dtype = topology->compute_dtype;
   tell_cost_of_accumulation(r);
   *out = self;
@@ -134,14 +133,12 @@ done:
 static phx_status zero_visit_state(phx_strategy *self, const phx_visitor *visitor, phx_error *err) {
   const zero_rank *r = &self->rank;
   const zero_plan *p = &r->plan;
-  phx_status status = zero_settle(r, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(zero_settle(r, err));
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     for (phx_kit_part part = {0};
          phx_kit_part_next(p->model, flat, p->shard[flat].first, p->shard[flat].blocks, &part);) {
-      status = phx_kit_visit(visitor, r->s.optim, p->topology->compute_dtype, part.unit, flat, part.first,
-                             part.blocks, err);
-      if (status != PHX_OK) return status;
+      PHX_TRY(phx_kit_visit(visitor, r->s.optim, p->topology->compute_dtype, part.unit, flat, part.first,
+                            part.blocks, err));
     }
   return PHX_OK;
 }
@@ -168,9 +165,8 @@ static phx_status zero_map(phx_strategy *self, const phx_slice *slice, int32_t m
   (void)mode;
   bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(r->plan.topology);
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
-    return phx_kit_fail(err, PHX_INVALID, "zero keeps no state of kind %d", slice->kind);
-  phx_status status = zero_settle(r, err);
-  if (status != PHX_OK) return status;
+    return phx_fail(err, PHX_INVALID, "zero keeps no state of kind %d", slice->kind);
+  PHX_TRY(zero_settle(r, err));
   int64_t at = zero_unit_first(&r->plan, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
   if (master) *out = master_at(r, slice->flat, at);
   else if (slice->kind == PHX_STATE_WEIGHT) *out = weight_at(r, slice->flat, at);
@@ -233,26 +229,22 @@ static phx_status zero_acquire(phx_strategy *self, uint32_t stage, int32_t pass,
   const zero_rank *r = &self->rank;
   (void)micro_batch;
   phx_event *ready = NULL;
-  phx_status status = zero_gather(r, &self->gathering, stage, pass, stream, &ready, err);
-  if (status != PHX_OK) return status;
-  if (pass == PHX_PASS_BACKWARD) PHX_KIT_TRY(zero_open_gradients(r, &self->reducing, stage, stream, err));
+  PHX_TRY(zero_gather(r, &self->gathering, stage, pass, stream, &ready, err));
+  if (pass == PHX_PASS_BACKWARD) PHX_TRY(zero_open_gradients(r, &self->reducing, stage, stream, err));
   *out = phx_kit_view(&self->views, stage, pass, ready);
   point_to_persistent(r, &self->views, stage, pass);
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status zero_release(phx_strategy *self, uint32_t stage, int32_t pass, int32_t micro_batch, uint32_t flags,
                                phx_stream *stream, phx_error *err) {
   const zero_rank *r = &self->rank;
   (void)micro_batch;
-  phx_status status = PHX_OK;
   if (pass != PHX_PASS_BACKWARD) return PHX_OK;
   if (flags & PHX_RELEASE_NO_GRADIENT)
-    PHX_KIT_TRY(phx_kit_view_unused(&self->views, r->s.device, stage, stream, err));
-  if (flags & PHX_RELEASE_LAST_USE) PHX_KIT_TRY(zero_complete(r, &self->reducing, stage, stream, err));
-done:
-  return status;
+    PHX_TRY(phx_kit_view_unused(&self->views, r->s.device, stage, stream, err));
+  if (flags & PHX_RELEASE_LAST_USE) PHX_TRY(zero_complete(r, &self->reducing, stage, stream, err));
+  return PHX_OK;
 }
 
 static phx_status zero_finish_gradients(phx_strategy *self, phx_error *err) {
@@ -268,9 +260,8 @@ static phx_status zero_gradient_norm(phx_strategy *self, const phx_accumulator *
   const zero_plan *p = &r->plan;
   const phx_kit_shard *mine = &p->shard[PHX_FLAT_TRAINABLE];
   for (phx_kit_part part = {0}; phx_kit_part_next(p->model, PHX_FLAT_TRAINABLE, mine->first, mine->blocks, &part);) {
-    phx_status status = acc->add(acc->ctx, part.unit, part.first, part.blocks,
-                                 zero_reduced(r, (mine->first + part.at) * PHX_BLOCK), NULL, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(acc->add(acc->ctx, part.unit, part.first, part.blocks,
+                     zero_reduced(r, (mine->first + part.at) * PHX_BLOCK), NULL, err));
   }
   return PHX_OK;
 }
@@ -289,8 +280,7 @@ static phx_status update_group(const zero_rank *r, int64_t first, int64_t blocks
                            .weight_dtype = p->topology->compute_dtype,
                            .gradient = zero_reduced(r, at)};
     for (uint32_t k = 0; k < p->topology->n_optim_states; k++) slice.states[k] = state_at(r, k, at);
-    phx_status status = phx_kit_update(r->s.optim, &slice, scale, NULL, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx_kit_update(r->s.optim, &slice, scale, NULL, err));
   }
   return PHX_OK;
 }
@@ -304,8 +294,7 @@ static phx_status zero_update(phx_strategy *self, int64_t step, float scale, phx
   if (settled != PHX_OK) return settled;
   for (int64_t at = 0; at < mine->blocks; at += group) {
     int64_t blocks = mine->blocks - at < group ? mine->blocks - at : group;
-    phx_status status = update_group(r, mine->first + at, blocks, scale, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(update_group(r, mine->first + at, blocks, scale, err));
   }
   return zero_make_whole(r, PHX_FLAT_TRAINABLE, err);
 }

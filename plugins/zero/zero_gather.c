@@ -36,7 +36,6 @@ static phx_status gather_unit(const zero_rank *r, zero_gathering *now, uint32_t 
   const phx_device *d = r->s.device;
   char *window[PHX_FLATS], *home[PHX_FLATS];
   int64_t size = phx_kit_weight_bytes(p->topology);
-  phx_status status = PHX_OK;
   window[PHX_FLAT_TRAINABLE] = zero_weights(r, ZERO_POOL, offset);
   window[PHX_FLAT_FROZEN] =
       window[PHX_FLAT_TRAINABLE] + phx_model_unit(p->model, u)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK * size;
@@ -47,17 +46,15 @@ static phx_status gather_unit(const zero_rank *r, zero_gathering *now, uint32_t 
     char *here = window[piece->flat] + (piece->at - zero_unit_first(p, u, piece->flat)) * size, *from = here;
     if (piece->owner == c->rank) {
       from = zero_weights(r, ZERO_WEIGHT + piece->flat, piece->at - zero_share(p, piece->flat) * c->rank);
-      if (!home[piece->flat]) PHX_KIT_TRY(d->copy(d->ctx, here, from, piece->numel * size, r->s.stream, err));
+      if (!home[piece->flat]) PHX_TRY(d->copy(d->ctx, here, from, piece->numel * size, r->s.stream, err));
     }
-    PHX_KIT_TRY(
-        c->broadcast(c->ctx, from, piece->numel, p->topology->compute_dtype, piece->owner, r->s.stream, err));
+    PHX_TRY(c->broadcast(c->ctx, from, piece->numel, p->topology->compute_dtype, piece->owner, r->s.stream, err));
   }
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     now->places[u].weight[flat] = home[flat] ? home[flat] : window[flat];
   now->number[u] = ++now->n_gathers;
-  PHX_KIT_TRY(d->event_record(d->ctx, r->gathered[u], r->s.stream, err));
-done:
-  return status;
+  PHX_TRY(d->event_record(d->ctx, r->gathered[u], r->s.stream, err));
+  return PHX_OK;
 }
 
 static void drop_unit(const zero_rank *r, zero_gathering *now, uint32_t u) {
@@ -74,7 +71,7 @@ void zero_begin_program(const zero_rank *r, zero_gathering *now, const phx_kit_p
 phx_status zero_gathering_create(const zero_rank *r, phx_kit_place *places, zero_gathering *out, phx_error *err) {
   uint32_t n_units = r->plan.model->n_units;
   *out = (zero_gathering){.places = places, .number = calloc(n_units + 1u, sizeof *out->number)};
-  if (!out->number) return phx_kit_fail(err, PHX_NOMEM, "no memory to count the gathers of %u units", n_units);
+  if (!out->number) return phx_fail(err, PHX_NOMEM, "no memory to count the gathers of %u units", n_units);
   place_weights(r, out);
   zero_begin_program(r, out, &r->plan.train);
   return PHX_OK;
@@ -90,18 +87,16 @@ void zero_gathering_destroy(zero_gathering *now) {
 static phx_status run_actions(const zero_rank *r, zero_gathering *now, uint32_t position,
                               phx_stream *stream, phx_error *err) {
   const phx_kit_program *g = now->program;
-  phx_status status = PHX_OK;
   bool marked = false;
   for (uint32_t i = position > 0 ? g->first[2 * position - 1] : 0; i < g->first[2 * position + 1]; i++) {
     const phx_kit_action *a = &g->actions[i];
     if (a->what == PHX_KIT_DROP) drop_unit(r, now, a->unit);
     if (a->what != PHX_KIT_GATHER) continue;
-    if (!marked) PHX_KIT_TRY(phx_kit_after(&r->s, r->mark[0], stream, r->s.stream, err));
+    if (!marked) PHX_TRY(phx_kit_after(&r->s, r->mark[0], stream, r->s.stream, err));
     marked = true;
-    PHX_KIT_TRY(gather_unit(r, now, a->unit, a->offset, err));
+    PHX_TRY(gather_unit(r, now, a->unit, a->offset, err));
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 phx_status zero_gather(const zero_rank *r, zero_gathering *now, uint32_t s, int32_t pass, phx_stream *stream,
@@ -112,12 +107,11 @@ phx_status zero_gather(const zero_rank *r, zero_gathering *now, uint32_t s, int3
   if (r->plan.config->stage < 3) return PHX_OK;
   if (pass == PHX_PASS_EVALUATE && s == 0) zero_begin_program(r, now, &r->plan.evaluate);
   if (position > now->next || position + 1 < now->next || position >= now->program->n_positions)
-    return phx_kit_fail(err, PHX_STATE,
-                        "stage '%s' came out of order: its weights are gathered in the declared order of stages",
-                        phx_model_stage(m, s)->name);
+    return phx_fail(err, PHX_STATE,
+                    "stage '%s' came out of order: its weights are gathered in the declared order of stages",
+                    phx_model_stage(m, s)->name);
   if (position == now->next) { /* else a recomputation has done it */
-    phx_status status = run_actions(r, now, position, stream, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(run_actions(r, now, position, stream, err));
     now->next++;
   }
   const phx_stage *stage = phx_model_stage(m, s);
@@ -126,10 +120,10 @@ phx_status zero_gather(const zero_rank *r, zero_gathering *now, uint32_t s, int3
     uint32_t reads = pass == PHX_PASS_BACKWARD ? PHX_USE_BACKWARD : PHX_USE_FORWARD;
     if (!(use->flags & reads) || r->plan.window[use->unit] == 0) continue;
     if (now->number[use->unit] == 0)
-      return phx_kit_fail(err, PHX_UNSUPPORTED,
-                          "stage '%s' recomputes with unit '%s', which its backward pass does not read: do not "
-                          "checkpoint this stage",
-                          stage->name, phx_model_unit(m, use->unit)->name);
+      return phx_fail(err, PHX_UNSUPPORTED,
+                      "stage '%s' recomputes with unit '%s', which its backward pass does not read: do not "
+                      "checkpoint this stage",
+                      stage->name, phx_model_unit(m, use->unit)->name);
     if (now->number[use->unit] <= last) continue;
     last = now->number[use->unit];
     *ready = r->gathered[use->unit];

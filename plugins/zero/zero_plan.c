@@ -12,7 +12,7 @@ static phx_status piece_add(zero_pieces *p, zero_piece piece, phx_error *err) {
   if (p->n == p->room) {
     uint32_t room = p->room ? 2 * p->room : 64;
     zero_piece *more = realloc(p->of, room * sizeof *more);
-    if (!more) return phx_kit_fail(err, PHX_NOMEM, "no memory for %u pieces", room);
+    if (!more) return phx_fail(err, PHX_NOMEM, "no memory for %u pieces", room);
     p->of = more;
     p->room = room;
   }
@@ -38,8 +38,7 @@ static phx_status pieces_cut(const zero_plan *plan, zero_pieces *p, uint32_t lis
       before->numel += piece.numel;
       continue;
     }
-    phx_status status = piece_add(p, piece, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(piece_add(p, piece, err));
   }
   return PHX_OK;
 }
@@ -80,26 +79,23 @@ static phx_status spread_unit(zero_plan *p, uint32_t list_first, uint32_t u, uin
       before->numel += piece.numel;
       continue;
     }
-    phx_status status = piece_add(&p->spread, piece, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(piece_add(&p->spread, piece, err));
   }
   return PHX_OK;
 }
 
 static phx_status plan_spread(zero_plan *p, phx_error *err) {
   uint32_t n_units = p->model->n_units;
-  phx_status status = PHX_OK;
   order_forward(p);
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
     uint32_t list_first = p->spread.n;
     for (uint32_t k = 0; k < n_units; k++) {
       p->spread.first[flat * n_units + k] = p->spread.n;
-      if (!zero_at_once(p, flat)) PHX_KIT_TRY(spread_unit(p, list_first, p->forward[k], flat, err));
+      if (!zero_at_once(p, flat)) PHX_TRY(spread_unit(p, list_first, p->forward[k], flat, err));
     }
   }
   p->spread.first[PHX_FLATS * n_units] = p->spread.n;
-done:
-  return status;
+  return PHX_OK;
 }
 
 /* ---- weights of stage 3 ---- */
@@ -133,8 +129,7 @@ static phx_status gather_flat(zero_plan *p, uint32_t u, uint32_t flat, phx_error
       continue;
     }
     if (run.numel == 0) continue;
-    phx_status status = pieces_cut(p, &p->gathers, 0, run, false, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(pieces_cut(p, &p->gathers, 0, run, false, err));
     run.numel = 0;
   }
   return PHX_OK;
@@ -142,17 +137,15 @@ static phx_status gather_flat(zero_plan *p, uint32_t u, uint32_t flat, phx_error
 
 static phx_status plan_gathers(zero_plan *p, phx_error *err) {
   const phx_model *m = p->model;
-  phx_status status = PHX_OK;
   for (uint32_t u = 0; u < m->n_units; u++) {
     const phx_unit *unit = phx_model_unit(m, u);
     p->gathers.first[u] = p->gathers.n;
-    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) PHX_KIT_TRY(gather_flat(p, u, flat, err));
+    for (uint32_t flat = 0; flat < PHX_FLATS; flat++) PHX_TRY(gather_flat(p, u, flat, err));
     p->gathers.first[u + 1] = p->gathers.n;
     if (p->gathers.n > p->gathers.first[u])
       p->window[u] = (unit->blocks[PHX_FLAT_TRAINABLE] + unit->blocks[PHX_FLAT_FROZEN]) * PHX_BLOCK;
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 /* Whatever fits stays, and what is needed last leaves: DeepSpeed guesses the same by a reuse distance.  auto: as many
@@ -166,23 +159,20 @@ static phx_status plan_programs(zero_plan *p, phx_error *err) {
                            .live_numel = c->stage3_max_live_parameters,
                            .evict = PHX_KIT_EVICT_FARTHEST};
   phx_error why = {.struct_size = sizeof why};
-  phx_status status = PHX_OK;
   if (policy.live_numel < 0) {
     phx_kit_program free_of_bounds;
     policy.live_numel = INT64_MAX;
-    PHX_KIT_TRY(phx_kit_program_create(p->model, &policy, &free_of_bounds, err));
+    PHX_TRY(phx_kit_program_create(p->model, &policy, &free_of_bounds, err));
     policy.live_numel = free_of_bounds.enough_numel;
     phx_kit_program_destroy(&free_of_bounds);
   }
-  status = phx_kit_program_create(p->model, &policy, &p->train, &why);
+  const phx_status status = phx_kit_program_create(p->model, &policy, &p->train, &why);
   if (status == PHX_INVALID)
-    return phx_kit_fail(err, status, "stage3_max_live_parameters = %lld is too small: %s; make it larger, or auto",
-                        (long long)policy.live_numel, why.message);
-  if (status != PHX_OK) return phx_kit_fail(err, status, "%s", why.message);
+    return phx_fail(err, status, "stage3_max_live_parameters = %lld is too small: %s; make it larger, or auto",
+                    (long long)policy.live_numel, why.message);
+  if (status != PHX_OK) return phx_fail(err, status, "%s", why.message);
   policy.evaluate = 1;
-  PHX_KIT_TRY(phx_kit_program_create(p->model, &policy, &p->evaluate, err));
-done:
-  return status;
+  return phx_kit_program_create(p->model, &policy, &p->evaluate, err);
 }
 
 /* ---- gradients ---- */
@@ -203,8 +193,7 @@ static phx_status plan_bucket(zero_plan *p, uint32_t b, phx_error *err) {
                         .flat = PHX_FLAT_TRAINABLE,
                         .numel = to - from,
                         .at = zero_unit_first(p, u, PHX_FLAT_TRAINABLE) + numel - (to - first)};
-    phx_status status = pieces_cut(p, &p->reduces, list, range, p->whole, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(pieces_cut(p, &p->reduces, list, range, p->whole, err));
   }
   p->reduces.first[b + 1] = p->reduces.n;
   return PHX_OK;
@@ -244,7 +233,7 @@ static phx_status plan_windows(zero_plan *p, phx_error *err) {
   uint32_t next = 0;
   phx_status status = PHX_OK;
   if (!open || !complete || !closed) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the gradients of %u units", m->n_units);
+    status = phx_fail(err, PHX_NOMEM, "no memory to plan the gradients of %u units", m->n_units);
     goto done;
   }
   for (uint32_t s = m->n_stages; s-- > 0;) {
@@ -253,7 +242,7 @@ static phx_status plan_windows(zero_plan *p, phx_error *err) {
       const phx_use *use = phx_model_use(m, stage->first_use + i);
       int64_t numel = trainable_numel(p, use->unit);
       if (!(use->flags & PHX_USE_GRADIENT) || numel == 0 || open[use->unit]) continue;
-      PHX_KIT_TRY(phx_kit_pool_take(&pool, numel, &p->gradient_at[use->unit], err));
+      PHX_TRY_GOTO(phx_kit_pool_take(&pool, numel, &p->gradient_at[use->unit], err), status, done);
       p->gradient_after[use->unit] = taken_over(p, closed, use->unit);
       open[use->unit] = 1;
     }
@@ -341,31 +330,31 @@ static phx_status plan_alloc(zero_plan *p, phx_error *err) {
   if (p->persist && p->window && p->gathers.first && p->reduces.first && p->gradient_at && p->gradient_after &&
       p->forward && p->turn && p->spread.first)
     return PHX_OK;
-  return phx_kit_fail(err, PHX_NOMEM, "no memory to plan %u units", m->n_units);
+  return phx_fail(err, PHX_NOMEM, "no memory to plan %u units", m->n_units);
 }
 
 phx_status zero_plan_create(const zero_config *config, const phx_topology *t, const phx_model *m, zero_plan *out,
                             phx_error *err) {
   zero_plan p = {.config = config, .topology = t, .model = m};
   phx_status status = PHX_OK;
-  PHX_KIT_TRY(phx_kit_check_precision(t, err));
+  PHX_TRY_GOTO(phx_kit_check_precision(t, err), status, done);
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     p.shard[flat] = phx_kit_shard_of(m->total_blocks[flat], t->rank, t->world_size);
   p.several = t->world_size > 1 || config->gather_alone;
   p.whole = config->stage == 1 || !p.several || (t->accumulate > 1 && t->reduce == PHX_REDUCE_STEP);
-  PHX_KIT_TRY(phx_kit_order_create(m, &p.order, err));
-  PHX_KIT_TRY(phx_kit_buckets_create(m, &p.order, config->reduce_bucket_size, config->reduce_bucket_size, &p.buckets,
-                                     &p.n_buckets, err));
-  PHX_KIT_TRY(plan_alloc(&p, err));
+  PHX_TRY_GOTO(phx_kit_order_create(m, &p.order, err), status, done);
+  PHX_TRY_GOTO(phx_kit_buckets_create(m, &p.order, config->reduce_bucket_size, config->reduce_bucket_size, &p.buckets,
+                                      &p.n_buckets, err), status, done);
+  PHX_TRY_GOTO(plan_alloc(&p, err), status, done);
   for (uint32_t i = 0; i < m->n_params; i++) p.persist[i] = -1;
-  if (config->stage < 3 && p.several) PHX_KIT_TRY(plan_spread(&p, err));
+  if (config->stage < 3 && p.several) PHX_TRY_GOTO(plan_spread(&p, err), status, done);
   if (config->stage == 3 && p.several) {
     choose_persistent(&p);
-    PHX_KIT_TRY(plan_gathers(&p, err));
+    PHX_TRY_GOTO(plan_gathers(&p, err), status, done);
   }
-  PHX_KIT_TRY(plan_programs(&p, err));
-  for (uint32_t b = 0; b < p.n_buckets; b++) PHX_KIT_TRY(plan_bucket(&p, b, err));
-  if (!p.whole) PHX_KIT_TRY(plan_windows(&p, err));
+  PHX_TRY_GOTO(plan_programs(&p, err), status, done);
+  for (uint32_t b = 0; b < p.n_buckets; b++) PHX_TRY_GOTO(plan_bucket(&p, b, err), status, done);
+  if (!p.whole) PHX_TRY_GOTO(plan_windows(&p, err), status, done);
   plan_regions(&p);
   *out = p;
   return PHX_OK;

@@ -13,7 +13,7 @@ phx_status zero_reducing_create(const zero_rank *r, phx_kit_views *views, zero_r
   size_t n = r->plan.model->n_units + 1u;
   *out = (zero_reducing){.views = views, .open = calloc(n, 1), .complete = calloc(n, 1)};
   if (out->open && out->complete) return PHX_OK;
-  return phx_kit_fail(err, PHX_NOMEM, "no memory for the gradients of %u units", r->plan.model->n_units);
+  return phx_fail(err, PHX_NOMEM, "no memory for the gradients of %u units", r->plan.model->n_units);
 }
 
 void zero_reducing_destroy(zero_reducing *now) {
@@ -44,21 +44,19 @@ phx_status zero_open_gradients(const zero_rank *r, zero_reducing *now, uint32_t 
   const zero_plan *p = &r->plan;
   const phx_device *d = r->s.device;
   const phx_stage *stage = phx_model_stage(p->model, s);
-  phx_status status = PHX_OK;
   if (!now->settled && p->n_buckets > 0 && phx_kit_adds_reduced(p->topology))
-    PHX_KIT_TRY(d->stream_wait(d->ctx, stream, r->reduced[p->n_buckets - 1], err));
+    PHX_TRY(d->stream_wait(d->ctx, stream, r->reduced[p->n_buckets - 1], err));
   now->settled = true;
   for (uint32_t i = 0; i < stage->n_uses && !p->whole; i++) {
     const phx_use *use = phx_model_use(p->model, stage->first_use + i);
     float *gradient = now->views->places[use->unit].gradient;
     if (!(use->flags & PHX_USE_GRADIENT) || !gradient || now->open[use->unit]) continue;
     if (p->gradient_after[use->unit] >= 0)
-      PHX_KIT_TRY(d->stream_wait(d->ctx, stream, r->reduced[p->gradient_after[use->unit]], err));
-    PHX_KIT_TRY(phx_kit_zero_gaps(d, p->model, use->unit, gradient, stream, err));
+      PHX_TRY(d->stream_wait(d->ctx, stream, r->reduced[p->gradient_after[use->unit]], err));
+    PHX_TRY(phx_kit_zero_gaps(d, p->model, use->unit, gradient, stream, err));
     now->open[use->unit] = 1;
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 static float *share_at(const zero_rank *r, int64_t at) {
@@ -76,16 +74,14 @@ static phx_status reduce_through(const zero_rank *r, const zero_piece *piece, fl
   phx_stream *s = r->s.stream;
   int32_t dtype = r->plan.topology->reduce_dtype;
   void *wire = zero_region(r, ZERO_WIRE), *src = wire ? wire : from, *dst = wire ? wire : to;
-  phx_status status = PHX_OK;
-  if (wire) PHX_KIT_TRY(d->cast(d->ctx, wire, dtype, from, PHX_F32, piece->numel, s, err));
+  if (wire) PHX_TRY(d->cast(d->ctx, wire, dtype, from, PHX_F32, piece->numel, s, err));
   if (r->plan.several)
-    PHX_KIT_TRY(c->reduce(c->ctx, src, dst, piece->numel, dtype, PHX_SUM, piece->owner, s, err));
+    PHX_TRY(c->reduce(c->ctx, src, dst, piece->numel, dtype, PHX_SUM, piece->owner, s, err));
   else if (src != dst)
-    PHX_KIT_TRY(d->copy(d->ctx, dst, src, piece->numel * 4, s, err));
+    PHX_TRY(d->copy(d->ctx, dst, src, piece->numel * 4, s, err));
   if (wire && piece->owner == c->rank)
-    PHX_KIT_TRY(d->cast(d->ctx, to, PHX_F32, wire, dtype, piece->numel, s, err));
-done:
-  return status;
+    PHX_TRY(d->cast(d->ctx, to, PHX_F32, wire, dtype, piece->numel, s, err));
+  return PHX_OK;
 }
 
 /* The first sums of a step go where they stay; those of later micro-batches pass through memory of their own. */
@@ -93,7 +89,6 @@ static phx_status reduce_piece(const zero_rank *r, const zero_reducing *now, con
   const zero_plan *p = &r->plan;
   const phx_comm *c = r->s.comm;
   const phx_device *d = r->s.device;
-  phx_status status = PHX_OK;
   bool mine = piece->owner == c->rank, later = phx_kit_adds_reduced(p->topology) && now->micro_batch > 0;
   const phx_kit_place *place = &now->views->places[piece->unit];
   float *from = p->whole ? zero_region(r, ZERO_GRADIENT) + piece->at
@@ -102,30 +97,26 @@ static phx_status reduce_piece(const zero_rank *r, const zero_reducing *now, con
   if (mine) stays = zero_region(r, ZERO_SHARE) ? share_at(r, piece->at) : from;
   float *to = stays;
   if (mine && later) to = p->whole ? from : zero_region(r, ZERO_STAGING);
-  PHX_KIT_TRY(reduce_through(r, piece, from, to, err));
-  if (mine && later) PHX_KIT_TRY(d->add(d->ctx, stays, to, piece->numel, r->s.stream, err));
-done:
-  return status;
+  PHX_TRY(reduce_through(r, piece, from, to, err));
+  if (mine && later) PHX_TRY(d->add(d->ctx, stays, to, piece->numel, r->s.stream, err));
+  return PHX_OK;
 }
 
 static phx_status reduce_bucket(const zero_rank *r, const zero_reducing *now, uint32_t b,
                                 phx_stream *stream, phx_error *err) {
   const zero_plan *p = &r->plan;
   const phx_device *d = r->s.device;
-  phx_status status = PHX_OK;
   r->s.comm->annotate(r->s.comm->ctx, (int32_t)p->order.units[p->buckets[b].last]);
   for (uint32_t i = p->reduces.first[b]; i < p->reduces.first[b + 1]; i++)
-    PHX_KIT_TRY(reduce_piece(r, now, &p->reduces.of[i], err));
-  PHX_KIT_TRY(d->event_record(d->ctx, r->reduced[b], r->s.stream, err));
-  if (!p->config->overlap_comm) PHX_KIT_TRY(d->stream_wait(d->ctx, stream, r->reduced[b], err));
-done:
-  return status;
+    PHX_TRY(reduce_piece(r, now, &p->reduces.of[i], err));
+  PHX_TRY(d->event_record(d->ctx, r->reduced[b], r->s.stream, err));
+  if (!p->config->overlap_comm) PHX_TRY(d->stream_wait(d->ctx, stream, r->reduced[b], err));
+  return PHX_OK;
 }
 
 phx_status zero_complete(const zero_rank *r, zero_reducing *now, uint32_t s, phx_stream *stream, phx_error *err) {
   const zero_plan *p = &r->plan;
   const phx_stage *stage = phx_model_stage(p->model, s);
-  phx_status status = PHX_OK;
   bool marked = false;
   if (!now->reducing) return PHX_OK;
   for (uint32_t i = 0; i < stage->n_uses; i++) {
@@ -133,24 +124,23 @@ phx_status zero_complete(const zero_rank *r, zero_reducing *now, uint32_t s, phx
     if (use->flags & PHX_USE_LAST) now->complete[use->unit] = 1;
   }
   while (now->next_bucket < p->n_buckets && now->complete[p->order.units[p->buckets[now->next_bucket].last]]) {
-    if (!marked) PHX_KIT_TRY(phx_kit_after(&r->s, r->mark[0], stream, r->s.stream, err));
+    if (!marked) PHX_TRY(phx_kit_after(&r->s, r->mark[0], stream, r->s.stream, err));
     marked = true;
-    PHX_KIT_TRY(reduce_bucket(r, now, now->next_bucket, stream, err));
+    PHX_TRY(reduce_bucket(r, now, now->next_bucket, stream, err));
     now->next_bucket++;
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 phx_status zero_finish(const zero_rank *r, const zero_reducing *now, phx_error *err) {
   const zero_plan *p = &r->plan;
   const phx_device *d = r->s.device;
   if (now->next_bucket < p->n_buckets)
-    return phx_kit_fail(err, PHX_STATE,
-                        "gradients are to be finished, but bucket %u of %u waits for unit '%s': its last stage was not "
-                        "released with LAST_USE in the step's last micro-batch",
-                        now->next_bucket, p->n_buckets,
-                        phx_model_unit(p->model, p->order.units[p->buckets[now->next_bucket].last])->name);
+    return phx_fail(err, PHX_STATE,
+                    "gradients are to be finished, but bucket %u of %u waits for unit '%s': its last stage was not "
+                    "released with LAST_USE in the step's last micro-batch",
+                    now->next_bucket, p->n_buckets,
+                    phx_model_unit(p->model, p->order.units[p->buckets[now->next_bucket].last])->name);
   return p->n_buckets > 0 ? d->stream_wait(d->ctx, NULL, r->reduced[p->n_buckets - 1], err) : PHX_OK;
 }
 

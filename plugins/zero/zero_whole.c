@@ -18,11 +18,9 @@ static phx_status copy_owned_to_pack(const zero_rank *r, uint32_t flat, phx_erro
     int64_t begin = zero_unit_first(p, param->unit, flat) + param->offset, end = begin + param->numel;
     int64_t from = begin > border ? begin : border, to = end < border + share ? end : border + share;
     if (from >= to) continue;
-    phx_status status =
-        d->copy(d->ctx, zero_weights(r, ZERO_PERSIST + flat, p->persist[i] + from - begin),
-                zero_weights(r, ZERO_WEIGHT + flat, from - border),
-                (to - from) * phx_kit_weight_bytes(p->topology), r->s.stream, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(d->copy(d->ctx, zero_weights(r, ZERO_PERSIST + flat, p->persist[i] + from - begin),
+                    zero_weights(r, ZERO_WEIGHT + flat, from - border),
+                    (to - from) * phx_kit_weight_bytes(p->topology), r->s.stream, err));
   }
   return PHX_OK;
 }
@@ -48,37 +46,33 @@ static phx_status spread_flat(const zero_rank *r, uint32_t flat, phx_error *err)
   const zero_plan *p = &r->plan;
   int32_t dtype = p->topology->compute_dtype;
   int64_t share = zero_share(p, flat);
-  phx_status status = PHX_OK;
   if (zero_at_once(p, flat))
-    PHX_KIT_TRY(c->all_gather(c->ctx, zero_weights(r, ZERO_WEIGHT + flat, c->rank * share),
-                              zero_weights(r, ZERO_WEIGHT + flat, 0), share, dtype, r->s.stream, err));
+    PHX_TRY(c->all_gather(c->ctx, zero_weights(r, ZERO_WEIGHT + flat, c->rank * share),
+                          zero_weights(r, ZERO_WEIGHT + flat, 0), share, dtype, r->s.stream, err));
   for (uint32_t k = 0, list = flat * p->model->n_units; k < p->model->n_units; k++, list++) {
     uint32_t u = p->forward[k];
     if (phx_model_unit(p->model, u)->blocks[flat] == 0) continue;
     c->annotate(c->ctx, (int32_t)u);
     for (uint32_t i = p->spread.first[list]; i < p->spread.first[list + 1]; i++) {
       const zero_piece *piece = &p->spread.of[i];
-      PHX_KIT_TRY(c->broadcast(c->ctx, zero_weights(r, ZERO_WEIGHT + flat, piece->at), piece->numel, dtype,
-                               piece->owner, r->s.stream, err));
+      PHX_TRY(c->broadcast(c->ctx, zero_weights(r, ZERO_WEIGHT + flat, piece->at), piece->numel, dtype,
+                           piece->owner, r->s.stream, err));
     }
-    PHX_KIT_TRY(d->event_record(d->ctx, r->gathered[u], r->s.stream, err));
+    PHX_TRY(d->event_record(d->ctx, r->gathered[u], r->s.stream, err));
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 phx_status zero_make_whole(const zero_rank *r, uint32_t flat, phx_error *err) {
   const zero_plan *p = &r->plan;
   const phx_device *d = r->s.device;
-  phx_status status = PHX_OK;
   bool sharded = p->config->stage == 3;
   if (!p->several || p->model->total_blocks[flat] == 0 || (sharded && p->pack[flat] == 0)) return PHX_OK;
   r->s.comm->annotate(r->s.comm->ctx, -1);
-  PHX_KIT_TRY(phx_kit_after(&r->s, r->mark[0], NULL, r->s.stream, err));
-  PHX_KIT_TRY(sharded ? refresh_pack(r, flat, err) : spread_flat(r, flat, err));
-  PHX_KIT_TRY(d->event_record(d->ctx, r->whole[0], r->s.stream, err));
-done:
-  return status;
+  PHX_TRY(phx_kit_after(&r->s, r->mark[0], NULL, r->s.stream, err));
+  PHX_TRY(sharded ? refresh_pack(r, flat, err) : spread_flat(r, flat, err));
+  PHX_TRY(d->event_record(d->ctx, r->whole[0], r->s.stream, err));
+  return PHX_OK;
 }
 
 phx_status zero_settle(const zero_rank *r, phx_error *err) {

@@ -8,9 +8,9 @@
 /* ---- arguments ---- */
 static phx_status check_reduce(const phx_kit_call *call, const char *name, phx_error *err) {
   if (call->reduce < PHX_SUM || call->reduce > PHX_MAX)
-    return phx_kit_fail(err, PHX_INVALID, "%s: %d is no reduction", name, call->reduce);
+    return phx_fail(err, PHX_INVALID, "%s: %d is no reduction", name, call->reduce);
   if (call->dtype == PHX_F16)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "%s: f16 cannot be reduced; f32, f64, bf16 and integers can", name);
+    return phx_fail(err, PHX_UNSUPPORTED, "%s: f16 cannot be reduced; f32, f64, bf16 and integers can", name);
   return PHX_OK;
 }
 
@@ -20,21 +20,19 @@ phx_status phx_kit_check_call(const phx_kit_call *call, int32_t me, int32_t size
   const int32_t op = call->op, pair = op == PHX_OP_SEND || op == PHX_OP_RECV;
   const int64_t element = (int64_t)phx_dtype_bytes(call->dtype);
   if (op == PHX_OP_BARRIER) return PHX_OK;
-  if (element == 0) return phx_kit_fail(err, PHX_INVALID, "%s: %d is no dtype", name, call->dtype);
+  if (element == 0) return phx_fail(err, PHX_INVALID, "%s: %d is no dtype", name, call->dtype);
   if (call->numel < 0 || call->numel > (INT64_MAX >> 2) / (element * size))
-    return phx_kit_fail(err, PHX_INVALID, "%s: %lld elements", name, (long long)call->numel);
-  if (op == PHX_OP_ALL_REDUCE || op == PHX_OP_REDUCE || op == PHX_OP_REDUCE_SCATTER) {
-    const phx_status status = check_reduce(call, name, err);
-    if (status != PHX_OK) return status;
-  }
+    return phx_fail(err, PHX_INVALID, "%s: %lld elements", name, (long long)call->numel);
+  if (op == PHX_OP_ALL_REDUCE || op == PHX_OP_REDUCE || op == PHX_OP_REDUCE_SCATTER)
+    PHX_TRY(check_reduce(call, name, err));
   if ((pair || op == PHX_OP_REDUCE || op == PHX_OP_BROADCAST) && (call->root < 0 || call->root >= size))
-    return phx_kit_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", name, call->root, size - 1);
-  if (pair && call->root == me) return phx_kit_fail(err, PHX_INVALID, "%s: rank %d is this rank", name, me);
+    return phx_fail(err, PHX_INVALID, "%s: rank %d, but ranks are 0 to %d", name, call->root, size - 1);
+  if (pair && call->root == me) return phx_fail(err, PHX_INVALID, "%s: rank %d is this rank", name, me);
   const int32_t reads = op != PHX_OP_RECV, writes = op != PHX_OP_SEND && !(op == PHX_OP_REDUCE && call->root != me);
   if (call->numel > 0 && ((reads && !src) || (writes && !dst)))
-    return phx_kit_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", name, (long long)call->numel);
+    return phx_fail(err, PHX_INVALID, "%s: a buffer is NULL, with %lld elements", name, (long long)call->numel);
   if (op == PHX_OP_ALL_TO_ALL && call->numel > 0 && src == dst)
-    return phx_kit_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
+    return phx_fail(err, PHX_INVALID, "all_to_all: src and dst must differ");
   return PHX_OK;
 }
 

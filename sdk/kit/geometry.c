@@ -40,7 +40,7 @@ phx_status phx_kit_order_create(const phx_model *m, phx_kit_order *out, phx_erro
                      .offset = calloc(m->n_units + 1u, sizeof *o.offset)};
   phx_status status = PHX_OK;
   if (!o.units || !o.offset) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory for the order of %u units", m->n_units);
+    status = phx_fail(err, PHX_NOMEM, "no memory for the order of %u units", m->n_units);
     goto done;
   }
   for (uint32_t u = 0; u < m->n_units; u++) o.offset[u] = -1;
@@ -57,10 +57,10 @@ phx_status phx_kit_order_create(const phx_model *m, phx_kit_order *out, phx_erro
   }
   for (uint32_t u = 0; u < m->n_units; u++)
     if (o.offset[u] < 0 && phx_model_unit(m, u)->blocks[PHX_FLAT_TRAINABLE] > 0) {
-      status = phx_kit_fail(err, PHX_INVALID,
-                            "unit '%s' has trainable parameters, but no stage adds to their gradient: freeze them, or "
-                            "declare the stage's use with PHX_USE_GRADIENT",
-                            phx_model_unit(m, u)->name);
+      status = phx_fail(err, PHX_INVALID,
+                        "unit '%s' has trainable parameters, but no stage adds to their gradient: freeze them, or "
+                        "declare the stage's use with PHX_USE_GRADIENT",
+                        phx_model_unit(m, u)->name);
       goto done;
     }
   *out = o;
@@ -86,7 +86,7 @@ phx_status phx_kit_buckets_create(const phx_model *m, const phx_kit_order *order
   if (head > total) head = total;
   int64_t n = total == 0 ? 0 : 1 + (total - head + each - 1) / each;
   phx_kit_bucket *buckets = n < UINT32_MAX ? calloc((size_t)n + 1, sizeof *buckets) : NULL;
-  if (!buckets) return phx_kit_fail(err, PHX_NOMEM, "no memory for %lld buckets", (long long)n);
+  if (!buckets) return phx_fail(err, PHX_NOMEM, "no memory for %lld buckets", (long long)n);
   uint32_t last = 0;
   int64_t at = 0;
   for (int64_t i = 0; i < n; i++) {

@@ -13,7 +13,7 @@ phx_status phx_kit_pool_take(phx_kit_pool *p, int64_t numel, int64_t *out, phx_e
   if (p->n == p->room) {
     uint32_t room = p->room ? 2 * p->room : 16;
     phx_kit_window *more = realloc(p->windows, room * sizeof *more);
-    if (!more) return phx_kit_fail(err, PHX_NOMEM, "no memory to plan %u windows", room);
+    if (!more) return phx_fail(err, PHX_NOMEM, "no memory to plan %u windows", room);
     p->windows = more;
     p->room = room;
   }

@@ -43,7 +43,7 @@ static phx_status act(player *p, int32_t what, uint32_t unit, int64_t offset, ph
   if (p->out->n_actions == p->capacity) {
     uint32_t capacity = p->capacity ? 2 * p->capacity : 64;
     phx_kit_action *more = realloc(p->out->actions, capacity * sizeof *more);
-    if (!more) return phx_kit_fail(err, PHX_NOMEM, "no memory for the program of gathers");
+    if (!more) return phx_fail(err, PHX_NOMEM, "no memory for the program of gathers");
     p->out->actions = more;
     p->capacity = capacity;
   }
@@ -140,8 +140,7 @@ static void set_ahead(player *p, uint32_t unit, bool ahead) {
 }
 
 static phx_status gather(player *p, uint32_t unit, phx_error *err) {
-  phx_status status = phx_kit_pool_take(&p->pool, weight_numel(p, unit), &p->weight[unit], err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx_kit_pool_take(&p->pool, weight_numel(p, unit), &p->weight[unit], err));
   p->live_numel += weight_numel(p, unit);
   if (++p->live_units > p->out->most_units) p->out->most_units = p->live_units;
   return act(p, PHX_KIT_GATHER, unit, p->weight[unit], err);
@@ -180,8 +179,7 @@ static phx_status make_room(player *p, uint32_t unit, uint32_t position, uint32_
   while (!fits(p, unit, use == position) && farthest_leaves(p)) {
     uint32_t victim = farthest(p, position, use);
     if (victim == UINT32_MAX) return PHX_OK;
-    phx_status status = drop(p, victim, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(drop(p, victim, err));
   }
   return PHX_OK;
 }
@@ -189,10 +187,10 @@ static phx_status make_room(player *p, uint32_t unit, uint32_t position, uint32_
 static phx_status refuse(const player *p, uint32_t unit, uint32_t position, phx_error *err) {
   bool backward;
   if (p->live_units >= p->policy->live_units)
-    return phx_kit_fail(err, PHX_INVALID, "at most %lld units may be gathered at once, but unit '%s' is needed too",
-                        (long long)p->policy->live_units, phx_model_unit(p->m, unit)->name);
-  return phx_kit_fail(err, PHX_INVALID, "stage '%s' alone gathers more than %lld elements at once",
-                      stage_at(p, position, &backward)->name, (long long)p->policy->live_numel);
+    return phx_fail(err, PHX_INVALID, "at most %lld units may be gathered at once, but unit '%s' is needed too",
+                    (long long)p->policy->live_units, phx_model_unit(p->m, unit)->name);
+  return phx_fail(err, PHX_INVALID, "stage '%s' alone gathers more than %lld elements at once",
+                  stage_at(p, position, &backward)->name, (long long)p->policy->live_numel);
 }
 
 static bool enough_ahead(const player *p) {
@@ -201,20 +199,18 @@ static bool enough_ahead(const player *p) {
 }
 
 static phx_status gather_wanted(player *p, uint32_t position, phx_error *err) {
-  phx_status status = PHX_OK;
   for (uint32_t i = 0; i < p->n_needed; i++) set_ahead(p, p->list[i], false);
   for (uint32_t i = 0; i < p->n_list; i++) {
     uint32_t u = p->list[i];
     bool needed = i < p->n_needed;
     if (p->weight[u] >= 0) continue;
     if (!needed && enough_ahead(p)) return PHX_OK;
-    PHX_KIT_TRY(make_room(p, u, position, next_use(p, u, position), err));
+    PHX_TRY(make_room(p, u, position, next_use(p, u, position), err));
     if (!fits(p, u, needed)) return needed ? refuse(p, u, position, err) : PHX_OK;
-    PHX_KIT_TRY(gather(p, u, err));
+    PHX_TRY(gather(p, u, err));
     set_ahead(p, u, !needed);
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 /* Does what is gathered stay after the position before `next`?  The list is the next position's. */
@@ -230,10 +226,8 @@ static phx_status drop_rest(player *p, uint32_t next, phx_error *err) {
   } else {
     memset(p->listed, 0, p->m->n_units);
   }
-  for (uint32_t u = 0; u < p->m->n_units; u++) {
-    phx_status status = p->weight[u] < 0 || stays(p, u, next) ? PHX_OK : drop(p, u, err);
-    if (status != PHX_OK) return status;
-  }
+  for (uint32_t u = 0; u < p->m->n_units; u++)
+    if (p->weight[u] >= 0 && !stays(p, u, next)) PHX_TRY(drop(p, u, err));
   return PHX_OK;
 }
 
@@ -245,9 +239,8 @@ static phx_status open_gradients(player *p, const phx_stage *stage, phx_error *e
     const phx_use *use = phx_model_use(p->m, stage->first_use + i);
     int64_t numel = p->policy->gradient_numel[use->unit];
     if (!(use->flags & PHX_USE_GRADIENT) || numel == 0 || p->gradient[use->unit] >= 0) continue;
-    phx_status status = phx_kit_pool_take(&p->pool, numel, &p->gradient[use->unit], err);
-    if (status == PHX_OK) status = act(p, PHX_KIT_OPEN, use->unit, p->gradient[use->unit], err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx_kit_pool_take(&p->pool, numel, &p->gradient[use->unit], err));
+    PHX_TRY(act(p, PHX_KIT_OPEN, use->unit, p->gradient[use->unit], err));
   }
   return PHX_OK;
 }
@@ -255,8 +248,7 @@ static phx_status open_gradients(player *p, const phx_stage *stage, phx_error *e
 static phx_status close_pending(player *p, phx_error *err) {
   for (; p->n_pending > 0; p->n_pending--) {
     uint32_t u = p->pending[p->n_pending - 1];
-    phx_status status = act(p, PHX_KIT_CLOSE, u, p->gradient[u], err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(act(p, PHX_KIT_CLOSE, u, p->gradient[u], err));
     phx_kit_pool_give_back(&p->pool, p->gradient[u]);
     p->gradient[u] = -1;
   }
@@ -316,15 +308,15 @@ phx_status phx_kit_program_create(const phx_model *m, const phx_kit_policy *poli
               .ahead = calloc(units, 1)};
   phx_status status = PHX_OK;
   if (!program.first || !p.weight || !p.gradient || !p.list || !p.listed || !p.pending || !p.ahead) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan the windows of %u units", m->n_units);
+    status = phx_fail(err, PHX_NOMEM, "no memory to plan the windows of %u units", m->n_units);
     goto done;
   }
   if (policy->keep && policy->evict == PHX_KIT_EVICT_FARTHEST) {
-    status = phx_kit_fail(err, PHX_INVALID, "what is needed last cannot leave and be kept for backward, too");
+    status = phx_fail(err, PHX_INVALID, "what is needed last cannot leave and be kept for backward, too");
     goto done;
   }
   for (uint32_t u = 0; u < m->n_units; u++) p.weight[u] = p.gradient[u] = -1;
-  PHX_KIT_TRY(play(&p, err));
+  PHX_TRY_GOTO(play(&p, err), status, done);
   program.pool_numel = p.pool.numel;
   *out = program;
 done:

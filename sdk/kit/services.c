@@ -2,21 +2,8 @@
  *
  * Invariant: a table of regions gives the same bytes to the plan and to the allocation.  [main] only. */
 #include <phalanx/kit.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...) {
-  if (!err) return code;
-  va_list args;
-  va_start(args, format);
-  err->code = code;
-  err->cause = 0;
-  vsnprintf(err->message, sizeof err->message, format, args);
-  va_end(args);
-  return code;
-}
 
 phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_services *out, phx_error *err) {
   static const char *const grains[] = {"elements", "blocks", "rows", "tensors"};
@@ -29,10 +16,10 @@ phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_se
   if (!s.comm) missing = PHX_EXT_COMM;
   if (!s.device) missing = PHX_EXT_DEVICE;
   if (missing)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "the host offers no \"%s\", which the strategy needs", missing);
+    return phx_fail(err, PHX_UNSUPPORTED, "the host offers no \"%s\", which the strategy needs", missing);
   if (s.optim->grain > grain)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "optimizer '%s' needs whole %s, this strategy cuts to %s; use ddp",
-                        s.optim->name, grains[s.optim->grain & 3], grains[grain & 3]);
+    return phx_fail(err, PHX_UNSUPPORTED, "optimizer '%s' needs whole %s, this strategy cuts to %s; use ddp",
+                    s.optim->name, grains[s.optim->grain & 3], grains[grain & 3]);
   phx_status status = s.device->stream_create(s.device->ctx, "communication", &s.stream, err);
   if (status == PHX_OK) *out = s;
   return status;
@@ -45,7 +32,7 @@ void phx_kit_services_close(phx_kit_services *s) {
 
 phx_status phx_kit_events_create(const phx_kit_services *s, uint32_t n, phx_event ***out, phx_error *err) {
   phx_event **events = calloc(n + 1u, sizeof *events);
-  if (!events) return phx_kit_fail(err, PHX_NOMEM, "no memory for %u events", n);
+  if (!events) return phx_fail(err, PHX_NOMEM, "no memory for %u events", n);
   for (uint32_t i = 0; i < n; i++) {
     phx_status status = s->device->event_create(s->device->ctx, &events[i], err);
     if (status != PHX_OK) {
@@ -72,13 +59,13 @@ phx_status phx_kit_after(const phx_kit_services *s, phx_event *event, phx_stream
 
 phx_status phx_kit_check_topology(const phx_topology *t, phx_error *err) {
   if (t->compute_dtype != PHX_F32)
-    return phx_kit_fail(err, PHX_UNSUPPORTED,
-                        "[precision] compute is not fp32: this strategy keeps fp32 weights without master copies; "
-                        "set compute = fp32");
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "[precision] compute is not fp32: this strategy keeps fp32 weights without master copies; "
+                    "set compute = fp32");
   if (t->reduce_dtype != PHX_F32)
-    return phx_kit_fail(err, PHX_UNSUPPORTED,
-                        "[precision] reduce is not fp32: this strategy reduces gradients as they are; "
-                        "set reduce = fp32");
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "[precision] reduce is not fp32: this strategy reduces gradients as they are; "
+                    "set reduce = fp32");
   return PHX_OK;
 }
 
@@ -86,8 +73,8 @@ phx_status phx_kit_check_precision(const phx_topology *t, phx_error *err) {
   const int32_t dtypes[] = {t->compute_dtype, t->reduce_dtype};
   for (int i = 0; i < 2; i++)
     if (dtypes[i] != PHX_F32 && dtypes[i] != PHX_BF16)
-      return phx_kit_fail(err, PHX_UNSUPPORTED, "[precision] %s has dtype %d: only fp32 and bf16 are known",
-                          i ? "reduce" : "compute", dtypes[i]);
+      return phx_fail(err, PHX_UNSUPPORTED, "[precision] %s has dtype %d: only fp32 and bf16 are known",
+                      i ? "reduce" : "compute", dtypes[i]);
   return PHX_OK;
 }
 

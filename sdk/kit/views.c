@@ -18,7 +18,7 @@ phx_status phx_kit_views_create(const phx_model *m, phx_kit_views *out, phx_erro
                      .views = calloc(m->n_stages + 1u, sizeof *v.views)};
   if (!v.places || !v.written || !v.told || !v.params || !v.views) {
     phx_kit_views_destroy(&v);
-    return phx_kit_fail(err, PHX_NOMEM, "no memory for the views of %u stages", m->n_stages);
+    return phx_fail(err, PHX_NOMEM, "no memory for the views of %u stages", m->n_stages);
   }
   uint32_t at = 0;
   for (uint32_t s = 0; s < m->n_stages; s++) {
@@ -94,8 +94,7 @@ phx_status phx_kit_view_unused(phx_kit_views *v, const phx_device *device, uint3
     int32_t mode = v->told[index] ? v->told[index] : tell(v, index, use);
     if (mode != PHX_GRAD_WRITE) continue;
     int64_t numel = phx_model_unit(v->model, use->unit)->blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
-    phx_status status = device->zero(device->ctx, v->places[use->unit].gradient, numel * 4, stream, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(device->zero(device->ctx, v->places[use->unit].gradient, numel * 4, stream, err));
   }
   return PHX_OK;
 }
@@ -112,10 +111,7 @@ phx_status phx_kit_zero_gaps(const phx_device *device, const phx_model *m, uint3
       begin = param->offset;
       next = param->offset + param->numel;
     }
-    if (begin > end) {
-      phx_status status = device->zero(device->ctx, gradient + end, (begin - end) * 4, stream, err);
-      if (status != PHX_OK) return status;
-    }
+    if (begin > end) PHX_TRY(device->zero(device->ctx, gradient + end, (begin - end) * 4, stream, err));
     end = next;
   }
   return PHX_OK;

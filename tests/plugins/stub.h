@@ -3,14 +3,13 @@
  * For tests of the loader and of the configuration; every call that would do work says PHX_UNSUPPORTED. */
 #ifndef TEST_STUB_H
 #define TEST_STUB_H
+#include <phalanx/error.h>
 #include <phalanx/provider.h>
-#include <stdio.h>
 
 #define STUB_UNUSED __attribute__((unused))
 
 STUB_UNUSED static phx_status stub_refuse(phx_error *err) {
-  if (err) snprintf(err->message, sizeof err->message, "%s is for tests of the loader: it cannot run", STUB_ID);
-  return PHX_UNSUPPORTED;
+  return phx_fail(err, PHX_UNSUPPORTED, "%s is for tests of the loader: it cannot run", STUB_ID);
 }
 
 /* ---- strategy ---- */

@@ -1,5 +1,6 @@
 /* The cpu device without the core: see device_ops.h. */
 #include "device_ops.h"
+#include <phalanx/error.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,8 +14,7 @@ phx_status device_ops_open(device_ops *d, int32_t threads, const char *isa, phx_
   fake_host_init(&d->fake, 0, 1);
   if (isa) setenv("PHALANX_ISA", isa, 1);
   d->table = plugin->table;
-  const phx_status status = d->table->create(&d->fake.host, NULL, threads, &d->self, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(d->table->create(&d->fake.host, NULL, threads, &d->self, err));
   d->device = d->table->device(d->self);
   d->ops = d->table->ops(d->self);
   return PHX_OK;

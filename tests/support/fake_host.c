@@ -1,5 +1,6 @@
 /* A host for unit tests of plugins: see fake_host.h.  One thread but for log, which any thread may call. */
 #include "fake_host.h"
+#include <phalanx/error.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,10 +24,7 @@ static phx_status take(void *ctx, const phx_memory *what, void **out, phx_error 
   fake_host *fake = ctx;
   const size_t bytes = (size_t)phx_align_bytes(what->bytes);
   void *p = aligned_alloc(PHX_ALIGN, bytes);
-  if (!p) {
-    if (err) snprintf(err->message, sizeof err->message, "out of memory: %zu bytes", bytes);
-    return PHX_NOMEM;
-  }
+  if (!p) return phx_fail(err, PHX_NOMEM, "out of memory: %zu bytes", bytes);
   memset(p, 0, bytes);
   fake->allocs++;
   *out = p;

@@ -73,8 +73,7 @@ static void fail(void *ctx, const char *message) {
 static phx_status exchange(void *ctx, const char *name, const void *mine, int64_t bytes, void *all, phx_error *err) {
   fake_rank *r = ctx;
   void *bases[PHX_RANKS_MAX];
-  phx_status status = share(ctx, name, bytes, bases, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(share(ctx, name, bytes, bases, err));
   memcpy(bases[r->job.rank], mine, (size_t)bytes);
   arrive(r);
   for (int32_t i = 0; i < r->job.size; i++) memcpy((char *)all + i * bytes, bases[i], (size_t)bytes);
@@ -233,7 +232,7 @@ const phx_plugin *fake_plugin_load(const char *path, void *config, size_t config
   char none[1] = "";
   const phx_plugin *plugin = plugin_file_open(path, &err);
   if (plugin && plugin->config_size > config_bytes) {
-    phx__fail(&err, PHX_INVALID, "%s: its configuration takes %zu bytes", path, (size_t)plugin->config_size);
+    phx_fail(&err, PHX_INVALID, "%s: its configuration takes %zu bytes", path, (size_t)plugin->config_size);
     plugin = NULL;
   }
   if (plugin) {

@@ -2,6 +2,7 @@
 #include "gpt_rig.h"
 
 #include <math.h>
+#include <phalanx/error.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -219,8 +220,7 @@ phx_status gpt_rig_step(gpt_rig *r, const int32_t *tokens, const int32_t *target
     phx_stage_call call = base;
     call.stage = i, call.pass = PHX_PASS_FORWARD, call.input = inputs[i], call.output = buffer_data(&r->outputs[i]);
     call.loss = i == last ? loss : NULL;
-    const phx_status status = run_stage(r, &call, written, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(run_stage(r, &call, written, err));
   }
   for (uint32_t p = 0; first && p < r->model.n_params; p++) buffer_poison(&r->gradients[p]);
   for (uint32_t u = 0; !first && u < r->model.n_units; u++) written[u] = 1;
@@ -231,8 +231,7 @@ phx_status gpt_rig_step(gpt_rig *r, const int32_t *tokens, const int32_t *target
       phx_stage_call call = base;
       call.stage = i, call.pass = PHX_PASS_BACKWARD, call.input = inputs[i], call.d_output = d;
       call.d_input = i ? buffer_data(&r->d_outputs[i - 1]) : NULL;
-      const phx_status status = run_stage(r, &call, written, err);
-      if (status != PHX_OK) return status;
+      PHX_TRY(run_stage(r, &call, written, err));
       d = call.d_input;
     }
     for (uint32_t u = 0; u < s->n_uses; u++) {
@@ -256,8 +255,7 @@ phx_status gpt_rig_evaluate(gpt_rig *r, const int32_t *tokens, const int32_t *ta
                            .batch = batch, .sequence = sequence, .output = buffer_data(&r->outputs[i])};
     if (i == last) call.loss = loss, call.logits = logits;
     buffer_poison(&r->saved[i]);
-    const phx_status status = run_stage(r, &call, NULL, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(run_stage(r, &call, NULL, err));
     input = call.output;
   }
   return PHX_OK;

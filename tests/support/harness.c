@@ -18,7 +18,6 @@ const phx_plugin *harness_plugin(const char *strategy, phx_error *err) {
 }
 
 static phx_status open_run(run *r, const harness_config *c, char *text, phx_error *err) {
-  phx_status status = PHX_OK;
   r->c = c;
   r->t = c->toy;
   r->plugin = c->plugin ? c->plugin : harness_plugin(c->strategy, err);
@@ -26,9 +25,8 @@ static phx_status open_run(run *r, const harness_config *c, char *text, phx_erro
   r->table = r->plugin->table;
   r->config = calloc(1, r->plugin->config_size + 1);
   if (!r->config) abort();
-  PHX__TRY(plugin_file_config(r->plugin, text, r->config, err));
-done:
-  return status;
+  PHX_TRY(plugin_file_config(r->plugin, text, r->config, err));
+  return PHX_OK;
 }
 
 phx_status harness_estimate(const harness_config *c, int32_t rank, phx_estimate *out, phx_error *err) {
@@ -39,9 +37,9 @@ phx_status harness_estimate(const harness_config *c, int32_t rank, phx_estimate 
   uint8_t stages[TOY_STAGES], units[TOY_UNITS];
   phx_estimate e = {.struct_size = sizeof e};
   phx_status status = PHX_OK;
-  PHX__TRY(open_run(&r, c, text, err));
-  PHX__TRY(harness__topology(&r, rank, &topology, &layout, stages, units, err));
-  PHX__TRY(r.table->estimate(r.config, &topology, &c->toy->model, &e, err));
+  PHX_TRY_GOTO(open_run(&r, c, text, err), status, done);
+  PHX_TRY_GOTO(harness__topology(&r, rank, &topology, &layout, stages, units, err), status, done);
+  PHX_TRY_GOTO(r.table->estimate(r.config, &topology, &c->toy->model, &e, err), status, done);
   *out = e;
 done:
   free(r.config);
@@ -54,8 +52,7 @@ static phx_status prepare(run *r, phx_error *err) {
   phx_topology topology;
   phx_layout layout;
   uint8_t stages[TOY_STAGES], units[TOY_UNITS];
-  phx_status status = harness__topology(r, 0, &topology, &layout, stages, units, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(harness__topology(r, 0, &topology, &layout, stages, units, err));
   r->what = (toy_run){.data_ranks = layout.data_size,
                       .accumulate = topology.accumulate,
                       .reduce = c->reduce,

@@ -101,15 +101,14 @@ static phx_status v_slice(void *ctx, const phx_slice *s, phx_error *err) {
   bool low = s->kind == PHX_STATE_WEIGHT && harness__masters(r);
   int32_t values = harness__masters(r) ? PHX_STATE_MASTER : PHX_STATE_WEIGHT;
   void *p = NULL;
-  phx_status status = PHX_OK;
   if (s->kind == PHX_STATE_PRIVATE) return PHX_OK;
   if (row < 0 || s->flat >= PHX_FLATS || s->unit >= r->t->model.n_units || s->blocks <= 0 || s->first_block < 0 ||
       s->first_block + s->blocks > r->t->units[s->unit].blocks[s->flat] || s->dtype != (low ? PHX_BF16 : PHX_F32) ||
       s->place == PHX_SPACE_PINNED)
-    return phx__fail(err, PHX_INVALID, "slice kind %d unit %u flat %u blocks %lld + %lld dtype %d", s->kind, s->unit,
-                     s->flat, (long long)s->first_block, (long long)s->blocks, s->dtype);
+    return phx_fail(err, PHX_INVALID, "slice kind %d unit %u flat %u blocks %lld + %lld dtype %d", s->kind, s->unit,
+                    s->flat, (long long)s->first_block, (long long)s->blocks, s->dtype);
   int64_t block = r->t->units[s->unit].first_block[s->flat] + s->first_block;
-  PHX__TRY(r->table->map(k->strategy, s, mode, &p, err));
+  PHX_TRY(r->table->map(k->strategy, s, mode, &p, err));
   float *x = p;
   for (int64_t e = 0; v->init && !low && e < s->blocks * PHX_BLOCK; e++) {
     int32_t owner = r->t->owner[s->flat][block * PHX_BLOCK + e];
@@ -120,14 +119,13 @@ static phx_status v_slice(void *ctx, const phx_slice *s, phx_error *err) {
   if (!v->init && low)
     harness__check_low(k, p, (s->flat ? r->ref->frozen : r->ref->weights[r->what.steps]) + block * PHX_BLOCK,
                        s->blocks * PHX_BLOCK, "at the end", s->unit);
-  PHX__TRY(r->table->unmap(k->strategy, s, mode, p, err));
+  PHX_TRY(r->table->unmap(k->strategy, s, mode, p, err));
   if (!v->init) {
     pthread_mutex_lock(&r->lock);
     for (int64_t b = 0; b < s->blocks; b++) r->state_cover[row][s->flat][block + b]++;
     pthread_mutex_unlock(&r->lock);
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 phx_status harness__visit_state(rank_state *k, bool init, phx_error *err) {

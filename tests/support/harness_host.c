@@ -22,11 +22,11 @@ static phx_status h_alloc(void *ctx, const phx_memory *what, void **out, phx_err
   o->allocations++;
   if (k->steady) o->steady_allocations++;
   if (what->bytes <= 0 || what->kind < 0 || what->kind >= PHX_MEM_KINDS || k->n_live == ALLOCATIONS)
-    return phx__fail(err, PHX_INVALID, "alloc of %lld bytes, kind %d", (long long)what->bytes, what->kind);
+    return phx_fail(err, PHX_INVALID, "alloc of %lld bytes, kind %d", (long long)what->bytes, what->kind);
   if (o->allocations == c->fail_alloc && (c->fail_rank < 0 || c->fail_rank == k->rank))
-    return phx__fail(err, PHX_NOMEM, "allocation %lld was made to fail", (long long)o->allocations);
+    return phx_fail(err, PHX_NOMEM, "allocation %lld was made to fail", (long long)o->allocations);
   void *p = aligned_alloc(PHX_ALIGN, (size_t)bytes);
-  if (!p) return phx__fail(err, PHX_NOMEM, "%lld bytes", (long long)bytes);
+  if (!p) return phx_fail(err, PHX_NOMEM, "%lld bytes", (long long)bytes);
   memset(p, 0, (size_t)bytes);
   k->live[k->n_live++] = (allocation){p, bytes, what->kind, what->comm != NULL};
   k->bytes[what->kind] += bytes;
@@ -137,8 +137,8 @@ static phx_status o_update(void *ctx, const phx_ticket *t, float scale, phx_erro
   if (t->unit >= r->t->model.n_units || t->numel <= 0 || t->first < 0 ||
       t->weight_dtype != (harness__masters(r) ? PHX_BF16 : PHX_F32) || (t->master != NULL) != harness__masters(r) ||
       !t->weight || t->gradient_dtype != PHX_F32 || t->first + t->numel > r->t->units[t->unit].blocks[0] * PHX_BLOCK)
-    return phx__fail(err, PHX_INVALID, "a ticket of unit %u, elements %lld + %lld", t->unit, (long long)t->first,
-                     (long long)t->numel);
+    return phx_fail(err, PHX_INVALID, "a ticket of unit %u, elements %lld + %lld", t->unit, (long long)t->first,
+                    (long long)t->numel);
   pthread_mutex_lock(&r->lock);
   for (int64_t e = 0; e < t->numel; e++)
     r->update_cover[(k->step - 1) * r->t->elements[0] + toy_first(r->t, t->unit, 0) + t->first + e]++;
@@ -158,12 +158,11 @@ phx_status harness__norm_add(void *ctx, uint32_t unit, int64_t first_block, int6
                              phx_stream *stream, phx_error *err) {
   rank_state *k = ctx;
   run *r = k->run;
-  phx_status status = PHX_OK;
   if (unit >= r->t->model.n_units || first_block < 0 || blocks <= 0 ||
       first_block + blocks > r->t->units[unit].blocks[0])
-    return phx__fail(err, PHX_INVALID, "norm of unit %u, blocks %lld + %lld", unit, (long long)first_block,
-                     (long long)blocks);
-  PHX__TRY(k->device->stream_synchronize(k->device->ctx, stream, err));
+    return phx_fail(err, PHX_INVALID, "norm of unit %u, blocks %lld + %lld", unit, (long long)first_block,
+                    (long long)blocks);
+  PHX_TRY(k->device->stream_synchronize(k->device->ctx, stream, err));
   int64_t block = r->t->units[unit].first_block[0] + first_block;
   const float *want = r->ref->gradients[k->step - 1] + block * PHX_BLOCK;
   if (!harness__same_bits(r, gradient, want, blocks * PHX_BLOCK)) {
@@ -177,8 +176,7 @@ phx_status harness__norm_add(void *ctx, uint32_t unit, int64_t first_block, int6
   for (int64_t b = 0; b < blocks; b++) r->norm_cover[(k->step - 1) * r->blocks + block + b]++;
   pthread_mutex_unlock(&r->lock);
   k->out->norm_blocks += blocks;
-done:
-  return status;
+  return PHX_OK;
 }
 
 void harness__host(rank_state *k) {

@@ -45,19 +45,19 @@ static phx_status pass_stage(rank_state *k, uint32_t stage, int32_t pass, int32_
   bool runs = !r->t->runs || r->t->runs(stage, k->step, mb, k->layout.data_rank);
   uint32_t flags = pass != PHX_PASS_BACKWARD ? 0 : PHX_RELEASE_LAST_USE | (runs ? 0 : PHX_RELEASE_NO_GRADIENT);
   k->pass = pass, k->stage = (int32_t)stage, k->in_acquire = true;
-  PHX__TRY(r->table->acquire(k->strategy, stage, pass, mb, NULL, &view, err));
+  PHX_TRY_GOTO(r->table->acquire(k->strategy, stage, pass, mb, NULL, &view, err), status, done);
   k->in_acquire = false;
   if (!view) {
-    status = phx__fail(err, PHX_INTERNAL, "acquire of stage %u gave no view", stage);
+    status = phx_fail(err, PHX_INTERNAL, "acquire of stage %u gave no view", stage);
     goto done;
   }
   if (runs || pass == PHX_PASS_EVALUATE) { /* a stage that does not run waits for nothing and reads nothing */
-    if (view->ready) PHX__TRY(k->device->stream_wait(k->device->ctx, NULL, view->ready, err));
+    if (view->ready) PHX_TRY_GOTO(k->device->stream_wait(k->device->ctx, NULL, view->ready, err), status, done);
     if (pass == PHX_PASS_FORWARD) k->out->forward_in_flight[stage] = count_in_flight(k);
     harness__check_view(k, stage, pass, view);
   }
   if (pass != PHX_PASS_RECOMPUTE) run_stage(k, stage, pass, mb, 0, view);
-  PHX__TRY(r->table->release(k->strategy, stage, pass, mb, flags, NULL, err));
+  PHX_TRY_GOTO(r->table->release(k->strategy, stage, pass, mb, flags, NULL, err), status, done);
   int64_t in_flight = pass == PHX_PASS_BACKWARD ? count_in_flight(k) : 0;
   if (in_flight > k->out->most_in_flight) k->out->most_in_flight = in_flight;
 done:
@@ -78,17 +78,15 @@ static bool recomputes(const run *r, uint32_t stage) {
 static phx_status micro_batches(rank_state *k, phx_error *err) {
   run *r = k->run;
   uint32_t n = r->t->model.n_stages;
-  phx_status status = PHX_OK;
   for (int32_t mb = 0; mb < r->what.accumulate; mb++) {
-    PHX__TRY(r->table->begin_micro_batch(k->strategy, mb, mb + 1 == r->what.accumulate, err));
-    for (uint32_t s = 0; s < n; s++) PHX__TRY(pass_stage(k, s, PHX_PASS_FORWARD, mb, err));
+    PHX_TRY(r->table->begin_micro_batch(k->strategy, mb, mb + 1 == r->what.accumulate, err));
+    for (uint32_t s = 0; s < n; s++) PHX_TRY(pass_stage(k, s, PHX_PASS_FORWARD, mb, err));
     for (uint32_t s = n; s-- > 0;) {
-      if (recomputes(r, s)) PHX__TRY(pass_stage(k, s, PHX_PASS_RECOMPUTE, mb, err));
-      PHX__TRY(pass_stage(k, s, PHX_PASS_BACKWARD, mb, err));
+      if (recomputes(r, s)) PHX_TRY(pass_stage(k, s, PHX_PASS_RECOMPUTE, mb, err));
+      PHX_TRY(pass_stage(k, s, PHX_PASS_BACKWARD, mb, err));
     }
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 /* ---- executor of run_step ---- */
@@ -101,14 +99,12 @@ static void *x_boundary(void *ctx, uint32_t stage, int32_t slot, int32_t gradien
 }
 static phx_status x_run(rank_state *k, uint32_t stage, int32_t pass, int32_t mb, int32_t slot, const phx_view *view,
                         phx_error *err) {
-  phx_status status = PHX_OK;
   if (slot < 0 || slot >= SLOTS || slot >= k->layout.activation_slots || !k->stage_owned[stage])
-    return phx__fail(err, PHX_INVALID, "stage %u in slot %d", stage, slot);
-  if (view->ready) PHX__TRY(k->device->stream_wait(k->device->ctx, NULL, view->ready, err));
+    return phx_fail(err, PHX_INVALID, "stage %u in slot %d", stage, slot);
+  if (view->ready) PHX_TRY(k->device->stream_wait(k->device->ctx, NULL, view->ready, err));
   harness__check_view(k, stage, pass, view);
   run_stage(k, stage, pass, mb, slot, view);
-done:
-  return status;
+  return PHX_OK;
 }
 static phx_status x_forward(void *ctx, uint32_t stage, int32_t mb, int32_t slot, const phx_view *view, phx_error *err) {
   return x_run(ctx, stage, PHX_PASS_FORWARD, mb, slot, view, err);
@@ -144,19 +140,20 @@ static phx_status one_step(rank_state *k, phx_error *err) {
                       .forward = x_forward,
                       .backward = x_backward,
                       .runs = x_runs};
-    PHX__TRY(t->run_step(k->strategy, &x, err));
+    PHX_TRY_GOTO(t->run_step(k->strategy, &x, err), status, done);
   } else {
-    PHX__TRY(micro_batches(k, err));
+    PHX_TRY_GOTO(micro_batches(k, err), status, done);
   }
   if (discard && r->c->discard_early) {
-    PHX__TRY(t->discard_gradients(k->strategy, err));
+    PHX_TRY_GOTO(t->discard_gradients(k->strategy, err), status, done);
   } else {
-    PHX__TRY(t->finish_gradients(k->strategy, err));
-    PHX__TRY(t->gradient_norm(k->strategy, &acc, err));
-    if (discard) PHX__TRY(t->discard_gradients(k->strategy, err));
+    PHX_TRY_GOTO(t->finish_gradients(k->strategy, err), status, done);
+    PHX_TRY_GOTO(t->gradient_norm(k->strategy, &acc, err), status, done);
+    if (discard) PHX_TRY_GOTO(t->discard_gradients(k->strategy, err), status, done);
   }
   if (discard) goto done;
-  PHX__TRY(t->update(k->strategy, k->step, (float)(1.0 / ((double)r->what.data_ranks * r->what.accumulate)), err));
+  PHX_TRY_GOTO(t->update(k->strategy, k->step, (float)(1.0 / ((double)r->what.data_ranks * r->what.accumulate)), err),
+               status, done);
   harness__check_traffic(k);
 done:
   if (discard) memcpy(k->out->calls, calls, sizeof calls), memcpy(k->out->sent, sent, sizeof sent);
@@ -164,13 +161,11 @@ done:
 }
 
 static phx_status evaluate(rank_state *k, phx_error *err) {
-  phx_status status = PHX_OK;
   int64_t calls[PHX_OPS], sent[PHX_OPS];
   memcpy(calls, k->out->calls, sizeof calls), memcpy(sent, k->out->sent, sizeof sent);
-  for (uint32_t s = 0; s < k->run->t->model.n_stages; s++) PHX__TRY(pass_stage(k, s, PHX_PASS_EVALUATE, 0, err));
+  for (uint32_t s = 0; s < k->run->t->model.n_stages; s++) PHX_TRY(pass_stage(k, s, PHX_PASS_EVALUATE, 0, err));
   memcpy(k->out->calls, calls, sizeof calls), memcpy(k->out->sent, sent, sizeof sent);
-done:
-  return status;
+  return PHX_OK;
 }
 
 #define SIX TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4, TOY_BOUNDARY * 4
@@ -209,26 +204,24 @@ phx_status harness__topology(run *r, int32_t rank, phx_topology *t, phx_layout *
 static phx_status rank_body(rank_state *k, phx_error *err) {
   run *r = k->run;
   const phx_strategy_table *t = r->table;
-  phx_status status = PHX_OK;
-  PHX__TRY(harness__topology(r, k->rank, &k->topology, &k->layout, k->stage_owned, k->unit_owned, err));
+  PHX_TRY(harness__topology(r, k->rank, &k->topology, &k->layout, k->stage_owned, k->unit_owned, err));
   k->out->planned.struct_size = sizeof k->out->planned;
-  PHX__TRY(t->estimate(r->config, &k->topology, &r->t->model, &k->out->planned, err));
-  PHX__TRY(t->create(&k->host, r->config, &k->topology, &r->t->model, &k->strategy, err));
-  PHX__TRY(harness__visit_state(k, true, err));
-  PHX__TRY(t->state_changed(k->strategy, err));
+  PHX_TRY(t->estimate(r->config, &k->topology, &r->t->model, &k->out->planned, err));
+  PHX_TRY(t->create(&k->host, r->config, &k->topology, &r->t->model, &k->strategy, err));
+  PHX_TRY(harness__visit_state(k, true, err));
+  PHX_TRY(t->state_changed(k->strategy, err));
   k->steady = true;
   for (k->step = 1; k->step <= r->what.steps; k->step++) {
-    PHX__TRY(one_step(k, err));
-    if (r->c->evaluate) PHX__TRY(evaluate(k, err));
+    PHX_TRY(one_step(k, err));
+    if (r->c->evaluate) PHX_TRY(evaluate(k, err));
   }
   k->step = r->what.steps;
-  PHX__TRY(harness__visit_state(k, false, err));
+  PHX_TRY(harness__visit_state(k, false, err));
   if (count_in_flight(k) != 0)
     harness__note(r, "rank %d: %lld collectives were in flight while state was visited", k->rank,
                   (long long)count_in_flight(k));
-  if (t->health) PHX__TRY(t->health(k->strategy, err));
-done:
-  return status;
+  if (t->health) PHX_TRY(t->health(k->strategy, err));
+  return PHX_OK;
 }
 
 void *harness__rank(void *arg) {

@@ -94,10 +94,10 @@ static phx_status nap(group *g, int *naps, phx_error *err, const call *c) {
   t.tv_nsec += 20000000;
   if (t.tv_nsec >= 1000000000) t.tv_sec++, t.tv_nsec -= 1000000000;
   pthread_cond_timedwait(&g->changed, &g->lock, &t);
-  if (aborted(g->world)) return phx__fail(err, PHX_COMM, "the job was ended");
+  if (aborted(g->world)) return phx_fail(err, PHX_COMM, "the job was ended");
   if (++*naps > 3000)
-    return phx__fail(err, PHX_COMM, "rank %d waits in %s of %lld elements", c->comm->base.rank, phx_op_name(c->op),
-                     (long long)c->numel);
+    return phx_fail(err, PHX_COMM, "rank %d waits in %s of %lld elements", c->comm->base.rank, phx_op_name(c->op),
+                    (long long)c->numel);
   return PHX_OK;
 }
 
@@ -123,11 +123,11 @@ static phx_status check_slots(group *g, const call *c, phx_error *err) {
     if (o->op == c->op && o->numel == c->numel && o->dtype == c->dtype && o->red == c->red && o->root == c->root &&
         o->seq == c->seq)
       continue;
-    return phx__fail(err, PHX_COMM,
-                     "call %llu differs: rank %d issues %s of %lld (dtype %d, root %d), rank %d %s of %lld (dtype %d, "
-                     "root %d)",
-                     (unsigned long long)c->seq, c->comm->base.rank, phx_op_name(c->op), (long long)c->numel, c->dtype,
-                     c->root, r, phx_op_name(o->op), (long long)o->numel, o->dtype, o->root);
+    return phx_fail(err, PHX_COMM,
+                    "call %llu differs: rank %d issues %s of %lld (dtype %d, root %d), rank %d %s of %lld (dtype %d, "
+                    "root %d)",
+                    (unsigned long long)c->seq, c->comm->base.rank, phx_op_name(c->op), (long long)c->numel, c->dtype,
+                    c->root, r, phx_op_name(o->op), (long long)o->numel, o->dtype, o->root);
   }
   return PHX_OK;
 }
@@ -246,8 +246,8 @@ static phx_status exchange(group *g, const call *c, phx_error *err) { /* send an
   } else {
     while (!m->src && status == PHX_OK) status = nap(g, &naps, err, c);
     if (status == PHX_OK && (m->numel != c->numel || m->dtype != c->dtype))
-      status = phx__fail(err, PHX_COMM, "recv of %lld elements meets a send of %lld", (long long)c->numel,
-                         (long long)m->numel);
+      status = phx_fail(err, PHX_COMM, "recv of %lld elements meets a send of %lld", (long long)c->numel,
+                        (long long)m->numel);
     if (status == PHX_OK) {
       memcpy(c->dst, m->src, (size_t)c->numel * phx_dtype_bytes(c->dtype));
       m->src = NULL;
@@ -264,21 +264,21 @@ static phx_status call_fn(void *arg, phx_error *err) {
   group *g = m->g;
   phx_status status = PHX_OK;
   if (aborted(g->world)) /* others may still look at what this rank showed them last */
-    return phx__fail(err, PHX_COMM, "the job was ended");
+    return phx_fail(err, PHX_COMM, "the job was ended");
   if (c->op == PHX_OP_SEND || c->op == PHX_OP_RECV) {
-    PHX__TRY(exchange(g, c, err));
+    PHX_TRY_GOTO(exchange(g, c, err), status, done);
   } else {
     if (c->seq != m->executed++) {
-      status = phx__fail(err, PHX_COMM, "%s %llu runs before those issued earlier", phx_op_name(c->op),
-                         (unsigned long long)c->seq);
+      status = phx_fail(err, PHX_COMM, "%s %llu runs before those issued earlier", phx_op_name(c->op),
+                        (unsigned long long)c->seq);
       goto done;
     }
-    if (aborted(g->world)) return phx__fail(err, PHX_COMM, "the job was ended"); /* others may still read the slots */
+    if (aborted(g->world)) return phx_fail(err, PHX_COMM, "the job was ended"); /* others may still read the slots */
     g->slots[m->base.rank] = *c;
-    PHX__TRY(meet(g, c, err));
-    PHX__TRY(check_slots(g, c, err));
+    PHX_TRY_GOTO(meet(g, c, err), status, done);
+    PHX_TRY_GOTO(check_slots(g, c, err), status, done);
     move(g, c);
-    PHX__TRY(meet(g, c, err));
+    PHX_TRY_GOTO(meet(g, c, err), status, done);
   }
   pthread_mutex_lock(&m->lock);
   m->stats.calls[c->op]++;
@@ -294,8 +294,8 @@ static phx_status issue(void *ctx, int32_t op, const void *src, void *dst, int64
   comm *m = ctx;
   bool mail_op = op == PHX_OP_SEND || op == PHX_OP_RECV;
   if (numel < 0 || (op != PHX_OP_BARRIER && !phx_dtype_bytes(dtype)) || root < 0 || root >= m->g->size)
-    return phx__fail(err, PHX_INVALID, "%s: numel %lld, dtype %d, root %d", phx_op_name(op), (long long)numel, dtype,
-                     root);
+    return phx_fail(err, PHX_INVALID, "%s: numel %lld, dtype %d, root %d", phx_op_name(op), (long long)numel, dtype,
+                    root);
   call c = {m, mail_op ? 0 : m->issued++, op, dtype, red, root, numel, src, dst};
   if (m->watch)
     m->watch->issued(m->watch->ctx, op, numel, loopback_payload(op, numel, dtype, m->base.rank, m->g->size, root),
@@ -363,11 +363,10 @@ static phx_status c_split(void *ctx, int32_t color, int32_t key, phx_comm **out,
   comm *m = ctx;
   group *g = m->g;
   int32_t me = m->base.rank, size = 0, rank = 0, leader = -1;
-  phx_status status = PHX_OK;
   call c = {.comm = m, .op = PHX_OP_SPLIT, .seq = m->issued++, .dtype = color, .red = key};
   m->executed++;
   g->slots[me] = c;
-  PHX__TRY(meet(g, &c, err));
+  PHX_TRY(meet(g, &c, err));
   for (int32_t r = 0; r < g->size; r++) {
     if (g->slots[r].dtype != color) continue;
     if (leader < 0) leader = r;
@@ -375,11 +374,10 @@ static phx_status c_split(void *ctx, int32_t color, int32_t key, phx_comm **out,
     rank += g->slots[r].red < key || (g->slots[r].red == key && r < me);
   }
   if (color >= 0 && leader == me) g->made[me] = group_make(g->world, size);
-  PHX__TRY(meet(g, &c, err));
+  PHX_TRY(meet(g, &c, err));
   *out = color < 0 ? NULL : comm_make(g->made[leader], rank, m->device, m->watch);
-  PHX__TRY(meet(g, &c, err));
-done:
-  return status;
+  PHX_TRY(meet(g, &c, err));
+  return PHX_OK;
 }
 
 static void c_destroy(phx_comm *base) {
@@ -401,7 +399,7 @@ static void c_stats(void *ctx, phx_comm_stats *out) {
 }
 static phx_status c_health(void *ctx, phx_error *err) {
   comm *m = ctx;
-  return aborted(m->g->world) ? phx__fail(err, PHX_COMM, "%s", m->g->world->why) : PHX_OK;
+  return aborted(m->g->world) ? phx_fail(err, PHX_COMM, "%s", m->g->world->why) : PHX_OK;
 }
 static void c_abort(void *ctx) {
   loopback_abort(((comm *)ctx)->g->world, "abort");

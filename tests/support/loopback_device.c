@@ -196,7 +196,7 @@ static int32_t d_event_done(void *ctx, phx_event *e) {
 static phx_status d_enqueue(void *ctx, phx_stream *s, phx_stream_fn *fn, void *arg, phx_error *err) {
   (void)ctx;
   if (arg) return submit(s, fn, arg, NULL, 0, err);
-  return phx__fail(err, PHX_INVALID, "loopback: enqueue with no argument");
+  return phx_fail(err, PHX_INVALID, "loopback: enqueue with no argument");
 }
 static void *d_native_stream(void *ctx, phx_stream *s) {
   (void)ctx, (void)s;
@@ -267,7 +267,7 @@ static phx_status d_cast(void *ctx, void *dst, int32_t dst_dtype, const void *sr
   if (dst_dtype == src_dtype) return d_copy(ctx, dst, src, numel * (int64_t)phx_dtype_bytes(dst_dtype), s, err);
   if (dst_dtype == PHX_BF16 && src_dtype == PHX_F32) return submit(s, narrow_fn, NULL, &v, sizeof v, err);
   if (dst_dtype == PHX_F32 && src_dtype == PHX_BF16) return submit(s, widen_fn, NULL, &v, sizeof v, err);
-  return phx__fail(err, PHX_UNSUPPORTED, "loopback: cast between dtypes %d and %d", src_dtype, dst_dtype);
+  return phx_fail(err, PHX_UNSUPPORTED, "loopback: cast between dtypes %d and %d", src_dtype, dst_dtype);
 }
 static phx_status d_add(void *ctx, float *acc, const float *x, int64_t numel, phx_stream *s, phx_error *err) {
   (void)ctx;

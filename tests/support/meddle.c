@@ -91,14 +91,11 @@ static phx_status m_acquire(phx_strategy *m, uint32_t stage, int32_t pass, int32
     return PHX_OK;
   }
   if (how.swap_forward && pass == PHX_PASS_FORWARD && stage == 0) {
-    phx_status status = inner->acquire(m->self, 1, pass, mb, s, out, err);
-    if (status == PHX_OK) status = inner->release(m->self, 1, pass, mb, 0, s, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(inner->acquire(m->self, 1, pass, mb, s, out, err));
+    PHX_TRY(inner->release(m->self, 1, pass, mb, 0, s, err));
   }
-  if (how.recompute_all && pass == PHX_PASS_BACKWARD) {
-    phx_status status = inner->acquire(m->self, stage, PHX_PASS_RECOMPUTE, mb, s, out, err);
-    if (status != PHX_OK) return status;
-  }
+  if (how.recompute_all && pass == PHX_PASS_BACKWARD)
+    PHX_TRY(inner->acquire(m->self, stage, PHX_PASS_RECOMPUTE, mb, s, out, err));
   return inner->acquire(m->self, stage, pass, mb, s, out, err);
 }
 static phx_status m_release(phx_strategy *m, uint32_t stage, int32_t pass, int32_t mb, uint32_t flags, phx_stream *s,

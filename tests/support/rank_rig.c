@@ -69,17 +69,18 @@ phx_status rank_rig_open(rank_rig *rig, const char *strategy, const char *out, p
                                      {"optimizer.schedule=constant", "--set"},
                                      {strategy, "--set"}};
   const size_t n = sizeof overrides / sizeof *overrides - !strchr(strategy, '=');
-  PHX__TRY(phx__config_load("run.ini", overrides, n, stderr, &rig->config));
+  PHX_TRY_GOTO(phx__config_load("run.ini", overrides, n, stderr, &rig->config), status, done);
   const phx__settings *s = &rig->config->s;
-  if (!rig->job) PHX__TRY(phx__job_open(s->run.timeout, &rig->job, err));
-  PHX__TRY(phx__prepare(rig->config, rig->rank, rig->size, rig->rank, rig->size, 0, 0, &prepared, err));
-  PHX__TRY(phx__data_open(s->data.train, prepared->shape.sequence, prepared->facts.vocabulary, (uint64_t)s->run.seed,
-                          &rig->data, err));
+  if (!rig->job) PHX_TRY_GOTO(phx__job_open(s->run.timeout, &rig->job, err), status, done);
+  PHX_TRY_GOTO(phx__prepare(rig->config, rig->rank, rig->size, rig->rank, rig->size, 0, 0, &prepared, err), status,
+               done);
+  PHX_TRY_GOTO(phx__data_open(s->data.train, prepared->shape.sequence, prepared->facts.vocabulary,
+                              (uint64_t)s->run.seed, &rig->data, err), status, done);
   phx__prepared *taken = prepared;
   prepared = NULL;
-  PHX__TRY(phx__runtime_open(rig->config, rig->job, taken, &rig->rt, err));
-  PHX__TRY(phx__engine_create(rig->rt, &rig->engine, err));
-  PHX__TRY(phx__runtime_initialise(rig->rt, err));
+  PHX_TRY_GOTO(phx__runtime_open(rig->config, rig->job, taken, &rig->rt, err), status, done);
+  PHX_TRY_GOTO(phx__engine_create(rig->rt, &rig->engine, err), status, done);
+  PHX_TRY_GOTO(phx__runtime_initialise(rig->rt, err), status, done);
   rig->step = 0;
 done:
   phx__prepared_free(prepared);

@@ -1,6 +1,7 @@
 /* The cuda device on the processor: the plugin's own sources against the double of the CUDA runtime (inline, and with
  * streams as threads) and of cuBLASLt.  What only a GPU can show is in tests/gpu. */
 #include <criterion/criterion.h>
+#include <phalanx/error.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -57,8 +58,7 @@ static phx_status rig_open(rig *r, int32_t rank, int32_t ranks) {
     if (!r->config.workspace) r->config.workspace = 1 * MIB;
     r->config.attention = OWN_ATTENTION;
   }
-  const phx_status status = r->table->create(&r->fake.host, &r->config, 1, &r->self, &r->err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(r->table->create(&r->fake.host, &r->config, 1, &r->self, &r->err));
   r->device = r->table->device(r->self);
   r->ops = r->table->ops(r->self);
   return PHX_OK;
@@ -252,8 +252,7 @@ static phx_status write_note(void *arg, phx_error *err) {
   note *x = arg;
   usleep(2000);
   x->list[(*x->n)++] = x->number;
-  if (x->fail) snprintf(err->message, sizeof err->message, "note %d", x->number);
-  return x->fail ? PHX_COMM : PHX_OK;
+  return x->fail ? phx_fail(err, PHX_COMM, "note %d", x->number) : PHX_OK;
 }
 
 static void host_functions(int threads) {

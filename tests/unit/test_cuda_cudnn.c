@@ -4,6 +4,7 @@
  * kernels do what the graphs say. */
 #include <criterion/criterion.h>
 #include <dlfcn.h>
+#include <phalanx/error.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -138,10 +139,7 @@ static void rig_close(rig *r) {
 
 static phx_status pass(rig *r, int backward, int32_t dtype, int64_t t, int64_t c, int64_t heads) {
   phx_error *err = &r->err;
-  if (!r->memory) {
-    const phx_status status = r->table->alloc(r->self, PHX_SPACE_DEVICE, 16 * PART, &r->memory, err);
-    if (status != PHX_OK) return status;
-  }
+  if (!r->memory) PHX_TRY(r->table->alloc(r->self, PHX_SPACE_DEVICE, 16 * PART, &r->memory, err));
   char *at = r->memory, *qkv = at, *out = at + 3 * PART, *dout = at + 4 * PART, *dqkv = at + 5 * PART,
        *lse = at + 8 * PART, *work = at + 9 * PART;
   const phx_ops *o = r->ops;

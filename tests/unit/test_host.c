@@ -13,7 +13,7 @@ static int refuse_next;
 
 static phx_status device_alloc(phx_device_self *self, int32_t space, int64_t bytes, void **out, phx_error *err) {
   (void)self, (void)space;
-  if (refuse_next) return phx__fail(err, PHX_NOMEM, "the device is full");
+  if (refuse_next) return phx_fail(err, PHX_NOMEM, "the device is full");
   *out = aligned_alloc(PHX_ALIGN, (size_t)bytes);
   held_by_device += bytes;
   return *out ? PHX_OK : PHX_NOMEM;

@@ -540,7 +540,7 @@ static const void *f_extension(void *ctx, const char *id) {
 }
 static phx_status f_alloc(void *ctx, const phx_memory *what, void **out, phx_error *err) {
   fake *f = ctx;
-  if (++f->calls == f->fail_at) return phx__fail(err, PHX_NOMEM, "made to fail");
+  if (++f->calls == f->fail_at) return phx_fail(err, PHX_NOMEM, "made to fail");
   f->bytes[what->kind] += phx_align_bytes(what->bytes);
   if (what->comm) f->arena += phx_align_bytes(what->bytes);
   f->alive++;

@@ -121,13 +121,12 @@ static phx_status meet(rank *r) {
     const int64_t bytes = sizes[round % 5];
     for (int64_t i = 0; i < bytes; i++) mine[i] = (unsigned char)(i * 7 + r->place.rank * 31 + round);
     all[n * bytes] = 0xA5;
-    phx_status status = phx__store_exchange(r->store, round % 2 ? "bytes" : long_name, mine, bytes, all, &r->err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx__store_exchange(r->store, round % 2 ? "bytes" : long_name, mine, bytes, all, &r->err));
     for (int q = 0; q < n; q++)
       for (int64_t i = 0; i < bytes; i++)
         if (all[q * bytes + i] != (unsigned char)(i * 7 + q * 31 + round))
-          return phx__fail(&r->err, PHX_STATE, "round %d: byte %d of rank %d is wrong", round, (int)i, q);
-    if (all[n * bytes] != 0xA5) return phx__fail(&r->err, PHX_STATE, "round %d: written behind the end", round);
+          return phx_fail(&r->err, PHX_STATE, "round %d: byte %d of rank %d is wrong", round, (int)i, q);
+    if (all[n * bytes] != 0xA5) return phx_fail(&r->err, PHX_STATE, "round %d: written behind the end", round);
   }
   return times_failed(r) ? PHX_STATE : PHX_OK;
 }

@@ -14,7 +14,7 @@
  * Threads   [main] only the thread that called create(); [any] any thread at any time;
  *           [collective] every rank of the communicator calls it, in the same order, or the job ends with a report.
  * Errors    An int32_t status, plus a message in a phx_error owned by the caller (it may be NULL).  Outputs are
- *           written only on PHX_OK. */
+ *           written only on PHX_OK.  <phalanx/error.h> has how to fill one in and how to pass it on. */
 #ifndef PHALANX_BASE_H
 #define PHALANX_BASE_H
 #include <stddef.h>

@@ -20,13 +20,12 @@ struct phx_strategy {
 };
 
 static phx_status plan(const phx_topology *t, const phx_model *m, phx_kit_region *r, phx_error *err) {
-  phx_status status = phx_kit_check_precision(t, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx_kit_check_precision(t, err));
   if (t->reduce_dtype != PHX_F32)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "bare reduces nothing: set [precision] reduce = fp32");
+    return phx_fail(err, PHX_UNSUPPORTED, "bare reduces nothing: set [precision] reduce = fp32");
   if (t->world_size != 1 || t->accumulate != 1)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "bare runs on 1 rank with accumulate = 1, not on %d with %d",
-                        t->world_size, t->accumulate);
+    return phx_fail(err, PHX_UNSUPPORTED, "bare runs on 1 rank with accumulate = 1, not on %d with %d",
+                    t->world_size, t->accumulate);
   const int64_t trainable = m->total_blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK;
   const int64_t frozen = m->total_blocks[PHX_FLAT_FROZEN] * PHX_BLOCK, size = phx_kit_weight_bytes(t);
   r[WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .bytes = trainable * size};
@@ -103,7 +102,7 @@ static phx_status write_views(phx_strategy *self, phx_error *err) {
   self->views = calloc(2u * m->n_stages + 1u, sizeof *self->views);
   if (!written || !self->params || !self->views) {
     free(written);
-    return phx_kit_fail(err, PHX_NOMEM, "no memory for the views of %u stages", m->n_stages);
+    return phx_fail(err, PHX_NOMEM, "no memory for the views of %u stages", m->n_stages);
   }
   phx_param_view *next = self->params;
   for (uint32_t i = 0; i < 2 * m->n_stages; i++) { /* in the order in which they run */
@@ -126,14 +125,14 @@ static phx_status bare_create(const phx_host *host, const void *config, const ph
   phx_strategy *self = calloc(1, sizeof *self);
   phx_status status;
   (void)config;
-  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  if (!self) return phx_fail(err, PHX_NOMEM, "no memory for the strategy");
   *self = (phx_strategy){.topology = topology, .model = model};
   self->s = (phx_kit_services){.host = host,
                                .device = host->extension(host->ctx, PHX_EXT_DEVICE),
                                .optim = host->extension(host->ctx, PHX_EXT_OPTIM)};
-  PHX_KIT_TRY(plan(topology, model, self->regions, err));
-  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->regions, N_REGIONS, err));
-  PHX_KIT_TRY(write_views(self, err));
+  PHX_TRY_GOTO(plan(topology, model, self->regions, err), status, done);
+  PHX_TRY_GOTO(phx_kit_regions_alloc(&self->s, self->regions, N_REGIONS, err), status, done);
+  PHX_TRY_GOTO(write_views(self, err), status, done);
   *out = self;
   return PHX_OK;
 done:
@@ -154,7 +153,7 @@ static phx_status bare_map(phx_strategy *self, const phx_slice *slice, int32_t m
   (void)mode;
   const bool master = slice->kind == PHX_STATE_MASTER && phx_kit_masters(self->topology);
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM && !master)
-    return phx_kit_fail(err, PHX_INVALID, "bare keeps no state of kind %d", slice->kind);
+    return phx_fail(err, PHX_INVALID, "bare keeps no state of kind %d", slice->kind);
   const uint32_t region = slice->kind == PHX_STATE_OPTIM ? STATES + slice->state_index
                           : master                       ? MASTER + slice->flat
                                                          : WEIGHT + slice->flat;
@@ -200,7 +199,7 @@ static phx_status bare_release(phx_strategy *self, uint32_t s, int32_t pass, int
                                phx_stream *stream, phx_error *err) {
   (void)self, (void)pass, (void)micro_batch, (void)stream;
   if (flags & PHX_RELEASE_NO_GRADIENT)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "bare runs every stage, but stage %u was skipped", s);
+    return phx_fail(err, PHX_UNSUPPORTED, "bare runs every stage, but stage %u was skipped", s);
   return PHX_OK;
 }
 

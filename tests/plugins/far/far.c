@@ -8,17 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-phx_status far_fail(phx_error *err, phx_status code, const char *format, ...) {
-  va_list args;
-  if (!err) return code;
-  va_start(args, format);
-  vsnprintf(err->message, sizeof err->message, format, args);
-  va_end(args);
-  err->code = code;
-  err->cause = 0;
-  return code;
-}
-
 void far_die(const char *format, ...) {
   va_list args;
   va_start(args, format);
@@ -33,7 +22,7 @@ static phx_status load_cpu(const phx_device_table **out, phx_error *err) {
   void *library = dlopen(FAR_CPU_PLUGIN, RTLD_NOW | RTLD_LOCAL);
   void *symbol = library ? dlsym(library, PHX_ENTRY_SYMBOL) : NULL;
   phx_plugin_entry *entry;
-  if (!symbol) return far_fail(err, PHX_UNSUPPORTED, "far needs the cpu device: %s", dlerror());
+  if (!symbol) return phx_fail(err, PHX_UNSUPPORTED, "far needs the cpu device: %s", dlerror());
   memcpy(&entry, &symbol, sizeof entry);
   *out = entry()->table;
   return PHX_OK;
@@ -58,7 +47,7 @@ static void destroy(phx_device_self *self) {
 static phx_status create(const phx_host *host, const void *config, int32_t threads, phx_device_self **out,
                          phx_error *err) {
   phx_device_self *self = calloc(1, sizeof *self);
-  if (!self) return far_fail(err, PHX_NOMEM, "far: no memory for the device");
+  if (!self) return phx_fail(err, PHX_NOMEM, "far: no memory for the device");
   pthread_mutex_init(&self->lock, NULL);
   pthread_mutex_init(&self->compute, NULL);
   pthread_cond_init(&self->done, NULL);

@@ -8,6 +8,7 @@
  *           them; the others are errors. */
 #ifndef FAR_H
 #define FAR_H
+#include <phalanx/error.h>
 #include <phalanx/provider.h>
 #include <pthread.h>
 
@@ -70,7 +71,6 @@ struct phx_device_self {
   char name[128];
 };
 
-phx_status far_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 void far_die(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 
 /* stream.c */

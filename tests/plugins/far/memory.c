@@ -20,7 +20,7 @@ static phx_status add(phx_device_self *self, const far_block *block, phx_error *
   phx_status status = PHX_OK;
   pthread_mutex_lock(&self->lock);
   if (self->n_blocks == FAR_ALLOCATIONS)
-    status = far_fail(err, PHX_NOMEM, "far: more than %d allocations", FAR_ALLOCATIONS);
+    status = phx_fail(err, PHX_NOMEM, "far: more than %d allocations", FAR_ALLOCATIONS);
   else
     self->blocks[self->n_blocks++] = *block;
   pthread_mutex_unlock(&self->lock);
@@ -29,12 +29,12 @@ static phx_status add(phx_device_self *self, const far_block *block, phx_error *
 
 phx_status far_alloc(phx_device_self *self, int32_t space, int64_t bytes, void **out, phx_error *err) {
   if (bytes <= 0 || bytes > INT64_MAX / 2)
-    return far_fail(err, PHX_INVALID, "far: alloc of %lld bytes", (long long)bytes);
+    return phx_fail(err, PHX_INVALID, "far: alloc of %lld bytes", (long long)bytes);
   const size_t room = pages(bytes);
   char *map = mmap(NULL, room + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map == MAP_FAILED || mprotect(map + PAGE, room, PROT_READ | PROT_WRITE)) {
     if (map != MAP_FAILED) munmap(map, room + 2 * PAGE);
-    return far_fail(err, PHX_NOMEM, "far: no memory for %lld bytes", (long long)bytes);
+    return phx_fail(err, PHX_NOMEM, "far: no memory for %lld bytes", (long long)bytes);
   }
   char *real = map + PAGE + room - (size_t)phx_align_bytes(bytes); /* it ends where the next page cannot be touched */
   if (phx_align_bytes(bytes) > (int64_t)room) real = map + PAGE;
@@ -96,9 +96,9 @@ phx_status far_check(phx_device_self *self, const char *who, const void *p, int6
   const int64_t left = block ? block->bytes - (int64_t)((uintptr_t)p - block->at) : 0;
   pthread_mutex_unlock(&self->lock);
   if (!block || (device >= 0 && device != is_device))
-    return far_fail(err, PHX_DEVICE, "far: %s: %p is %s (or was freed)", who, p, kinds[kind]);
+    return phx_fail(err, PHX_DEVICE, "far: %s: %p is %s (or was freed)", who, p, kinds[kind]);
   if (bytes > left)
-    return far_fail(err, PHX_DEVICE, "far: %s: %lld bytes at %p, and the allocation ends after %lld", who,
+    return phx_fail(err, PHX_DEVICE, "far: %s: %lld bytes at %p, and the allocation ends after %lld", who,
                     (long long)bytes, p, (long long)left);
   return PHX_OK;
 }

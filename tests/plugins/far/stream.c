@@ -23,7 +23,7 @@ static void put(phx_stream *s, far_entry *e) {
 
 static phx_status new_entry(size_t bytes, far_entry **out, phx_error *err) {
   far_entry *e = calloc(1, sizeof *e + bytes);
-  if (!e) return far_fail(err, PHX_NOMEM, "far: no memory for an entry of a stream");
+  if (!e) return phx_fail(err, PHX_NOMEM, "far: no memory for an entry of a stream");
   *out = e;
   return PHX_OK;
 }
@@ -31,8 +31,7 @@ static phx_status new_entry(size_t bytes, far_entry **out, phx_error *err) {
 phx_status far_submit(phx_device_self *self, phx_stream *s, phx_stream_fn *run, const void *arguments, size_t bytes,
                       phx_error *err) {
   far_entry *e = NULL;
-  const phx_status status = new_entry(bytes, &e, err);
-  if (status) return status;
+  PHX_TRY(new_entry(bytes, &e, err));
   e->run = run;
   memcpy(e->arguments, arguments, bytes);
   put(real_stream(self, s), e);
@@ -103,7 +102,7 @@ static void *stream_main(void *arg) {
 phx_status far_stream_new(phx_device_self *self, phx_stream **out, phx_error *err) {
   sigset_t all, before;
   phx_stream *s = calloc(1, sizeof *s);
-  if (!s) return far_fail(err, PHX_NOMEM, "far: no memory for a stream");
+  if (!s) return phx_fail(err, PHX_NOMEM, "far: no memory for a stream");
   s->far = self;
   s->last = &s->first;
   pthread_cond_init(&s->change, NULL);
@@ -114,7 +113,7 @@ phx_status far_stream_new(phx_device_self *self, phx_stream **out, phx_error *er
   if (failed) {
     pthread_cond_destroy(&s->change);
     free(s);
-    return far_fail(err, PHX_DEVICE, "far: no thread for a stream: %s", strerror(failed));
+    return phx_fail_errno(err, PHX_DEVICE, failed, "far: no thread for a stream");
   }
   *out = s;
   return PHX_OK;
@@ -156,7 +155,7 @@ static phx_status stream_synchronize(void *ctx, phx_stream *s, phx_error *err) {
 static phx_status event_create(void *ctx, phx_event **out, phx_error *err) {
   (void)ctx;
   phx_event *e = calloc(1, sizeof *e);
-  if (!e) return far_fail(err, PHX_NOMEM, "far: no memory for an event");
+  if (!e) return phx_fail(err, PHX_NOMEM, "far: no memory for an event");
   *out = e;
   return PHX_OK;
 }
@@ -178,8 +177,7 @@ static void event_destroy(void *ctx, phx_event *e) {
 
 static phx_status put_event(phx_device_self *self, phx_stream *s, phx_event *event, int32_t record, phx_error *err) {
   far_entry *e = NULL;
-  const phx_status status = new_entry(0, &e, err);
-  if (status) return status;
+  PHX_TRY(new_entry(0, &e, err));
   pthread_mutex_lock(&self->lock);
   e->event = event;
   e->record = record;

@@ -163,8 +163,7 @@ static phx_status fault_create(const phx_host *host, const void *config, int64_t
   fault_device = host->extension(host->ctx, PHX_EXT_DEVICE);
   fault_job = host->extension(host->ctx, PHX_EXT_JOB);
   at(AT_CREATE);
-  const phx_status status = create(host, config, arena_bytes, out, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(create(host, config, arena_bytes, out, err));
   phx_comm *world = *out;
   inner = *world;
   world->all_reduce = fault_all_reduce;

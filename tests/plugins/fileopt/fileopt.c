@@ -51,8 +51,7 @@ static void plan(const fileopt_config *config, const phx_topology *t, const phx_
 static phx_status fileopt_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
                                    phx_error *err) {
   phx_kit_region regions[REGIONS];
-  phx_status status = phx_kit_check_topology(t, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(phx_kit_check_topology(t, err));
   plan(config, t, m, regions);
   phx_kit_regions_estimate(regions, REGIONS, out);
   int64_t whole = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_TRAINABLE], t->world_size);
@@ -81,10 +80,10 @@ static phx_status open_file(phx_strategy *self, phx_error *err) {
   strcpy(path, dir);
   strcat(path, "/phalanx-fileopt-XXXXXX");
   self->file = mkstemp(path);
-  if (self->file < 0) return phx_kit_fail(err, PHX_IO, "cannot make a file in %s: %s", dir, strerror(errno));
+  if (self->file < 0) return phx_fail(err, PHX_IO, "cannot make a file in %s: %s", dir, strerror(errno));
   unlink(path);
   if (ftruncate(self->file, share_bytes(self) * self->topology->n_optim_states) == 0) return PHX_OK;
-  return phx_kit_fail(err, PHX_IO, "cannot make the file of states in %s larger: %s", dir, strerror(errno));
+  return phx_fail(err, PHX_IO, "cannot make the file of states in %s larger: %s", dir, strerror(errno));
 }
 
 static float *whole(const phx_strategy *self, int region, uint32_t unit, uint32_t flat) {
@@ -94,16 +93,16 @@ static float *whole(const phx_strategy *self, int region, uint32_t unit, uint32_
 static phx_status fileopt_create(const phx_host *host, const void *config, const phx_topology *topology,
                                  const phx_model *model, phx_strategy **out, phx_error *err) {
   phx_strategy *self = calloc(1, sizeof *self);
-  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  if (!self) return phx_fail(err, PHX_NOMEM, "no memory for the strategy");
   *self = (phx_strategy){.config = config, .topology = topology, .model = model, .file = -1};
   phx_status status;
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     self->mine[flat] = phx_kit_shard_of(model->total_blocks[flat], topology->rank, topology->world_size);
   plan(config, topology, model, self->regions);
-  PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &self->s, err));
-  PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
-  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->regions, REGIONS, err));
-  PHX_KIT_TRY(open_file(self, err));
+  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &self->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
+  PHX_TRY_GOTO(phx_kit_regions_alloc(&self->s, self->regions, REGIONS, err), status, done);
+  PHX_TRY_GOTO(open_file(self, err), status, done);
   for (uint32_t i = model->n_stages; i-- > 0;)
     for (uint32_t k = 0; k < phx_model_stage(model, i)->n_uses; k++)
       if (phx_model_use(model, phx_model_stage(model, i)->first_use + k)->flags & PHX_USE_LAST) self->final_stage = i;
@@ -133,8 +132,8 @@ static phx_status transfer(phx_strategy *self, bool write, void *p, uint32_t sta
                       : pread(self->file, (char *)p + done, bytes - done, at + (off_t)done);
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0)
-      return phx_kit_fail(err, PHX_IO, "%s %zu bytes of optimizer state %u: %s", write ? "writing" : "reading", bytes,
-                          state, n < 0 ? strerror(errno) : "the file ends early");
+      return phx_fail(err, PHX_IO, "%s %zu bytes of optimizer state %u: %s", write ? "writing" : "reading", bytes,
+                      state, n < 0 ? strerror(errno) : "the file ends early");
     done += (size_t)n;
   }
   return PHX_OK;
@@ -150,7 +149,7 @@ static phx_status slot_take(phx_strategy *self, void **out, phx_error *err) {
     *out = self->slots[i] = slot_at(self, i);
     return PHX_OK;
   }
-  return phx_kit_fail(err, PHX_NOMEM, "%d slices are mapped, and no more may be", SLOTS);
+  return phx_fail(err, PHX_NOMEM, "%d slices are mapped, and no more may be", SLOTS);
 }
 
 static void slot_give(phx_strategy *self, const void *p) {
@@ -197,8 +196,8 @@ static phx_status fileopt_map(phx_strategy *self, const phx_slice *slice, int32_
     return PHX_OK;
   }
   if (slice->kind != PHX_STATE_OPTIM || slice->blocks > self->config->slice_blocks)
-    return phx_kit_fail(err, PHX_INVALID, "fileopt did not name a slice of kind %d and %lld blocks", slice->kind,
-                        (long long)slice->blocks);
+    return phx_fail(err, PHX_INVALID, "fileopt did not name a slice of kind %d and %lld blocks", slice->kind,
+                    (long long)slice->blocks);
   phx_status status = slot_take(self, &p, err);
   if (status == PHX_OK && (mode & PHX_MAP_READ))
     status = transfer(self, false, p, slice->state_index, first_of(self, slice), slice->blocks, err);
@@ -274,7 +273,7 @@ static phx_status fileopt_release(phx_strategy *self, uint32_t stage, int32_t pa
 
 static phx_status fileopt_finish_gradients(phx_strategy *self, phx_error *err) {
   if (!self->reduced)
-    return phx_kit_fail(err, PHX_STATE, "gradients are to be finished before the last stage was released");
+    return phx_fail(err, PHX_STATE, "gradients are to be finished before the last stage was released");
   return PHX_OK;
 }
 
@@ -290,10 +289,8 @@ static const float *reduced(const phx_strategy *self, int64_t block) {
 
 static phx_status fileopt_gradient_norm(phx_strategy *self, const phx_accumulator *acc, phx_error *err) {
   const phx_kit_shard *mine = &self->mine[PHX_FLAT_TRAINABLE];
-  for (phx_kit_part p = {0}; phx_kit_part_next(self->model, PHX_FLAT_TRAINABLE, mine->first, mine->blocks, &p);) {
-    phx_status status = acc->add(acc->ctx, p.unit, p.first, p.blocks, reduced(self, mine->first + p.at), NULL, err);
-    if (status != PHX_OK) return status;
-  }
+  for (phx_kit_part p = {0}; phx_kit_part_next(self->model, PHX_FLAT_TRAINABLE, mine->first, mine->blocks, &p);)
+    PHX_TRY(acc->add(acc->ctx, p.unit, p.first, p.blocks, reduced(self, mine->first + p.at), NULL, err));
   return PHX_OK;
 }
 
@@ -307,12 +304,13 @@ static phx_status update_slice(phx_strategy *self, const phx_kit_part *p, int64_
                          .weight = (float *)self->regions[WEIGHT].at + block * PHX_BLOCK};
   phx_status status = PHX_OK;
   for (uint32_t k = 0; k < n; k++) {
-    PHX_KIT_TRY(slot_take(self, &slice.states[k], err));
-    PHX_KIT_TRY(transfer(self, false, slice.states[k], k, block, p->blocks, err));
+    PHX_TRY_GOTO(slot_take(self, &slice.states[k], err), status, done);
+    PHX_TRY_GOTO(transfer(self, false, slice.states[k], k, block, p->blocks, err), status, done);
   }
-  PHX_KIT_TRY(phx_kit_update(self->s.optim, &slice, scale, NULL, err));
-  PHX_KIT_TRY(d->stream_synchronize(d->ctx, NULL, err));
-  for (uint32_t k = 0; k < n; k++) PHX_KIT_TRY(transfer(self, true, slice.states[k], k, block, p->blocks, err));
+  PHX_TRY_GOTO(phx_kit_update(self->s.optim, &slice, scale, NULL, err), status, done);
+  PHX_TRY_GOTO(d->stream_synchronize(d->ctx, NULL, err), status, done);
+  for (uint32_t k = 0; k < n; k++)
+    PHX_TRY_GOTO(transfer(self, true, slice.states[k], k, block, p->blocks, err), status, done);
 done:
   for (uint32_t k = 0; k < n; k++) slot_give(self, slice.states[k]);
   return status;
@@ -324,10 +322,8 @@ static phx_status fileopt_update(phx_strategy *self, int64_t step, float scale, 
   int64_t most = self->config->slice_blocks;
   for (int64_t at = 0; at < mine->blocks; at += most) {
     int64_t first = mine->first + at, blocks = mine->blocks - at < most ? mine->blocks - at : most;
-    for (phx_kit_part p = {0}; phx_kit_part_next(self->model, PHX_FLAT_TRAINABLE, first, blocks, &p);) {
-      phx_status status = update_slice(self, &p, first + p.at, scale, err);
-      if (status != PHX_OK) return status;
-    }
+    for (phx_kit_part p = {0}; phx_kit_part_next(self->model, PHX_FLAT_TRAINABLE, first, blocks, &p);)
+      PHX_TRY(update_slice(self, &p, first + p.at, scale, err));
   }
   return make_whole(self, PHX_FLAT_TRAINABLE, err);
 }

@@ -26,10 +26,7 @@ static phx_status estimate(const void *config, const phx_topology *topology, con
 
 static phx_status layout(const void *config, const phx_topology *topology, const phx_model *model, phx_layout *out,
                          phx_error *err) {
-  if (hostile.base->layout) {
-    const phx_status status = hostile.base->layout(config, topology, model, out, err);
-    if (status != PHX_OK) return status;
-  }
+  if (hostile.base->layout) PHX_TRY(hostile.base->layout(config, topology, model, out, err));
   if (is(HOSTILE_layout_rank)) out->data_rank = -1;
   if (is(HOSTILE_layout_size)) out->data_size = INT32_MAX;
   if (is(HOSTILE_layout_slots)) out->activation_slots = 0;

@@ -16,10 +16,7 @@ static phx_status meddle(void *ctx, const phx_slice *slice, phx_error *err) {
   if (is(HOSTILE_visit_nothing)) return PHX_OK;
   if (is(HOSTILE_visit_missing) && visited == 2) return visited++, PHX_OK;
   if (visited++ == 1) {
-    if (is(HOSTILE_visit_twice)) {
-      const phx_status status = inner->slice(inner->ctx, &s, err);
-      if (status != PHX_OK) return status;
-    }
+    if (is(HOSTILE_visit_twice)) PHX_TRY(inner->slice(inner->ctx, &s, err));
     if (is(HOSTILE_visit_beyond)) s.blocks += 1000;
     if (is(HOSTILE_visit_before)) s.first_block = -1;
     if (is(HOSTILE_visit_unit)) s.unit = 9999;
@@ -46,8 +43,7 @@ static phx_status visit_state(phx_strategy *self, const phx_visitor *visitor, ph
 }
 
 static phx_status map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
-  const phx_status status = hostile.base->map(self, slice, mode, out, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(hostile.base->map(self, slice, mode, out, err));
   if (is(HOSTILE_map_null) && once()) *out = NULL;
   if (is(HOSTILE_map_unaligned) && once()) *out = (char *)*out + 1;
   const bool last = slice->unit == hostile.model->n_units - 1; /* behind it ends the memory */

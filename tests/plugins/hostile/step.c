@@ -145,10 +145,7 @@ static phx_status optim_update(void *ctx, const phx_ticket *ticket, float scale,
     if (is(HOSTILE_master_drift)) t.master[3] += 1e-6f;
     if (is(HOSTILE_master_jump)) t.master[3] += 1;
     if (is(HOSTILE_ticket_missing)) return PHX_OK;
-    if (is(HOSTILE_ticket_twice)) {
-      const phx_status status = o->update(o->ctx, &t, scale, err);
-      if (status != PHX_OK) return status;
-    }
+    if (is(HOSTILE_ticket_twice)) PHX_TRY(o->update(o->ctx, &t, scale, err));
     if (is(HOSTILE_ticket_beyond)) t.numel += 1000 * PHX_BLOCK;
     if (is(HOSTILE_ticket_before)) t.first = -4;
     if (is(HOSTILE_ticket_negative)) t.numel = INT64_MIN;

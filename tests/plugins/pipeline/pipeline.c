@@ -66,12 +66,12 @@ static bool writes(const pipeline_plan *p, uint32_t unit, int32_t rank) {
 static phx_status find_cut(const pipeline_config *config, const phx_topology *t, const phx_model *m, uint32_t *cut,
                            phx_error *err) {
   if (t->world_size != 2)
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "pipeline runs on 2 ranks, not on %d", t->world_size);
+    return phx_fail(err, PHX_UNSUPPORTED, "pipeline runs on 2 ranks, not on %d", t->world_size);
   if (phx_kit_adds_reduced(t))
-    return phx_kit_fail(err, PHX_UNSUPPORTED, "pipeline adds micro-batches where they are: set reduce = step");
+    return phx_fail(err, PHX_UNSUPPORTED, "pipeline adds micro-batches where they are: set reduce = step");
   *cut = config->cut < 0 ? m->n_stages / 2 : (uint32_t)config->cut;
   if (*cut >= 1 && *cut < m->n_stages) return PHX_OK;
-  return phx_kit_fail(err, PHX_INVALID, "cut = %u leaves a rank without a stage: the model has %u", *cut, m->n_stages);
+  return phx_fail(err, PHX_INVALID, "cut = %u leaves a rank without a stage: the model has %u", *cut, m->n_stages);
 }
 
 static phx_status plan_create(const pipeline_config *config, const phx_topology *t, const phx_model *m,
@@ -79,13 +79,13 @@ static phx_status plan_create(const pipeline_config *config, const phx_topology 
   pipeline_plan p = {0};
   int64_t blocks[6] = {0}, mine = 0;
   phx_status status = PHX_OK;
-  PHX_KIT_TRY(phx_kit_check_topology(t, err));
-  PHX_KIT_TRY(find_cut(config, t, m, &p.cut, err));
+  PHX_TRY_GOTO(phx_kit_check_topology(t, err), status, done);
+  PHX_TRY_GOTO(find_cut(config, t, m, &p.cut, err), status, done);
   p.users = calloc(m->n_units + 1u, 1);
   p.state_at = calloc(m->n_units + 1u, sizeof *p.state_at);
   for (int f = 0; f < PHX_FLATS; f++) p.at[f] = calloc(m->n_units + 1u, sizeof *p.at[f]);
   if (!p.users || !p.state_at || !p.at[0] || !p.at[1]) {
-    status = phx_kit_fail(err, PHX_NOMEM, "no memory to plan %u units", m->n_units);
+    status = phx_fail(err, PHX_NOMEM, "no memory to plan %u units", m->n_units);
     goto done;
   }
   for (uint32_t s = 0; s < m->n_stages; s++)
@@ -119,8 +119,7 @@ done:
 static phx_status pipeline_layout(const void *config, const phx_topology *t, const phx_model *m, phx_layout *out,
                                   phx_error *err) {
   pipeline_plan p;
-  phx_status status = plan_create(config, t, m, &p, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(plan_create(config, t, m, &p, err));
   out->data_rank = 0;
   out->data_size = 1;
   out->activation_slots = t->accumulate < 2 ? 1 : 2;
@@ -135,8 +134,7 @@ static phx_status pipeline_layout(const void *config, const phx_topology *t, con
 static phx_status pipeline_estimate(const void *config, const phx_topology *t, const phx_model *m, phx_estimate *out,
                                     phx_error *err) {
   pipeline_plan p;
-  phx_status status = plan_create(config, t, m, &p, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, REGIONS, out);
   phx_kit_estimate_call(out, t, PHX_OP_SEND, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
   phx_kit_estimate_call(out, t, PHX_OP_RECV, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
@@ -175,13 +173,13 @@ static void *state(const phx_strategy *self, uint32_t u, uint32_t k) {
 static phx_status pipeline_create(const phx_host *host, const void *config, const phx_topology *topology,
                                   const phx_model *model, phx_strategy **out, phx_error *err) {
   phx_strategy *self = calloc(1, sizeof *self);
-  if (!self) return phx_kit_fail(err, PHX_NOMEM, "no memory for the strategy");
+  if (!self) return phx_fail(err, PHX_NOMEM, "no memory for the strategy");
   *self = (phx_strategy){.topology = topology, .model = model};
   phx_status status;
-  PHX_KIT_TRY(plan_create(config, topology, model, &self->plan, err));
-  PHX_KIT_TRY(phx_kit_services_open(host, PHX_GRAIN_TENSOR, &self->s, err));
-  PHX_KIT_TRY(phx_kit_views_create(model, &self->views, err));
-  PHX_KIT_TRY(phx_kit_regions_alloc(&self->s, self->plan.regions, REGIONS, err));
+  PHX_TRY_GOTO(plan_create(config, topology, model, &self->plan, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_TENSOR, &self->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
+  PHX_TRY_GOTO(phx_kit_regions_alloc(&self->s, self->plan.regions, REGIONS, err), status, done);
   for (uint32_t u = 0; u < model->n_units; u++) {
     if (!holds(&self->plan, u, topology->rank)) continue;
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
@@ -200,8 +198,7 @@ static phx_status pipeline_visit_state(phx_strategy *self, const phx_visitor *vi
     if (!writes(&self->plan, u, self->topology->rank)) continue;
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++) {
       int64_t blocks = phx_model_unit(self->model, u)->blocks[flat];
-      phx_status status = phx_kit_visit(visitor, self->s.optim, PHX_F32, u, flat, 0, blocks, err);
-      if (status != PHX_OK) return status;
+      PHX_TRY(phx_kit_visit(visitor, self->s.optim, PHX_F32, u, flat, 0, blocks, err));
     }
   }
   return PHX_OK;
@@ -210,7 +207,7 @@ static phx_status pipeline_visit_state(phx_strategy *self, const phx_visitor *vi
 static phx_status pipeline_map(phx_strategy *self, const phx_slice *slice, int32_t mode, void **out, phx_error *err) {
   (void)mode;
   if (slice->kind != PHX_STATE_WEIGHT && slice->kind != PHX_STATE_OPTIM)
-    return phx_kit_fail(err, PHX_INVALID, "pipeline keeps no state of kind %d", slice->kind);
+    return phx_fail(err, PHX_INVALID, "pipeline keeps no state of kind %d", slice->kind);
   if (slice->kind == PHX_STATE_WEIGHT) {
     *out = weight(self, slice->unit, slice->flat) + slice->first_block * PHX_BLOCK;
     return PHX_OK;
@@ -248,7 +245,7 @@ static phx_status pipeline_acquire(phx_strategy *self, uint32_t stage, int32_t p
                                    phx_stream *stream, const phx_view **out, phx_error *err) {
   (void)micro_batch, (void)stream;
   if ((stage >= self->plan.cut) != (self->topology->rank == 1))
-    return phx_kit_fail(err, PHX_STATE, "stage %u is not run by rank %d", stage, self->topology->rank);
+    return phx_fail(err, PHX_STATE, "stage %u is not run by rank %d", stage, self->topology->rank);
   *out = phx_kit_view(&self->views, stage, pass, NULL);
   return PHX_OK;
 }
@@ -294,33 +291,29 @@ static phx_status pass_on(phx_strategy *self, const phx_executor *x, bool send, 
 }
 
 static phx_status first_half(phx_strategy *self, const phx_executor *x, phx_error *err) {
-  phx_status status = PHX_OK;
   for (int32_t i = 0; i <= x->micro_batches; i++) { /* forward of i, then backward of i - 1 */
     if (i < x->micro_batches) {
-      PHX_KIT_TRY(run_half(self, x, PHX_PASS_FORWARD, i, i % 2, err));
-      PHX_KIT_TRY(pass_on(self, x, true, i % 2, 0, err));
+      PHX_TRY(run_half(self, x, PHX_PASS_FORWARD, i, i % 2, err));
+      PHX_TRY(pass_on(self, x, true, i % 2, 0, err));
     }
     if (i == 0) continue;
-    PHX_KIT_TRY(pipeline_begin_micro_batch(self, i - 1, i == x->micro_batches, err));
-    PHX_KIT_TRY(pass_on(self, x, false, (i - 1) % 2, 1, err));
-    PHX_KIT_TRY(run_half(self, x, PHX_PASS_BACKWARD, i - 1, (i - 1) % 2, err));
+    PHX_TRY(pipeline_begin_micro_batch(self, i - 1, i == x->micro_batches, err));
+    PHX_TRY(pass_on(self, x, false, (i - 1) % 2, 1, err));
+    PHX_TRY(run_half(self, x, PHX_PASS_BACKWARD, i - 1, (i - 1) % 2, err));
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status second_half(phx_strategy *self, const phx_executor *x, phx_error *err) {
-  phx_status status = PHX_OK;
-  PHX_KIT_TRY(pass_on(self, x, false, 0, 0, err));
+  PHX_TRY(pass_on(self, x, false, 0, 0, err));
   for (int32_t i = 0; i < x->micro_batches; i++) {
-    if (i + 1 < x->micro_batches) PHX_KIT_TRY(pass_on(self, x, false, (i + 1) % 2, 0, err));
-    PHX_KIT_TRY(pipeline_begin_micro_batch(self, i, i + 1 == x->micro_batches, err));
-    PHX_KIT_TRY(run_half(self, x, PHX_PASS_FORWARD, i, i % 2, err));
-    PHX_KIT_TRY(run_half(self, x, PHX_PASS_BACKWARD, i, i % 2, err));
-    PHX_KIT_TRY(pass_on(self, x, true, i % 2, 1, err));
+    if (i + 1 < x->micro_batches) PHX_TRY(pass_on(self, x, false, (i + 1) % 2, 0, err));
+    PHX_TRY(pipeline_begin_micro_batch(self, i, i + 1 == x->micro_batches, err));
+    PHX_TRY(run_half(self, x, PHX_PASS_FORWARD, i, i % 2, err));
+    PHX_TRY(run_half(self, x, PHX_PASS_BACKWARD, i, i % 2, err));
+    PHX_TRY(pass_on(self, x, true, i % 2, 1, err));
   }
-done:
-  return status;
+  return PHX_OK;
 }
 
 static phx_status pipeline_run_step(phx_strategy *self, const phx_executor *x, phx_error *err) {
@@ -359,8 +352,7 @@ static phx_status pipeline_update(phx_strategy *self, int64_t step, float scale,
                            .weight = weight(self, u, PHX_FLAT_TRAINABLE),
                            .gradient = gradient(self, u)};
     for (uint32_t k = 0; k < self->topology->n_optim_states; k++) slice.states[k] = state(self, u, k);
-    phx_status status = phx_kit_update(self->s.optim, &slice, scale, NULL, err);
-    if (status != PHX_OK) return status;
+    PHX_TRY(phx_kit_update(self->s.optim, &slice, scale, NULL, err));
   }
   return copy_tied(self, TIED, err);
 }

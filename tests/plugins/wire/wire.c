@@ -72,8 +72,7 @@ static phx_status wire_all_to_all(void *ctx, const void *src, void *dst, int64_t
 
 static phx_status wire_create(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out,
                               phx_error *err) {
-  const phx_status status = create(host, config, arena_bytes, out, err);
-  if (status != PHX_OK) return status;
+  PHX_TRY(create(host, config, arena_bytes, out, err));
   phx_comm *world = *out;
   inner = *world;
   wire_device = host->extension(host->ctx, PHX_EXT_DEVICE);

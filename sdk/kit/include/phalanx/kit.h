@@ -9,20 +9,12 @@
  * equals the run by construction. */
 #ifndef PHALANX_KIT_H
 #define PHALANX_KIT_H
+#include <phalanx/error.h>
 #include <phalanx/strategy.h>
 #include <stdbool.h>
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* ---- errors, of any plugin: [any] ---- */
-phx_status phx_kit_fail(phx_error *err, phx_status code, const char *format, ...) __attribute__((format(printf, 3, 4)));
-/* Goes to `done` with `status` set when a call fails. */
-#define PHX_KIT_TRY(call)            \
-  do {                               \
-    status = (call);                 \
-    if (status != PHX_OK) goto done; \
-  } while (0)
 
 /* ---- the host's services ---- */
 typedef struct phx_kit_services {
