@@ -181,16 +181,18 @@ static float round_bf16(float x) {
   return x;
 }
 static int64_t offset_of(const thing *t, const int64_t at[RANK]) {
+  const int64_t *dims = dims_of(t), *strides = strides_of(t); /* tests spend their time here: each is looked up once */
   int64_t offset = 0;
-  for (int i = 0; i < RANK; i++) offset += (dims_of(t)[i] == 1 ? 0 : at[i]) * strides_of(t)[i];
+  for (int i = 0; i < RANK; i++)
+    if (dims[i] != 1) offset += at[i] * strides[i];
   return offset;
 }
 static float at_offset(run *r, const thing *t, int64_t offset) {
-  const int32_t type = number_of(t, CUDNN_ATTR_TENSOR_DATA_TYPE);
-  if (is(t, CUDNN_ATTR_TENSOR_IS_VIRTUAL)) return t->values ? t->values[offset] : nanf("");
+  if (t->values) return t->values[offset];
+  if (is(t, CUDNN_ATTR_TENSOR_IS_VIRTUAL)) return nanf("");
   const void *place = place_of(r, t);
   if (!place) return 0;
-  if (type == CUDNN_DATA_FLOAT) return ((const float *)place)[offset];
+  if (number_of(t, CUDNN_ATTR_TENSOR_DATA_TYPE) == CUDNN_DATA_FLOAT) return ((const float *)place)[offset];
   const uint32_t bits = (uint32_t)((const uint16_t *)place)[offset] << 16;
   float x;
   memcpy(&x, &bits, sizeof x);

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "fake_job.h"
+#include "sanitizer.h"
 #include "training.h"
 
 #define FAULTS "--set", "plugins.path=" PHX_TEST_ONLY_PLUGINS, "--set", "comm.plugin=fault"
@@ -77,12 +78,6 @@ Test(failures, collectives_that_differ_are_named_at_once, .timeout = 120) {
   command_free(&r);
   command_remove_dir(dir);
 }
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#else
-#define SANITIZED 0
-#endif
 
 Test(failures, a_crash_names_the_plugin_and_the_call, .timeout = 60) {
   if (SANITIZED) cr_skip_test("a sanitizer reports crashes in its own way");

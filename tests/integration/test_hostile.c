@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sanitizer.h"
 #include "training.h"
 
 typedef struct misuse {
@@ -329,11 +330,7 @@ Test(hostile, a_failure_without_a_text_names_the_call, .timeout = 120) {
   RUN_ALL("train", "hostile", "2", "1", ends_of_calls);
 }
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define HANDLERS 0 /* a sanitizer's own reports stand in for them */
-#else
-#define HANDLERS 1
-#endif
+#define HANDLERS (!SANITIZED) /* a sanitizer's own reports stand in for them */
 
 /* On one rank, where the command is the rank, and on two. */
 static const misuse crashes[] = {

@@ -26,6 +26,7 @@
 #include "job/launcher.h"
 #include "base/status.h"
 #include "base/sys.h"
+#include "sanitizer.h"
 #include "sys_faults.h"
 #include "command/train.h"
 #include "training.h"
@@ -301,17 +302,6 @@ Test(launcher, a_rank_deaf_to_everything_is_killed_in_time, .timeout = 60) {
   expect_nothing_left(&t, 3, 0);
   clean(&t);
 }
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#ifndef SANITIZED
-#define SANITIZED 0
-#endif
 
 Test(launcher, a_crash_says_where, .timeout = 60) {
   if (SANITIZED) cr_skip_test("a sanitizer reports crashes in its own way");

@@ -11,92 +11,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "comm_reference.h"
+
 #define GUARD 64
 #define BAD COMM_SUITE_BAD
 
 comm_suite_setup comm_suite;
-
-/* ---- reference ---- */
-
-typedef union value { float f; double d; int64_t i; uint64_t u; } value;
-static uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-static float bf16_to_f32(uint16_t h) {
-  uint32_t u = (uint32_t)h << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-static uint16_t f32_to_bf16(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-/* Element i of rank r, as it lies in memory. */
-static void element(int32_t dtype, uint64_t seed, int32_t r, int64_t i, void *out) {
-  uint64_t h = mix(mix(seed * 977 + (uint64_t)r) + (uint64_t)i);
-  double x = ((double)(h >> 11) * 0x1p-53 - 0.5) * exp2((double)(h % 17) - 8);
-  float f = (float)x;
-  uint16_t b = f32_to_bf16(f);
-  switch (dtype) {
-    case PHX_F32: memcpy(out, &f, 4); break;
-    case PHX_F64: memcpy(out, &x, 8); break;
-    case PHX_BF16: memcpy(out, &b, 2); break;
-    default: memcpy(out, &h, phx_dtype_bytes(dtype));
-  }
-}
-static value widen(int32_t dtype, const void *p) {
-  value v = {.u = 0};
-  uint16_t b;
-  switch (dtype) {
-    case PHX_F32: memcpy(&v.f, p, 4); break;
-    case PHX_F64: memcpy(&v.d, p, 8); break;
-    case PHX_BF16: memcpy(&b, p, 2); v.f = bf16_to_f32(b); break;
-    case PHX_I32: { int32_t t; memcpy(&t, p, 4); v.i = t; break; }
-    default: memcpy(&v.u, p, phx_dtype_bytes(dtype));
-  }
-  return v;
-}
-static value combine(int32_t dtype, int32_t op, value a, value b) {
-  value v = {.u = 0};
-  if (dtype == PHX_F32 || dtype == PHX_BF16)
-    v.f = op == PHX_SUM ? a.f + b.f : op == PHX_MIN ? (a.f < b.f ? a.f : b.f) : a.f > b.f ? a.f : b.f;
-  else if (dtype == PHX_F64)
-    v.d = op == PHX_SUM ? a.d + b.d : op == PHX_MIN ? (a.d < b.d ? a.d : b.d) : a.d > b.d ? a.d : b.d;
-  else if (op == PHX_SUM)
-    v.u = a.u + b.u;
-  else if (dtype == PHX_I32 || dtype == PHX_I64)
-    v.i = op == PHX_MIN ? (a.i < b.i ? a.i : b.i) : a.i > b.i ? a.i : b.i;
-  else
-    v.u = op == PHX_MIN ? (a.u < b.u ? a.u : b.u) : a.u > b.u ? a.u : b.u;
-  return v;
-}
-static void narrow(int32_t dtype, value v, void *out) {
-  uint16_t b = f32_to_bf16(v.f);
-  if (dtype == PHX_BF16)
-    memcpy(out, &b, 2);
-  else
-    memcpy(out, &v, phx_dtype_bytes(dtype));
-}
-static value tree(int32_t dtype, int32_t op, uint64_t seed, int32_t first, int32_t n, int64_t i) {
-  char e[8];
-  if (n == 1) {
-    element(dtype, seed, first, i, e);
-    return widen(dtype, e);
-  }
-  int32_t left = 1;
-  while (left * 2 < n) left *= 2;
-  return combine(dtype, op, tree(dtype, op, seed, first, left, i), tree(dtype, op, seed, first + left, n - left, i));
-}
-static value left_to_right(int32_t dtype, uint64_t seed, int32_t n, int64_t i) {
-  value v = tree(dtype, PHX_SUM, seed, 0, 1, i);
-  for (int32_t r = 1; r < n; r++) v = combine(dtype, PHX_SUM, v, tree(dtype, PHX_SUM, seed, r, 1, i));
-  return v;
-}
 
 /* ---- one rank's bench of tools ---- */
 
@@ -160,7 +80,11 @@ void comm_suite_rig_close(rig *g) {
 }
 void comm_suite_fill(char *p, int32_t dtype, uint64_t seed, int32_t r, int64_t first, int64_t numel) {
   size_t e = phx_dtype_bytes(dtype);
-  for (int64_t i = 0; i < numel; i++) element(dtype, seed, r, first + i, p + (size_t)i * e);
+  for (int64_t i = 0; i < numel; i++) {
+    char one[8];
+    comm_reference_element(dtype, seed, r, first + i, one);
+    memcpy(p + (size_t)i * e, one, e); /* here, where sanitizers see it */
+  }
 }
 /* Large buffers: all of the ends, and a sample between. */
 static int64_t next(int64_t i, int64_t numel) { return i < 300 || i > numel - 300 ? i + 1 : i + 61; }
@@ -176,14 +100,14 @@ static const char *shape_text(const shape *s) {
 static int is_close(const shape *s, int32_t n, uint64_t seed, int64_t i, const char *got) {
   double sum = 0, largest = 0;
   for (int32_t r = 0; r < n; r++) {
-    const value v = tree(s->dtype, PHX_SUM, seed, r, 1, i);
+    const comm_value v = comm_reference_tree(s->dtype, PHX_SUM, seed, r, 1, i);
     const double x = s->dtype == PHX_F64 ? v.d : (double)v.f;
     sum += x;
     largest += fabs(x);
   }
   char e[8] = {0};
   memcpy(e, got, phx_dtype_bytes(s->dtype));
-  const value v = widen(s->dtype, e);
+  const comm_value v = comm_reference_widen(s->dtype, e);
   const double bound = n * largest * (s->dtype == PHX_F64 ? 0x1p-52 : s->dtype == PHX_F32 ? 0x1p-23 : 0x1p-8);
   return fabs((s->dtype == PHX_F64 ? v.d : (double)v.f) - sum) <= bound;
 }
@@ -201,7 +125,7 @@ void comm_suite_expect_reduced(rig *g, const shape *s, const char *got, int64_t 
         BAD(g, "%s: element %lld", shape_text(s), (long long)i);
       continue;
     }
-    narrow(s->dtype, tree(s->dtype, s->reduce, seed, 0, g->comm->size, first + i), want);
+    comm_reference_narrow(s->dtype, comm_reference_tree(s->dtype, s->reduce, seed, 0, g->comm->size, first + i), want);
     if (memcmp(want, got + (size_t)i * e, e) != 0) BAD(g, "%s: element %lld", shape_text(s), (long long)i);
   }
 }
@@ -210,7 +134,7 @@ void comm_suite_expect_from(rig *g, const shape *s, const char *got, int32_t r, 
   size_t e = phx_dtype_bytes(s->dtype);
   for (int64_t i = 0; i < numel && !g->bad; i = next(i, numel)) {
     char want[8];
-    element(s->dtype, seed, r, first + i, want);
+    comm_reference_element(s->dtype, seed, r, first + i, want);
     if (memcmp(want, got + (size_t)i * e, e) != 0)
       BAD(g, "%s: element %lld of rank %d", shape_text(s), (long long)i, r);
   }
@@ -624,6 +548,6 @@ void comm_suite_as_threads(fake_rank *rank) {
 int64_t comm_suite_order_shows(void) {
   int64_t differ = 0;
   for (int64_t i = 0; i < 1000; i++)
-    differ += tree(PHX_F32, PHX_SUM, 1, 0, 4, i).f != left_to_right(PHX_F32, 1, 4, i).f;
+    differ += comm_reference_tree(PHX_F32, PHX_SUM, 1, 0, 4, i).f != comm_reference_left_to_right(PHX_F32, 1, 4, i).f;
   return differ;
 }

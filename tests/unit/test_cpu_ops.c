@@ -9,16 +9,7 @@
 #include "device_ops.h"
 #include "random_array.h"
 
-#if defined(__SANITIZE_THREAD__)
-#define THREADS_MAX 1 /* OpenMP's runtime is not instrumented */
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define THREADS_MAX 1
-#endif
-#endif
-#ifndef THREADS_MAX
-#define THREADS_MAX 3
-#endif
+enum { THREADS_MAX = 3 };
 
 static device_ops f;
 static const phx_ops *ops;

@@ -15,6 +15,7 @@
 #include "ops_suite.h"
 #include "plugin_file.h"
 #include "said.h"
+#include "sanitizer.h"
 
 #define MIB ((int64_t)1 << 20)
 typedef struct config { /* as in plugins/cuda/cuda.h; its size is checked */
@@ -90,10 +91,10 @@ static void suite(int threads, int32_t dtype, int refuse, int deterministic, int
   rig_close(&r);
 }
 
-#ifndef PHX__PLAIN_CRITERION_H /* under TSan: only what has threads */
+#if !UNDER_TSAN /* there, only what has threads */
 Test(cuda, operations_fp32, .timeout = 300) { suite(0, PHX_F32, 0, 0, 1); }
 Test(cuda, operations_bf16_without_epilogues, .timeout = 300) { suite(0, PHX_BF16, ~0, 1, 0); }
-#ifndef __SANITIZE_ADDRESS__ /* ten times as long there, and the memory that they touch is that of the others */
+#if !UNDER_ASAN /* ten times as long there, and the memory that they touch is that of the others */
 Test(cuda, operations_bf16, .timeout = 300) { suite(0, PHX_BF16, 0, 0, 0); }
 Test(cuda, operations_fp32_without_epilogues, .timeout = 300) { suite(0, PHX_F32, ~0, 1, 0); }
 Test(cuda, operations_with_threads_run_downwards, .timeout = 300) {

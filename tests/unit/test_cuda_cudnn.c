@@ -13,6 +13,7 @@
 #include "fake_host.h"
 #include "ops_suite.h"
 #include "plugin_file.h"
+#include "sanitizer.h"
 
 #define EMULATED PHX_TEST_BUILD "/lib/phalanx-emulated/"
 #define MIB ((int64_t)1 << 20)
@@ -20,7 +21,7 @@
 #include "../../plugins/cuda/attention_graph.h"
 
 /* ---- the graphs, by the real cuDNN ---- */
-#ifndef __SANITIZE_ADDRESS__ /* the library leaves memory behind, and what it does takes minutes there */
+#if !UNDER_ASAN /* the library leaves memory behind, and what it does takes minutes there */
 #define DEVICE(name, version, processors, shared, l2)                                                             \
   "{\"maxGridSize\":[2147483647,65535,65535],\"maxBlockSize\":[1024,1024,64],\"regsPerBlock\":65536,"             \
   "\"multiProcessorCount\":" #processors ",\"warpSize\":32,\"maxSharedMemoryPerBlock\":49152,"                    \
@@ -162,7 +163,7 @@ static void suite(int32_t deterministic) {
   rig_close(&r);
 }
 Test(cudnn, the_graphs_compute_attention, .timeout = 300) { suite(0); }
-#ifndef __SANITIZE_ADDRESS__ /* minutes there, of the same code */
+#if !UNDER_ASAN /* minutes there, of the same code */
 Test(cudnn, the_deterministic_graphs_compute_attention, .timeout = 300) { suite(1); }
 #endif
 

@@ -4,6 +4,7 @@
 #include <string.h>
 #include "harness.h"
 #include "meddle.h"
+#include "sanitizer.h"
 #include "base/status.h"
 
 static void expect_good(const harness_config *c) {
@@ -24,10 +25,12 @@ static const char *const all_options[] = {"sharding=full",
 
 Test(fsdp, bits_equal_the_reference, .timeout = 120) {
   toy *t = toy_odd();
-  for (size_t i = 0; i < sizeof all_ranks / sizeof *all_ranks; i++)
+  const size_t first_ranks = UNDER_TSAN ? 2 : 0, ends_ranks = UNDER_TSAN ? 3 : sizeof all_ranks / sizeof *all_ranks;
+  const int streams = UNDER_TSAN ? 1 : 2; /* deferred work has no thread */
+  for (size_t i = first_ranks; i < ends_ranks; i++)
     for (size_t o = 0; o < sizeof all_options / sizeof *all_options; o++)
       for (int mode = 0; mode < 3; mode++)
-        for (int deferred = 0; deferred < 2; deferred++)
+        for (int deferred = 0; deferred < streams; deferred++)
           expect_good(&(harness_config){.strategy = "fsdp",
                                         .options = all_options[o],
                                         .toy = t,

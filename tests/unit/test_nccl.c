@@ -12,6 +12,7 @@
 #include "comm_suite.h"
 #include "nccl_double.h"
 #include "said.h"
+#include "sanitizer.h"
 
 typedef struct config { int64_t staging, communicators; int32_t registered, reserved0; } config; /* as comm_nccl.h */
 
@@ -64,7 +65,7 @@ static void run(int n, double limit_s, fake_body *body) {
 
 Test(nccl, battery_1, .timeout = 120) { run(1, 100, comm_suite_battery); }
 Test(nccl, battery_3, .timeout = 120) { run(3, 100, comm_suite_battery); }
-#ifndef PHX__PLAIN_CRITERION_H /* under TSan they take minutes, and what is in one process is the same */
+#if !UNDER_TSAN /* minutes there, and what is in one process is the same */
 Test(nccl, battery_2, .timeout = 120) { run(2, 100, comm_suite_battery); }
 Test(nccl, battery_4, .timeout = 120) { run(4, 100, comm_suite_battery); }
 Test(nccl, battery_5, .timeout = 240) { run(5, 200, comm_suite_battery); }
@@ -73,8 +74,8 @@ Test(nccl, battery_in_nccls_own_order_2, .timeout = 120) {
   far_arena = 1;
   run(2, 100, comm_suite_battery);
 }
-#endif
 Test(nccl, battery_in_nccls_own_order_3, .timeout = 120) { deterministic = 0; run(3, 100, comm_suite_battery); }
+#endif
 Test(nccl, many_chunks, .timeout = 60) { run(3, 50, comm_suite_tiny_staging); run(7, 50, comm_suite_tiny_staging); }
 Test(nccl, send_recv_ring, .timeout = 60) { run(2, 50, comm_suite_pairs); run(5, 50, comm_suite_pairs); }
 Test(nccl, streams_and_events, .timeout = 60) { run(1, 50, comm_suite_streams); run(3, 50, comm_suite_streams); }

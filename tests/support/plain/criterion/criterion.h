@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct plain_options {
@@ -112,12 +113,17 @@ int main(void) {
   for (const plain_test *t = plain_tests; t; t = t->next) {
     const plain_options *suite = plain_suite(t->suite);
     if (!t->run || t->options->disabled || suite->disabled) continue;
+    struct timespec began, ended;
     fflush(NULL);
+    clock_gettime(CLOCK_MONOTONIC, &began);
     const pid_t child = fork();
     if (child == 0) plain_child(t, suite);
     int status = -1;
     const int ok = child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) &&
                    WEXITSTATUS(status) == t->options->exit_code;
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    const double seconds = (double)(ended.tv_sec - began.tv_sec) + (double)(ended.tv_nsec - began.tv_nsec) * 1e-9;
+    fprintf(stderr, "[TIME] %7.2f s  %s::%s\n", seconds, t->suite, t->name);
     tests++;
     failed += !ok;
     if (!ok) fprintf(stderr, "FAIL %s::%s (wait status 0x%x)\n", t->suite, t->name, (unsigned)status);
