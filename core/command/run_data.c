@@ -5,6 +5,7 @@
 #include "command/run_data.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <string.h>
 #include <xxhash.h>
 
@@ -16,6 +17,7 @@
 
 #define READ_S 0.5
 #define LONG_S 1.0
+#define AGAIN_S 60.0 /* between two lines about the same reading, at most */
 
 phx_status phx__run_data_attach(const phx__config *c, const phx__prepared *p, phx__run_data *out, phx_error *err) {
   const uint64_t seed = (uint64_t)c->s.run.seed;
@@ -46,18 +48,33 @@ static phx_status read_some(phx__run_data *data, double seconds, phx_error *err)
   return phx__data_read(data->valid, seconds, err);
 }
 
-static void say_long(int64_t bytes) {
+/* What takes long is said after a second, and again after two, four, ..., at least once a minute: it goes on. */
+typedef struct reading {
+  double start, next; /* seconds, monotonic */
+} reading;
+
+static reading reading_begins(void) {
+  const double now = phx__now();
+  return (reading){.start = now, .next = now + LONG_S};
+}
+
+static void say_long(reading *r, int64_t left) {
   char text[120], size[24];
-  phx__bytes_text(bytes, size);
+  const double now = phx__now();
+  if (left == 0 || now < r->next) return;
+  while (r->next <= now) r->next += fmin(r->next - r->start, AGAIN_S);
+  phx__bytes_text(left, size);
   snprintf(text, sizeof text, "reads the token files once, to check and hash them: %s are left", size);
   phx__log(0, "data", PHX_LOG_INFO, text);
 }
 
 phx_status phx__run_data_read(phx__run_data *data, phx_error *err) {
-  phx_status status = read_some(data, LONG_S, err);
-  if (status || unread(data) == 0) return status;
-  say_long(unread(data));
-  while (!status && unread(data) > 0) status = read_some(data, LONG_S, err);
+  reading r = reading_begins();
+  phx_status status = PHX_OK;
+  do {
+    status = read_some(data, READ_S, err);
+    if (!status) say_long(&r, unread(data));
+  } while (!status && unread(data) > 0);
   return status;
 }
 
@@ -98,16 +115,12 @@ static phx_status compare(const phx__run_data *data, const phx_job *job, bool re
 
 phx_status phx__run_data_meet(phx__run_data *data, const phx_job *job, phx_error *err) {
   const bool reader = job->local_rank == 0;
-  const double start = phx__now();
-  bool said = false;
+  reading r = reading_begins();
   int64_t left = 0;
   do {
     if (reader) PHX_TRY(read_some(data, READ_S, err));
     PHX_TRY(phx__job_max(job, reader ? unread(data) : 0, &left, err));
-    if (left > 0 && !said && job->rank == 0 && phx__now() - start >= LONG_S) {
-      said = true;
-      say_long(left);
-    }
+    if (job->rank == 0) say_long(&r, left);
   } while (left > 0);
   return job->size > 1 ? compare(data, job, reader, err) : PHX_OK;
 }

@@ -15,7 +15,8 @@ typedef struct phx__run_data {
 /* [main] Headers and sizes; refuses what has too little for a step. */
 phx_status phx__run_data_attach(const phx__config *config, const phx__prepared *prepared, phx__run_data *out,
                                 phx_error *err);
-/* [main] Everything, in this process: for the command before ranks are there.  What takes over a second is said. */
+/* [main] Everything, in this process: for the command before ranks are there.  What takes over a second is said, again
+ * and again. */
 phx_status phx__run_data_read(phx__run_data *data, phx_error *err);
 /* [main][collective] The first rank of each machine reads what was not read there yet; the others wait for it, however
  * long it takes.  Refuses machines whose files differ.  Afterwards rank 0 knows every file's contents. */

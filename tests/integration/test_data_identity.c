@@ -1,12 +1,18 @@
 /* What a run is trained on: refused where it is no token file, told at start, named in checkpoints, compared at a
  * resume; and what the model computes, which a resume may not change either. */
 #include <criterion/criterion.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include "foreign.h"
+#include "root.h"
 #include "training.h"
 
 enum { TRAINED = 3 }; /* steps in the checkpoint of `before` */
@@ -187,4 +193,83 @@ Test(data_identity, start_up_says_what_there_is) {
   r = RUN(dir, 30, "check", "run.ini", "--set", "data.train=none.bin");
   cr_expect(r.status == 2 && strstr(r.out, "there is no file none.bin"), "%s", r.out);
   command_free(&r);
+}
+
+/* ---- who reads it ---- */
+
+enum { BIG = 24 << 20 }; /* bytes: much more than a process reads of anything else */
+
+static void write_big(void) {
+  uint16_t *tokens = calloc(BIG / 2, sizeof *tokens);
+  for (int i = 0; i < BIG / 2; i++) tokens[i] = (uint16_t)(i % 257);
+  command_write_file(dir, "train.bin", tokens, BIG);
+  free(tokens);
+  usleep(300000); /* a file that was written just now is read by each process anew: see data_scan.c */
+}
+
+/* Bytes that a process has read by now, by any call. */
+static long long bytes_read(pid_t pid) {
+  char name[64];
+  long long n = -1;
+  snprintf(name, sizeof name, "/proc/%d/io", (int)pid);
+  FILE *f = fopen(name, "r");
+  if (f && fscanf(f, "rchar: %lld", &n) != 1) n = -1;
+  if (f) fclose(f);
+  return n;
+}
+
+static void await_a_step(const char *log) {
+  for (int i = 0; i < 8000; i++) {
+    char *text = command_read_file(dir, log);
+    const int there = text && strstr(text, "step    1/");
+    free(text);
+    if (there) return;
+    usleep(5000);
+  }
+  cr_assert_fail("no step after 40 s");
+}
+
+#define ENDLESS "train", "run.ini", "-n", "2", "--steps", "1000000", "--set", "run.log_every=100000"
+
+static void expect_one_reader(const pid_t *pids, int n, const char *who) {
+  int readers = 0;
+  for (int i = 0; i < n; i++) {
+    const long long bytes = bytes_read(pids[i]);
+    cr_expect(bytes >= 0 && bytes < BIG + BIG / 2, "%s: process %d read %lld bytes", who, i, bytes);
+    readers += bytes >= BIG;
+  }
+  cr_expect_eq(readers, 1, "%s: %d of %d processes read the whole file", who, readers, n);
+}
+
+/* The command reads it, and the ranks that it starts know what it read. */
+Test(data_identity, of_our_launcher_and_its_ranks_one_reads_the_data) {
+  const char *const argv[] = {"phalanx", ENDLESS, NULL};
+  pid_t pids[3] = {0};
+  char line[64];
+  if (bytes_read(getpid()) < 0) cr_skip_test("this kernel does not count what a process reads");
+  write_big();
+  pids[0] = fork();
+  if (pids[0] == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (chdir(dir) || !freopen("log", "w", stdout) || dup2(1, 2) < 0) _exit(121);
+    execv(test_path("bin/phalanx"), (char *const *)(uintptr_t)argv);
+    _exit(122);
+  }
+  await_a_step("log");
+  snprintf(line, sizeof line, "/proc/%d/task/%d/children", (int)pids[0], (int)pids[0]);
+  FILE *f = fopen(line, "r");
+  cr_assert(f && fscanf(f, "%d %d", &pids[1], &pids[2]) == 2, "the ranks are not there");
+  fclose(f);
+  expect_one_reader(pids, 3, "our launcher");
+  kill(pids[0], SIGKILL);
+  waitpid(pids[0], NULL, 0);
+}
+
+Test(data_identity, of_another_launchers_ranks_one_reads_the_data) {
+  if (bytes_read(getpid()) < 0) cr_skip_test("this kernel does not count what a process reads");
+  write_big();
+  foreign f = FOREIGN(dir, FOREIGN_TORCHRUN, 2, ENDLESS);
+  await_a_step("log-0");
+  expect_one_reader(f.pids, 2, "torchrun");
+  foreign_end(&f);
 }

@@ -1,4 +1,4 @@
-/* Token files: formats, bad files, the order, batches, and files that change under a run. */
+/* Token files: formats, bad files, the order, batches, files that change under a run, and a long reading. */
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -8,6 +8,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "command/run_data.h"
 #include "engine/data.h"
 #include "base/status.h"
 #include "base/sys.h"
@@ -388,5 +389,62 @@ Test(data, every_failure_is_reported_and_leaks_nothing) {
       cr_expect_eq(open_descriptors(), descriptors);
     }
     cr_expect_geq(fail_at, 8);
+  }
+}
+
+/* ---- a reading that takes long ---- */
+
+static ssize_t slow_pread(int fd, void *out, size_t bytes, off_t at) {
+  if (bytes > 1 << 16) usleep(110000);
+  return pread(fd, out, bytes, at);
+}
+
+static phx_status exchange_alone(void *ctx, const char *what, const void *mine, int64_t bytes, void *all,
+                                 phx_error *err) {
+  (void)ctx, (void)what, (void)err;
+  memcpy(all, mine, (size_t)bytes);
+  return PHX_OK;
+}
+
+static phx_status read_before_ranks(phx__run_data *data, phx_error *err) { return phx__run_data_read(data, err); }
+static phx_status read_by_a_rank(phx__run_data *data, phx_error *err) {
+  const phx_job job = {.struct_size = sizeof job, .size = 1, .local_size = 1, .exchange = exchange_alone};
+  return phx__run_data_meet(data, &job, err);
+}
+
+/* What is left, by each line that says so; returns how many there are. */
+static int amounts_left(const char *text, double left[8]) {
+  static const char before[] = "reads the token files once, to check and hash them: ";
+  int n = 0;
+  for (const char *at = text; n < 8 && (at = strstr(at, before)); n++) left[n] = strtod(at += sizeof before - 1, NULL);
+  return n;
+}
+
+Test(data, a_long_reading_is_said_and_goes_on) {
+  phx_status (*const readers[])(phx__run_data *, phx_error *) = {read_before_ranks, read_by_a_rank};
+  static const char *const names[] = {"before.bin", "by-a-rank.bin"};
+  phx__sys.pread = slow_pread;
+  for (int k = 0; k < 2; k++) {
+    phx__run_data data = {NULL, NULL};
+    phx_error err = PHX_ERROR_INIT;
+    double left[8];
+    char text[2000] = "";
+    const char *path = raw_file(names[k], 24 << 17, 0);
+    cr_assert_eq(phx__data_attach(path, 10, 257, 1, &data.train, &err), PHX_OK, "%s", err.message);
+    fflush(stderr);
+    const int screen = dup(2), said = open(temp_dir_path(&dir, "said"), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    dup2(said, 2);
+    const phx_status status = readers[k](&data, &err);
+    fflush(stderr);
+    dup2(screen, 2);
+    cr_assert_eq(status, PHX_OK, "%s", err.message);
+    cr_assert_eq(phx__data_unread(data.train), 0);
+    cr_assert_gt(pread(said, text, sizeof text - 1, 0), 0, "nothing was said");
+    const int n = amounts_left(text, left);
+    cr_expect(n >= 2 && n <= 3, "%s: %d lines\n%s", names[k], n, text);
+    for (int i = 1; i < n; i++) cr_expect_lt(left[i], left[i - 1], "%s", text);
+    close(said);
+    close(screen);
+    phx__run_data_close(&data);
   }
 }
