@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "foreign.h"
@@ -106,5 +107,26 @@ Test(foreign, nobody_who_stopped_leaves_before_rank_0_is_done, .timeout = 120) {
   await_step(&f);
   kill(f.pids[1], SIGTERM);
   expect_end_together(dir, FOREIGN_SRUN, 5, &f);
+  command_remove_dir(dir);
+}
+
+/* Half of the timeout is less than the 15 s in which a run elsewhere gives a sign of life: the others would give up. */
+Test(foreign, a_lock_of_another_machine_is_refused_where_time_is_short, .timeout = 60) {
+  static const char lock[] = "host elsewhere\nprocess 1 77\nstarted 2026-01-01T00:00:00Z\nplace another-boot/1\n"
+                             "number 0000000000000abc\nbeat 0000000000000000\n";
+  char *dir = command_temp_dir(), out[100];
+  training_files(dir, training_odd_model);
+  snprintf(out, sizeof out, "%s/out", dir);
+  cr_assert_eq(mkdir(out, 0755), 0);
+  command_write_file(dir, "out/lock", lock, sizeof lock - 1);
+  foreign f = FOREIGN(dir, FOREIGN_TORCHRUN, 2, SMALL, SET("run.timeout=29"));
+  cr_expect_eq(foreign_status(&f, 0, 10), 2, "rank 0 was not refused within 10 s");
+  char *log = foreign_log(&f, 0);
+  cr_expect(log && strstr(log, "is more than [run] timeout allows the other ranks: raise it, or remove the file if "
+                               "that run has ended"), "%s", log);
+  free(log);
+  const int status = foreign_status(&f, 1, 10);
+  cr_expect(status == 2 || status == 3, "rank 1 ended with %d", status);
+  foreign_end(&f);
   command_remove_dir(dir);
 }

@@ -376,6 +376,24 @@ Test(launcher, a_rank_that_never_joins_is_named, .timeout = 60) {
   clean(&t);
 }
 
+/* It is no rank of the job yet: only the launcher knows its process. */
+Test(launcher, a_rank_killed_before_it_joins_is_named_at_once, .timeout = 60) {
+  char text[80];
+  struct trial t = launch((struct plan){.ranks = 3, .timeout = 40, .mode = "never", .who = 2, .steps = 100});
+  for (int r = 0; r < 3; r++) pid_of(&t, r);
+  usleep(200000);
+  const pid_t pid = pid_of(&t, 2);
+  const double killed = now();
+  kill(pid, SIGKILL);
+  cr_expect_eq(wait_for(&t, 10), 3);
+  cr_expect_lt(now() - killed, 1.0, "ended after %.2f s", now() - killed);
+  expect_nothing_left(&t, 3, 0);
+  snprintf(text, sizeof text, "the job of 3 ranks failed: rank 2 (pid %d) was killed by SIGKILL\n", (int)pid);
+  EXPECT_SAYS(&t, "err", text);
+  EXPECT_SAYS(&t, "err", "absent: rank 2; all_reduce 1 waits, entered by rank 0, 1");
+  clean(&t);
+}
+
 Test(launcher, a_rank_that_leaves_early_is_named, .timeout = 60) {
   struct trial t = launch((struct plan){.ranks = 2, .timeout = 20, .mode = "leave", .who = 1, .steps = 100});
   cr_expect_eq(wait_for(&t, 10), 3);

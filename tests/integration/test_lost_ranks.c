@@ -199,3 +199,47 @@ Test(lost_ranks, a_stopped_one_is_found_with_nccl, .timeout = 120) {
   lose_one(dir, FOREIGN_TORCHRUN, on_nccl, SIGSTOP, 25, "s (pid %d), in step ");
   command_remove_dir(dir);
 }
+
+/* ---- who is asked to end while a peer is lost ---- */
+
+/* Rank 0, asked by SIGTERM now, ends with status 3 within `limit_s`, and names rank 1. */
+static void expect_ends(foreign *f, double limit_s, const char *says) {
+  const double began = now();
+  kill(f->pids[0], SIGTERM);
+  const int status = foreign_status(f, 0, limit_s + 20);
+  char *log = foreign_log(f, 0);
+  cr_expect_eq(status, 3, "rank 0 ended with %d\n%s", status, log);
+  cr_expect_lt(now() - began, limit_s, "%g s after SIGTERM", now() - began);
+  EXPECT(log, "rank 1 failed: ");
+  EXPECT(log, says);
+  free(log);
+  foreign_end(f);
+}
+
+/* The timeout is 60 s, and the run would save on SIGTERM: it waits in a collective for who does not come. */
+Test(lost_ranks, a_rank_that_waits_for_a_stopped_one_ends_on_sigterm, .timeout = 120) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  for (int kind = 0; kind < FOREIGN_KINDS; kind += 2) {
+    foreign f = FOREIGN(dir, kind, 2, LONG_RUN, SET(kind ? "run.out=srun" : "run.out=torchrun"));
+    reach(&f, "step    1/");
+    kill(f.pids[1], SIGSTOP);
+    usleep(200000);
+    expect_ends(&f, 8, "its process has been stopped for ");
+  }
+  command_remove_dir(dir);
+}
+
+/* Rank 0 never comes back from a call; its peer waits for it, and dies.  By itself it would end after 5 s. */
+Test(lost_ranks, a_rank_that_is_stuck_in_a_call_ends_on_sigterm, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  foreign f = FOREIGN(dir, FOREIGN_TORCHRUN, 2, LONG_RUN, FAULTS, SET("fault.what=hang"), SET("fault.rank=0"),
+                      SET("fault.step=2"));
+  reach(&f, "step    1/");
+  usleep(500000);
+  kill(f.pids[1], SIGKILL);
+  usleep(100000);
+  expect_ends(&f, 3, "the job has failed, and [main] does not come back: the process ends");
+  command_remove_dir(dir);
+}

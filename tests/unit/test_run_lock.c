@@ -161,7 +161,9 @@ Test(run_lock, no_wait_is_longer_than_the_limit, .timeout = 60) {
   const double began = phx__now();
   cr_assert_eq(phx__run_lock_take(dir, &err), PHX_INVALID);
   cr_expect_lt(phx__now() - began, 1.5);
-  cr_expect(strstr(err.message, "is more than [run] timeout allows the other ranks"), "%s", err.message);
+  cr_expect(strstr(err.message, "lock is of process 1 on host elsewhere, of which nothing more is known here; to wait "
+                                "3.0 s for a sign of life is more than [run] timeout allows the other ranks: raise it, "
+                                "or remove the file if that run has ended"), "%s", err.message);
   char *text = command_read_file(dir, "lock");
   cr_expect(text && strstr(text, "host elsewhere"));
   free(text);
