@@ -18,21 +18,29 @@
 #include "plugin/host.h"
 
 /* ---- where the file is cut ---- */
-enum { HEAD_BYTES = 48, READ_BYTES = 1 << 16 };
+enum { READ_BYTES = 1 << 16 };
 
 typedef struct scan {
-  int64_t last;         /* lines of later steps go */
-  off_t at, line;       /* bytes seen; where the line begins */
-  char head[HEAD_BYTES]; /* its beginning, as text */
+  int64_t last;                 /* lines of later steps go */
+  off_t at, line;               /* bytes seen; where the line begins */
+  char text[PHX__METRICS_LINE]; /* of the line so far */
   size_t n;
+  phx__metrics_told told;
 } scan;
 
 /* {"step":N,...  or, of what came behind a step, {"after_step":N,... */
-static int64_t step_of(const char *head) {
+static int64_t step_of(const char *line) {
   static const char *const names[] = {"{\"step\":", "{\"after_step\":"};
   for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-    if (!strncmp(head, names[i], strlen(names[i]))) return strtoll(head + strlen(names[i]), NULL, 10);
+    if (!strncmp(line, names[i], strlen(names[i]))) return strtoll(line + strlen(names[i]), NULL, 10);
   return 0;
+}
+
+/* Plugins' names have the plugin's before them: none is one of these. */
+static void note_told(phx__metrics_told *told, const char *line) {
+  told->step = true;
+  told->valid_loss = told->valid_loss || strstr(line, ",\"valid_loss\":");
+  told->state_hash = told->state_hash || strstr(line, ",\"state_hash\":");
 }
 
 /* True when the line of a later step has ended: its beginning is where the file is cut. */
@@ -40,11 +48,13 @@ static bool scan_bytes(scan *s, const char *bytes, size_t n) {
   for (size_t i = 0; i < n; i++) {
     s->at++;
     if (bytes[i] != '\n') {
-      if (s->n < HEAD_BYTES - 1) s->head[s->n++] = bytes[i];
+      if (s->n < sizeof s->text - 1) s->text[s->n++] = bytes[i];
       continue;
     }
-    s->head[s->n] = 0;
-    if (step_of(s->head) > s->last) return true;
+    s->text[s->n] = 0;
+    const int64_t step = step_of(s->text);
+    if (step > s->last) return true;
+    if (step == s->last) note_told(&s->told, s->text);
     s->line = s->at;
     s->n = 0;
   }
@@ -52,7 +62,7 @@ static bool scan_bytes(scan *s, const char *bytes, size_t n) {
 }
 
 /* At its end, a line without an end is cut as well: the one before it is the last. */
-static phx_status cut(int fd, const char *path, int64_t last, phx_error *err) {
+static phx_status cut(int fd, const char *path, int64_t last, phx__metrics_told *told, phx_error *err) {
   scan s = {.last = last};
   char *buffer = phx__calloc(1, READ_BYTES);
   ssize_t n = 1;
@@ -63,6 +73,7 @@ static phx_status cut(int fd, const char *path, int64_t last, phx_error *err) {
     else if (n > 0) found = scan_bytes(&s, buffer, (size_t)n);
   }
   phx__free(buffer);
+  *told = s.told;
   if (n < 0) return phx_fail_errno(err, PHX_IO, errno, "cannot read %s", path);
   if (s.at == s.line || !phx__sys.ftruncate(fd, s.line)) return PHX_OK;
   return phx_fail_errno(err, PHX_IO, errno, "cannot cut %s to the lines up to step %" PRId64, path, last);
@@ -141,7 +152,7 @@ phx_status phx__metrics_open(phx__metrics *m, const char *path, int64_t last, ph
   m->fd = phx__sys.open(path, how | O_CREAT | O_APPEND, 0644);
   phx_status status = PHX_OK;
   if (m->fd < 0) status = phx_fail_errno(err, PHX_IO, errno, "cannot write %s", path);
-  if (!status && last > 0) status = cut(m->fd, path, last, err);
+  if (!status && last > 0) status = cut(m->fd, path, last, &m->told, err);
   if (status) phx__metrics_close(m);
   return status;
 }

@@ -11,8 +11,13 @@ enum {
   PHX__METRICS_WAITING = 4 << 20 /* bytes of lines that wait at most: some ten thousand steps */
 };
 
+typedef struct phx__metrics_told { /* of one step */
+  bool step, valid_loss, state_hash;
+} phx__metrics_told;
+
 typedef struct phx__metrics {
   int fd; /* -1: closed */
+  phx__metrics_told told; /* of the step that the run goes on after, before it went on */
   char path[4200];
   char *waiting; /* what could not be written yet: the rest of a line, and whole ones */
   size_t used;

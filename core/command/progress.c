@@ -149,6 +149,7 @@ void phx__progress_tell(phx__progress *p, double valid_loss, const char *hash) {
   if (!isnan(valid_loss)) put_real(&l, "valid_loss", valid_loss);
   if (hash) put(&l, ",\"state_hash\":\"%s\"", hash);
   if (!behind || !isnan(valid_loss) || hash) end_line(p, &l);
+  if (p->step == p->first) return; /* of a run before: its numbers are not known here */
   if (p->step == p->first + 1 || p->step % s->run.log_every == 0 || p->step == s->run.steps || !isnan(valid_loss) ||
       p->done.skipped)
     say(p, valid_loss);

@@ -29,7 +29,8 @@ void phx__progress_done(phx__progress *p, int64_t step, const phx__step_result *
 /* The line of the step that is done, if it is not written yet: a save holds no step that has none. */
 void phx__progress_line(phx__progress *p);
 /* What else there is to tell of it: in its line, or in one of its own behind it, {"after_step":N,...}.  valid_loss NaN
- * and hash NULL when not taken at this step.  A line that cannot be written waits: see metrics.h. */
+ * and hash NULL when not taken at this step.  Before the first step: of the one that the run goes on after.  A line
+ * that cannot be written waits: see metrics.h. */
 void phx__progress_tell(phx__progress *p, double valid_loss, const char *hash);
 /* Members for the next line, with a comma before each; false: there is no room for them. */
 bool phx__progress_add(phx__progress *p, const char *members);

@@ -220,33 +220,68 @@ static phx_status save_due(run *r, phx_error *err) {
   return status;
 }
 
-/* Held-out loss and hash where they are due, and the step's line, if no save has asked for it before.  Who is to stop
- * does not begin an evaluation; who hears of it meanwhile does not end it, but that of the last step. */
-static phx_status tell_step(run *r, phx_error *err) {
-  const phx__settings *s = &r->config->s;
-  const int64_t step = r->step;
-  const bool last = step == s->run.steps;
-  const bool due = last || (s->run.valid_every > 0 && step % s->run.valid_every == 0);
-  const bool validated = r->data.valid && due && !r->stopped;
-  const bool hashed = last || (s->run.hash_every > 0 && step % s->run.hash_every == 0);
-  double valid_loss = NAN;
+typedef struct told { /* what is told of a whole step, beside its own numbers */
+  bool validated, hashed;
+  double valid_loss; /* NaN: not taken */
   char hash[33];
+} told;
+
+static told what_is_due(const run *r) {
+  const phx__settings *s = &r->config->s;
+  const bool last = r->step == s->run.steps;
+  const bool due = last || (s->run.valid_every > 0 && r->step % s->run.valid_every == 0);
+  return (told){.validated = r->data.valid && due && !r->stopped,
+                .hashed = last || (s->run.hash_every > 0 && r->step % s->run.hash_every == 0),
+                .valid_loss = NAN};
+}
+
+/* Who is to stop does not begin an evaluation; who hears of it meanwhile does not end it, but that of the last step. */
+static phx_status take(run *r, told *t, phx_error *err) {
+  const phx__settings *s = &r->config->s;
+  const bool last = r->step == s->run.steps, may_end = s->checkpoint.every > 0 && !last; /* it has no other time */
   phx__state_hash sum;
   phx_status status = PHX_OK;
-  const bool may_end = s->checkpoint.every > 0 && !last; /* the last one has no other time */
   r->engine->stop_asked = may_end ? phx__stop_asked : NULL;
-  if (validated) status = phx__engine_validate(r->engine, r->data.valid, s->run.valid_windows, &valid_loss, err);
-  if (!status && isinf(valid_loss)) say_ruined(r, step);
-  if (!status && hashed) status = phx__runtime_state_hash(r->rt, &sum, err);
+  if (t->validated) status = phx__engine_validate(r->engine, r->data.valid, s->run.valid_windows, &t->valid_loss, err);
+  if (!status && isinf(t->valid_loss)) say_ruined(r, r->step);
+  if (!status && t->hashed) status = phx__runtime_state_hash(r->rt, &sum, err);
   if (status) return status;
-  if (hashed) phx__state_hash_text(sum, hash);
-  if (last) {
-    r->result.loss = r->done.loss;
-    r->result.valid_loss = valid_loss;
-    memcpy(r->result.state_hash, hash, sizeof hash);
-  }
-  phx__progress_tell(&r->progress, valid_loss, hashed ? hash : NULL);
-  return validated ? heed(r, err) : PHX_OK;
+  if (t->hashed) phx__state_hash_text(sum, t->hash);
+  if (last && t->validated) r->result.valid_loss = t->valid_loss;
+  if (last && t->hashed) memcpy(r->result.state_hash, t->hash, sizeof t->hash);
+  return PHX_OK;
+}
+
+/* Held-out loss and hash where they are due, and the step's line, if no save has asked for it before. */
+static phx_status tell_step(run *r, phx_error *err) {
+  told t = what_is_due(r);
+  const phx_status status = take(r, &t, err);
+  if (status) return status;
+  if (r->step == r->config->s.run.steps) r->result.loss = r->done.loss;
+  phx__progress_tell(&r->progress, t.valid_loss, t.hashed ? t.hash : NULL);
+  return t.validated ? heed(r, err) : PHX_OK;
+}
+
+/* A run that ended behind a save and before that: its last whole step has a line, and what was due is not told of it.
+ * Rank 0 reads the lines, for all. */
+static phx_status tell_missing(run *r, phx_error *err) {
+  enum { VALIDATE = 1, HASH = 2 };
+  const phx__metrics_told *known = &r->progress.metrics.told;
+  told t = what_is_due(r);
+  int64_t missing = 0;
+  if (known->step && t.validated && !known->valid_loss) missing |= VALIDATE;
+  if (known->step && t.hashed && !known->state_hash) missing |= HASH;
+  phx_status status = phx__job_max(r->job, missing, &missing, err);
+  if (status || !missing) return status;
+  t.validated = missing & VALIDATE;
+  t.hashed = missing & HASH;
+  status = take(r, &t, err);
+  if (status) return status;
+  phx__progress_tell(&r->progress, t.valid_loss, t.hashed ? t.hash : NULL);
+  if (!isnan(t.valid_loss))
+    phx__checkpoints_say(r->job->rank, PHX_LOG_INFO, "step %" PRId64 " had no held-out loss yet: it is %.4f", r->step,
+                         t.valid_loss);
+  return t.validated ? heed(r, err) : PHX_OK;
 }
 
 /* Our account of the device's memory beside its driver's, which counts what libraries and the context hold, too. */
@@ -450,7 +485,7 @@ static phx_status begin_state(run *r, phx_error *err) {
   if (status == PHX_INVALID || status == PHX_UNSUPPORTED) r->failed_exit = PHX__EXIT_REFUSED;
   if (status == PHX_IO) r->failed_exit = PHX__EXIT_DAMAGED;
   if (status) return status;
-  r->step = r->resumed.at.step;
+  r->step = r->engine->step = r->resumed.at.step;
   r->engine->skipped = r->resumed.at.skipped;
   r->engine->samples_ahead = r->resumed.at.samples - phx__engine_samples(r->engine, r->step);
   if (r->engine->samples_ahead) say_position(r);
@@ -487,6 +522,7 @@ static phx_status run_steps(run *r, phx_error *err) {
                                    err);
   if (!status && r->job->rank == 0) status = phx__run_json_write(r->rt, NULL, r->asked ? &r->resumed : NULL, err);
   if (!status) status = phx__step_times_open(&r->times, r->config->s.run.steps, err);
+  if (!status && r->step > 0) status = tell_missing(r, err);
   while (!status && r->step < r->config->s.run.steps && !r->stopped && !r->unsaved) {
     status = train_step(r, r->step + 1, err);
     if (status) save_before_failing(r);

@@ -1,8 +1,9 @@
 /* Crashes at random moments of runs that save all the time: kill -9 of a random rank, or of everything.
  *
  * Half of the kills wait until a save is seen in flight (its .part directory is there).  After each kill the run is
- * resumed to its end, and every step it did, and its end, must have the hashes of a run that nobody disturbed; nothing
- * that was committed before the kill may be lost, nothing may hang, no checkpoint may be found damaged.
+ * resumed to its end, and every step it did, and its end, must have the hashes and held-out losses of a run that nobody
+ * disturbed; nothing that was committed before the kill may be lost, nothing may hang, no checkpoint may be found
+ * damaged.
  * PHX_TEST_CRASHES, PHX_TEST_SEED: more rounds, others (`./dev soak`). */
 #include <criterion/criterion.h>
 #include <dirent.h>
@@ -21,7 +22,10 @@
 
 enum { STEPS = 16, RANKS = 2 };
 static const char *const strategies[] = {"ddp", "fsdp", "zero"};
-static char reference[3][STEPS + 1][33]; /* [step]; the strategies' must be equal, too */
+typedef struct told { /* of a step, in metrics.jsonl; "": nothing */
+  char hash[33], valid_loss[32];
+} told;
+static told reference[3][STEPS + 1]; /* [step]; the strategies' must be equal, too */
 static unsigned seed;
 static int verified; /* checkpoints, by the command */
 
@@ -36,20 +40,23 @@ static double random_part(void) {
 
 #define ARGUMENTS(strategy) \
   "train", "run.ini", "-n", "2", "--strategy", strategy, "--set", "checkpoint.every=1", "--set", "run.hash_every=1", \
-      "--set", "run.steps=16"
+      "--set", "run.steps=16", "--set", "data.valid=valid.bin", "--set", "run.valid_every=1", "--set", \
+      "run.valid_windows=3"
 
-/* Hashes by step of what is in metrics.jsonl; returns how many steps have a line. */
-static int read_hashes(const char *dir, char hashes[STEPS + 1][33]) {
+/* By step, what is in metrics.jsonl; returns how many steps have a line. */
+static int read_told(const char *dir, told of[STEPS + 1]) {
   char *text = command_read_file(dir, "out/metrics.jsonl");
   int lines = 0;
   for (char *line = text; line && *line; line = strchr(line, '\n') + 1) {
-    char *end = strchr(line, '\n'), *at = strstr(line, "\"state_hash\":\"");
+    char *end = strchr(line, '\n'), *at = strstr(line, "\"state_hash\":\""), *loss = strstr(line, "\"valid_loss\":");
     int step;
     if (!end) break; /* torn by the crash */
     const int own = sscanf(line, "{\"step\":%d", &step) == 1;
     if (!own && sscanf(line, "{\"after_step\":%d", &step) != 1) continue;
     lines += own;
-    if (at && at < end && step >= 1 && step <= STEPS) snprintf(hashes[step], 33, "%s", at + 14);
+    if (step < 1 || step > STEPS) continue;
+    if (at && at < end) snprintf(of[step].hash, 33, "%s", at + 14);
+    if (loss && loss < end) sscanf(loss, "\"valid_loss\":%31[^,}]", of[step].valid_loss);
   }
   free(text);
   return lines;
@@ -150,12 +157,13 @@ static crash disturb(const char *dir, pid_t launcher, int wait_for_save) {
   return c;
 }
 
-static void check_hashes(const char *dir, int s, const char *when) {
-  char hashes[STEPS + 1][33] = {{0}};
-  cr_assert_eq(read_hashes(dir, hashes), STEPS, "%s: steps are missing from metrics.jsonl, or there twice", when);
-  for (int i = 1; i <= STEPS; i++)
-    if (i < STEPS || hashes[i][0]) /* the last is saved before its hash is taken */
-      cr_assert_str_eq(hashes[i], reference[s][i], "%s, %s: step %d differs", when, strategies[s], i);
+static void check_told(const char *dir, int s, const char *when) {
+  told of[STEPS + 1] = {{"", ""}};
+  cr_assert_eq(read_told(dir, of), STEPS, "%s: steps are missing from metrics.jsonl, or there twice", when);
+  for (int i = 1; i <= STEPS; i++) {
+    cr_assert_str_eq(of[i].hash, reference[s][i].hash, "%s, %s: step %d differs", when, strategies[s], i);
+    cr_assert_str_eq(of[i].valid_loss, reference[s][i].valid_loss, "%s, %s: step %d differs", when, strategies[s], i);
+  }
 }
 
 static void remove_out(const char *dir) {
@@ -184,7 +192,7 @@ static int finish(const char *dir, int s, const crash *c) {
   cr_assert_null(strstr(r.out, "damaged"), "%s", r.out);
   cJSON *json = training_json(dir, "out/run.json");
   const cJSON *hash = training_get(json, "result.state_hash");
-  cr_assert(hash && !strcmp(hash->valuestring, reference[s][STEPS]), "%s: the final state differs", strategies[s]);
+  cr_assert(hash && !strcmp(hash->valuestring, reference[s][STEPS].hash), "%s: the final state differs", strategies[s]);
   if (newest) {
     const cJSON *list = training_get(json, "resumed"), *last = cJSON_GetArrayItem(list, cJSON_GetArraySize(list) - 1);
     const cJSON *from = cJSON_GetObjectItem(last, "step");
@@ -192,7 +200,7 @@ static int finish(const char *dir, int s, const crash *c) {
   }
   cJSON_Delete(json);
   command_free(&r);
-  check_hashes(dir, s, newest ? "resumed" : "begun again");
+  check_told(dir, s, newest ? "resumed" : "begun again");
   look(dir, &in_flight);
   cr_assert_not(in_flight, "a dead save's leftovers are still there");
   return newest > 0;
@@ -209,8 +217,12 @@ Test(crash, every_resume_after_a_kill_has_the_same_bits, .timeout = 7200) {
     command_result r = RUN(dir, 60, ARGUMENTS(strategies[s]));
     cr_assert_eq(r.status, 0, "%s", r.out);
     command_free(&r);
-    cr_assert_eq(read_hashes(dir, reference[s]), STEPS);
-    for (int i = 1; i <= STEPS; i++) cr_assert_str_eq(reference[s][i], reference[0][i]);
+    cr_assert_eq(read_told(dir, reference[s]), STEPS);
+    for (int i = 1; i <= STEPS; i++) {
+      cr_assert_str_eq(reference[s][i].hash, reference[0][i].hash);
+      cr_assert_str_eq(reference[s][i].valid_loss, reference[0][i].valid_loss);
+      cr_assert(reference[s][i].hash[0] && reference[s][i].valid_loss[0], "step %d", i);
+    }
     remove_out(dir);
   }
   for (int done = 0; done < crashes;) {

@@ -157,6 +157,84 @@ Test(validation, a_loss_that_is_not_finite_is_said) {
   free(json);
 }
 
+/* ---- a loss that a kill has left out ---- */
+
+static char *go_on(const char *strategy, const char *steps, const char *resume) {
+  command_result r = RUN(dir, 60, "train", "run.ini", "-n", "2", "--set", "data.valid=valid.bin", "--set",
+                         "run.valid_every=2", "--set", "run.hash_every=2", "--set", "checkpoint.every=2", "--set",
+                         "checkpoint.background=no", "--strategy", strategy, "--steps", steps, resume);
+  cr_assert_eq(r.status, 0, "%s", r.out);
+  command_free(&r);
+  char *metrics = command_read_file(dir, "out/metrics.jsonl");
+  cr_assert_not_null(metrics);
+  return metrics;
+}
+
+typedef struct what_was_told { /* of one step */
+  char loss[32], hash[48];
+  int times;        /* of the loss */
+  const char *line; /* the last that tells it */
+} what_was_told;
+
+static what_was_told told(const char *metrics, int step) {
+  what_was_told t = {.times = 0};
+  for (const char *line = metrics; *line; line = strchr(line, '\n') + 1) {
+    int of = 0;
+    const char *loss = strstr(line, "\"valid_loss\":"), *hash = strstr(line, "\"state_hash\":");
+    const char *const end = strchr(line, '\n');
+    if ((!sscanf(line, "{\"step\":%d", &of) && !sscanf(line, "{\"after_step\":%d", &of)) || of != step) continue;
+    if (!loss || loss > end || !hash || hash > end) continue;
+    sscanf(loss, "\"valid_loss\":%31[^,}]", t.loss);
+    sscanf(hash, "\"state_hash\":%47[^,}]", t.hash);
+    t.line = line;
+    t.times++;
+  }
+  return t;
+}
+
+/* As a kill leaves it that comes when the save of the step is whole: it has a line, without what is taken then. */
+static what_was_told leave_out(const char *metrics, int step) {
+  const what_was_told t = told(metrics, step);
+  cr_assert_eq(t.times, 1, "%s", metrics);
+  cr_assert(!strncmp(t.line, "{\"after_step\":", 14), "%s", t.line);
+  command_write_file(dir, "out/metrics.jsonl", metrics, (size_t)(t.line - metrics));
+  return t;
+}
+
+static void expect_told(const char *metrics, int step, const what_was_told *before) {
+  const what_was_told t = told(metrics, step);
+  cr_expect_eq(t.times, 1, "step %d: %d times\n%s", step, t.times, metrics);
+  cr_expect_str_eq(t.loss, before->loss, "step %d", step);
+  cr_expect_str_eq(t.hash, before->hash, "step %d", step);
+}
+
+static void expect_taken_at_the_resume(const char *strategy) {
+  char *metrics = go_on(strategy, "4", NULL);
+  const what_was_told four = leave_out(metrics, 4);
+  free(metrics);
+  metrics = go_on(strategy, "6", "--resume");
+  expect_told(metrics, 4, &four);
+  const what_was_told six = leave_out(metrics, 6);
+  free(metrics);
+  metrics = go_on(strategy, "6", "--resume"); /* nothing but that is left to do */
+  expect_told(metrics, 6, &six);
+  free(metrics);
+  cJSON *json = training_json(dir, "out/run.json");
+  const cJSON *loss = training_get(json, "result.valid_loss");
+  cr_assert(cJSON_IsNumber(loss), "the result has no held-out loss");
+  cr_expect_eq(loss->valuedouble, strtod(six.loss, NULL));
+  cJSON_Delete(json);
+  metrics = go_on(strategy, "8", "--resume"); /* nothing is missing */
+  expect_told(metrics, 4, &four);
+  expect_told(metrics, 6, &six);
+  free(metrics);
+}
+
+Test(validation, what_a_kill_left_out_is_taken_at_the_resume) {
+  expect_taken_at_the_resume("ddp");
+  expect_taken_at_the_resume("fsdp");
+}
+
 /* After it has diverged, a run that skips what is not finite skips every step: it ends as failed, not as done. */
 Test(validation, skipped_steps_in_a_row_end_the_run) {
 #define DIVERGE \

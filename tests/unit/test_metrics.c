@@ -207,6 +207,30 @@ Test(metrics, the_file_of_a_run_that_goes_on_is_cut_in_place) {
   expect_steps(8, 8);
 }
 
+/* What the lines up to `last` say of it. */
+static void expect_told(int last, const char *lines, int step, int loss, int hash) {
+  phx_error err = PHX_ERROR_INIT;
+  phx__metrics m;
+  command_write_file(dir, "metrics.jsonl", lines, strlen(lines));
+  cr_assert_eq(phx__metrics_open(&m, path, last, &err), PHX_OK, "%s", err.message);
+  cr_expect_eq(m.told.step, step, "%s", lines);
+  cr_expect_eq(m.told.valid_loss, loss, "%s", lines);
+  cr_expect_eq(m.told.state_hash, hash, "%s", lines);
+  phx__metrics_close(&m);
+}
+
+Test(metrics, what_is_told_of_the_step_before_is_known) {
+  expect_told(2, "{\"step\":2,\"loss\":1}\n", 1, 0, 0);
+  expect_told(2, "{\"step\":2,\"loss\":1,\"valid_loss\":null,\"state_hash\":\"0\"}\n", 1, 1, 1);
+  expect_told(2, "{\"step\":2,\"loss\":1}\n{\"after_step\":2,\"valid_loss\":3}\n", 1, 1, 0);
+  expect_told(2, "{\"step\":1,\"valid_loss\":3}\n{\"step\":2,\"loss\":1}\n", 1, 0, 0);
+  expect_told(2, "{\"step\":2,\"loss\":1}\n{\"step\":3,\"valid_loss\":3}\n", 1, 0, 0);
+  expect_told(2, "{\"step\":2,\"loss\":1}\n{\"after_step\":2,\"valid_loss\":3", 1, 0, 0); /* torn */
+  expect_told(2, "{\"step\":2,\"ddp.valid_loss\":1,\"ddp.\\\"state_hash\":2}\n", 1, 0, 0);
+  expect_told(2, "{\"step\":1,\"valid_loss\":3}\n", 0, 0, 0);
+  expect_told(0, "{\"step\":2,\"valid_loss\":3}\n", 0, 0, 0);
+}
+
 Test(metrics, every_call_of_opening_may_fail) {
   const char *two = "{\"step\":1}\n{\"step\":2}\n";
   static const int kinds[] = {FAULT_WRITING, FAULT_READING, FAULT_MEMORY};
