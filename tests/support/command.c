@@ -40,6 +40,17 @@ static void child(const char *dir, int out, const char *const *argv) {
   _exit(127);
 }
 
+/* What is there within `ms`; 0: nothing, or nobody writes any more (*open_end is 0 then). */
+static int take(int end, int ms, command_result *r, size_t *used, int *open_end) {
+  char drop[4096];
+  struct pollfd p = {.fd = end, .events = POLLIN};
+  if (!*open_end || poll(&p, 1, ms) <= 0) return 0;
+  const ssize_t n = *used < OUT_MAX ? read(end, r->out + *used, OUT_MAX - *used) : read(end, drop, sizeof drop);
+  if (n > 0 && *used < OUT_MAX) *used += (size_t)n;
+  if (n == 0) *open_end = 0;
+  return n > 0;
+}
+
 command_result command_run(const char *dir, double timeout_s, const char *const *argv) {
   command_result r = {.status = -1, .out = calloc(1, OUT_MAX + 1)};
   int ends[2];
@@ -52,17 +63,9 @@ command_result command_run(const char *dir, double timeout_s, const char *const 
   if (pid > 0) setpgid(pid, pid);
   int open_end = 1, ended = 0, status = 0;
   while (pid > 0 && !ended && now() - begin < timeout_s) {
-    struct pollfd p = {.fd = ends[0], .events = POLLIN};
-    if (open_end && poll(&p, 1, 20) > 0) {
-      char drop[4096];
-      const ssize_t n = used < OUT_MAX ? read(ends[0], r.out + used, OUT_MAX - used) : read(ends[0], drop, sizeof drop);
-      if (n > 0 && used < OUT_MAX) used += (size_t)n;
-      if (n == 0) open_end = 0;
-    } else if (waitpid(pid, &status, WNOHANG) == pid) {
-      ended = 1;
-    } else if (!open_end) {
-      usleep(2000);
-    }
+    if (take(ends[0], 20, &r, &used, &open_end)) continue;
+    if (waitpid(pid, &status, WNOHANG) == pid) ended = 1;
+    else if (!open_end) usleep(2000);
   }
   if (pid > 0 && !ended) {
     kill(-pid, SIGKILL);
@@ -71,6 +74,7 @@ command_result command_run(const char *dir, double timeout_s, const char *const 
     r.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     kill(-pid, SIGKILL); /* nothing of it may stay */
   }
+  while (take(ends[0], 0, &r, &used, &open_end)) continue; /* written between the last look and the end */
   close(ends[0]);
   r.seconds = now() - begin;
   return r;
