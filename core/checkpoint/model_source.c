@@ -74,9 +74,10 @@ phx_status phx__source_gpt2(const phx__source *s, phx__gpt2 *out, phx_error *err
   *out = s->gpt2;
   if (s->has_config) return PHX_OK;
   if (s->kind == PHX__SOURCE_FILE)
-    return phx_fail(err, PHX_INVALID, "%s is one file: name the folder with its " PHX__GPT2_CONFIG, s->path);
+    return phx_fail(err, PHX_INVALID, "%s is one file: name the folder, which tells the model (" PHX__GPT2_CONFIG
+                     ", or a run's config.ini)", s->path);
   return phx_fail(err, PHX_UNSUPPORTED, "%s has no " PHX__GPT2_CONFIG ": it is the run of a model that is no GPT-2",
-                  s->path);
+                   s->path);
 }
 
 /* ---- values ---- */

@@ -107,6 +107,13 @@ static phx_status write_both(exported *e, phx_error *err) {
   return status;
 }
 
+static phx_status find_gpt2(exported *e, phx_error *err) {
+  const phx_status status = phx__source_gpt2(e->source, &e->gpt2, err);
+  if (status != PHX_UNSUPPORTED) return status;
+  return phx_fail_more(err, status, ", and only that is exported; the " PHX__GPT2_WEIGHTS " of a run that is done has "
+                      "the weights of any model, under its own names");
+}
+
 int phx__checkpoint_export(int argc, char **argv) {
   char path[PHX__TOOL_PATH];
   phx_error err = PHX_ERROR_INIT;
@@ -117,7 +124,7 @@ int phx__checkpoint_export(int argc, char **argv) {
   snprintf(path, sizeof path, "%.4000s/" PHX__GPT2_WEIGHTS, e.dir);
   if (!status && !access(path, F_OK))
     status = phx_fail(&err, PHX_INVALID, "%s is there already, and is not overwritten", path);
-  if (!status) status = phx__source_gpt2(e.source, &e.gpt2, &err);
+  if (!status) status = find_gpt2(&e, &err);
   e.part = phx__calloc(PHX__TOOL_PART, sizeof *e.part);
   if (!status && !e.part) status = phx_fail(&err, PHX_NOMEM, "no memory to export %s", argv[1]);
   if (!status) status = write_both(&e, &err);

@@ -2,9 +2,10 @@
  * of step 0.
  *
  * From a folder with config.json and model.safetensors, or several files and their index, as Hugging Face writes them
- * for GPT-2 (model_source.c checks it whole); or from a run or a checkpoint of ours, whose weights alone are taken.  A
- * weight that is no finite number is refused.  Optimizer states are zero.  The checkpoint is written beside its place
- * and renamed when it is whole.  The model's layout is the plugin's own, asked through a configuration. */
+ * for GPT-2 (model_source.c checks it whole); or from a run or a checkpoint of ours, of any model, whose weights alone
+ * are taken.  A weight that is no finite number is refused.  Optimizer states are zero.  The checkpoint is written
+ * beside its place and renamed when it is whole.  The model's layout is the plugin's own, asked through a
+ * configuration. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -77,13 +78,33 @@ static phx_status fill_manifest(import *in, phx_error *err) {
 }
 
 /* ---- the model: config.json's; a configuration of the target's run must say the same ---- */
+static const phx__override one_rank[] = {{"run.ranks=1", "import"},
+                                         {"batch.total=0", "import"},
+                                         {"run.strategy=ddp", "import"}, /* of a run of another model */
+                                         {"precision.reduce=fp32", "import"}};
+
+/* One that is no GPT-2 is told by its checkpoint, or by its run. */
+static phx_status configure_other(import *in, const char *own, phx_error *err) {
+  char ini[PHX__TOOL_PATH] = "";
+  if (own[0])
+    return phx_fail(err, PHX_INVALID,
+                     "%s is of a model that is no GPT-2, which is not compared with %s: import into a run of its own",
+                     in->source->path, own);
+  if (!in->source->reader) snprintf(ini, sizeof ini, "%.4000s/config.ini", in->source->run);
+  return phx__model_config(in->source, ini, one_rank, 4, &in->config, err);
+}
+
 static phx_status open_model(import *in, phx_error *err) {
-  static const phx__override one_rank[] = {{"run.ranks=1", "import"}, {"batch.total=0", "import"}};
   char path[PHX__TOOL_PATH];
-  PHX_TRY(phx__source_gpt2(in->source, &in->gpt2, err));
+  phx_status status = phx__source_gpt2(in->source, &in->gpt2, err);
+  const bool other = status == PHX_UNSUPPORTED;
+  if (status && !other) return status;
   snprintf(path, sizeof path, "%.4000s/config.ini", in->run);
   const bool made = !in->run[0] || access(path, F_OK);
-  PHX_TRY(phx__model_config(in->source, made ? "" : path, one_rank, 2, &in->config, err));
+  if (made) path[0] = 0;
+  if (other) status = configure_other(in, path, err);
+  else status = phx__model_config(in->source, path, one_rank, 2, &in->config, err);
+  if (status) return status;
   PHX_TRY(phx__prepare(in->config, 0, 1, 0, 1, 0, 0, &in->prepared, err));
   phx__optim_states(&in->config->s, &in->optim);
   PHX_TRY(fill_manifest(in, err));

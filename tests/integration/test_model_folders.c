@@ -166,6 +166,64 @@ Test(model_folders, checkpoints_serve_where_the_final_weights_cannot) {
   EXPECT(4, "run/model.safetensors", "checkpoint", "verify", "run"); /* which asks for damage */
 }
 
+/* ---- a model that is no GPT-2 (tests/plugins/bigram) ---- */
+
+/* Its names and shapes, all of them and as they are, though one name ends as a matrix that GPT-2's files turn. */
+static void expect_own_names(const char *file) {
+  static const struct {
+    const char *name;
+    int64_t rows, columns;
+  } tensors[] = {{"tokens.weight", 257, 12}, {"places.weight", 64, 12}, {"head.attn.c_proj.weight", 257, 12},
+                 {"head.bias", 257, 0}};
+  hf_file f = hf_read(at(file));
+  cr_expect_eq(f.n, 4, "%s: %d tensors", file, f.n);
+  for (int i = 0; i < 4; i++) {
+    const hf_tensor *t = hf_find(&f, tensors[i].name);
+    cr_expect(t && t->shape[0] == tensors[i].rows && (!tensors[i].columns || t->shape[1] == tensors[i].columns), "%s",
+              tensors[i].name);
+  }
+  hf_free(&f);
+}
+
+static void expect_same_text(const char *a, const char *b) {
+  const char *one = EXPECT(0, "\n", "sample", a, "--tokens", "12", "--temperature", "0");
+  cr_expect_str_eq(EXPECT(0, "\n", "sample", b, "--tokens", "12", "--temperature", "0"), one, "%s and %s", a, b);
+}
+
+Test(model_folders, another_model_keeps_its_names_and_is_read_back) {
+  static const char *const run[] = {"out", "saved", "saved/checkpoints/step-00000004"};
+  setenv("PHALANX_PLUGIN_PATH", PHX_TEST_ONLY_PLUGINS, 1); /* where whoever opens the run says that plugins are */
+  training_files(dir, "[batch]\nmicro = 2\nsequence = 16\n[comm]\nplugin = shm\n"
+                      "[model]\nplugin = bigram\nwidth = 12\n");
+  TRAIN("out", "--steps", "4", "-n", "2", "--strategy", "fsdp");
+  TRAIN("saved", "--steps", "4", "-n", "3", "--strategy", "zero", "--set", "checkpoint.every=2");
+  expect_own_names("out/model.safetensors");
+  expect_own_names("saved/model.safetensors");
+  cr_expect_neq(access(at("out/config.json"), F_OK), 0, "a config.json, which says that it is a GPT-2");
+  EXPECT(0, "equal: 4 tensors", "checkpoint", "diff", "saved", run[2], "--weights");
+  for (int i = 0; i < 3; i++) {
+    char in[32];
+    snprintf(in, sizeof in, "in-%d", i);
+    EXPECT(0, "whole", "checkpoint", "verify", run[i]);
+    EXPECT(0, "\n", "checkpoint", "ls", run[i]);
+    EXPECT(2, "is no GPT-2, and only that is exported; the model.safetensors of a run that is done has the weights of "
+           "any model", "checkpoint", "export", run[i], "exported");
+    EXPECT(0, "4 parameters, optimizer states zero", "checkpoint", "import", run[i], "-o", in);
+    EXPECT(0, "equal: 4 tensors", "checkpoint", "diff", run[i], in, "--weights");
+    expect_same_text(run[i], in);
+  }
+  cr_expect_neq(access(at("exported"), F_OK), 0);
+  EXPECT(2, "phalanx checkpoint import", "train", "run.ini", "--resume", "out");
+  EXPECT(0, "step    5/5", "train", "run.ini", "--resume", "in-0", "--steps", "5", "--set", "run.out=on");
+  EXPECT(2, "parameter tokens.weight has another shape", "train", "run.ini", "--resume", "in-0", "--set",
+         "model.width=13", "--set", "run.out=on");
+  EXPECT(2, "which is not compared with on/config.ini", "checkpoint", "import", "out", "-o", "on");
+  EXPECT(2, "name the folder, which tells the model", "sample", "out/model.safetensors");
+  unsetenv("PHALANX_PLUGIN_PATH");
+  EXPECT(2, "there is no model plugin 'bigram'", "sample", "out");
+  EXPECT(2, "there is no model plugin 'bigram'", "checkpoint", "import", "saved", "-o", "none");
+}
+
 Test(model_folders, a_file_of_another_kind_is_no_damage) {
   command_write_file(dir, "notes.txt", "no checkpoint at all\n", 21);
   static const char says[] = "notes.txt is a file, and none of safetensors: name a run";
