@@ -20,6 +20,7 @@
 #include "fault_turn.h"
 #include "checkpoint/manifest.h"
 #include "rank_rig.h"
+#include "sanitizer.h"
 #include "base/status.h"
 #include "training.h"
 
@@ -346,7 +347,8 @@ static void run_in(char *dir, const char *model, long stride, rank_rig_run run) 
   cr_assert(rank_rig_ranks(&run), "%s", run.message);
   command_remove_dir(dir);
 }
-#define EACH(...) run_in(rank_rig_dir(), rank_rig_model, 1, (rank_rig_run){__VA_ARGS__})
+enum { STRIDE = UNDER_ASAN ? 5 : 1 }; /* each turn looks for leaks there */
+#define EACH(...) run_in(rank_rig_dir(), rank_rig_model, STRIDE, (rank_rig_run){__VA_ARGS__})
 TestSuite(rank_faults, .timeout = 240);
 
 Test(rank_faults, saves_of_two) { EACH(.size = 2, .strategy = "fsdp", .body = fail_saves); }
