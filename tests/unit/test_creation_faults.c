@@ -94,7 +94,7 @@ static void one_turn(rank_rig *rig, void *arg) {
   const turn_of *t = arg;
   phx_error err = PHX_ERROR_INIT;
   fault_install();
-  RIG_CHECK(rig, !phx__job_open(5, &rig->job, &err), "%s", err.message);
+  RIG_CHECK(rig, !phx__job_open(15, &rig->job, &err), "%s", err.message);
   if (rig->rank == t->rank) {
     *t->fired = open_once(rig, t->strategy, t->plugins, t->turn);
     return;
