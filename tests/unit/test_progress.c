@@ -34,6 +34,8 @@ static void write_lines(rank_rig *rig, void *arg) {
   RIG_CHECK(rig, !phx__progress_open(p, rig->rt, 0, &err), "%s", err.message);
   const phx_host *host = &rig->rt->strategy_host.table;
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) host->metric(host->ctx, names[i], (double)i);
+  const phx__host *const others[] = {&rig->rt->device_host, &rig->rt->comm_host, &rig->rt->model_host};
+  for (int i = 0; i < 3; i++) others[i]->table.metric(others[i]->table.ctx, "own", 10.0 + i);
   phx__progress_save(p, ",\"checkpoint\":{\"saved_step\":1}");
   phx__progress_done(p, 1, &result, 0.5, 64);
   phx__progress_tell(p, 2.5, NULL);
@@ -60,6 +62,7 @@ Test(progress, every_line_is_json_of_its_shape) {
   char *text = command_read_file(dir, "out/metrics.jsonl"), *line = strtok(text, "\n");
   static const char *const names[] = {"ddp.plain", "ddp.a\"b", "ddp.line\nbreak", "ddp.back\\slash", "ddp.\x1b[2J",
                                       "ddp.}, \"step\": 7"};
+  static const char *const others[] = {"cpu.own", "shm.own", "gpt.own"};
   static const char *const shapes[] = {"step", "after_step", "step", "step", "after_step", "after_step"};
   static const int steps[] = {1, 1, 2, 3, 3, 3}, saves[] = {1, 2, 3, 0, 4, 5};
   static const int losses[] = {1, 0, 0, 0, 1, 0}; /* held out */
@@ -73,6 +76,8 @@ Test(progress, every_line_is_json_of_its_shape) {
     cr_expect_eq(member(json, "valid_loss") != NULL, losses[i], "%s", line);
     for (size_t k = 0; i == 0 && k < sizeof names / sizeof *names; k++)
       cr_expect_eq((int)cJSON_GetNumberValue(member(json, names[k])), (int)k, "no '%s' in %s", names[k], line);
+    for (int k = 0; i == 0 && k < 3; k++)
+      cr_expect_eq((int)cJSON_GetNumberValue(member(json, others[k])), 10 + k, "no '%s' in %s", others[k], line);
     cJSON_Delete(json);
   }
   cr_assert_null(line, "%s", line);

@@ -34,7 +34,8 @@ typedef struct phx_host {
   phx_status (*alloc)(void *ctx, const phx_memory *what, void **out, phx_error *err);
   void (*release)(void *ctx, void *p); /* [main] p may be NULL */
   const void *(*extension)(void *ctx, const char *id); /* [any] or NULL; [borrow:self] */
-  /* [main] a number for this step's line of metrics.jsonl, under the plugin's id. [borrow:call] */
+  /* [main] a number for this step's line of metrics.jsonl, under the plugin's id.  Rank 0's are kept, from when the
+   * state is ready (before the first step) on, in a run that trains; elsewhere nothing happens.  [borrow:call] */
   void (*metric)(void *ctx, const char *name, double value);
   int32_t deterministic; /* [run] deterministic: results may not depend on anything but the run's identity */
   int32_t reserved0;
