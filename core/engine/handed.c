@@ -302,7 +302,9 @@ phx_status phx__handed_comm(const phx_comm *comm, const phx_job *job, const phx_
   if (comm->rank != job->rank || comm->size != job->size)
     return phx_fail(err, PHX_INTERNAL, "comm %s: the communicator has rank %d of %d; this is rank %d of %d",
                     plugin->id, comm->rank, comm->size, job->rank, job->size);
-  if (comm->all_reduce && comm->all_gather && comm->split && comm->stats && comm->destroy) return PHX_OK;
-  return phx_fail(err, PHX_INTERNAL, "comm %s: one of all_reduce, all_gather, split, stats and destroy is NULL",
+  const bool works = comm->all_reduce && comm->all_gather && comm->split && comm->stats && comm->destroy;
+  if (works && comm->health && comm->abort) return PHX_OK;
+  return phx_fail(err, PHX_INTERNAL,
+                  "comm %s: one of all_reduce, all_gather, split, stats, destroy, health and abort is NULL",
                   plugin->id);
 }

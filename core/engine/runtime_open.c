@@ -12,6 +12,7 @@
 #include "engine/memory_watch.h"
 #include "engine/prepare.h"
 #include "engine/state_io.h"
+#include "plugin/comm_watch.h"
 #include "plugin/where.h"
 
 /* What state passes through on devices that the CPU cannot read. */
@@ -54,6 +55,7 @@ static phx_status open_comm(phx__runtime *rt, phx_error *err) {
   PHX_TRY(PHX__IN(rt->job, PHX_KIND_COMM, PHX_IN_CREATE, -1,
                   rt->prepared->comm->create(&rt->comm_host.table, rt->config->comm.config, arena, &rt->world, err)));
   PHX_TRY(phx__handed_comm(rt->world, rt->job, rt->config->comm.plugin->descriptor, err));
+  phx__comm_watch_open(rt->world);
   phx__memory_book_hold(&rt->book, PHX_MEM_BUFFER, PHX_SPACE_HOST,
                         rt->prepared->comm->buffer_bytes(rt->config->comm.config, rt->job->size));
   rt->book.arena = rt->prepared->comm->arena(rt->world);
@@ -135,6 +137,18 @@ static void enter_destroy(const phx__runtime *rt, int32_t kind) {
   if (call == PHX_IN_CORE || call == PHX_IN_DESTROY) phx__enter(rt->job, kind, PHX_IN_DESTROY, -1);
 }
 
+/* The communicator, and the device that it works with. */
+static void close_world(phx__runtime *rt) {
+  if (rt->world && !phx__comm_watch_close()) {
+    phx__log(rt->job->rank, rt->comm_host.plugin, PHX_LOG_ERROR,
+             "a call of health or abort does not return: the communicator and the device stay open");
+    return;
+  }
+  if (rt->world) rt->prepared->comm->destroy(rt->world);
+  enter_destroy(rt, PHX_KIND_DEVICE);
+  if (rt->device_self) rt->prepared->device->destroy(rt->device_self);
+}
+
 void phx__runtime_close(phx__runtime *rt) {
   if (!rt) return;
   phx__memory_watch_end();
@@ -152,9 +166,7 @@ void phx__runtime_close(phx__runtime *rt) {
       phx__log(rt->job->rank, plugins[i]->plugin, PHX_LOG_ERROR, text);
   }
   phx__memory_book_clear(&rt->book);
-  if (rt->world) rt->prepared->comm->destroy(rt->world);
-  enter_destroy(rt, PHX_KIND_DEVICE);
-  if (rt->device_self) rt->prepared->device->destroy(rt->device_self);
+  close_world(rt);
   if (rt->job->mine->in_call == PHX_IN_DESTROY) phx__leave(rt->job, PHX_OK);
   phx__cover_close(&rt->state_cover);
   phx__free(rt->state_words);

@@ -13,6 +13,7 @@
 #include "base/crash_text.h"
 #include "base/sys.h"
 #include "job/job_segment.h"
+#include "plugin/comm_watch.h"
 #include "plugin/where.h"
 
 static const phx_job *crash_job;
@@ -24,7 +25,13 @@ static void on_crash(int number) {
   const bool in_main = (pid_t)syscall(SYS_gettid) == getpid();
   size_t used = phx__crash_append(message, 0, sizeof message, "crashed: ");
   used = phx__crash_append(message, used, sizeof message, phx__crash_text(number));
-  if (!in_main) used = phx__crash_append(message, used, sizeof message, ", on the thread of a stream");
+  const char *call = phx__comm_watch_inside();
+  if (call) {
+    used = phx__crash_append(message, used, sizeof message, ", in the communicator's ");
+    used = phx__crash_append(message, used, sizeof message, call);
+  } else if (!in_main) {
+    used = phx__crash_append(message, used, sizeof message, ", on the thread of a stream");
+  }
   if (in_plugin) {
     used = phx__crash_append(message, used, sizeof message, in_main ? ", in " : ", while [main] was in ");
     used = phx__crash_append(message, used, sizeof message, where);

@@ -5,11 +5,15 @@
  *     call, and the job ends.  A second more is given, since who waits in a collective has a deadline of its own and a
  *     better report.  A call that uses the processor or the disk meanwhile may compute for long: it has BUSY times as
  *     long.
+ *   - When half of that time is over, the communicator is asked whether it is well (comm_watch.h).  If it is not, the
+ *     job ends with its reason.
  *   - Under another launcher, a rank of this machine is named at once when its process ends without saying that it is
  *     done, and after 3.8 s when it is stopped.  Our own launcher sees both itself.
- *   - When the job has failed and [main] does not come back, the process ends: at once when it was asked to (SIGTERM).
+ *   - When the job has failed and [main] is still in a call, the communicator is told to give up (abort), once.  If
+ *     [main] does not come back, the process ends: at once when it was asked to (SIGTERM).
  *   - exit() or _exit() in the middle of a run, which is a plugin's, is a failure, whatever its status says.
- * What it does not do: wait, or take a lock that [main] or a plugin holds.  It reads pages and /proc only.
+ * What it does not do: wait, call a plugin on this thread, or take a lock that [main] or a plugin holds for more than
+ * a moment.
  * Never counted: time in which this process did not run (Ctrl-Z), in which somebody debugs it, in which it meets the
  * other ranks (that wait has a deadline), timeout = 0.
  * Invariant: the page of another rank is written here only after that rank's end, and by one rank only: see claim.
@@ -37,12 +41,14 @@
 #include "base/sys.h"
 #include "job/job_segment.h"
 #include "job/stop.h"
+#include "plugin/comm_watch.h"
 #include "plugin/where.h"
 
 #define MS UINT64_C(1000000)
 #define TICK_MS 200
 #define LATE_NS (1000 * MS)  /* a tick this late: this process did not run */
 #define MORE_NS (1000 * MS)  /* than the timeout: collectives report first */
+#define ABORT_NS (150 * MS)  /* [main] was not heard of for this long when the job failed: it waits */
 #define GRACE_NS (5000 * MS) /* from the job's failure, for [main] to come back */
 #define LEAVING_NS (30000 * MS) /* for [main] to end, once it is back */
 #define BUSY 10
@@ -246,6 +252,22 @@ static _Noreturn void end_process(void) {
   phx__exit_now(PHX__EXIT_RANK); /* not exit: its handlers may be what hangs */
 }
 
+/* The communicator may know long before the deadline that [main] waits in vain. */
+static void judge_comm(struct watcher *w, uint64_t now) {
+  char place[240], reason[240], message[600];
+  const double timeout = w->job->timeout_s;
+  if (timeout <= 0 || w->call <= PHX_IN_CORE || now - w->quiet_ns < (uint64_t)(timeout * 0.5e9)) return;
+  phx__comm_ask_health();
+  if (!phx__comm_health_failed(reason, sizeof reason)) return;
+  if (__atomic_load_n(&w->segment->failed, __ATOMIC_ACQUIRE) || is_debugged()) return; /* that is what it says */
+  say_place(w->job->mine, place, sizeof place);
+  snprintf(message, sizeof message, "no progress for %.1f s ([run] timeout = %g s),%s: comm %.32s says: %s",
+           (double)(now - w->quiet_ns) * 1e-9, timeout, place, w->job->mine->plugins[PHX_KIND_COMM], reason);
+  say("phalanx: rank %d: %s", w->job->rank, message);
+  w->job->fail(w->job->ctx, message);
+  if (w->job->size == 1) end_process();
+}
+
 static void judge_main(struct watcher *w, uint64_t now) {
   char place[240], message[480];
   const double timeout = w->job->timeout_s;
@@ -272,6 +294,9 @@ static void judge_main(struct watcher *w, uint64_t now) {
 static void judge_failed(struct watcher *w, uint64_t now) {
   const uint32_t failed = __atomic_load_n(&w->segment->failed, __ATOMIC_ACQUIRE);
   if (!failed) return;
+  const uint64_t leaving = __atomic_load_n(&w->leaving_ns, __ATOMIC_RELAXED);
+  const bool waits = now - w->quiet_ns >= ABORT_NS || (w->failed_ns && now - w->failed_ns >= ABORT_NS);
+  if (!leaving && w->call > PHX_IN_CORE && waits) phx__comm_abort();
   if (!w->failed_ns) {
     w->failed_ns = now;
     heard(w, now);
@@ -280,7 +305,6 @@ static void judge_failed(struct watcher *w, uint64_t now) {
   if (!asked && !is_quiet(w, now, GRACE_NS)) return;
   if (!asked && is_debugged()) return;
   /* [main] is on its way out: it ends a save, and gives memory back */
-  const uint64_t leaving = __atomic_load_n(&w->leaving_ns, __ATOMIC_RELAXED);
   if (leaving && now - leaving < LEAVING_NS) return;
   if (failed <= (uint32_t)w->job->size)
     say("phalanx: rank %d: rank %u failed: %.500s", w->job->rank, failed - 1,
@@ -301,6 +325,7 @@ static void *watch(void *arg) {
       look_near(w);
       look_for_stop(w, now);
     }
+    if (!w->failed_ns) judge_comm(w, now);
     if (!w->failed_ns) judge_main(w, now);
     judge_failed(w, now);
     w->last_ns = now;

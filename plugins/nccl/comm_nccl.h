@@ -161,6 +161,8 @@ phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, ph
 phx_status ncx_wait(const ncx_call *call, phx_error *err);
 phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err); /* [main] until tail >= upto */
 phx_status ncx_check_alive(ncx_comm *c, phx_error *err);
+/* [any] The same, and what NCCL says of itself, which no call has returned yet. */
+phx_status ncx_health(ncx_comm *c, phx_error *err);
 int ncx_is_aborted(const ncx_comm *c);
 void ncx_abort_now(ncx_world *w); /* every communicator that was asked to; takes the lock */
 /* The job ends with this message; the communicators are aborted; PHX_COMM. */

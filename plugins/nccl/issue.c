@@ -179,7 +179,7 @@ static void destroy(phx_comm *comm) {
 }
 static void annotate(void *ctx, int32_t unit) { ((ncx_comm *)ctx)->unit = unit; }
 static void stats(void *ctx, phx_comm_stats *out) { phx_kit_counters_read(&((ncx_comm *)ctx)->counters, out); }
-static phx_status health(void *ctx, phx_error *err) { return ncx_check_alive(ctx, err); }
+static phx_status health(void *ctx, phx_error *err) { return ncx_health(ctx, err); }
 static void abort_calls(void *ctx) { /* the watchdog, or who waits, sees it and aborts NCCL */
   ncx_comm *c = ctx;
   __atomic_store_n(c == c->world->all ? &c->world->aborted : &c->aborted, 1, __ATOMIC_RELEASE);

@@ -183,6 +183,18 @@ static ncclResult_t ask(ncx_comm *c, int is_main, char *text, size_t size) {
   return state;
 }
 
+phx_status ncx_health(ncx_comm *c, phx_error *err) {
+  char text[256];
+  PHX_TRY(ncx_check_alive(c, err));
+  const ncclResult_t state = ask(c, 0, text, sizeof text);
+  if (state == ncclSuccess || state == ncclInProgress) return PHX_OK;
+  const phx_status status =
+      phx_fail(err, PHX_COMM, "communicator %llu: NCCL reports: %s%s%.200s", (unsigned long long)c->id,
+               ncclGetErrorString(state), text[0] ? ": " : "", text);
+  if (err) err->cause = (int32_t)state;
+  return status;
+}
+
 phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, phx_error *err) {
   char text[256] = "";
   clock_of k = {phx_kit_now_ns(), phx_kit_now_ns(), 0, 20000};

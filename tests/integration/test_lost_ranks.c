@@ -76,6 +76,85 @@ Test(lost_ranks, a_call_that_never_returns_is_named, .timeout = 120) {
   command_remove_dir(dir);
 }
 
+/* ---- the communicator is asked ---- */
+
+#define HELD(health, ranks, timeout, what) \
+  RUN(dir, 60, SMALL, "-n", ranks, SET("fault.health=" health), SET("fault.what=" what), SET("run.timeout=" timeout))
+#define IN_RELEASE " s), in step 5, in strategy ddp: release, stage 0"
+
+/* Its reason ends the job when half of the timeout is over. */
+Test(lost_ranks, an_unwell_communicator_says_why, .timeout = 120) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  command_result r = HELD("sick", "2", "16", "hang");
+  cr_expect_eq(r.status, 3, "status %d\n%s", r.status, r.out);
+  cr_expect_lt(r.seconds, 15, "%g s", r.seconds);
+  EXPECT(r.out, " s ([run] timeout = 16" IN_RELEASE ": comm fault says: link 3 is down");
+  command_free(&r);
+  r = HELD("mute", "2", "4", "hang");
+  cr_expect_eq(r.status, 3, "status %d\n%s", r.status, r.out);
+  EXPECT(r.out, IN_RELEASE ": comm fault says: DEVICE (status 5), without a reason");
+  command_free(&r);
+  command_remove_dir(dir);
+}
+
+static int count(const char *text, const char *word) {
+  int n = 0;
+  for (const char *at = text; at && (at = strstr(at, word)); at++) n++;
+  return n;
+}
+
+/* abort, once, ends the wait of a call that nothing else ends: after health, and after a peer has given up. */
+Test(lost_ranks, abort_ends_a_call_that_waits, .timeout = 120) {
+  static const char *const healths[] = {"fault.health=sick", "fault.health=ok"};
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  for (int i = 0; i < 2; i++) {
+    command_result r = RUN(dir, 60, SMALL, "-n", "2", SET(healths[i]), SET("fault.what=await"), SET("run.timeout=4"));
+    char *log = command_read_file(dir, "out/rank-1.log");
+    cr_expect_eq(r.status, 3, "status %d\n%s", r.status, r.out);
+    cr_expect_lt(r.seconds, 15, "%g s", r.seconds);
+    EXPECT(log, "fault: its wait has ended with an abort");
+    cr_expect_eq(count(log, "abort, call "), 1, "%s", log);
+    free(log);
+    command_free(&r);
+  }
+  command_remove_dir(dir);
+}
+
+/* Whatever health does, the deadline ends the rank. */
+Test(lost_ranks, a_health_that_hangs_or_crashes_changes_no_deadline, .timeout = 120) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  command_result r = RUN(dir, 60, SMALL, "-n", "2", SET("fault.health=hang"), SET("fault.what=hang"),
+                         SET("fault.rank=-1"), SET("run.timeout=2"));
+  cr_expect_eq(r.status, 3, "status %d\n%s", r.status, r.out);
+  cr_expect_lt(r.seconds, 15, "%g s", r.seconds);
+  EXPECT(r.out, " s ([run] timeout = 2" IN_RELEASE);
+  cr_expect_null(strstr(r.out, "says:"), "%s", r.out);
+  command_free(&r);
+  r = HELD("crash", "2", "4", "hang");
+  cr_expect_eq(r.status, 3, "status %d\n%s", r.status, r.out);
+  cr_expect_lt(r.seconds, 15, "%g s", r.seconds);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  EXPECT(r.out, "in the communicator's health, while [main] was in strategy ddp: release, stage 0");
+#endif
+  command_free(&r);
+  command_remove_dir(dir);
+}
+
+/* It hangs while [main] is only slow, and [main] comes back: the run is what it would have been. */
+Test(lost_ranks, a_health_that_hangs_does_not_fail_a_run_that_goes_on, .timeout = 60) {
+  char *dir = command_temp_dir();
+  training_files(dir, training_odd_model);
+  command_result r = RUN(dir, 60, SMALL, "-n", "1", SET("fault.health=hang"), SET("fault.what=busy"),
+                         SET("fault.seconds=3"), SET("fault.rank=0"), SET("run.timeout=2"));
+  cr_expect_eq(r.status, 0, "status %d\n%s", r.status, r.out);
+  EXPECT(r.out, "a call of health or abort does not return: the communicator and the device stay open");
+  command_free(&r);
+  command_remove_dir(dir);
+}
+
 /* Ten times the timeout in one call, and computing: slow is no failure. */
 Test(lost_ranks, a_call_that_computes_for_long_is_no_failure, .timeout = 60) {
   char *dir = command_temp_dir();

@@ -358,6 +358,29 @@ Test(nccl, hangs_and_asynchronous_errors_end_the_job_by_name, .timeout = 60) {
   }
 }
 
+/* Nothing is pending, so that the plugin's own watchdog sleeps: health asks NCCL itself. */
+static void unwell(fake_rank *rank) {
+  rig g;
+  if (!comm_suite_rig_open(&g, rank, 4096)) return;
+  phx_comm *c = g.comm;
+  FAKE_CHECK(rank, c->health(c->ctx, &g.err) == PHX_OK, "%s", g.err.message);
+  __atomic_store_n(&control->sick, 1, __ATOMIC_RELEASE);
+  FAKE_CHECK(rank, c->health(c->ctx, &g.err) == PHX_COMM, "healthy");
+  FAKE_CHECK(rank, g.err.cause == 6 /* ncclRemoteError */, "cause %d", g.err.cause);
+  FAKE_CHECK(rank, strstr(g.err.message, "NCCL reports: remote process exited"), "%s", g.err.message);
+  FAKE_CHECK(rank, !*rank->job.failed, "asking has ended the job");
+  __atomic_store_n(&control->sick, 0, __ATOMIC_RELEASE);
+  comm_suite_rig_close(&g);
+}
+Test(nccl, health_asks_nccl, .timeout = 30) {
+  static fake_result result;
+  load();
+  run_limited(1, 5, 10, unwell, NULL, &result);
+  const char *report = fake_job_report(&result, 1);
+  cr_expect_eq(report[0], 0, "%s", report);
+  nothing_left();
+}
+
 typedef struct seen { /* when the job failed */
   const uint32_t *failed;
   int64_t ns;

@@ -8,6 +8,7 @@
  * them in that order.  Concurrent orders need split().  In-place use is as in NCCL: all_reduce with src == dst;
  * reduce_scatter with dst == src + rank * recv_numel; all_gather with src == dst + rank * send_numel.
  * When a call's work is done on its stream, the rank may reuse all its buffers.
+ * send and recv meet without a buffer and cannot be grouped: two ranks that both send first wait for each other.
  * Memory that host->alloc took with this communicator is reached by peers in place; other memory is staged.
  *
  * Buffers of a call are all in the device's space or all in host memory (pinned or not), told apart by address.  With
@@ -89,8 +90,12 @@ struct phx_comm {
   /* [main] names the unit that the next collectives are for, in the flight record; -1: none. */
   void (*annotate)(void *ctx, int32_t unit);
   void (*stats)(void *ctx, phx_comm_stats *out); /* [any] */
-  phx_status (*health)(void *ctx, phx_error *err); /* [any] never blocks */
-  void (*abort)(void *ctx);                        /* [any] waiting calls return PHX_COMM soon */
+  /* [any] never blocks.  Asked when [main] has not been heard of for half of the job's timeout: an error that no call
+   * has returned yet (a link that is down), or PHX_OK.  A failure ends the job, with its text. */
+  phx_status (*health)(void *ctx, phx_error *err);
+  /* [any] never blocks.  Waiting calls return PHX_COMM soon, and so do later ones; of what was split off, too.  Called
+   * once, where the job has failed and [main] is in a call for a second more. */
+  void (*abort)(void *ctx);
 };
 
 #ifdef __cplusplus

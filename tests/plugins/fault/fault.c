@@ -9,7 +9,10 @@
  *   abort  an assertion                     bus    a mapped file that is cut     hang   it never comes, and lives
  *   leave  exit(0)                          vanish _exit(0)                      stop   SIGSTOP
  *   busy   it computes for `seconds` and then comes
+ *   await  it waits until abort is called, and fails then
  * What ends or holds a process may also be `at` create or destroy; rank = -1 is all of them.
+ * Its health, asked while it is held, is `health`: as shm's, sick (it says why), mute (it fails without a word), hang
+ * or crash.  Calls of abort are logged.
  * With once = FILE nothing happens when the file is there, and it is made when something does: the next attempt of a
  * job runs through.  One world per process. */
 #define phx_plugin_v1 shm_entry
@@ -22,19 +25,24 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NONE, SKIP, COUNT, OP, NOT_A_NUMBER, FLIP, CRASH, KILL, EXIT, ABORT, BUS, HANG, LEAVE, VANISH, STOP, BUSY };
+enum {
+  NONE, SKIP, COUNT, OP, NOT_A_NUMBER, FLIP, CRASH, KILL, EXIT, ABORT, BUS, HANG, LEAVE, VANISH, STOP, BUSY, AWAIT
+};
+enum { HEALTH_OK, HEALTH_SICK, HEALTH_MUTE, HEALTH_HANG, HEALTH_CRASH };
 enum { AT_CALL, AT_CREATE, AT_DESTROY };
 enum { ON_ANY, ON_REDUCTION, ON_GATHER };
 typedef struct fault_config {
   shm_config shm; /* first: shm reads its part */
   int64_t rank, step, seconds;
-  int32_t what, on, lasting, at;
+  int32_t what, on, lasting, at, health;
   const char *once;
 } fault_config;
 
 static phx_comm inner; /* shm's own calls */
 static const phx_device *fault_device;
 static const phx_job *fault_job;
+static const phx_host *fault_host;
+static int32_t aborts;
 static fault_config fault;
 static int64_t done_in_step;
 
@@ -85,6 +93,12 @@ static void be_busy(void) {
   for (const double end = seconds_now() + (double)fault.seconds; seconds_now() < end; turns++) continue;
 }
 
+static phx_status await_abort(phx_error *err) {
+  while (!__atomic_load_n(&aborts, __ATOMIC_ACQUIRE)) nanosleep(&(struct timespec){0, 5000000}, NULL);
+  if (err) snprintf(err->message, sizeof err->message, "fault: its wait has ended with an abort");
+  return PHX_COMM;
+}
+
 /* Before the call; returns 1 when the call is not to be made. */
 static int before(const void *src, phx_stream *s, phx_status *status, phx_error *err) {
   switch (fault.what) {
@@ -102,6 +116,7 @@ static int before(const void *src, phx_stream *s, phx_status *status, phx_error 
     case VANISH: _exit(0);
     case STOP: raise(SIGSTOP); return 0;
     case BUSY: be_busy(); return 0;
+    case AWAIT: *status = await_abort(err); return 1;
     default: return 0;
   }
 }
@@ -152,6 +167,24 @@ static void at(int32_t where) {
   if (fault.at == where && (fault.rank < 0 || fault.rank == fault_job->rank)) (void)before(NULL, NULL, &status, NULL);
 }
 
+static phx_status fault_health(void *ctx, phx_error *err) {
+  if (fault.rank >= 0 && fault_job->rank != fault.rank) return inner.health(ctx, err);
+  switch (fault.health) {
+    case HEALTH_SICK: snprintf(err->message, sizeof err->message, "link 3 is down"); return PHX_COMM;
+    case HEALTH_MUTE: return PHX_DEVICE;
+    case HEALTH_HANG:
+      for (;;) pause();
+    case HEALTH_CRASH: crash_here(); return PHX_OK;
+    default: return inner.health(ctx, err);
+  }
+}
+static void fault_abort(void *ctx) {
+  char text[64];
+  snprintf(text, sizeof text, "abort, call %d", __atomic_add_fetch(&aborts, 1, __ATOMIC_ACQ_REL));
+  fault_host->log(fault_host->ctx, PHX_LOG_WARN, text);
+  inner.abort(ctx);
+}
+
 static void fault_destroy(phx_comm *world) {
   at(AT_DESTROY);
   destroy(world);
@@ -160,6 +193,7 @@ static void fault_destroy(phx_comm *world) {
 static phx_status fault_create(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out,
                                phx_error *err) {
   fault = *(const fault_config *)config;
+  fault_host = host;
   fault_device = host->extension(host->ctx, PHX_EXT_DEVICE);
   fault_job = host->extension(host->ctx, PHX_EXT_JOB);
   at(AT_CREATE);
@@ -171,13 +205,17 @@ static phx_status fault_create(const phx_host *host, const void *config, int64_t
   world->reduce_scatter = fault_reduce_scatter;
   world->all_gather = fault_all_gather;
   world->broadcast = fault_broadcast;
+  world->health = fault_health;
+  world->abort = fault_abort;
   return PHX_OK;
 }
 
 PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
 const phx_plugin *phx_plugin_v1(void) {
   static const char *const what[] = {"none", "skip", "count", "op", "nan", "flip", "crash", "kill", "exit",
-                                     "abort", "bus", "hang", "leave", "vanish", "stop", "busy", NULL};
+                                     "abort", "bus", "hang", "leave", "vanish", "stop", "busy", "await",
+                                     NULL};
+  static const char *const health[] = {"ok", "sick", "mute", "hang", "crash", NULL};
   static const char *const places[] = {"call", "create", "destroy", NULL};
   static const char *const on[] = {"any", "reduction", "gather", NULL};
   static const phx_option own[] = {
@@ -187,6 +225,7 @@ const phx_plugin *phx_plugin_v1(void) {
       PHX_INT(fault_config, step, "5", 0, 1000000, NULL, 0, "When."),
       PHX_ENUM(fault_config, what, "none", what, "What."),
       PHX_ENUM(fault_config, on, "any", on, "In which calls."),
+      PHX_ENUM(fault_config, health, "ok", health, "What its health is."),
       PHX_BOOL(fault_config, lasting, "no", "In every such call from this step on."),
       PHX_STRING(fault_config, once, "", 0, "A file that says it has happened."),
   };

@@ -184,6 +184,7 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *out,
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state) {
   *state = (ncclResult_t)__atomic_load_n(&comm->state, __ATOMIC_ACQUIRE);
+  if (__atomic_load_n(&CONTROL->sick, __ATOMIC_ACQUIRE)) *state = ncclRemoteError;
   return ncclSuccess;
 }
 ncclResult_t ncclCommFinalize(ncclComm_t comm) {

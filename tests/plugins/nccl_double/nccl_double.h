@@ -30,6 +30,7 @@ typedef struct double_control { /* shared by all ranks; set after double_setup()
   int one_gpu;         /* all ranks have the same */
   int fault, rank, at; /* at: from 1, operations of the rank on any communicator; rank DOUBLE_RANKS: all */
   int seconds;
+  int sick;            /* every communicator reports ncclRemoteError, whatever it does; may be set in a rank */
   /* read afterwards; of all ranks */
   int live_comms, live_registrations, live_memory;
   int aborts, splits, groups, operations, late_operations; /* late: on a communicator that was aborted */
