@@ -22,6 +22,7 @@
 #include "checkpoint/checkpoint_dir.h"
 #include "checkpoint/disk_room.h"
 #include "checkpoint/manifest.h"
+#include "engine/state.h"
 #include "engine/state_io.h"
 #include "engine/state_visit.h"
 #include "job/run_lock.h"
@@ -205,7 +206,8 @@ phx_status phx__save_begin(phx__runtime *rt, const char *run_dir, const phx__pos
   }
   status = phx__agree(rt, status, &why, NULL, err);
   if (status) goto done;
-  status = create_file(s, &why);
+  status = phx__state_prepare(rt, PHX_PREPARE_SAVE, &why);
+  if (!status) status = create_file(s, &why);
   status = phx__agree(rt, status, &why, NULL, err);
 done:
   if (!status) *out = s;

@@ -18,6 +18,7 @@
 #include "checkpoint/checkpoint_dir.h"
 #include "checkpoint/checkpoint_fits.h"
 #include "checkpoint/manifest.h"
+#include "engine/state.h"
 #include "engine/state_io.h"
 #include "engine/state_visit.h"
 #include "plugin/where.h"
@@ -265,7 +266,6 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   phx__verdict verdict = {0};
   phx__fit fit = {.restart = false};
   char hash[33];
-  const phx_strategy_table *strategy = rt->prepared->strategy;
   phx_status status = phx__checkpoint_reader_open(path, &walk.reader, &why);
   const phx__manifest *m = status ? NULL : walk.reader->manifest;
   if (!status) status = phx__manifest_fits(path, m, rt->prepared, &fit, &why);
@@ -277,6 +277,7 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   const phx__manifest_plugin *saved_by = phx__manifest_plugin_of(m, "strategy");
   walk.private_fits = saved_by && strcmp(saved_by->id, rt->config->strategy.plugin->descriptor->id) == 0 &&
                       m->ranks == rt->job->size;
+  PHX_TRY_GOTO(phx__state_prepare(rt, PHX_PREPARE_LOAD, err), status, done);
   status = phx__optim_state_changes(&rt->optim, &why);
   if (!status) status = phx__state_visit(rt, load_slice, &walk, &why);
   verdict.hash = walk.hash;
@@ -288,7 +289,10 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
                       m->state_hash);
     goto done;
   }
-  PHX_TRY_GOTO(PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err)), status, done);
+  const phx_restored restored = {.struct_size = sizeof restored,
+                                 .what = walk.private_fits ? PHX_RESTORED_PRIVATE : PHX_RESTORED_STATE,
+                                 .world_size = m->ranks, .step = m->step, .privates = walk.privates};
+  PHX_TRY_GOTO(phx__state_filled(rt, &restored, err), status, done);
   if (rt->job->rank == 0) say_all(&walk, path);
   if (rt->job->rank == 0 && fit.restart) say_restart(rt, &fit);
   out->at = (phx__position){

@@ -15,6 +15,7 @@
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/turned_file.h"
 #include "engine/layout.h"
+#include "engine/state.h"
 #include "engine/state_io.h"
 #include "engine/state_visit.h"
 #include "job/run_lock.h"
@@ -170,6 +171,7 @@ phx_status phx__weights_write(phx__runtime *rt, const char *dir, int64_t step, p
     status = phx_fail_errno(err, PHX_IO, errno, "cannot open %s", part);
     goto done;
   }
+  PHX_TRY_GOTO(phx__state_prepare(rt, PHX_PREPARE_FINAL, err), status, done);
   PHX_TRY_GOTO(write_slices(&f, err), status, done);
   PHX_TRY_GOTO(barrier(rt, err), status, done);
   if (first) status = publish(&f, dir, path, err);
@@ -199,10 +201,12 @@ phx_status phx__weights_fill(phx__runtime *rt, phx__source *source, phx_error *e
   if (!params) return phx_fail(err, PHX_NOMEM, "no memory to read %s", source->path);
   for (uint32_t i = 0; i < model->n_params; i++)
     PHX_TRY_GOTO(find_param(source, phx_model_param(model, i), &params[i], err), status, done);
+  const phx_restored weights = {.struct_size = sizeof weights, .what = PHX_RESTORED_WEIGHTS};
+  PHX_TRY_GOTO(phx__state_prepare(rt, PHX_PREPARE_LOAD, err), status, done);
   PHX_TRY_GOTO(phx__optim_state_changes(&rt->optim, err), status, done);
   slice_walk walk = {.source = source, .params = params, .rt = rt};
   PHX_TRY_GOTO(walk_slices(&walk, err), status, done);
-  PHX_TRY_GOTO(rt->prepared->strategy->state_changed(rt->strategy, err), status, done);
+  PHX_TRY_GOTO(phx__state_filled(rt, &weights, err), status, done);
 done:
   phx__free(params);
   return status;

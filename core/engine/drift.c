@@ -18,6 +18,7 @@
 #include "base/sys.h"
 #include "engine/layout.h"
 #include "engine/stage_view.h"
+#include "engine/state.h"
 #include "engine/state_io.h"
 #include "plugin/where.h"
 
@@ -35,6 +36,11 @@ struct phx__drift {
 };
 
 phx_status phx__drift_supported(const phx__prepared *p, phx_error *err) {
+  if (p->layout.flags & PHX_LAYOUT_REPLICAS_DIFFER)
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "run.drift_every: the replicas of strategy %s differ by design, so there is nothing to compare: "
+                    "use 0",
+                    p->config->strategy.plugin->descriptor->id);
   for (uint32_t s = 0; s < p->model->n_stages; s++)
     if (!p->layout.stage_owned[s])
       return phx_fail(err, PHX_UNSUPPORTED,
@@ -45,6 +51,7 @@ phx_status phx__drift_supported(const phx__prepared *p, phx_error *err) {
 }
 
 bool phx__drift_at_start(const phx__prepared *p) {
+  if (p->layout.flags & PHX_LAYOUT_REPLICAS_DIFFER) return false;
   for (uint32_t s = 0; s < p->model->n_stages; s++)
     if (!p->layout.stage_owned[s]) return false;
   return !(p->config->strategy.plugin->descriptor->provides & PHX_CAP_SHARDS_WEIGHTS);
@@ -230,9 +237,9 @@ static bool equal(const phx__drift *d, uint32_t i) {
 phx_status phx__drift_check(phx__drift *d, int64_t step, phx_error *err) {
   const phx__runtime *rt = d->rt;
   uint32_t different = 0, first = 0;
-  phx_status status = PHX_OK;
   d->rt->optim.after_ticket = NULL;
   memset(d->own, 0, d->n_params * sizeof *d->own);
+  phx_status status = phx__state_prepare(d->rt, PHX_PREPARE_COMPARE, err);
   for (uint32_t s = 0; s < rt->prepared->model->n_stages && !status; s++) status = hash_stage(d, s, err);
   if (status) return status;
   for (uint32_t i = 0; i < d->n; i++) {

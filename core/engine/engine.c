@@ -376,7 +376,7 @@ phx_status phx__engine_step(phx__engine *e, phx__data *data, int64_t step, phx__
   const phx_strategy_table *strategy = e->rt->prepared->strategy;
   const phx__settings *settings = &e->rt->config->s;
   const phx_job *job = e->rt->job;
-  const double terms = (double)e->rt->prepared->topology.accumulate * e->rt->prepared->layout.data_size;
+  const double terms = phx__gradient_terms(e->rt->prepared);
   phx__step_result result = {.lr = phx__optim_lr(settings, step)};
   e->step = step;
   phx__job_state(job, PHX_RANK_RUNNING, step);

@@ -143,8 +143,13 @@ phx_status phx__gradient_check_after(phx__gradient_check *c, const phx_view *vie
 
 phx_status phx__gradient_check_sum(phx__gradient_check *c, phx_error *err) {
   const phx_comm *core = c->rt->core;
+  const phx__prepared *p = c->rt->prepared;
+  const double share = phx__gradient_terms(p) / ((double)p->topology.accumulate * p->layout.data_size);
   for (int64_t i = 0; i < c->n; i++)
-    for (int64_t k = 0; k < PHX_BLOCK; k++) c->sums[i][k] = (float)c->own[i][k];
+    for (int64_t k = 0; k < PHX_BLOCK; k++) {
+      c->sums[i][k] = (float)(c->own[i][k] * share);
+      c->sums[c->n + i][k] *= (float)share;
+    }
   return PHX__IN_COMM(c->rt->job, core->all_reduce(core->ctx, c->sums, c->sums, 2 * c->n * PHX_BLOCK, PHX_F32, PHX_SUM,
                                                    NULL, err));
 }

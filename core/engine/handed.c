@@ -197,9 +197,14 @@ static phx_status check_state_kind(const phx__runtime *rt, const phx_slice *s, p
 
 phx_status phx__handed_slice(const phx__runtime *rt, const phx_slice *s, phx_error *err) {
   if (!s) return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state named no slice (NULL)", id_of(rt));
-  if (!plausible(s->struct_size, offsetof(phx_slice, where) + sizeof s->where))
+  const size_t least = offsetof(phx_slice, where) + sizeof s->where;
+  if (!plausible(s->struct_size, least))
     return phx_fail(err, PHX_INTERNAL, "strategy %s: visit_state: a slice's struct_size is %zu; expected %zu or more",
-                    id_of(rt), s->struct_size, sizeof *s);
+                    id_of(rt), s->struct_size, least);
+  if (PHX_HAS(s, phx_slice, numel) && s->numel)
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "strategy %s: visit_state: a slice has numel %" PRId64 ", which is reserved: expected 0", id_of(rt),
+                    s->numel);
   phx_status status = check_state_kind(rt, s, err);
   if (!status) status = check_place(rt, "visit_state", s->place, err);
   if (status || s->kind != PHX_STATE_PRIVATE)

@@ -20,6 +20,24 @@ static phx_status impossible(const char *kind, const char *id, const char *what,
   return phx_fail(err, PHX_INVALID, "%s %s plans %" PRId64 " %s: expected 0 to %" PRId64, kind, id, value, what, MOST);
 }
 
+static phx_status check_flags(const phx__prepared *p, phx_error *err) {
+  const uint64_t unknown = p->layout.flags & ~(uint64_t)PHX_LAYOUT_REPLICAS_DIFFER;
+  if (unknown)
+    return phx_fail(err, PHX_UNSUPPORTED, "strategy %s: layout gave flag %d, which this phalanx %s", strategy_of(p),
+                    __builtin_ctzll(unknown),
+                    unknown & PHX_LAYOUT_NORM_PER_REPLICA ? "has reserved and cannot honour yet" : "does not know");
+  if (!p->layout.flags) return PHX_OK;
+  if (p->config->strategy.plugin->descriptor->provides & PHX_CAP_DETERMINISTIC)
+    return phx_fail(err, PHX_INVALID,
+                    "strategy %s: its replicas differ by design (layout), and yet it promises the same bits as other "
+                    "strategies (PHX_CAP_DETERMINISTIC)", strategy_of(p));
+  if (p->config->s.run.checked == 1)
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "run.checked = yes: the replicas of strategy %s differ by design, so what they compute with is not "
+                    "the state: use no", strategy_of(p));
+  return PHX_OK;
+}
+
 phx_status phx__plan_check_layout(const phx__prepared *p, phx_error *err) {
   enum { SLOTS_MOST = 1 << 20 };
   const phx_layout *l = &p->layout;
@@ -30,9 +48,13 @@ phx_status phx__plan_check_layout(const phx__prepared *p, phx_error *err) {
     return phx_fail(err, PHX_INVALID, "strategy %s: layout gave %d activation slots", strategy_of(p),
                     l->activation_slots);
   if (l->n_axes > sizeof l->axes / sizeof *l->axes)
-    return phx_fail(err, PHX_INVALID, "strategy %s: layout gave %u axes; there is room for 4", strategy_of(p),
-                    l->n_axes);
-  return PHX_OK;
+    return phx_fail(err, PHX_INVALID, "strategy %s: layout gave %u axes; there is room for %d", strategy_of(p),
+                    l->n_axes, PHX_AXES_ROOM);
+  if (l->gradient_terms < 0 || l->gradient_terms > MOST)
+    return phx_fail(err, PHX_INVALID,
+                    "strategy %s: layout gave %" PRId64 " terms of a gradient: expected 0 (the plain sum), 1 (a mean), "
+                    "or how many", strategy_of(p), l->gradient_terms);
+  return check_flags(p, err);
 }
 
 phx_status phx__plan_check_stage(const phx__prepared *p, uint32_t stage, phx_error *err) {
@@ -62,6 +84,25 @@ static phx_status check_traffic(const phx__prepared *p, int32_t op, phx_error *e
                   e->sent[op], phx_op_name(op));
 }
 
+/* What lies behind the last kind and the last collective that this core knows. */
+static phx_status check_room(const phx__prepared *p, phx_error *err) {
+  const phx_estimate *e = &p->estimate;
+  for (int32_t k = PHX_MEM_KINDS; k < PHX_MEM_KINDS_ROOM; k++)
+    if (e->bytes[k])
+      return phx_fail(err, PHX_UNSUPPORTED,
+                      "strategy %s plans %" PRId64 " bytes of memory kind %d, which this phalanx does not have",
+                      strategy_of(p), e->bytes[k], k);
+  for (int32_t op = PHX_OPS; op < PHX_OPS_ROOM; op++)
+    if (e->calls[op] || e->sent[op])
+      return phx_fail(err, PHX_UNSUPPORTED,
+                      "strategy %s plans %" PRId64 " calls of collective %d, which this phalanx does not have",
+                      strategy_of(p), e->calls[op], op);
+  if (e->period == 0 || e->period == 1) return PHX_OK;
+  return phx_fail(err, PHX_UNSUPPORTED,
+                  "strategy %s plans its traffic for periods of %" PRId64 " steps; this phalanx measures single steps",
+                  strategy_of(p), e->period);
+}
+
 phx_status phx__plan_check_estimate(const phx__prepared *p, int64_t comm_buffers, phx_error *err) {
   const phx_estimate *e = &p->estimate;
   int64_t all = 0;
@@ -79,7 +120,7 @@ phx_status phx__plan_check_estimate(const phx__prepared *p, int64_t comm_buffers
     return impossible("strategy", strategy_of(p), "bytes of state", e->state_bytes, err);
   if (comm_buffers < 0 || comm_buffers > MOST)
     return impossible("comm", p->config->comm.plugin->descriptor->id, "bytes of buffers", comm_buffers, err);
-  phx_status status = PHX_OK;
+  phx_status status = check_room(p, err);
   for (int32_t op = 0; op < PHX_OPS && !status; op++) status = check_traffic(p, op, err);
   return status;
 }

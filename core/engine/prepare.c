@@ -47,7 +47,7 @@ static void prepare_topology(phx__prepared *p, int32_t rank, int32_t size, int32
       .local_size = local_size, .accumulate = (int32_t)s->batch.accumulate, .reduce = s->batch.reduce,
       .compute_dtype = s->precision.compute ? PHX_BF16 : PHX_F32,
       .reduce_dtype = s->precision.reduce ? PHX_BF16 : PHX_F32, .overlaps = 1, .n_optim_states = optim.n_states,
-      .payload = p->comm->payload};
+      .payload = p->comm->payload, .payload_ctx = p->config->comm.config};
   for (uint32_t i = 0; i < optim.n_states; i++) p->topology.optim_dtype[i] = optim.states[i].dtype;
 }
 

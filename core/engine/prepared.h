@@ -35,4 +35,10 @@ typedef struct phx__prepared {
   int64_t copy_bytes;            /* for copies of saves in the background, in planned; 0: none, or not known yet */
   int64_t planned[PHX_MEM_KINDS];/* this rank, the device's scratch excluded (known when it is open) */
 } phx__prepared;
+
+/* What a finished gradient is to be divided by to be the mean over micro-batches and data ranks. */
+static inline double phx__gradient_terms(const phx__prepared *p) {
+  const double all = (double)p->topology.accumulate * p->layout.data_size;
+  return p->layout.gradient_terms > 0 ? (double)p->layout.gradient_terms : all;
+}
 #endif

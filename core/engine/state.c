@@ -54,13 +54,29 @@ static phx_status initialise_slice(void *ctx, const phx_slice *slice, phx_error 
   return phx__slice_write(walk->rt, slice, initialise_part, &w, err);
 }
 
+phx_status phx__state_prepare(phx__runtime *rt, int32_t purpose, phx_error *err) {
+  const phx_strategy_table *t = rt->prepared->strategy;
+  if (!PHX_HAS(t, phx_strategy_table, prepare_state) || !t->prepare_state) return PHX_OK;
+  return PHX__IN_STRATEGY(rt->job, PHX_IN_PREPARE, -1, t->prepare_state(rt->strategy, purpose, err));
+}
+
+phx_status phx__state_filled(phx__runtime *rt, const phx_restored *what, phx_error *err) {
+  const phx_strategy_table *t = rt->prepared->strategy;
+  phx_status status = PHX_OK;
+  if (PHX_HAS(t, phx_strategy_table, state_restored) && t->state_restored)
+    status = PHX__IN_STRATEGY(rt->job, PHX_IN_RESTORED, -1, t->state_restored(rt->strategy, what, err));
+  if (status) return status;
+  return PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, t->state_changed(rt->strategy, err));
+}
+
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err) {
   state_walk walk = {.rt = rt};
-  const phx_strategy_table *strategy = rt->prepared->strategy;
+  const phx_restored nothing = {.struct_size = sizeof nothing, .what = PHX_RESTORED_INITIAL};
+  PHX_TRY(phx__state_prepare(rt, PHX_PREPARE_INIT, err));
   PHX_TRY(phx__optim_state_changes(&rt->optim, err));
   PHX_TRY(phx__state_visit(rt, initialise_slice, &walk, err));
   PHX_TRY(phx__state_covered(rt, err));
-  return PHX__IN_STRATEGY(rt->job, PHX_IN_STATE, -1, strategy->state_changed(rt->strategy, err));
+  return phx__state_filled(rt, &nothing, err);
 }
 
 static phx_status hash_part(void *ctx, const void *data, int64_t at, int64_t bytes, phx_error *err) {
@@ -82,6 +98,7 @@ static phx_status hash_slice(void *ctx, const phx_slice *slice, phx_error *err) 
 phx_status phx__runtime_state_hash(phx__runtime *rt, phx__state_hash *out, phx_error *err) {
   state_walk walk = {.rt = rt};
   phx__state_hash all[PHX_RANKS_MAX];
+  PHX_TRY(phx__state_prepare(rt, PHX_PREPARE_HASH, err));
   PHX_TRY(phx__state_visit(rt, hash_slice, &walk, err));
   PHX_TRY(phx__state_covered(rt, err));
   PHX_TRY(PHX__IN_COMM(rt->job, rt->core->all_gather(rt->core->ctx, &walk.hash, all, 2, PHX_U64, NULL, err)));

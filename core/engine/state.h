@@ -3,6 +3,10 @@
 #define PHX__STATE_H
 #include "engine/runtime.h"
 
+/* [collective] Tells the strategy what comes next with the state (PHX_PREPARE_*), where it wants to know. */
+phx_status phx__state_prepare(phx__runtime *rt, int32_t purpose, phx_error *err);
+/* [collective] After all of the state was written: the strategy hears with what, and rebuilds what it derives. */
+phx_status phx__state_filled(phx__runtime *rt, const phx_restored *what, phx_error *err);
 /* [collective] every slice gets its initial values: weights from the counter-based generator, states zero. */
 phx_status phx__runtime_initialise(phx__runtime *rt, phx_error *err);
 /* [collective] the hash of the whole training state. */

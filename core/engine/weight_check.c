@@ -13,6 +13,7 @@
 #include "base/sys.h"
 #include "engine/layout.h"
 #include "engine/stage_view.h"
+#include "engine/state.h"
 #include "engine/state_io.h"
 #include "engine/state_visit.h"
 #include "plugin/where.h"
@@ -131,6 +132,7 @@ phx_status phx__weight_check(phx__runtime *rt, const char *when, phx_error *err)
   weight_check c = {.rt = rt, .when = when, .state = phx__calloc(m->n_params, sizeof *c.state)};
   phx_status status = PHX_OK, found = PHX_OK;
   if (!c.state) return phx_fail(err, PHX_NOMEM, "no memory for the hashes of %u parameters", m->n_params);
+  PHX_TRY_GOTO(phx__state_prepare(rt, PHX_PREPARE_COMPARE, err), status, done);
   PHX_TRY_GOTO(phx__state_visit(rt, hash_slice, &c, err), status, done);
   PHX_TRY_GOTO(PHX__IN_COMM(rt->job, rt->core->all_reduce(rt->core->ctx, c.state, c.state, m->n_params, PHX_U64,
                                                           PHX_SUM, NULL, err)), status, done);

@@ -37,14 +37,15 @@ bool phx__where_text(const phx_liveness *page, char *out, size_t bytes) {
   static const char *const calls[] = {NULL,       "create",  "visit_state, map or state_changed",
                                       "begin_micro_batch", "acquire", "release",
                                       "finish_gradients or discard_gradients", "gradient_norm", "update",
-                                      "run_step", "forward", "backward", "a collective of the core", "destroy"};
+                                      "run_step", "forward", "backward", "a collective of the core", "destroy",
+                                      "prepare_state", "state_restored"};
   const int32_t call = __atomic_load_n(&page->in_call, __ATOMIC_RELAXED);
   const int32_t kind = __atomic_load_n(&page->in_plugin, __ATOMIC_RELAXED);
   const int32_t stage = __atomic_load_n(&page->in_stage, __ATOMIC_RELAXED);
   text t = {out, bytes};
   if (bytes == 0) return false;
   out[0] = 0;
-  if (call <= PHX_IN_CORE || call > PHX_IN_DESTROY) return false;
+  if (call <= PHX_IN_CORE || call > PHX_IN_RESTORED) return false;
   if (kind < PHX_KIND_STRATEGY || kind > PHX_KIND_MODEL) return false;
   put(&t, kinds[kind], 16);
   put(&t, " ", 1);

@@ -32,8 +32,7 @@ const phx_plugin *phx_plugin_v1(void) {
       .vendor = "Phalanx",
       .license = "unspecified",
       .build = __VERSION__,
-      .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER |
-                  PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_LIVE_STATE,
+      .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_LIVE_STATE,
       .extensions = extensions,
       .options = options,
       .n_options = sizeof options / sizeof *options,

@@ -47,6 +47,11 @@ int64_t ncx_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int3
     default: return 0; /* send, barrier, split */
   }
 }
+static int64_t payload(const void *config, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
+                       int32_t root) {
+  (void)config; /* no option changes it */
+  return ncx_payload(op, numel, dtype, rank, size, root);
+}
 
 static int64_t buffer_bytes(const void *config, int32_t size) {
   const ncx_config *k = config;
@@ -83,7 +88,7 @@ static void *arena(phx_comm *world) { return ((ncx_comm *)(void *)world)->world-
 static const phx_comm_table table = {
     .struct_size = sizeof(phx_comm_table),
     .probe = probe,
-    .payload = ncx_payload,
+    .payload = payload,
     .buffer_bytes = buffer_bytes,
     .create = create,
     .destroy = destroy,

@@ -299,13 +299,6 @@ static phx_status zero_update(phx_strategy *self, int64_t step, float scale, phx
   return zero_make_whole(r, PHX_FLAT_TRAINABLE, err);
 }
 
-static phx_status zero_health(phx_strategy *self, phx_error *err) {
-  return self->rank.s.comm->health(self->rank.s.comm->ctx, err);
-}
-static void zero_abort(phx_strategy *self) {
-  self->rank.s.comm->abort(self->rank.s.comm->ctx);
-}
-
 static const phx_strategy_table table = {
     .struct_size = sizeof table,
     .estimate = zero_estimate,
@@ -322,8 +315,6 @@ static const phx_strategy_table table = {
     .discard_gradients = zero_discard_gradients,
     .gradient_norm = zero_gradient_norm,
     .update = zero_update,
-    .health = zero_health,
-    .abort = zero_abort,
 };
 
 static const char *const extensions[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, NULL};
@@ -338,8 +329,7 @@ static const phx_plugin plugin = {
     .vendor = "Phalanx",
     .license = "unspecified",
     .build = __VERSION__,
-    .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_SHARDS_GRADIENTS | PHX_CAP_SHARDS_OPTIMIZER |
-                PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_LIVE_STATE,
+    .provides = PHX_CAP_SHARDS_WEIGHTS | PHX_CAP_DETERMINISTIC | PHX_CAP_BF16 | PHX_CAP_LIVE_STATE,
     .extensions = extensions,
     .options = options,
     .n_options = sizeof options / sizeof *options,

@@ -124,5 +124,5 @@ void phx_kit_regions_release(const phx_kit_services *s, phx_kit_region *regions,
 void phx_kit_estimate_call(phx_estimate *out, const phx_topology *t, int32_t op, int64_t numel, int32_t dtype,
                            int32_t root, int64_t times) {
   out->calls[op] += times;
-  out->sent[op] += times * t->payload(op, numel, dtype, t->rank, t->world_size, root);
+  out->sent[op] += times * t->payload(t->payload_ctx, op, numel, dtype, t->rank, t->world_size, root);
 }

@@ -102,6 +102,43 @@ Test(checkpoint_private, left_out_by_name_otherwise, .timeout = 120) {
   command_remove_dir(dir);
 }
 
+/* ---- what the strategy hears ---- */
+
+/* The strategy's lines in the order of `lines`, and no other one of it. */
+static void expect_heard(const char *out, const char *const *lines) {
+  const char *at = out;
+  int n = 0;
+  for (; lines[n]; n++) {
+    const char *found = strstr(at, lines[n]);
+    cr_assert(found, "no '%s' behind line %d in:\n%s", lines[n], n, out);
+    at = found + strlen(lines[n]);
+  }
+  cr_expect_eq(count(out, "residue] prepare ") + count(out, "residue] restored "), n, "%s", out);
+}
+
+/* PHX_PREPARE_INIT 0, LOAD 1, HASH 2, SAVE 3, FINAL 4, COMPARE 5; PHX_RESTORED_*: what, world size, step, slices. */
+Test(checkpoint_private, the_strategy_hears_what_comes_and_what_was_restored, .timeout = 120) {
+  char *dir = command_temp_dir(), *out;
+  training_files(dir, model);
+  out = TRAIN(dir, "2", "residue", "whole", "4", "--set", "run.checked=no"); /* saved at 2 and 4 */
+  expect_heard(out, (const char *const[]){"residue] prepare 0", "residue] restored 0 0 0 0", "residue] prepare 5",
+                                          "residue] prepare 3", "residue] prepare 3", "residue] prepare 2",
+                                          "residue] prepare 4", NULL});
+  free(out);
+  out = TRAIN(dir, "2", "residue", "again", "3", "--resume", "whole/checkpoints/step-00000002", "--set",
+              "run.checked=yes", "--set", "run.drift_every=1");
+  expect_heard(out, (const char *const[]){"residue] prepare 1", "residue] restored 3 2 2 2", "residue] prepare 5",
+                                          "residue] prepare 5", "residue] prepare 5", "residue] prepare 5",
+                                          "residue] prepare 3", "residue] prepare 2", "residue] prepare 4", NULL});
+  free(out);
+  out = TRAIN(dir, "1", "residue", "fewer", "3", "--resume", "whole/checkpoints/step-00000002", "--set",
+              "run.checked=no");
+  expect_heard(out, (const char *const[]){"residue] prepare 1", "residue] restored 2 2 2 0", "residue] prepare 3",
+                                          "residue] prepare 2", "residue] prepare 4", NULL});
+  free(out);
+  command_remove_dir(dir);
+}
+
 Test(checkpoint_private, damage_is_found, .timeout = 120) {
   char *dir = command_temp_dir(), path[512], *out;
   phx_error err = {.struct_size = sizeof err};

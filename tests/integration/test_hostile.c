@@ -78,7 +78,14 @@ static const misuse impossible_plans[] = {
     {"layout_rank", 2, "hostile: layout gave data rank -1 of 2, in a world of 2"},
     {"layout_size", 2, "hostile: layout gave data rank 0 of 2147483647, in a world of 2"},
     {"layout_slots", 2, "hostile: layout gave 0 activation slots"},
-    {"layout_axes", 2, "hostile: layout gave 1000 axes"},
+    {"layout_axes", 2, "hostile: layout gave 1000 axes; there is room for 8"},
+    {"plan_kind", 2, "hostile plans 4096 bytes of memory kind 8, which this phalanx does not have"},
+    {"calls_unknown", 2, "hostile plans 2 calls of collective 10, which this phalanx does not have"},
+    {"plan_period", 2, "hostile plans its traffic for periods of 4 steps; this phalanx measures single steps"},
+    {"layout_flag", 2, "hostile: layout gave flag 40, which this phalanx does not know"},
+    {"layout_norm", 2, "hostile: layout gave flag 1, which this phalanx has reserved and cannot honour yet"},
+    {"layout_differ", 2, "hostile: its replicas differ by design (layout), and yet it promises the same bits"},
+    {"layout_terms", 2, "hostile: layout gave -3 terms of a gradient: expected 0 (the plain sum), 1 (a mean)"},
 };
 Test(hostile, impossible_plans_are_refused, .timeout = 120) { RUN_ALL("train", "hostile", "2", "1", impossible_plans); }
 
@@ -125,6 +132,7 @@ static const misuse wrong_state[] = {
     {"visit_size", 3, "visit_state: a slice's struct_size is 8; expected 64 or more"},
     {"visit_null", 3, "visit_state named no slice (NULL)"},
     {"visit_nameless", 3, "visit_state: private state without a name"},
+    {"visit_numel", 3, "visit_state: a slice has numel 5, which is reserved: expected 0"},
     {"map_null", 3, "map: the memory of state 0 of unit 0 (wte) is NULL"},
     {"map_unaligned", 3, "1, which is no multiple of 4 bytes"},
     {"map_beyond", 3, "unit 4 (ln_f) takes 4096 bytes, and the allocation that it begins in ends before"},
@@ -376,6 +384,50 @@ Test(hostile, loading_is_not_trusted, .timeout = 120) {
     }
     unsetenv("PHX_HOSTILE_LOAD");
   }
+  command_remove_dir(dir);
+}
+
+/* ---- what a layout may say of gradients and replicas ---- */
+/* Half of a sum, called a mean, gives the sum's bits on two ranks; a sum that is called a mean is found. */
+static const misuse means[] = {
+    {"hostile.misuse=is_mean", 0, "equal bits: 2 strategies"},
+    {"hostile.misuse=called_mean", 3, "gradient_norm: the gradient of"},
+};
+Test(hostile, a_gradient_may_be_a_mean, .timeout = 120) {
+  char *dir = hostile_dir();
+  for (size_t i = 0; i < sizeof means / sizeof *means; i++) {
+    command_result r = RUN(dir, 60, "compare", "run.ini", "-n", "2", "--steps", "3", "--strategies", "ddp,hostile",
+                           "--set", means[i].name);
+    cr_expect(r.status == means[i].status && strstr(r.out, means[i].says), "%s: status %d:\n%s", means[i].name,
+              r.status, r.out);
+    command_free(&r);
+  }
+  command_remove_dir(dir);
+}
+
+/* One rank's weights differ from the start: nobody compares them, where that is by design. */
+Test(hostile, replicas_that_differ_by_design_are_not_compared, .timeout = 120) {
+  static const struct {
+    const char *rank, *more, *says;
+    int status;
+  } cases[] = {
+      {"hostile.rank=-1", "hostile.misuse=layout_differ", NULL, 0},
+      {"hostile.rank=-1", "run.drift_every=1", "run.drift_every: the replicas of strategy hostile differ by design", 2},
+      {"hostile.rank=-1", "run.checked=yes", "run.checked = yes: the replicas of strategy hostile differ by design", 2},
+      /* the control: not by design */
+      {"hostile.rank=1", "hostile.misuse=changed_one", "the ranks' weights have drifted apart", 3},
+  };
+  char *dir = hostile_dir();
+  setenv("PHX_HOSTILE_LOAD", "own_bits", 1);
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    command_result r = RUN(dir, 60, "train", "run.ini", "-n", "2", "--steps", "2", "--strategy", "hostile", "--set",
+                           "run.checked=no", "--set", "run.deterministic=no", "--set", cases[i].rank, "--set",
+                           "hostile.misuse=layout_differ", "--set", cases[i].more);
+    cr_expect(r.status == cases[i].status && (!cases[i].says || strstr(r.out, cases[i].says)), "%s: status %d:\n%s",
+              cases[i].more, r.status, r.out);
+    command_free(&r);
+  }
+  unsetenv("PHX_HOSTILE_LOAD");
   command_remove_dir(dir);
 }
 

@@ -200,7 +200,7 @@ void comm_suite_try_shape(rig *g, const shape *s, uint64_t seed) {
     check_guard(g, src, in);
     check_guard(g, dst, out);
   }
-  int64_t want = comm_suite.table->payload(op, s->numel, s->dtype, me, n, root),
+  int64_t want = comm_suite.table->payload(NULL, op, s->numel, s->dtype, me, n, root),
           got = after.bytes[op] - before.bytes[op];
   if (got != want) BAD(g, "%s: payload %lld, moved %lld", shape_text(s), (long long)want, (long long)got);
   if (after.calls[op] != before.calls[op] + 1) BAD(g, "%s: calls", shape_text(s));
@@ -280,9 +280,9 @@ void comm_suite_pairs(fake_rank *rank) {
   }
   phx_comm_stats st = {.struct_size = sizeof st};
   c->stats(c->ctx, &st);
-  int64_t want = 3 * 2 * (comm_suite.table->payload(PHX_OP_RECV, 1, PHX_F32, 0, c->size, 0) +
-                          comm_suite.table->payload(PHX_OP_RECV, 1023, PHX_F32, 0, c->size, 0) +
-                          comm_suite.table->payload(PHX_OP_RECV, 300007, PHX_F32, 0, c->size, 0));
+  int64_t want = 3 * 2 * (comm_suite.table->payload(NULL, PHX_OP_RECV, 1, PHX_F32, 0, c->size, 0) +
+                          comm_suite.table->payload(NULL, PHX_OP_RECV, 1023, PHX_F32, 0, c->size, 0) +
+                          comm_suite.table->payload(NULL, PHX_OP_RECV, 300007, PHX_F32, 0, c->size, 0));
   if (st.bytes[PHX_OP_RECV] != want || st.bytes[PHX_OP_SEND] != 0 || st.calls[PHX_OP_SEND] != 24) BAD(&g, "stats");
   comm_suite_rig_close(&g);
 }

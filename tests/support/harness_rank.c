@@ -220,7 +220,6 @@ static phx_status rank_body(rank_state *k, phx_error *err) {
   if (count_in_flight(k) != 0)
     harness__note(r, "rank %d: %lld collectives were in flight while state was visited", k->rank,
                   (long long)count_in_flight(k));
-  if (t->health) PHX_TRY(t->health(k->strategy, err));
   return PHX_OK;
 }
 

@@ -52,7 +52,9 @@ typedef struct comm {
   phx_comm_stats stats;
 } comm;
 
-int64_t loopback_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root) {
+int64_t loopback_payload(const void *ctx, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
+                         int32_t root) {
+  (void)ctx;
   int64_t es = (int64_t)phx_dtype_bytes(dtype), others = size - 1,
           part = numel * (rank + 1) / size - numel * rank / size;
   switch (op) {
@@ -282,7 +284,7 @@ static phx_status call_fn(void *arg, phx_error *err) {
   }
   pthread_mutex_lock(&m->lock);
   m->stats.calls[c->op]++;
-  m->stats.bytes[c->op] += loopback_payload(c->op, c->numel, c->dtype, m->base.rank, g->size, c->root);
+  m->stats.bytes[c->op] += loopback_payload(NULL, c->op, c->numel, c->dtype, m->base.rank, g->size, c->root);
   pthread_mutex_unlock(&m->lock);
 done:
   if (status != PHX_OK) loopback_abort(g->world, err ? err->message : "a collective failed");
@@ -298,7 +300,7 @@ static phx_status issue(void *ctx, int32_t op, const void *src, void *dst, int64
                     root);
   call c = {m, mail_op ? 0 : m->issued++, op, dtype, red, root, numel, src, dst};
   if (m->watch)
-    m->watch->issued(m->watch->ctx, op, numel, loopback_payload(op, numel, dtype, m->base.rank, m->g->size, root),
+    m->watch->issued(m->watch->ctx, op, numel, loopback_payload(NULL, op, numel, dtype, m->base.rank, m->g->size, root),
                      s != NULL, src, dst);
   return loopback_submit(m->device, s, call_fn, &c, sizeof c, err);
 }

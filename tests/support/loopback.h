@@ -23,7 +23,8 @@ void loopback_device_destroy(phx_device *d);
 phx_status loopback_submit(phx_device *d, phx_stream *s, phx_stream_fn *fn, const void *payload, size_t bytes,
                            phx_error *err);
 
-int64_t loopback_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
+int64_t loopback_payload(const void *ctx, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
+                         int32_t root);
 
 typedef struct loopback_watch { /* called on [main] when a collective is issued */
   void *ctx;

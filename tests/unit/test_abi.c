@@ -101,26 +101,30 @@ PIN(phx_optim, struct_size, 0); PIN(phx_optim, ctx, 8); PIN(phx_optim, name, 16)
 PIN(phx_optim, n_states, 28); PIN(phx_optim, states, 32); PIN(phx_optim, update, 160);
 
 /* ---- phalanx/strategy.h ---- */
-NO_TAIL(phx_topology, boundary_bytes);
+NO_TAIL(phx_topology, payload_ctx);
 PIN(phx_topology, struct_size, 0); PIN(phx_topology, rank, 8); PIN(phx_topology, world_size, 12);
 PIN(phx_topology, local_rank, 16); PIN(phx_topology, local_size, 20); PIN(phx_topology, accumulate, 24);
 PIN(phx_topology, reduce, 28); PIN(phx_topology, compute_dtype, 32); PIN(phx_topology, reduce_dtype, 36);
 PIN(phx_topology, overlaps, 40); PIN(phx_topology, n_optim_states, 44); PIN(phx_topology, optim_dtype, 48);
-PIN(phx_topology, payload, 80); PIN(phx_topology, boundary_bytes, 88);
+PIN(phx_topology, payload, 80); PIN(phx_topology, boundary_bytes, 88); PIN(phx_topology, payload_ctx, 96);
 NO_TAIL(phx_axis, index);
 PIN(phx_axis, name, 0); PIN(phx_axis, size, 24); PIN(phx_axis, index, 28);
-NO_TAIL(phx_layout, unit_owned);
+NO_TAIL(phx_layout, gradient_terms);
 PIN(phx_layout, struct_size, 0); PIN(phx_layout, data_rank, 8); PIN(phx_layout, data_size, 12);
 PIN(phx_layout, activation_slots, 16); PIN(phx_layout, n_axes, 20); PIN(phx_layout, axes, 24);
-PIN(phx_layout, stage_owned, 280); PIN(phx_layout, unit_owned, 288);
-NO_TAIL(phx_estimate, state_bytes);
+PIN(phx_layout, stage_owned, 280); PIN(phx_layout, unit_owned, 288); PIN(phx_layout, flags, 296);
+PIN(phx_layout, gradient_terms, 304);
+NO_TAIL(phx_estimate, period);
 PIN(phx_estimate, struct_size, 0); PIN(phx_estimate, bytes, 8); PIN(phx_estimate, arena_bytes, 136);
 PIN(phx_estimate, sent, 144); PIN(phx_estimate, calls, 400);
-PIN(phx_estimate, state_bytes, 656);
-NO_TAIL(phx_slice, where);
+PIN(phx_estimate, state_bytes, 656); PIN(phx_estimate, period, 664);
+NO_TAIL(phx_slice, numel);
 PIN(phx_slice, struct_size, 0); PIN(phx_slice, kind, 8); PIN(phx_slice, state_index, 12); PIN(phx_slice, name, 16);
 PIN(phx_slice, unit, 24); PIN(phx_slice, flat, 28); PIN(phx_slice, first_block, 32); PIN(phx_slice, blocks, 40);
-PIN(phx_slice, dtype, 48); PIN(phx_slice, place, 52); PIN(phx_slice, where, 56);
+PIN(phx_slice, dtype, 48); PIN(phx_slice, place, 52); PIN(phx_slice, where, 56); PIN(phx_slice, numel, 64);
+NO_TAIL(phx_restored, privates);
+PIN(phx_restored, struct_size, 0); PIN(phx_restored, what, 8); PIN(phx_restored, world_size, 12);
+PIN(phx_restored, step, 16); PIN(phx_restored, privates, 24);
 NO_TAIL(phx_visitor, slice);
 PIN(phx_visitor, struct_size, 0); PIN(phx_visitor, ctx, 8); PIN(phx_visitor, slice, 16);
 NO_TAIL(phx_param_view, param);
@@ -135,15 +139,15 @@ NO_TAIL(phx_executor, runs);
 PIN(phx_executor, struct_size, 0); PIN(phx_executor, ctx, 8); PIN(phx_executor, micro_batches, 16);
 PIN(phx_executor, n_stages, 20); PIN(phx_executor, boundary_bytes, 24); PIN(phx_executor, boundary, 32);
 PIN(phx_executor, forward, 40); PIN(phx_executor, backward, 48); PIN(phx_executor, runs, 56);
-NO_TAIL(phx_strategy_table, abort);
+NO_TAIL(phx_strategy_table, state_restored);
 PIN(phx_strategy_table, struct_size, 0); PIN(phx_strategy_table, layout, 8); PIN(phx_strategy_table, estimate, 16);
 PIN(phx_strategy_table, create, 24); PIN(phx_strategy_table, destroy, 32); PIN(phx_strategy_table, visit_state, 40);
 PIN(phx_strategy_table, map, 48); PIN(phx_strategy_table, unmap, 56); PIN(phx_strategy_table, state_changed, 64);
 PIN(phx_strategy_table, begin_micro_batch, 72); PIN(phx_strategy_table, acquire, 80);
 PIN(phx_strategy_table, release, 88); PIN(phx_strategy_table, finish_gradients, 96);
 PIN(phx_strategy_table, discard_gradients, 104); PIN(phx_strategy_table, gradient_norm, 112);
-PIN(phx_strategy_table, update, 120); PIN(phx_strategy_table, run_step, 128); PIN(phx_strategy_table, health, 136);
-PIN(phx_strategy_table, abort, 144);
+PIN(phx_strategy_table, update, 120); PIN(phx_strategy_table, run_step, 128);
+PIN(phx_strategy_table, prepare_state, 136); PIN(phx_strategy_table, state_restored, 144);
 
 /* ---- phalanx/job.h: provisional, only without tail padding ---- */
 NO_TAIL(phx_flight, unit);
@@ -175,8 +179,8 @@ Test(abi, old_plugin_under_this_core) {
   cr_assert_lt(table->struct_size, sizeof *table);
   cr_assert_eq(((const unsigned char *)table)[offsetof(phx_strategy_table, run_step)], 0xA5);
   cr_assert_null((void *)PHX__OPTIONAL(table, phx_strategy_table, run_step));
-  cr_assert_null((void *)PHX__OPTIONAL(table, phx_strategy_table, health));
-  cr_assert_null((void *)PHX__OPTIONAL(table, phx_strategy_table, abort));
+  cr_assert_null((void *)PHX__OPTIONAL(table, phx_strategy_table, prepare_state));
+  cr_assert_null((void *)PHX__OPTIONAL(table, phx_strategy_table, state_restored));
   cr_assert_null((void *)PHX__OPTIONAL(table, phx_strategy_table, layout));
   cr_assert_not_null((void *)PHX__OPTIONAL(table, phx_strategy_table, update));
 }

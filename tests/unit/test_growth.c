@@ -71,8 +71,9 @@ static void fill_stage_memory(void *out) {
   cr_assert_eq(status, PHX_OK, "%s", err.message);
 }
 
-static int64_t payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root) {
-  (void)op, (void)rank, (void)size, (void)root;
+static int64_t payload(const void *ctx, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
+                       int32_t root) {
+  (void)ctx, (void)op, (void)rank, (void)size, (void)root;
   return numel * (int64_t)phx_dtype_bytes(dtype);
 }
 static void estimate(const char *file, const char *options, void *out) {
@@ -154,6 +155,7 @@ Test(growth, what_the_other_side_does_not_know_is_zero) {
   cr_expect_eq(slice.struct_size, sizeof slice);
   cr_expect_eq(slice.unit, 5u);
   cr_expect_null(slice.where);
+  cr_expect_eq(slice.numel, 0);
 }
 
 Test(growth, reserved_fields_are_zero_and_old_minors_refused) {
@@ -166,6 +168,6 @@ Test(growth, reserved_fields_are_zero_and_old_minors_refused) {
   d.reserved0 = 0;
   d.table_minor = PHX_ABI_MINOR_OLDEST - 1;
   cr_expect_eq(phx__descriptor_check(&d, PHX_KIND_STRATEGY, NULL, &err), PHX_UNSUPPORTED);
-  cr_expect_not_null(strstr(err.message, "was built for ABI 1.0, and the oldest that is taken is 1.1"), "%s",
+  cr_expect_not_null(strstr(err.message, "was built for ABI 1.1, and the oldest that is taken is 1.2"), "%s",
                      err.message);
 }

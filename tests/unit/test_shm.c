@@ -146,11 +146,11 @@ Test(shm, payload_adds_up) {
   for (int32_t n = 1; n <= 64; n++) {
     for (int64_t numel = 0; numel < 200000; numel = numel * 3 + 1031) {
       int64_t sum = 0, bytes = numel * 4;
-      for (int32_t r = 0; r < n; r++) sum += table->payload(PHX_OP_ALL_REDUCE, numel, PHX_F32, r, n, 0);
+      for (int32_t r = 0; r < n; r++) sum += table->payload(NULL, PHX_OP_ALL_REDUCE, numel, PHX_F32, r, n, 0);
       cr_assert_eq(sum, bytes <= 512 ? n * (n - 1) * bytes : 2 * (n - 1) * bytes, "%d ranks, %lld", n,
                    (long long)numel);
       sum = 0;
-      for (int32_t r = 0; r < n; r++) sum += table->payload(PHX_OP_BROADCAST, numel, PHX_F32, r, n, n / 2);
+      for (int32_t r = 0; r < n; r++) sum += table->payload(NULL, PHX_OP_BROADCAST, numel, PHX_F32, r, n, n / 2);
       cr_assert_eq(sum, (n - 1) * bytes);
     }
   }

@@ -24,8 +24,8 @@ extern "C" {
 #endif
 
 #define PHX_ABI_MAJOR 1 /* a break is a new entry symbol, phx_plugin_v2 */
-#define PHX_ABI_MINOR 1 /* an append is +1 and one line in sdk/abi-changelog.md */
-#define PHX_ABI_MINOR_OLDEST 1 /* plugins of earlier minors are refused: until 1.1 the structs still moved */
+#define PHX_ABI_MINOR 2 /* an append is +1 and one line in sdk/abi-changelog.md */
+#define PHX_ABI_MINOR_OLDEST 2 /* plugins of earlier minors are refused: until 1.2 structs and calls still changed */
 #if defined(__GNUC__)
 #define PHX_EXPORT __attribute__((visibility("default")))
 #else

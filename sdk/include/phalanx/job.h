@@ -40,7 +40,9 @@ enum {
   PHX_IN_FORWARD = 10,
   PHX_IN_BACKWARD = 11,
   PHX_IN_COLLECTIVE = 12, /* one of the core's own */
-  PHX_IN_DESTROY = 13
+  PHX_IN_DESTROY = 13,
+  PHX_IN_PREPARE = 14, /* prepare_state */
+  PHX_IN_RESTORED = 15 /* state_restored */
 };
 
 /* How far a rank has come; what has failed stays so. */

@@ -21,12 +21,11 @@ enum {
   PHX_KIND_OBSERVER = 6   /* reserved: sees metrics and events, never blocks the run */
 };
 
-/* provides: the core ignores bits it does not know. */
+/* provides: the core ignores bits it does not know.  Bits 1, 2 and 4 meant something before 1.2: they stay unused. */
+/* Strategy: some option of it shards weights.  Without it every rank keeps all weights that it computes with, and the
+ * core compares them when a run begins. */
 #define PHX_CAP_SHARDS_WEIGHTS (1ull << 0)
-#define PHX_CAP_SHARDS_GRADIENTS (1ull << 1)
-#define PHX_CAP_SHARDS_OPTIMIZER (1ull << 2)
 #define PHX_CAP_DETERMINISTIC (1ull << 3) /* same bits as every other strategy that says so */
-#define PHX_CAP_RUNS_STEP (1ull << 4)     /* takes over the schedule (run_step) */
 /* Strategy: reads compute_dtype and reduce_dtype of the topology, keeps fp32 masters beside bf16 weights and casts what
  * it reduces (or refuses in estimate).  Device: its operations take PHX_BF16.  Model: honours its shape's
  * compute_dtype. A plugin without it is not given bf16. */

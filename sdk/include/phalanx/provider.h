@@ -128,8 +128,9 @@ typedef struct phx_device_table {
 typedef struct phx_comm_table {
   size_t struct_size;
   phx_status (*probe)(phx_error *err); /* [main] pure */
-  /* [any] pure: see phx_topology.payload */
-  int64_t (*payload)(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
+  /* [any] pure: see phx_topology.payload; what a strategy gives as ctx is this plugin's config */
+  int64_t (*payload)(const void *config, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
+                     int32_t root);
   /* [main] pure: bytes that create() takes beside the arena (staging), for the plan */
   int64_t (*buffer_bytes)(const void *config, int32_t size);
   /* [main][collective] the communicator of all ranks; arena_bytes (the largest of all ranks) of memory per rank that

@@ -2,11 +2,11 @@
  *
  * Call order (docs/call-order.md draws it):
  *     layout, estimate            pure, any number of times, before anything is opened
- *     create, visit_state (the core fills the state), state_changed
+ *     create, prepare_state, visit_state (the core fills the state), state_restored, state_changed
  *     each step:  for each micro-batch: begin_micro_batch,
  *                   acquire, release of each stage, forward, then of each stage in reverse order, backward;
  *                 finish_gradients, gradient_norm, then update, or discard_gradients where the step is skipped
- *     between steps: visit_state, map, unmap; acquire, release with PHX_PASS_EVALUATE
+ *     between steps: prepare_state, visit_state, map, unmap; acquire, release with PHX_PASS_EVALUATE
  *     destroy
  * A strategy with run_step replaces the part from begin_micro_batch to the last release.
  */
@@ -36,14 +36,20 @@ typedef struct phx_topology {
   uint32_t n_optim_states;
   int32_t optim_dtype[PHX_OPTIM_STATES_MAX];
   /* Pure: payload bytes that `rank` of `size` moves for one call (see phx_comm_stats.bytes); numel as in the call.
-   * root is for reduce and broadcast. */
-  int64_t (*payload)(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root);
+   * root is for reduce and broadcast; ctx is payload_ctx. */
+  int64_t (*payload)(const void *ctx, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
+                     int32_t root);
   /* (n_stages) bytes of the tensor between a stage and the next for one micro-batch; 0 after the last.  [borrow:self]
    */
   const int64_t *boundary_bytes;
+  const void *payload_ctx; /* the communicator's own; or NULL */
 } phx_topology;
 
 enum { PHX_AXES_ROOM = 8 };
+/* Replicas differ between updates by design (local steps, averaging with some ranks).  The core compares none then:
+ * [run] drift_every, checked and deterministic are refused.  What visit_state names is still the one state. */
+#define PHX_LAYOUT_REPLICAS_DIFFER (1ull << 0)
+#define PHX_LAYOUT_NORM_PER_REPLICA (1ull << 1) /* reserved: a norm of its own per replica, instead of the world's */
 typedef struct phx_axis {
   char name[24]; /* "data", "pipeline", ... */
   int32_t size, index;
@@ -59,17 +65,22 @@ typedef struct phx_layout {
   phx_axis axes[PHX_AXES_ROOM];
   uint8_t *stage_owned;           /* (n_stages) 1: this rank runs the stage */
   uint8_t *unit_owned;            /* (n_units) 1: this rank holds (part of) the unit */
+  uint64_t flags;                 /* PHX_LAYOUT_*; what is reserved or not known is refused */
+  /* A gradient, once finished, is the sum of the ranks' and micro-batches' divided by (accumulate x data_size) /
+   * gradient_terms: 1 for a mean.  0: the plain sum. */
+  int64_t gradient_terms;
 } phx_layout;
 
 typedef struct phx_estimate {
   size_t struct_size;
   int64_t bytes[PHX_MEM_KINDS_ROOM]; /* what create() will hold through host->alloc, aligned as accounted */
   int64_t arena_bytes;            /* the part of the above that is allocated with a communicator */
-  int64_t sent[PHX_OPS_ROOM];     /* payload bytes of this rank in one training step, by collective, norm excluded */
-  int64_t calls[PHX_OPS_ROOM];    /* collective calls in one training step */
+  int64_t sent[PHX_OPS_ROOM];     /* payload bytes of this rank in one period, by collective, norm excluded */
+  int64_t calls[PHX_OPS_ROOM];    /* collective calls in one period */
   /* Of the slices that visit_state names on this rank, low-precision weights left out: what a checkpoint holds of it.
    * With PHX_CAP_LIVE_STATE memory for copies is planned from it; 0: not said, and that is known when the run begins */
   int64_t state_bytes;
+  int64_t period; /* training steps that sent and calls are of.  0: one; more than 1 is reserved, and refused */
 } phx_estimate;
 
 /* ---- state: who holds what, in canonical coordinates ---- */
@@ -93,6 +104,8 @@ typedef struct phx_slice {
   int32_t dtype;
   int32_t place;        /* PHX_SPACE_* of the mapped pointer */
   void *where;          /* the strategy's own, for map and unmap; or NULL */
+  /* Reserved, 0: elements of private state that fill no whole blocks.  Until then one number takes a block. */
+  int64_t numel;
 } phx_slice;
 
 typedef struct phx_visitor {
@@ -101,7 +114,34 @@ typedef struct phx_visitor {
   phx_status (*slice)(void *ctx, const phx_slice *slice, phx_error *err); /* [main] [borrow:call] */
 } phx_visitor;
 
+/* What the core is about to do with the state. */
+enum {
+  PHX_PREPARE_INIT = 0,   /* write initial values */
+  PHX_PREPARE_LOAD = 1,   /* write what a checkpoint, or a model's file, holds */
+  PHX_PREPARE_HASH = 2,
+  PHX_PREPARE_SAVE = 3,   /* read it for a checkpoint; a save in the background reads on during the next steps */
+  PHX_PREPARE_FINAL = 4,  /* read the weights that the run leaves behind */
+  PHX_PREPARE_COMPARE = 5 /* compare what ranks compute with: [run] drift_every, checked */
+};
+
+/* What the state was filled with.  A strategy whose private state was left out has it as create made it. */
+enum {
+  PHX_RESTORED_INITIAL = 0, /* initial values: a new run */
+  PHX_RESTORED_WEIGHTS = 1, /* weights of a model's file, and nothing else */
+  PHX_RESTORED_STATE = 2,   /* a checkpoint, private state left out: another strategy or world size has saved it */
+  PHX_RESTORED_PRIVATE = 3  /* a checkpoint, private state with it */
+};
+typedef struct phx_restored {
+  size_t struct_size;
+  int32_t what;       /* PHX_RESTORED_* */
+  int32_t world_size; /* of the ranks that saved the checkpoint; 0 without one */
+  int64_t step;       /* the last step that is in the state; 0 without a checkpoint */
+  int64_t privates;   /* slices of this rank's private state that were restored */
+} phx_restored;
+
 /* ---- what a stage computes with ---- */
+/* RECOMPUTE: the forward pass once more, right before the stage's BACKWARD, where its activations were not kept.  Sent
+ * by the core's engine once it recomputes activations; it keeps all so far, and a strategy must be ready for it. */
 enum { PHX_PASS_FORWARD = 0, PHX_PASS_RECOMPUTE = 1, PHX_PASS_BACKWARD = 2, PHX_PASS_EVALUATE = 3 };
 enum { PHX_GRAD_NONE = 0, PHX_GRAD_WRITE = 1, PHX_GRAD_ADD = 2 };
 enum {
@@ -202,8 +242,11 @@ typedef struct phx_strategy_table {
   phx_status (*update)(phx_strategy *self, int64_t step, float scale, phx_error *err);
   /* [main][collective] optional: run the micro-batches of a step; gradients complete when it returns */
   phx_status (*run_step)(phx_strategy *self, const phx_executor *executor, phx_error *err);
-  phx_status (*health)(phx_strategy *self, phx_error *err); /* [any] never blocks; optional */
-  void (*abort)(phx_strategy *self);                        /* [any] unblocks [main]; optional */
+  /* [main][collective] optional: what comes next with the state (PHX_PREPARE_*).  A strategy whose state is not always
+   * as visit_state would name it makes it so here: it may communicate, which visit_state and map may not */
+  phx_status (*prepare_state)(phx_strategy *self, int32_t purpose, phx_error *err);
+  /* [main][collective] optional: after the core has filled the state, before state_changed. what is [borrow:call] */
+  phx_status (*state_restored)(phx_strategy *self, const phx_restored *what, phx_error *err);
 } phx_strategy_table;
 
 #ifdef __cplusplus

@@ -33,7 +33,7 @@ static const phx_option own_options[] = {
 };
 
 /* PHX_HOSTILE_LOAD: constructor or descriptor crash, exit and vanish end the process, hang and endless do not come
- * back, giant and kind are wrong numbers. */
+ * back, giant and kind are wrong numbers, own_bits promises nobody's bits. */
 static bool asked(const char *what) {
   const char *load = getenv("PHX_HOSTILE_LOAD");
   return load && strcmp(load, what) == 0;
@@ -75,7 +75,7 @@ const phx_plugin *phx_plugin_v1(void) {
   hostile_end_calls(&wrapped);
   renamed.id = HOSTILE_ID;
   renamed.summary = "Test only: a strategy with a misuse of choice.";
-  renamed.provides = PHX_CAP_DETERMINISTIC | PHX_CAP_BF16;
+  renamed.provides = PHX_CAP_BF16 | (asked("own_bits") ? 0 : PHX_CAP_DETERMINISTIC);
   renamed.options = all;
   renamed.n_options = base->n_options + OWN;
   renamed.option_stride = sizeof *all;

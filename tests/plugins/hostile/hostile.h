@@ -17,11 +17,14 @@
   /* plan.c: estimate and layout */                                                                                   \
   X(plan_half) X(plan_triple) X(plan_negative) X(plan_most) X(plan_arena) X(plan_state) X(sent_half)                  \
   X(sent_negative) X(sent_most) X(sent_uncalled) X(calls_seven) X(calls_negative) X(hidden_create) X(hidden_step)      \
-  X(layout_rank) X(layout_size) X(layout_slots) X(layout_axes)                                                        \
+  X(plan_kind) X(calls_unknown) X(plan_period)                                                                        \
+  X(layout_rank) X(layout_size) X(layout_slots) X(layout_axes) X(layout_flag) X(layout_norm) X(layout_differ)         \
+  X(layout_terms) X(called_mean) X(is_mean)                                                                           \
   /* state.c: visit_state, map, state_changed */                                                                      \
   X(visit_nothing) X(visit_missing) X(visit_twice) X(visit_beyond) X(visit_before) X(visit_unit) X(visit_flat)        \
   X(visit_kind) X(visit_index) X(visit_dtype) X(visit_place) X(visit_empty) X(visit_size) X(visit_null)               \
-  X(visit_nameless) X(visit_moved) X(map_null) X(map_unaligned) X(map_beyond) X(changed_nothing) X(changed_one)        \
+  X(visit_nameless) X(visit_numel) X(visit_moved) X(map_null) X(map_unaligned) X(map_beyond)                  \
+  X(changed_nothing) X(changed_one)                                                                                   \
   /* step.c: views, gradients, the norm, tickets */                                                                   \
   X(view_null) X(view_size) X(view_params) X(view_count) X(view_stride) X(view_param) X(view_weight)                  \
   X(view_gradient) X(view_dtype) X(view_gradient_dtype) X(view_mode) X(view_write) X(view_unaligned)                  \

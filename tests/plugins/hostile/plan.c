@@ -14,6 +14,9 @@ static void meddle(phx_estimate *e) {
   if (is(HOSTILE_sent_most)) e->sent[op] = INT64_MAX;
   if (is(HOSTILE_sent_uncalled)) e->sent[PHX_OP_ALL_TO_ALL] = 4096;
   if (is(HOSTILE_calls_seven)) e->calls[op] = 7;
+  if (is(HOSTILE_plan_kind)) e->bytes[PHX_MEM_KINDS] = 4096;
+  if (is(HOSTILE_calls_unknown)) e->calls[PHX_OP_ALL_GATHER_V] = 2;
+  if (is(HOSTILE_plan_period)) e->period = 4;
   if (is(HOSTILE_calls_negative)) e->calls[op] = INT64_MIN;
 }
 
@@ -31,6 +34,11 @@ static phx_status layout(const void *config, const phx_topology *topology, const
   if (is(HOSTILE_layout_size)) out->data_size = INT32_MAX;
   if (is(HOSTILE_layout_slots)) out->activation_slots = 0;
   if (is(HOSTILE_layout_axes)) out->n_axes = 1000;
+  if (is(HOSTILE_layout_flag)) out->flags = 1ull << 40;
+  if (is(HOSTILE_layout_norm)) out->flags = PHX_LAYOUT_NORM_PER_REPLICA;
+  if (is(HOSTILE_layout_differ)) out->flags = PHX_LAYOUT_REPLICAS_DIFFER;
+  if (is(HOSTILE_layout_terms)) out->gradient_terms = -3;
+  if (is(HOSTILE_called_mean) || is(HOSTILE_is_mean)) out->gradient_terms = 1;
   return PHX_OK;
 }
 

@@ -28,6 +28,7 @@ static phx_status meddle(void *ctx, const phx_slice *slice, phx_error *err) {
     if (is(HOSTILE_visit_place)) s.place = 9;
     if (is(HOSTILE_visit_empty)) s.blocks = 0;
     if (is(HOSTILE_visit_size)) s.struct_size = 8;
+    if (is(HOSTILE_visit_numel)) s.numel = 5;
     if (is(HOSTILE_visit_null)) return inner->slice(inner->ctx, NULL, err);
     if (is(HOSTILE_visit_nameless)) s.kind = PHX_STATE_PRIVATE;
   }
@@ -56,7 +57,8 @@ static phx_status state_changed(phx_strategy *self, phx_error *err) {
   const phx_status status = hostile.base->state_changed(self, err);
   void *at = NULL;
   phx_slice first = {.struct_size = sizeof first, .kind = PHX_STATE_WEIGHT, .blocks = 1, .dtype = PHX_F32};
-  if (status == PHX_OK && is(HOSTILE_changed_one) && hostile.base->map(self, &first, 3, &at, err) == PHX_OK)
+  const bool one = is(HOSTILE_changed_one) || (is(HOSTILE_layout_differ) && hostile.comm->rank == 1);
+  if (status == PHX_OK && one && hostile.base->map(self, &first, 3, &at, err) == PHX_OK)
     ((float *)at)[5] += 1; /* a replica that is not the others' */
   return status;
 }

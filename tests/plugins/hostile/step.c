@@ -8,7 +8,10 @@ static phx_status all_reduce(void *ctx, const void *src, void *dst, int64_t nume
   (void)ctx;
   if (is(HOSTILE_reduce_nothing) && op == PHX_SUM) return PHX_OK; /* in place: each rank keeps its own */
   if (is(HOSTILE_reduce_half) && op == PHX_SUM) numel /= 2;
-  return hostile.comm->all_reduce(hostile.comm->ctx, src, dst, numel, dtype, op, s, err);
+  const phx_status status = hostile.comm->all_reduce(hostile.comm->ctx, src, dst, numel, dtype, op, s, err);
+  if (status != PHX_OK || op != PHX_SUM || !is(HOSTILE_is_mean)) return status;
+  const phx_device *d = hostile.real->extension(hostile.real->ctx, PHX_EXT_DEVICE);
+  return d->scale(d->ctx, dst, 1.0f / (float)(hostile.comm->size * hostile.topology->accumulate), numel, s, err);
 }
 
 static phx_status reduce_scatter(void *ctx, const void *src, void *dst, int64_t numel, int32_t dtype, int32_t op,

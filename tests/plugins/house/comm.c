@@ -11,8 +11,9 @@ static phx_status probe(phx_error *err) {
   (void)err;
   return PHX_OK;
 }
-static int64_t payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root) {
-  (void)op, (void)numel, (void)dtype, (void)rank, (void)size, (void)root;
+static int64_t payload(const void *config, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
+                       int32_t root) {
+  (void)config, (void)op, (void)numel, (void)dtype, (void)rank, (void)size, (void)root;
   return 0;
 }
 static int64_t buffer_bytes(const void *config, int32_t size) {

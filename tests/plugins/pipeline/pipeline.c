@@ -387,7 +387,6 @@ static const phx_plugin plugin = {
     .vendor = "Phalanx",
     .license = "unspecified",
     .build = __VERSION__,
-    .provides = PHX_CAP_RUNS_STEP,
     .needs = PHX_NEED_TWO_RANKS,
     .options = options,
     .n_options = sizeof options / sizeof *options,

@@ -1,13 +1,16 @@
 /* residue.c - ddp that also keeps private state (tests only): numbers that depend on every step before and on the rank,
  * like the residue of error feedback, and a byte per element that counts steps.
  *
- * Everything else is ddp's own code.  One strategy per process. */
+ * It logs what prepare_state and state_restored are told.  Everything else is ddp's own code.  One strategy per
+ * process. */
 #define phx_plugin_v1 ddp_entry
 #include "ddp.c"
 #undef phx_plugin_v1
 
 enum { RESIDUE_BLOCKS = 300, COUNT_BLOCKS = 3 }; /* more than a chunk of a file; no multiple of 4096 bytes */
 
+static const phx_host *residue_host;
+static const phx_comm *residue_comm;
 static float residue[RESIDUE_BLOCKS * PHX_BLOCK];
 static uint8_t counts[COUNT_BLOCKS * PHX_BLOCK];
 
@@ -15,6 +18,8 @@ static phx_status residue_create(const phx_host *host, const void *config, const
                                  const phx_model *model, phx_strategy **out, phx_error *err) {
   memset(residue, 0, sizeof residue);
   memset(counts, 0, sizeof counts);
+  residue_host = host;
+  residue_comm = host->extension(host->ctx, PHX_EXT_COMM);
   return ddp_create(host, config, topology, model, out, err);
 }
 
@@ -46,6 +51,27 @@ static phx_status residue_update(phx_strategy *self, int64_t step, float scale, 
   return status;
 }
 
+/* Both say what they were told; prepare_state also meets the other ranks, as only a collective call may. */
+static void tell(const char *what, int64_t a, int64_t b, int64_t c, int64_t d) {
+  char text[120];
+  snprintf(text, sizeof text, "%s %lld %lld %lld %lld", what, (long long)a, (long long)b, (long long)c, (long long)d);
+  residue_host->log(residue_host->ctx, PHX_LOG_INFO, text);
+}
+static phx_status residue_prepare(phx_strategy *self, int32_t purpose, phx_error *err) {
+  int64_t least[2] = {purpose, -purpose};
+  (void)self;
+  const phx_status status = residue_comm->all_reduce(residue_comm->ctx, least, least, 2, PHX_I64, PHX_MIN, NULL, err);
+  if (status != PHX_OK) return status;
+  if (least[0] != -least[1]) return phx_fail(err, PHX_INTERNAL, "the ranks prepare the state for different things");
+  tell("prepare", purpose, 0, 0, 0);
+  return PHX_OK;
+}
+static phx_status residue_restored(phx_strategy *self, const phx_restored *what, phx_error *err) {
+  (void)self, (void)err;
+  tell("restored", what->what, what->world_size, what->step, what->privates);
+  return PHX_OK;
+}
+
 PHX_EXPORT const phx_plugin *phx_plugin_v1(void);
 const phx_plugin *phx_plugin_v1(void) {
   static phx_strategy_table own;
@@ -57,6 +83,8 @@ const phx_plugin *phx_plugin_v1(void) {
   own.map = residue_map;
   own.unmap = residue_unmap;
   own.update = residue_update;
+  own.prepare_state = residue_prepare;
+  own.state_restored = residue_restored;
   renamed.id = "residue";
   renamed.summary = "Test only: ddp with private state.";
   renamed.provides = PHX_CAP_DETERMINISTIC; /* the private state changes outside the optimizer */
