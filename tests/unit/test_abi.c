@@ -40,10 +40,11 @@ PIN(phx_plugin, option_stride, 108); PIN(phx_plugin, config_size, 112); PIN(phx_
 PIN(phx_plugin, preference, 128); PIN(phx_plugin, reserved1, 132); PIN(phx_plugin, device, 136);
 
 /* ---- phalanx/model.h ---- */
-NO_TAIL(phx_param, offset);
+NO_TAIL(phx_param, reserved0);
 PIN(phx_param, name, 0); PIN(phx_param, shape, 8); PIN(phx_param, ndim, 72); PIN(phx_param, flags, 76);
 PIN(phx_param, unit, 80); PIN(phx_param, init, 84); PIN(phx_param, init_std, 88); PIN(phx_param, numel, 96);
-PIN(phx_param, offset, 104);
+PIN(phx_param, offset, 104); PIN(phx_param, role, 112); PIN(phx_param, row_parts, 116);
+PIN(phx_param, column_parts, 120); PIN(phx_param, reserved0, 124);
 NO_TAIL(phx_unit, first_block);
 PIN(phx_unit, name, 0); PIN(phx_unit, first_param, 8); PIN(phx_unit, n_params, 12); PIN(phx_unit, blocks, 16);
 PIN(phx_unit, first_block, 32);
@@ -89,8 +90,8 @@ PIN(phx_host, log, 40); PIN(phx_host, alloc, 48); PIN(phx_host, release, 56); PI
 PIN(phx_host, metric, 72); PIN(phx_host, deterministic, 80);
 
 /* ---- phalanx/optim.h ---- */
-NO_TAIL(phx_optim_state, reserved0);
-PIN(phx_optim_state, name, 0); PIN(phx_optim_state, dtype, 8); PIN(phx_optim_state, reserved0, 12);
+NO_TAIL(phx_optim_state, per);
+PIN(phx_optim_state, name, 0); PIN(phx_optim_state, dtype, 8); PIN(phx_optim_state, per, 12);
 NO_TAIL(phx_ticket, stream);
 PIN(phx_ticket, struct_size, 0); PIN(phx_ticket, unit, 8); PIN(phx_ticket, place, 12); PIN(phx_ticket, first, 16);
 PIN(phx_ticket, numel, 24); PIN(phx_ticket, weight, 32); PIN(phx_ticket, master, 40); PIN(phx_ticket, gradient, 48);
@@ -101,12 +102,13 @@ PIN(phx_optim, struct_size, 0); PIN(phx_optim, ctx, 8); PIN(phx_optim, name, 16)
 PIN(phx_optim, n_states, 28); PIN(phx_optim, states, 32); PIN(phx_optim, update, 160);
 
 /* ---- phalanx/strategy.h ---- */
-NO_TAIL(phx_topology, payload_ctx);
+NO_TAIL(phx_topology, reserved0);
 PIN(phx_topology, struct_size, 0); PIN(phx_topology, rank, 8); PIN(phx_topology, world_size, 12);
 PIN(phx_topology, local_rank, 16); PIN(phx_topology, local_size, 20); PIN(phx_topology, accumulate, 24);
 PIN(phx_topology, reduce, 28); PIN(phx_topology, compute_dtype, 32); PIN(phx_topology, reduce_dtype, 36);
 PIN(phx_topology, overlaps, 40); PIN(phx_topology, n_optim_states, 44); PIN(phx_topology, optim_dtype, 48);
 PIN(phx_topology, payload, 80); PIN(phx_topology, boundary_bytes, 88); PIN(phx_topology, payload_ctx, 96);
+PIN(phx_topology, optim_per, 104); PIN(phx_topology, optim_grain, 136); PIN(phx_topology, reserved0, 140);
 NO_TAIL(phx_axis, index);
 PIN(phx_axis, name, 0); PIN(phx_axis, size, 24); PIN(phx_axis, index, 28);
 NO_TAIL(phx_layout, gradient_terms);
@@ -114,10 +116,11 @@ PIN(phx_layout, struct_size, 0); PIN(phx_layout, data_rank, 8); PIN(phx_layout, 
 PIN(phx_layout, activation_slots, 16); PIN(phx_layout, n_axes, 20); PIN(phx_layout, axes, 24);
 PIN(phx_layout, stage_owned, 280); PIN(phx_layout, unit_owned, 288); PIN(phx_layout, flags, 296);
 PIN(phx_layout, gradient_terms, 304);
-NO_TAIL(phx_estimate, period);
+NO_TAIL(phx_estimate, reserved0);
 PIN(phx_estimate, struct_size, 0); PIN(phx_estimate, bytes, 8); PIN(phx_estimate, arena_bytes, 136);
 PIN(phx_estimate, sent, 144); PIN(phx_estimate, calls, 400);
 PIN(phx_estimate, state_bytes, 656); PIN(phx_estimate, period, 664);
+PIN(phx_estimate, grain, 672); PIN(phx_estimate, reserved0, 676);
 NO_TAIL(phx_slice, numel);
 PIN(phx_slice, struct_size, 0); PIN(phx_slice, kind, 8); PIN(phx_slice, state_index, 12); PIN(phx_slice, name, 16);
 PIN(phx_slice, unit, 24); PIN(phx_slice, flat, 28); PIN(phx_slice, first_block, 32); PIN(phx_slice, blocks, 40);
@@ -163,6 +166,20 @@ NO_TAIL(phx_stage_memory, workspace);
 NO_TAIL(phx_model_facts, computes);
 NO_TAIL(phx_stage_call, stream);
 NO_TAIL(phx_model_table, backward);
+
+/* ---- phalanx/provider.h, optimizers: those to come are to need no change ---- */
+NO_TAIL(phx_optimizer_facts, states);
+PIN(phx_optimizer_facts, struct_size, 0); PIN(phx_optimizer_facts, grain, 8); PIN(phx_optimizer_facts, n_states, 12);
+PIN(phx_optimizer_facts, states, 16);
+NO_TAIL(phx_piece, stream);
+PIN(phx_piece, struct_size, 0); PIN(phx_piece, param, 8); PIN(phx_piece, place, 12); PIN(phx_piece, first, 16);
+PIN(phx_piece, numel, 24); PIN(phx_piece, weight, 32); PIN(phx_piece, low, 40); PIN(phx_piece, gradient, 48);
+PIN(phx_piece, states, 56); PIN(phx_piece, low_dtype, 120); PIN(phx_piece, scale, 124); PIN(phx_piece, lr, 128);
+PIN(phx_piece, decay, 136); PIN(phx_piece, step, 144); PIN(phx_piece, stream, 152);
+NO_TAIL(phx_optimizer_table, update);
+PIN(phx_optimizer_table, struct_size, 0); PIN(phx_optimizer_table, describe, 8);
+PIN(phx_optimizer_table, workspace, 16); PIN(phx_optimizer_table, create, 24); PIN(phx_optimizer_table, destroy, 32);
+PIN(phx_optimizer_table, update, 40);
 
 /* ---- growth ---- */
 static const phx__plugin *open_house(const char *name) {

@@ -69,7 +69,7 @@ typedef struct phx_liveness {
   int32_t in_plugin;     /* PHX_KIND_* */
   int32_t in_stage;      /* the stage it is for, or -1 */
   int32_t reserved0;
-  char plugins[5][32];   /* ids by PHX_KIND_*, once the plugins are chosen */
+  char plugins[8][32];   /* ids by PHX_KIND_*, once the plugins are chosen */
 } phx_liveness;
 
 typedef struct phx_job {

@@ -19,6 +19,16 @@ extern "C" {
 #define PHX_PARAM_DIMS 8
 
 enum { PHX_PARAM_FROZEN = 1u << 0, PHX_PARAM_DECAY = 1u << 1 /* weight decay applies */ };
+/* What a parameter is for, so that an optimizer can treat kinds of parameters in different ways. */
+enum {
+  PHX_ROLE_UNKNOWN = 0,   /* the model does not say */
+  PHX_ROLE_MATRIX = 1,    /* maps activations to activations; two dimensions or more, as all but the next three */
+  PHX_ROLE_EMBEDDING = 2, /* one row per token or position, tied to the head or not */
+  PHX_ROLE_HEAD = 3,      /* maps activations to logits, and is not tied to the embedding */
+  PHX_ROLE_NORM = 4,      /* scale or shift of a normalisation */
+  PHX_ROLE_VECTOR = 5,    /* a bias or another vector; one dimension */
+  PHX_ROLES = 6
+};
 enum { PHX_INIT_ZERO = 0, PHX_INIT_ONE = 1, PHX_INIT_NORMAL = 2 /* mean 0, init_std */ };
 enum { PHX_FLAT_TRAINABLE = 0, PHX_FLAT_FROZEN = 1, PHX_FLATS = 2 };
 enum {
@@ -38,7 +48,14 @@ typedef struct phx_param {
   double init_std;
   int64_t numel;     /* filled by the host */
   int64_t offset;    /* elements from the start of its flat; filled by the host */
+  int32_t role;      /* PHX_ROLE_* */
+  /* Several matrices in one: equal parts along shape[0], and along a row; 0: one.  q, k and v packed as (3C, C) have 3
+   * row parts. */
+  uint32_t row_parts, column_parts;
+  uint32_t reserved0;
 } phx_param;
+/* Elements of a row: a parameter is shape[0] rows, and a vector's have one element. */
+static inline int64_t phx_param_row(const phx_param *p) { return p->numel / p->shape[0]; }
 
 typedef struct phx_unit {
   const char *name;

@@ -1,7 +1,8 @@
 /* phalanx/option.h - a plugin's options, as one constant table.
  *
- * The core parses the INI section [ID] straight into the plugin's own config struct by this table.  The same table
- * makes `phalanx help ID`, the sample INI, the fuzz inputs and the hash that all ranks compare. */
+ * The core parses the INI section [ID] straight into the plugin's own config struct by this table; a model's options
+ * stand in [model], an optimizer's in [optimizer], behind the core's own keys.  The same table makes `phalanx help ID`,
+ * the sample INI, the fuzz inputs and the hash that all ranks compare. */
 #ifndef PHALANX_OPTION_H
 #define PHALANX_OPTION_H
 #include <phalanx/base.h>

@@ -17,18 +17,19 @@ enum {
   PHX_KIND_DEVICE = 2,
   PHX_KIND_COMM = 3,
   PHX_KIND_MODEL = 4,
-  PHX_KIND_OPTIMIZER = 5, /* reserved */
-  PHX_KIND_OBSERVER = 6   /* reserved: sees metrics and events, never blocks the run */
+  PHX_KIND_OPTIMIZER = 5,
+  PHX_KIND_OBSERVER = 6 /* reserved: sees metrics and events, never blocks the run */
 };
 
 /* provides: the core ignores bits it does not know.  Bits 1, 2 and 4 meant something before 1.2: they stay unused. */
 /* Strategy: some option of it shards weights.  Without it every rank keeps all weights that it computes with, and the
  * core compares them when a run begins. */
 #define PHX_CAP_SHARDS_WEIGHTS (1ull << 0)
-#define PHX_CAP_DETERMINISTIC (1ull << 3) /* same bits as every other strategy that says so */
+/* Strategy: the same bits as every other one that says so.  Optimizer: the same bits however tickets are cut. */
+#define PHX_CAP_DETERMINISTIC (1ull << 3)
 /* Strategy: reads compute_dtype and reduce_dtype of the topology, keeps fp32 masters beside bf16 weights and casts what
  * it reduces (or refuses in estimate).  Device: its operations take PHX_BF16.  Model: honours its shape's
- * compute_dtype. A plugin without it is not given bf16. */
+ * compute_dtype.  Optimizer: writes the rounded copy beside the fp32 master.  A plugin without it is not given bf16. */
 #define PHX_CAP_BF16 (1ull << 5)
 /* Between updates map() gives the state itself, never a copy, and it stays there; only what the optimizer does for a
  * ticket changes it (and a load).  On a device with PHX_DEVICE_HOST_MEMORY checkpoints are then saved in the
@@ -55,7 +56,7 @@ typedef struct phx_plugin {
   const phx_option *options;          /* or NULL */
   uint32_t n_options, option_stride;
   size_t config_size;                 /* the core zero-fills this many bytes, then applies options[] */
-  const void *table;                  /* phx_strategy_table, phx_device_table, phx_comm_table or phx_model_table */
+  const void *table;                  /* phx_strategy_table, phx_device_table, phx_comm_table, ..., by kind */
   /* Device and communicator: `plugin = auto` takes the one with the highest preference that can run here; 0: it is only
    * taken by name. */
   int32_t preference;

@@ -1,9 +1,10 @@
-/* phalanx/provider.h - what device, communicator and model plugins implement for the core.  Provisional: strategies
- * are not compiled against it.
+/* phalanx/provider.h - what device, communicator, model and optimizer plugins implement for the core.  Provisional:
+ * strategies are not compiled against it.
  *
  * Device: memory, the strategy-facing phx_device, and the operations models are made of.
  * Communicator: the strategy-facing phx_comm, its own memory, and its payload formula.
- * Model: a declaration (before any weight exists), and forward and backward of each stage. */
+ * Model: a declaration (before any weight exists), and forward and backward of each stage.
+ * Optimizer: its grain and states (before any weight exists), and the update of a piece of one parameter. */
 #ifndef PHALANX_PROVIDER_H
 #define PHALANX_PROVIDER_H
 #include <phalanx/comm.h>
@@ -210,6 +211,50 @@ typedef struct phx_model_table {
   phx_status (*forward)(phx_model_self *self, const phx_stage_call *call, phx_error *err);  /* [main] */
   phx_status (*backward)(phx_model_self *self, const phx_stage_call *call, phx_error *err); /* [main] */
 } phx_model_table;
+
+/* ==== optimizer ====================================================================================================
+ * The core keeps what all optimizers share: the learning rate's schedule, clipping, which parameters decay, and cutting
+ * a strategy's tickets into pieces.  A piece is part of one parameter: the whole of it for PHX_GRAIN_TENSOR, whole rows
+ * for PHX_GRAIN_ROW; for PHX_GRAIN_BLOCK it begins and ends at canonical blocks or at the parameter's borders. */
+typedef struct phx_optimizer_facts {
+  size_t struct_size;
+  int32_t grain; /* PHX_GRAIN_*: the finest piece that update() can be given */
+  uint32_t n_states;
+  phx_optim_state states[PHX_OPTIM_STATES_MAX]; /* all begin as zero */
+} phx_optimizer_facts;
+
+typedef struct phx_piece { /* [borrow:call] */
+  size_t struct_size;
+  uint32_t param;        /* index into phx_model.params: its shape, role, parts and name */
+  int32_t place;         /* PHX_SPACE_* of the pointers */
+  int64_t first, numel;  /* elements [first, first + numel) of the parameter; numel > 0 */
+  float *weight;         /* (numel) the weight, or its fp32 master */
+  void *low;             /* (numel) of low_dtype: receives the new weight, rounded to nearest even; or NULL */
+  const float *gradient; /* (numel) the unscaled sum over ranks and micro-batches */
+  void *states[PHX_OPTIM_STATES_MAX]; /* in the order of the facts, from the piece's first value on */
+  int32_t low_dtype;
+  float scale;           /* the gradient is multiplied by it: clip / (ranks x micro-batches) */
+  double lr, decay;      /* of this step; decoupled weight decay, 0 for a parameter without PHX_PARAM_DECAY */
+  int64_t step;          /* from 1 */
+  phx_stream *stream;
+} phx_piece;
+
+typedef struct phx_optimizer_self phx_optimizer_self;
+typedef struct phx_optimizer_table {
+  size_t struct_size;
+  /* [main] pure: what it is with these options, before a model is known; options that do not fit are refused here */
+  phx_status (*describe)(const void *config, phx_optimizer_facts *out, phx_error *err);
+  /* [main] pure, optional: bytes that create() takes from host->alloc as PHX_MEM_WORKSPACE, each allocation as
+   * phx_align_bytes counts it; missing: none */
+  int64_t (*workspace)(const void *config, const phx_model *model);
+  /* [main] host offers "phx.ops/1" and "phx.device/1"; config and model are [borrow:self] */
+  phx_status (*create)(const phx_host *host, const void *config, const phx_model *model, phx_optimizer_self **out,
+                       phx_error *err);
+  void (*destroy)(phx_optimizer_self *self);
+  /* [main] one piece, inside the strategy's update; asynchronous on the piece's stream.  Over a step each element of
+   * each trainable parameter comes once (on every rank that keeps a replica of it). */
+  phx_status (*update)(phx_optimizer_self *self, const phx_piece *piece, phx_error *err);
+} phx_optimizer_table;
 
 #ifdef __cplusplus
 }

@@ -43,6 +43,9 @@ typedef struct phx_topology {
    */
   const int64_t *boundary_bytes;
   const void *payload_ctx; /* the communicator's own; or NULL */
+  int32_t optim_per[PHX_OPTIM_STATES_MAX]; /* PHX_PER_*: what each state of the optimizer has one value of */
+  int32_t optim_grain;                     /* PHX_GRAIN_*: what the optimizer needs */
+  int32_t reserved0;
 } phx_topology;
 
 enum { PHX_AXES_ROOM = 8 };
@@ -81,6 +84,10 @@ typedef struct phx_estimate {
    * With PHX_CAP_LIVE_STATE memory for copies is planned from it; 0: not said, and that is known when the run begins */
   int64_t state_bytes;
   int64_t period; /* training steps that sent and calls are of.  0: one; more than 1 is reserved, and refused */
+  /* PHX_GRAIN_*: the finest whole that every ticket keeps together, so that no parameter is cut finer.  An optimizer
+   * that needs more is refused.  0: a ticket may begin and end anywhere */
+  int32_t grain;
+  int32_t reserved0;
 } phx_estimate;
 
 /* ---- state: who holds what, in canonical coordinates ---- */
