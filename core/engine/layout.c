@@ -4,6 +4,7 @@
  * multiple of 64 elements; blocks = ceil(end / PHX_BLOCK).  Nothing here depends on ranks or strategies. */
 #include "engine/layout.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 #include "base/status.h"
@@ -18,6 +19,21 @@ typedef struct layout { /* one allocation-free view: model first, so that the po
 } layout;
 
 enum { ELEMENTS_PER_ALIGN = PHX_ALIGN / 4 };
+
+/* What the model says a parameter is for. */
+static phx_status check_role(const phx_param *p, phx_error *err) {
+  const bool wide = p->role == PHX_ROLE_MATRIX || p->role == PHX_ROLE_EMBEDDING || p->role == PHX_ROLE_HEAD;
+  if (p->role < PHX_ROLE_UNKNOWN || p->role >= PHX_ROLES || p->reserved0)
+    return phx_fail(err, PHX_INVALID, "parameter %s has role %d and reserved0 = %u; expected 0 to %d, and 0", p->name,
+                     p->role, p->reserved0, PHX_ROLES - 1);
+  if ((wide && p->ndim < 2) || (p->role == PHX_ROLE_VECTOR && p->ndim > 1))
+    return phx_fail(err, PHX_INVALID, "parameter %s has role %d and %u dimensions: a vector has one, a matrix, an "
+                     "embedding and a head have two or more", p->name, p->role, p->ndim);
+  const int64_t rows = p->row_parts ? p->row_parts : 1, columns = p->column_parts ? p->column_parts : 1;
+  if (p->shape[0] % rows == 0 && phx_param_row(p) % columns == 0) return PHX_OK;
+  return phx_fail(err, PHX_INVALID, "parameter %s: %lld rows of %lld do not come apart in %lld x %lld equal parts",
+                   p->name, (long long)p->shape[0], (long long)phx_param_row(p), (long long)rows, (long long)columns);
+}
 
 static phx_status place_param(phx_param *p, int64_t ends[PHX_FLATS], phx_error *err) {
   int64_t numel = 1;
@@ -34,7 +50,7 @@ static phx_status place_param(phx_param *p, int64_t ends[PHX_FLATS], phx_error *
   p->offset = (*end + ELEMENTS_PER_ALIGN - 1) / ELEMENTS_PER_ALIGN * ELEMENTS_PER_ALIGN;
   if (__builtin_add_overflow(p->offset, numel, end))
     return phx_fail(err, PHX_INVALID, "parameter %s makes its unit too large", p->name);
-  return PHX_OK;
+  return check_role(p, err);
 }
 
 static phx_status place_units(layout *l, phx_error *err) {
@@ -114,7 +130,8 @@ phx_status phx__layout_build(const phx_model *declared, phx_model **out, phx_err
     status = phx_fail(err, PHX_NOMEM, "no memory for the model's layout");
     goto done;
   }
-  for (uint32_t i = 0; i < declared->n_params; i++) l->params[i] = *phx_model_param(declared, i);
+  const size_t known = declared->param_stride < sizeof *l->params ? declared->param_stride : sizeof *l->params;
+  for (uint32_t i = 0; i < declared->n_params; i++) memcpy(&l->params[i], phx_model_param(declared, i), known);
   for (uint32_t i = 0; i < declared->n_units; i++) {
     const phx_unit *unit = phx_model_unit(declared, i);
     l->units[i] = (phx_unit){.name = unit->name, .first_param = unit->first_param, .n_params = unit->n_params};

@@ -19,16 +19,22 @@ const char *const gpt_block_names[GPT_BLOCK_PARAMS] = {
     "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight",    "mlp.c_fc.bias",    "mlp.c_proj.weight",  "mlp.c_proj.bias",
 };
 
-/* Rows and columns in units of the width; 0 columns: a vector. */
+/* Rows and columns in units of the width; 0 columns: a vector.  parts: matrices below one another. */
 static const struct {
-  int rows, columns, init, residual;
+  int rows, columns, init, residual, role, parts;
 } block_shapes[GPT_BLOCK_PARAMS] = {
-    [GPT_LN1_W] = {1, 0, PHX_INIT_ONE, 0},    [GPT_LN1_B] = {1, 0, PHX_INIT_ZERO, 0},
-    [GPT_QKV_W] = {3, 1, PHX_INIT_NORMAL, 0}, [GPT_QKV_B] = {3, 0, PHX_INIT_ZERO, 0},
-    [GPT_ATT_W] = {1, 1, PHX_INIT_NORMAL, 1}, [GPT_ATT_B] = {1, 0, PHX_INIT_ZERO, 0},
-    [GPT_LN2_W] = {1, 0, PHX_INIT_ONE, 0},    [GPT_LN2_B] = {1, 0, PHX_INIT_ZERO, 0},
-    [GPT_FC_W] = {4, 1, PHX_INIT_NORMAL, 0},  [GPT_FC_B] = {4, 0, PHX_INIT_ZERO, 0},
-    [GPT_OUT_W] = {1, 4, PHX_INIT_NORMAL, 1}, [GPT_OUT_B] = {1, 0, PHX_INIT_ZERO, 0},
+    [GPT_LN1_W] = {1, 0, PHX_INIT_ONE, 0, PHX_ROLE_NORM, 0},
+    [GPT_LN1_B] = {1, 0, PHX_INIT_ZERO, 0, PHX_ROLE_NORM, 0},
+    [GPT_QKV_W] = {3, 1, PHX_INIT_NORMAL, 0, PHX_ROLE_MATRIX, 3},
+    [GPT_QKV_B] = {3, 0, PHX_INIT_ZERO, 0, PHX_ROLE_VECTOR, 3},
+    [GPT_ATT_W] = {1, 1, PHX_INIT_NORMAL, 1, PHX_ROLE_MATRIX, 0},
+    [GPT_ATT_B] = {1, 0, PHX_INIT_ZERO, 0, PHX_ROLE_VECTOR, 0},
+    [GPT_LN2_W] = {1, 0, PHX_INIT_ONE, 0, PHX_ROLE_NORM, 0},
+    [GPT_LN2_B] = {1, 0, PHX_INIT_ZERO, 0, PHX_ROLE_NORM, 0},
+    [GPT_FC_W] = {4, 1, PHX_INIT_NORMAL, 0, PHX_ROLE_MATRIX, 0},
+    [GPT_FC_B] = {4, 0, PHX_INIT_ZERO, 0, PHX_ROLE_VECTOR, 0},
+    [GPT_OUT_W] = {1, 4, PHX_INIT_NORMAL, 1, PHX_ROLE_MATRIX, 0},
+    [GPT_OUT_B] = {1, 0, PHX_INIT_ZERO, 0, PHX_ROLE_VECTOR, 0},
 };
 
 typedef struct declaration {
@@ -69,16 +75,18 @@ static void add_unit(declaration *d, const char *name) {
 }
 
 /* columns 0: a vector.  The parameter joins the unit added last. */
-static void add_param(declaration *d, const gpt_config *config, const char *name, int64_t rows, int64_t columns,
-                      int32_t init, double init_std) {
+static phx_param *add_param(declaration *d, const gpt_config *config, const char *name, int64_t rows, int64_t columns,
+                            int32_t init, double init_std, int32_t role) {
   char *kept = d->names[d->n_params];
   snprintf(kept, NAME_BYTES, "%s", name);
   phx_param p = {.name = kept, .shape = {rows, columns ? columns : 1, 1, 1}, .ndim = columns ? 2 : 1,
-                 .unit = d->n_units - 1, .init = init, .init_std = init == PHX_INIT_NORMAL ? init_std : 0};
+                 .unit = d->n_units - 1, .init = init, .init_std = init == PHX_INIT_NORMAL ? init_std : 0,
+                 .role = role};
   if (columns) p.flags |= PHX_PARAM_DECAY;
   if (gpt_frozen(config, kept)) p.flags |= PHX_PARAM_FROZEN;
-  d->params[d->n_params++] = p;
   d->units[d->n_units - 1].n_params++;
+  d->params[d->n_params] = p;
+  return &d->params[d->n_params++];
 }
 
 static void add_stage(declaration *d, const char *name) {
@@ -97,9 +105,9 @@ static void add_use(declaration *d, uint32_t unit, uint32_t flags) {
 static void declare_units(declaration *d, const gpt_config *config, const gpt_sizes *s) {
   const double residual_std = 0.02 / sqrt(2.0 * (double)s->layers);
   add_unit(d, "wte");
-  add_param(d, config, "wte.weight", s->vocab, s->width, PHX_INIT_NORMAL, 0.02);
+  add_param(d, config, "wte.weight", s->vocab, s->width, PHX_INIT_NORMAL, 0.02, PHX_ROLE_EMBEDDING);
   add_unit(d, "wpe");
-  add_param(d, config, "wpe.weight", s->context, s->width, PHX_INIT_NORMAL, 0.02);
+  add_param(d, config, "wpe.weight", s->context, s->width, PHX_INIT_NORMAL, 0.02, PHX_ROLE_EMBEDDING);
   for (int64_t l = 0; l < s->layers; l++) {
     char *unit_name = d->names[GPT_BLOCK_PARAMS * s->layers + 4 + l];
     snprintf(unit_name, NAME_BYTES, "h.%lld", (long long)l);
@@ -107,13 +115,15 @@ static void declare_units(declaration *d, const gpt_config *config, const gpt_si
     for (int i = 0; i < GPT_BLOCK_PARAMS; i++) {
       char name[NAME_BYTES];
       snprintf(name, sizeof name, "h.%lld.%s", (long long)l, gpt_block_names[i]);
-      add_param(d, config, name, block_shapes[i].rows * s->width, block_shapes[i].columns * s->width,
-                block_shapes[i].init, block_shapes[i].residual ? residual_std : 0.02);
+      phx_param *p =
+          add_param(d, config, name, block_shapes[i].rows * s->width, block_shapes[i].columns * s->width,
+                    block_shapes[i].init, block_shapes[i].residual ? residual_std : 0.02, block_shapes[i].role);
+      p->row_parts = (uint32_t)block_shapes[i].parts;
     }
   }
   add_unit(d, "ln_f");
-  add_param(d, config, "ln_f.weight", s->width, 0, PHX_INIT_ONE, 0);
-  add_param(d, config, "ln_f.bias", s->width, 0, PHX_INIT_ZERO, 0);
+  add_param(d, config, "ln_f.weight", s->width, 0, PHX_INIT_ONE, 0, PHX_ROLE_NORM);
+  add_param(d, config, "ln_f.bias", s->width, 0, PHX_INIT_ZERO, 0, PHX_ROLE_NORM);
 }
 
 static void declare_stages(declaration *d, const gpt_sizes *s) {

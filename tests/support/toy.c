@@ -76,7 +76,8 @@ void toy_param(toy *t, int64_t rows, int64_t cols, uint32_t flags) {
                              .flags = flags,
                              .unit = u,
                              .init = PHX_INIT_NORMAL,
-                             .init_std = 0.02};
+                             .init_std = 0.02,
+                             .role = PHX_ROLE_MATRIX};
   t->units[u].n_params++;
 }
 

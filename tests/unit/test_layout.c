@@ -50,6 +50,18 @@ Test(layout_faults, each_is_named) {
   expect_refused("2 units and 0 stages: none may be 0");
   model.n_params = 0;
   expect_refused("0 parameters");
+  params[0].role = PHX_ROLES;
+  expect_refused("parameter a has role 6 and reserved0 = 0; expected 0 to 5, and 0");
+  params[0].reserved0 = 7;
+  expect_refused("parameter a has role 0 and reserved0 = 7");
+  params[0].role = PHX_ROLE_VECTOR;
+  expect_refused("parameter a has role 5 and 2 dimensions");
+  params[1].role = PHX_ROLE_MATRIX;
+  expect_refused("parameter b has role 1 and 1 dimensions");
+  params[0].row_parts = 2;
+  expect_refused("parameter a: 5 rows of 7 do not come apart in 2 x 1 equal parts");
+  params[0].column_parts = 3;
+  expect_refused("parameter a: 5 rows of 7 do not come apart in 1 x 3 equal parts");
   params[1].ndim = 0;
   expect_refused("parameter b has 0 dimensions");
   params[1].ndim = PHX_PARAM_DIMS + 1;
@@ -78,6 +90,23 @@ Test(layout_faults, each_is_named) {
 
 static int left;
 static void *few_callocs(size_t n, size_t bytes) { return left-- > 0 ? calloc(n, bytes) : NULL; }
+
+/* A model of before roles: its parameters are shorter, and what lies behind them is of the next one. */
+Test(layout_faults, shorter_parameters_have_no_role) {
+  enum { OLD = offsetof(phx_param, role) };
+  static _Alignas(8) char packed[3 * OLD];
+  phx_model *out = NULL;
+  for (int i = 0; i < 3; i++) memcpy(packed + i * OLD, &params[i], OLD);
+  model.params = (const phx_param *)(const void *)packed;
+  model.param_stride = OLD;
+  cr_assert_eq(phx__layout_build(&model, &out, NULL), PHX_OK);
+  for (uint32_t i = 0; i < 3; i++) {
+    const phx_param *p = phx_model_param(out, i);
+    cr_expect_str_eq(p->name, params[i].name);
+    cr_expect(p->role == PHX_ROLE_UNKNOWN && p->row_parts == 0 && p->column_parts == 0 && p->reserved0 == 0);
+  }
+  phx__layout_free(out);
+}
 
 Test(layout_faults, no_memory) {
   void *(*real)(size_t, size_t) = phx__sys.calloc;
