@@ -131,7 +131,7 @@ static phx_status make_part(phx__save *s, uint64_t *nonce, phx_error *err) {
   if (!status) status = phx__dir_make(dir, err);
   if (!status) status = phx__checkpoint_sweep(s->run_dir, &swept, err);
   if (!status)
-    status = phx__disk_room_for(s->run_dir, phx__checkpoint_bytes(s->rt->prepared->model, &s->rt->config->s),
+    status = phx__disk_room_for(s->run_dir, phx__checkpoint_bytes(s->rt->prepared),
                            "a checkpoint", err);
   if (!status && getrandom(nonce, sizeof *nonce, 0) != (ssize_t)sizeof *nonce)
     status = phx_fail_errno(err, PHX_IO, errno, "no random number for the name of a checkpoint");
@@ -313,7 +313,7 @@ static phx_status describe_run(const phx__save *s, phx__manifest *m, phx_error *
   m->samples = s->at.samples;
   m->skipped = s->at.skipped;
   snprintf(threads, sizeof threads, "%d", rt->device->threads);
-  PHX_TRY(phx__checkpoint_describe(m, rt->prepared, &rt->optim.table, rt->job->size, err));
+  PHX_TRY(phx__checkpoint_describe(m, rt->prepared, rt->job->size, err));
   PHX_TRY(phx__manifest_add_identity(m, "phalanx", PHX__VERSION, err));
   PHX_TRY(phx__manifest_add_identity(m, "device", rt->device->name, err));
   PHX_TRY(phx__manifest_add_identity(m, "threads", threads, err));

@@ -66,8 +66,8 @@ phx_status phx__checkpoint_save(phx__runtime *rt, const char *run_dir, const phx
 
 /* Fills an empty manifest with what is known before any state is written: seeds, now, ranks, the optimizer and its
  * states, plugins, the model, the effective configuration. */
-phx_status phx__checkpoint_describe(struct phx__manifest *m, const phx__prepared *prepared, const phx_optim *optim,
-                                    int32_t ranks, phx_error *err);
+phx_status phx__checkpoint_describe(struct phx__manifest *m, const phx__prepared *prepared, int32_t ranks,
+                                    phx_error *err);
 
 /* ---- loading ---- */
 typedef struct phx__resumed {

@@ -38,9 +38,9 @@ static phx_status describe_data(phx__manifest *m, const phx__prepared *p, phx_er
   return PHX_OK;
 }
 
-phx_status phx__checkpoint_describe(phx__manifest *m, const phx__prepared *p, const phx_optim *optim, int32_t ranks,
-                                    phx_error *err) {
+phx_status phx__checkpoint_describe(phx__manifest *m, const phx__prepared *p, int32_t ranks, phx_error *err) {
   const phx__config *c = p->config;
+  const phx_optim *optim = &p->optim;
   pair_sink sink = {m, PHX_OK, err};
   m->data_seed = m->generator_seed = (uint64_t)c->s.run.seed;
   m->ranks = ranks;
@@ -58,6 +58,7 @@ phx_status phx__checkpoint_describe(phx__manifest *m, const phx__prepared *p, co
   PHX_TRY(add_plugin(m, "model", c->model.plugin, err));
   PHX_TRY(add_plugin(m, "device", c->device.plugin, err));
   PHX_TRY(add_plugin(m, "comm", c->comm.plugin, err));
+  PHX_TRY(add_plugin(m, "optimizer", c->optimizer.plugin, err));
   PHX_TRY(phx__manifest_set_model(m, p->model, err));
   PHX_TRY(describe_data(m, p, err));
   if (p->computes[0]) PHX_TRY(phx__manifest_add_identity(m, "computes", p->computes, err));

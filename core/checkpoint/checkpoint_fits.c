@@ -10,9 +10,9 @@
 
 #include "base/status.h"
 #include "engine/data.h"
-#include "engine/optim.h"
 
-bool phx__manifest_same_optimizer(const phx__manifest *m, const phx_optim *now) {
+bool phx__manifest_same_optimizer(const phx__manifest *m, const phx__prepared *p) {
+  const phx_optim *now = &p->optim;
   bool same = strcmp(m->optimizer, now->name) == 0 && m->n_states == now->n_states;
   for (uint32_t i = 0; same && i < now->n_states; i++)
     same = strcmp(m->states[i].name, now->states[i].name) == 0 && m->states[i].dtype == now->states[i].dtype;
@@ -22,13 +22,11 @@ bool phx__manifest_same_optimizer(const phx__manifest *m, const phx_optim *now) 
 /* Nothing was trained yet, as in what `checkpoint import` makes: its states are zero, and any optimizer's begin so. */
 static bool untrained(const phx__manifest *m) { return m->step == 0 && m->samples == 0; }
 
-static phx_status fits_optimizer(const char *path, const phx__manifest *m, const phx__settings *s, phx_error *err) {
-  phx_optim now;
-  phx__optim_states(s, &now);
-  if (phx__manifest_same_optimizer(m, &now) || untrained(m)) return PHX_OK;
+static phx_status fits_optimizer(const char *path, const phx__manifest *m, const phx__prepared *p, phx_error *err) {
+  if (phx__manifest_same_optimizer(m, p) || untrained(m)) return PHX_OK;
   return phx_fail(err, PHX_INVALID,
                   "%s was saved with optimizer.name = %s, and this run has %s: its states do not fit", path,
-                  m->optimizer, now.name);
+                  m->optimizer, p->optim.name);
 }
 
 /* ---- what the model computes ---- */
@@ -119,7 +117,7 @@ phx_status phx__manifest_fits(const char *path, const phx__manifest *m, const ph
   *fit = (phx__fit){.restart = false};
   phx_status status = phx__manifest_match(path, m, p->model, err);
   if (!status) status = fits_function(path, m, p, err);
-  if (!status) status = fits_optimizer(path, m, s, err);
+  if (!status) status = fits_optimizer(path, m, p, err);
   if (!status) status = fits_data(path, m, p, fit, err);
   if (!status && m->step > s->run.steps)
     status = phx_fail(err, PHX_INVALID, "%s is of step %" PRId64 ", and this run ends at run.steps = %" PRId64, path,

@@ -17,5 +17,5 @@ typedef struct phx__fit {
 phx_status phx__manifest_fits(const char *path, const phx__manifest *m, const phx__prepared *prepared, phx__fit *fit,
                               phx_error *err);
 /* Are the states of the optimizer those that the run's optimizer has? */
-bool phx__manifest_same_optimizer(const phx__manifest *m, const phx_optim *now);
+bool phx__manifest_same_optimizer(const phx__manifest *m, const phx__prepared *prepared);
 #endif

@@ -244,6 +244,7 @@ static void say_all(const load_walk *walk, const char *path) {
   say_plugin(rt, m, "model", c->model.plugin);
   say_plugin(rt, m, "device", c->device.plugin);
   say_plugin(rt, m, "comm", c->comm.plugin);
+  say_plugin(rt, m, "optimizer", c->optimizer.plugin);
   say_identity(rt, m);
   phx__config_each(c, say_config, &d);
   say_batch(rt, m);
@@ -270,7 +271,7 @@ phx_status phx__checkpoint_load(phx__runtime *rt, const char *path, phx__resumed
   const phx__manifest *m = status ? NULL : walk.reader->manifest;
   if (!status) status = phx__manifest_fits(path, m, rt->prepared, &fit, &why);
   if (!status) status = check_headers(&walk, &why);
-  walk.from_zero = !status && !phx__manifest_same_optimizer(m, &rt->optim.table);
+  walk.from_zero = !status && !phx__manifest_same_optimizer(m, rt->prepared);
   if (walk.from_zero) walk.zeros = phx__calloc(PART, PHX_BLOCK * sizeof *walk.zeros);
   if (walk.from_zero && !walk.zeros) status = phx_fail(&why, PHX_NOMEM, "no memory to load %s", path);
   PHX_TRY_GOTO(phx__agree(rt, status, &why, NULL, err), status, done);

@@ -18,15 +18,13 @@
 #include "base/sys.h"
 #include "checkpoint/checkpoint_dir.h"
 #include "engine/layout.h"
-#include "engine/optim.h"
 
-int64_t phx__checkpoint_bytes(const phx_model *model, const phx__settings *settings) {
-  phx_optim optim;
-  phx__optim_states(settings, &optim);
+int64_t phx__checkpoint_bytes(const phx__prepared *p) {
+  const phx_model *model = p->model;
   int64_t bytes = model->total_blocks[PHX_FLAT_FROZEN] * PHX_BLOCK * 4; /* every state is fp32 in a checkpoint */
   bytes += model->total_blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK * 4;
-  for (uint32_t i = 0; i < optim.n_states; i++)
-    bytes += model->total_blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK * (int64_t)phx_dtype_bytes(optim.states[i].dtype);
+  for (uint32_t i = 0; i < p->optim.n_states; i++)
+    bytes += model->total_blocks[PHX_FLAT_TRAINABLE] * PHX_BLOCK * (int64_t)phx_dtype_bytes(p->optim.states[i].dtype);
   return bytes;
 }
 
@@ -91,10 +89,10 @@ static int64_t leftover_bytes(const char *run_dir) {
   return sum;
 }
 
-phx_status phx__disk_room_at_start(const phx__config *config, const phx_model *model, phx_error *err) {
-  const phx__settings *s = &config->s;
-  const int64_t weights = 4 * phx__layout_parameters(model);
+phx_status phx__disk_room_at_start(const phx__prepared *p, phx_error *err) {
+  const phx__settings *s = &p->config->s;
+  const int64_t weights = 4 * phx__layout_parameters(p->model);
   if (s->checkpoint.every == 0) return compare(s->run.out, weights, 0, "run.out: the final weights", err);
-  return compare(s->run.out, weights + phx__checkpoint_bytes(model, s), leftover_bytes(s->run.out),
+  return compare(s->run.out, weights + phx__checkpoint_bytes(p), leftover_bytes(s->run.out),
                  "run.out: a checkpoint and the final weights", err);
 }

@@ -96,7 +96,7 @@ static phx_status barrier(phx__runtime *rt, phx_error *err) { return rt->core->b
 static phx_status recognise(weights_file *f, phx_error *err) {
   phx__manifest *m = phx__manifest_create();
   if (!m) return phx_fail(err, PHX_NOMEM, "no memory for the header of %s", f->path);
-  phx_status status = phx__checkpoint_describe(m, f->rt->prepared, &f->rt->optim.table, f->rt->job->size, err);
+  phx_status status = phx__checkpoint_describe(m, f->rt->prepared, f->rt->job->size, err);
   if (!status) f->is_gpt2 = !phx__gpt2_of_manifest(f->path, m, &f->gpt2, NULL);
   phx__manifest_free(m);
   return status;

@@ -22,7 +22,6 @@
 #include "checkpoint/model_config.h"
 #include "command/command_checkpoint.h"
 #include "engine/layout.h"
-#include "engine/optim.h"
 #include "engine/prepare.h"
 #include "engine/state_hash.h"
 #include "job/run_lock.h"
@@ -39,7 +38,6 @@ typedef struct import {
   phx__config *config;
   phx__prepared *prepared;
   phx__manifest *manifest;
-  phx_optim optim;
   phx__source_param *params; /* (n_params) */
   float *data;
   phx__state_hash hash;
@@ -71,7 +69,7 @@ static phx_status fill_manifest(import *in, phx_error *err) {
   char text[32];
   phx__manifest *m = in->manifest = phx__manifest_create();
   if (!m) return phx_fail(err, PHX_NOMEM, "no memory for a manifest");
-  phx_status status = phx__checkpoint_describe(m, in->prepared, &in->optim, 1, err);
+  phx_status status = phx__checkpoint_describe(m, in->prepared, 1, err);
   snprintf(text, sizeof text, "%" PRIu32, phx__source_n(in->source));
   if (!status) status = phx__manifest_add_identity(m, "imported_tensors", text, err);
   return status;
@@ -106,7 +104,6 @@ static phx_status open_model(import *in, phx_error *err) {
   else status = phx__model_config(in->source, path, one_rank, 2, &in->config, err);
   if (status) return status;
   PHX_TRY(phx__prepare(in->config, 0, 1, 0, 1, 0, 0, &in->prepared, err));
-  phx__optim_states(&in->config->s, &in->optim);
   PHX_TRY(fill_manifest(in, err));
   if (!made) {
     phx__gpt2 own;

@@ -16,9 +16,8 @@
 
 static void help_plugin(const phx__plugin *plugin) {
   const phx_plugin *d = plugin->descriptor;
-  const char *section = d->kind == PHX_KIND_MODEL ? "model" : d->id;
   printf("%s %s %s: %s\n%s\n\n", phx__kind_name(d->kind), d->id, d->version, d->summary, plugin->path);
-  phx__config_help(section, d->options, d->n_options, d->option_stride, stdout);
+  phx__config_help(phx__plugin_section(d), d->options, d->n_options, d->option_stride, stdout);
 }
 
 static int help_index(const phx__found *found, size_t n) {
@@ -52,6 +51,7 @@ static int help_markdown(const phx__found *found, size_t n) {
     }
     const phx_plugin *d = plugin->descriptor;
     if (d->kind == PHX_KIND_MODEL) printf("## [model] with plugin = %s\n\n", d->id);
+    else if (d->kind == PHX_KIND_OPTIMIZER) printf("## [optimizer] with name = %s\n\n", d->id);
     else printf("## [%s]\n\n", d->id);
     printf("The %s %s: %s\n\n", phx__kind_name(d->kind), d->id, d->summary);
     phx__config_markdown(d->options, d->n_options, d->option_stride, stdout);
@@ -68,7 +68,8 @@ static int help_name(const char *name, const phx__found *found, size_t n) {
   bool any = false, failed = false;
   if (table) {
     phx__config_help(name, table->options, table->n, sizeof(phx_option), stdout);
-    if (strcmp(name, "model") == 0) printf("\nA model's own options stand here too: phalanx help gpt\n");
+    if (strcmp(name, "model") == 0) printf("\n; a model's own options stand here too: phalanx help gpt\n");
+    if (strcmp(name, "optimizer") == 0) printf("\n; an optimizer's own options stand here too: phalanx help adamw\n");
     return PHX__EXIT_OK;
   }
   for (size_t i = 0; i < n; i++) {
@@ -90,6 +91,12 @@ static int help_name(const char *name, const phx__found *found, size_t n) {
   phx__complain("there is no section or plugin '%s'%s", name,
           phx__nearest_hint(&nearest, hint, sizeof hint));
   return PHX__EXIT_REFUSED;
+}
+
+/* Only a strategy's file may have any name. */
+static uint32_t kind_of_path(const char *path) {
+  const char *file = strrchr(path, '/') + 1;
+  return strncmp(file, "phx_optimizer_", 14) == 0 ? PHX_KIND_OPTIMIZER : PHX_KIND_STRATEGY;
 }
 
 /* NAME and FILE.ini, in either order; 0: refused. */
@@ -119,7 +126,7 @@ int phx__command_help(int argc, char **argv) {
   if (!take(argc, argv, &name, &file)) return PHX__EXIT_REFUSED;
   if (file && phx__config_plugin_path(file, &search, &err) != PHX_OK) goto refused;
   if (name && strchr(name, '/')) {
-    if (phx__loader_open(search, PHX_KIND_STRATEGY, name, &plugin, &err) != PHX_OK) goto refused;
+    if (phx__loader_open(search, kind_of_path(name), name, &plugin, &err) != PHX_OK) goto refused;
     help_plugin(plugin);
     exit_status = PHX__EXIT_OK;
     goto done;

@@ -203,6 +203,7 @@ phx_status phx__run_json_write(const phx__runtime *rt, const phx__run_result *re
   add_plugin(plugins, "device", rt->config->device.plugin);
   add_plugin(plugins, "comm", rt->config->comm.plugin);
   add_plugin(plugins, "model", rt->config->model.plugin);
+  add_plugin(plugins, "optimizer", rt->config->optimizer.plugin);
   cJSON *chosen = cJSON_AddObjectToObject(root, "chosen");
   if (*rt->config->device_why) cJSON_AddStringToObject(chosen, "device", rt->config->device_why);
   if (*rt->config->comm_why) cJSON_AddStringToObject(chosen, "comm", rt->config->comm_why);

@@ -133,6 +133,7 @@ static int open_and_generate(const phx__config *config, phx__source *source, con
 static phx_status load_config(const phx__source *source, phx__config **out, phx_error *err) {
   static const phx__override one_rank[] = {{"run.ranks=1", "sample"},
                                            {"run.strategy=ddp", "sample"},
+                                           {"optimizer.name=sgd", "sample"}, /* nothing is trained: it has no states */
                                            {"precision.reduce=fp32", "sample"}, /* nothing is reduced, or announced */
                                            {"batch.total=0", "sample"}};
   char ini[PHX__TOOL_PATH] = "";

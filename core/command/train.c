@@ -380,6 +380,7 @@ static void say_plugins(const phx__config *config) {
   say_plugin("device", config->device.plugin);
   say_plugin("comm", config->comm.plugin);
   say_plugin("model", config->model.plugin);
+  say_plugin("optimizer", config->optimizer.plugin);
   say_chosen("device", config->device_why);
   say_chosen("comm", config->comm_why);
 }
@@ -453,7 +454,7 @@ static phx_status open_run(run *r, phx_error *err) {
   if (!status) status = phx__run_data_meet(&r->data, r->job, err);
   /* under torchrun, mpirun or srun nobody made the directory yet; other ranks write there after they met rank 0 */
   const bool makes = r->job->rank == 0 && foreign();
-  if (!status && makes) status = phx__disk_room_at_start(r->config, r->prepared->model, err);
+  if (!status && makes) status = phx__disk_room_at_start(r->prepared, err);
   if (makes) limit_lock_wait(r->config->s.run.timeout);
   if (!status && makes) status = phx__run_dir_open(r->config, &r->dir, err);
   if (!status && is_if_any(r->asked)) status = decide_resume(r, err);

@@ -22,7 +22,7 @@ phx_status phx__train_check(const phx__config *config, phx_error *err) {
     if (!status && rank == 0) status = phx__run_data_read(&data, err);
     if (!status && config->s.run.drift_every > 0) status = phx__drift_supported(p, err);
     if (!status && rank == 0) status = phx__room_check(config, &room, err);
-    if (!status && rank == 0) status = phx__disk_room_at_start(config, p->model, err);
+    if (!status && rank == 0) status = phx__disk_room_at_start(p, err);
     phx__run_data_close(&data);
     phx__prepared_free(p);
   }

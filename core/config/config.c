@@ -5,8 +5,13 @@
 #include "config/config_store.h"
 
 const char *phx__kind_name(uint32_t kind) {
-  static const char *const names[] = {"unknown", "strategy", "device", "comm", "model"};
-  return names[kind <= PHX_KIND_MODEL ? kind : 0];
+  static const char *const names[] = {"unknown", "strategy", "device", "comm", "model", "optimizer"};
+  return names[kind <= PHX_KIND_OPTIMIZER ? kind : 0];
+}
+
+const char *phx__plugin_section(const phx_plugin *d) {
+  const bool joins = d->kind == PHX_KIND_MODEL || d->kind == PHX_KIND_OPTIMIZER;
+  return joins ? phx__kind_name(d->kind) : d->id;
 }
 
 void phx__config_free(phx__config *config) {

@@ -23,13 +23,15 @@ typedef struct phx__selected {
 
 typedef struct phx__config {
   phx__settings s;
-  phx__selected strategy, device, comm, model;
+  phx__selected strategy, device, comm, model, optimizer;
   char device_why[256], comm_why[256]; /* what [device] and [comm] plugin = auto came to, and why; "": not auto */
   struct phx__config_private *priv;
 } phx__config;
 
 void phx__config_free(phx__config *config);
-const char *phx__kind_name(uint32_t kind); /* "strategy", "device", "comm", "model" */
+const char *phx__kind_name(uint32_t kind); /* "strategy", "device", "comm", "model", "optimizer" */
+/* The section with a plugin's options: its id, but for kinds whose options join the core's keys. */
+const char *phx__plugin_section(const phx_plugin *descriptor);
 /* 64-bit hash of everything that must be equal on all ranks: values not PER_RANK, plugin ids, versions, file hashes. */
 uint64_t phx__config_hash(const phx__config *config);
 /* The effective configuration as an INI; sources: a comment behind each value says where it came from. */

@@ -70,6 +70,10 @@ static void check_precision(store *p, const phx__config *c) {
     phx__config_error(p, at(p, "precision", "compute"),
                       "[precision] compute = bf16: model %s computes in fp32 only: use fp32",
                       c->model.plugin->descriptor->id);
+  if (wishes[0] == BF16 && !takes_bf16(&c->optimizer))
+    phx__config_error(p, at(p, "precision", "compute"),
+                      "[precision] compute = bf16: optimizer %s updates fp32 weights only: use fp32",
+                      c->optimizer.plugin->descriptor->id);
   const char *cost = wishes[0] == BF16 && takes_bf16(&c->device) ? cost_of_bf16(c) : NULL;
   if (cost) phx__config_warn(p, at(p, "precision", "compute"), "[precision] compute = bf16: %s", cost);
   if (wishes[1] == BF16)
@@ -78,8 +82,18 @@ static void check_precision(store *p, const phx__config *c) {
                      "the sum once more: half the traffic, other numbers than with fp32");
 }
 
-static void check_strategy(store *p, const phx__settings *s, const phx_plugin *strategy) {
+/* Only strategies and optimizers decide in which parts numbers are added up. */
+static void check_deterministic(store *p, const phx__settings *s, const phx_plugin *d, const char *promise) {
   const phx__entry *asked = at(p, "run", "deterministic");
+  const char *kind = phx__kind_name(d->kind);
+  if (!s->run.deterministic || (d->provides & PHX_CAP_DETERMINISTIC)) return;
+  if (asked)
+    phx__config_error(p, asked, "%s %s does not promise %s: [run] deterministic must be no", kind, d->id, promise);
+  else
+    phx__config_warn(p, NULL, "%s %s does not promise %s ([run] deterministic is yes)", kind, d->id, promise);
+}
+
+static void check_strategy(store *p, const phx__settings *s, const phx_plugin *strategy) {
   if ((strategy->needs & PHX_NEED_TWO_RANKS) && s->run.ranks < 2 && good(p, "run", "ranks"))
     phx__config_error(p, at(p, "run", "ranks"), "strategy %s needs at least two ranks: [run] ranks = %lld",
                       strategy->id, (long long)s->run.ranks);
@@ -88,13 +102,7 @@ static void check_strategy(store *p, const phx__settings *s, const phx_plugin *s
                       "[run] elastic = yes: strategy %s decides itself who computes what, and cannot lose a rank: use "
                       "no",
                       strategy->id);
-  if (!s->run.deterministic || (strategy->provides & PHX_CAP_DETERMINISTIC)) return;
-  if (asked)
-    phx__config_error(p, asked, "strategy %s does not promise the same bits as others: [run] deterministic must be no",
-                      strategy->id);
-  else
-    phx__config_warn(p, NULL, "strategy %s does not promise the same bits as others ([run] deterministic is yes)",
-                     strategy->id);
+  check_deterministic(p, s, strategy, "the same bits as others");
 }
 
 static void check_pins(store *p, const phx__settings *s) {
@@ -110,8 +118,11 @@ static void check_pins(store *p, const phx__settings *s) {
     pin += n;
     pin += strspn(pin, ", ");
   }
-  if (whole && s->plugins.pin[0] && !s->plugins.path[0] && !strchr(s->run.strategy, '/'))
-    phx__config_warn(p, entry, "[plugins] pin guards nothing: there is neither a [plugins] path nor a strategy's path");
+  const bool by_path = strchr(s->run.strategy, '/') || strchr(s->optimizer.name, '/');
+  if (whole && s->plugins.pin[0] && !s->plugins.path[0] && !by_path)
+    phx__config_warn(p, entry,
+                     "[plugins] pin guards nothing: there is neither a [plugins] path nor a strategy's path, nor an "
+                     "optimizer's");
 }
 
 void phx__config_check_together(phx__config *config) {
@@ -121,4 +132,6 @@ void phx__config_check_together(phx__config *config) {
   check_not_offered(p, &config->s);
   check_precision(p, config);
   if (config->strategy.plugin) check_strategy(p, &config->s, config->strategy.plugin->descriptor);
+  if (config->optimizer.plugin)
+    check_deterministic(p, &config->s, config->optimizer.plugin->descriptor, "the same bits under every strategy");
 }

@@ -78,6 +78,7 @@ uint64_t phx__config_hash(const phx__config *config) {
   hash_plugin(state, &config->device);
   hash_plugin(state, &config->comm);
   hash_plugin(state, &config->model);
+  hash_plugin(state, &config->optimizer);
   return XXH3_64bits_digest(state);
 }
 

@@ -29,7 +29,6 @@ static const char *const nonfinite_choices[] = {"stop", "skip", NULL};
 static const char *const stopped_choices[] = {"5", "0", NULL};
 static const char *const change_choices[] = {"refuse", "restart", NULL};
 static const char *const reduce_choices[] = {"step", "micro_batch", NULL};
-static const char *const optimizer_choices[] = {"adamw", "sgd", NULL};
 static const char *const schedule_choices[] = {"constant", "linear", "cosine", NULL};
 static const char *const precision_choices[] = {"fp32", "bf16", "fp16", NULL}; /* fp16 is refused with its reason */
 
@@ -93,16 +92,14 @@ static const phx_option data_options[] = {
          "refused, or the order of the sequences begins anew."),
 };
 static const phx_option optimizer_options[] = {
-    ENUM(optimizer, name, "adamw", optimizer_choices, 0, "The optimizer."),
+    STRING(optimizer, name, "adamw", 0,
+           "The optimizer: a plugin's name, or the path of a .so; its own options stand in this section too."),
     REAL(optimizer, lr, "3e-4", NULL, 0, 1e3, "Learning rate, after warmup."),
     ENUM(optimizer, schedule, "cosine", schedule_choices, 0, "How the learning rate falls after warmup."),
     INT(optimizer, warmup, "0", 0, STEPS_MOST, "steps", 0, "Steps over which the learning rate rises from 0."),
     REAL(optimizer, final, "0.1", NULL, 0, 1, "Fraction of lr that the schedule ends at."),
     REAL(optimizer, weight_decay, "0.1", NULL, 0, 1e3, "Decoupled weight decay, on matrices only."),
     REAL(optimizer, clip, "1.0", NULL, 0, 1e9, "Largest norm of the gradients; 0 does not clip."),
-    REAL(optimizer, beta1, "0.9", NULL, 0, 0.999999, "AdamW: decay of the first moment."),
-    REAL(optimizer, beta2, "0.95", NULL, 0, 0.999999, "AdamW: decay of the second moment."),
-    REAL(optimizer, eps, "1e-8", NULL, 1e-30, 1, "AdamW: added to the root of the second moment."),
 };
 static const phx_option precision_options[] = {
     ENUM(precision, compute, "fp32", precision_choices, 0,
@@ -137,7 +134,8 @@ static const phx_option checkpoint_options[] = {
 static const phx_option plugins_options[] = {
     STRING(plugins, path, "", PHX_OPTF_PER_RANK, "Absolute directories of plugins, colon-separated, searched first."),
     STRING(plugins, pin, "", PHX_OPTF_PER_RANK,
-           "SHA-256 sums, comma-separated: only these files are loaded from path, and as the path of a strategy."),
+           "SHA-256 sums, comma-separated: only these files are loaded from path, and as the path of a strategy or an "
+           "optimizer."),
 };
 
 #define TABLE(section) \

@@ -39,8 +39,8 @@ typedef struct phx__settings { /* the core's own keys, parsed; strings live as l
     int32_t on_change;         /* at a resume with other data: 0 refuse, 1 restart their order */
   } data;
   struct {
-    int32_t name;          /* 0 adamw, 1 sgd */
-    double lr, final, weight_decay, clip, beta1, beta2, eps; /* clip 0: off */
+    const char *name;      /* a plugin's name, or the path of a .so */
+    double lr, final, weight_decay, clip; /* clip 0: off */
     int32_t schedule;      /* 0 constant, 1 linear, 2 cosine */
     int64_t warmup;        /* steps */
   } optimizer;

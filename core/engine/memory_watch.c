@@ -56,7 +56,7 @@ static int64_t unknown_bytes(void) {
 }
 
 static void on_call(int32_t kind) {
-  const bool enters = kind == PHX_KIND_STRATEGY;
+  const bool enters = kind == PHX_KIND_STRATEGY || kind == PHX_KIND_OPTIMIZER; /* its update is part of a strategy's */
   if (enters == watch.in_strategy) return;
   const int64_t now = unknown_bytes();
   if (!enters) watch.grown += now - watch.before;

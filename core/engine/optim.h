@@ -1,17 +1,18 @@
-/* core/engine/optim.h - the optimizers behind "phx.optim/1", and the learning rate's schedule.  [main]
+/* core/engine/optim.h - "phx.optim/1": the learning rate's schedule, and tickets that become pieces for the optimizer's
+ * plugin.  [main]
  *
- * AdamW (decoupled decay, arXiv 1711.05101) and SGD; decay on parameters with PHX_PARAM_DECAY only. */
+ * Weight decay goes to parameters with PHX_PARAM_DECAY only. */
 #ifndef PHX__OPTIM_H
 #define PHX__OPTIM_H
-#include <phalanx/provider.h>
+#include <phalanx/job.h>
 
-#include "config/config.h"
+#include "engine/prepared.h"
 
 typedef struct phx__optim {
-  phx_optim table;
-  const phx__settings *settings;
-  const phx_model *model;
-  const phx_ops *ops;
+  phx_optim table; /* what the strategy gets */
+  const phx__prepared *prepared;
+  const phx_job *job;
+  phx_optimizer_self *self;
   int64_t step; /* of the update in progress, from 1; 0: none */
   double lr;    /* of that step */
   /* Told before state changes: the `bytes` at p (of a ticket), or all of it (p NULL).  NULL: nobody reads it meanwhile.
@@ -27,9 +28,12 @@ typedef struct phx__optim {
   void *after_ticket_arg;
 } phx__optim;
 
-/* States and name, before any device exists: for the topology. */
-void phx__optim_states(const phx__settings *settings, phx_optim *out);
-void phx__optim_init(phx__optim *o, const phx__settings *settings, const phx_model *model, const phx_ops *ops);
+/* Pure: what the configured optimizer says of itself, before any device exists; refuses what this core cannot keep. */
+phx_status phx__optim_describe(const phx__config *config, phx_optim *out, phx_error *err);
+/* Pure: does the strategy's grain (phx_estimate.grain) serve the optimizer's?  Refused by name where it does not. */
+phx_status phx__optim_check_grain(const phx__prepared *p, phx_error *err);
+/* self: what the plugin's create gave; it and the others are [borrow]. */
+void phx__optim_init(phx__optim *o, const phx__prepared *prepared, const phx_job *job, phx_optimizer_self *self);
 /* [main] Before all of the state is written from outside of update: a load. */
 phx_status phx__optim_state_changes(const phx__optim *optim, phx_error *err);
 double phx__optim_lr(const phx__settings *settings, int64_t step); /* step from 1 to run.steps */

@@ -72,6 +72,11 @@ phx_status phx__plan_check_stage(const phx__prepared *p, uint32_t stage, phx_err
   return PHX_OK;
 }
 
+phx_status phx__plan_check_workspace(const phx__prepared *p, int64_t bytes, phx_error *err) {
+  if (bytes >= 0 && bytes <= MOST) return PHX_OK;
+  return impossible("optimizer", p->config->optimizer.plugin->descriptor->id, "bytes of workspace", bytes, err);
+}
+
 static phx_status check_traffic(const phx__prepared *p, int32_t op, phx_error *err) {
   const phx_estimate *e = &p->estimate;
   char what[64];

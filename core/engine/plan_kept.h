@@ -11,6 +11,7 @@
 /* Refuses a strategy's estimate, a layout, or a size of another plugin that no machine can have.  Pure. */
 phx_status phx__plan_check_layout(const phx__prepared *p, phx_error *err);
 phx_status phx__plan_check_stage(const phx__prepared *p, uint32_t stage, phx_error *err);
+phx_status phx__plan_check_workspace(const phx__prepared *p, int64_t bytes, phx_error *err); /* of the optimizer */
 phx_status phx__plan_check_estimate(const phx__prepared *p, int64_t comm_buffers, phx_error *err);
 
 /* One line for each number that is not as planned, of every rank: "rank 1: gradients: 3.3 MiB planned, 6.6 MiB

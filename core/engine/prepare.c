@@ -10,6 +10,7 @@
 #include "engine/layout.h"
 #include "engine/optim.h"
 #include "engine/plan_kept.h"
+#include "plugin/descriptor.h"
 #include "plugin/suspect.h"
 
 #define STEP_TOKENS_MAX (INT64_C(1) << 32) /* so that no size in bytes overflows */
@@ -40,15 +41,17 @@ static phx_status prepare_model(phx__prepared *p, phx_error *err) {
 
 static void prepare_topology(phx__prepared *p, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size) {
   const phx__settings *s = &p->config->s;
-  phx_optim optim;
-  phx__optim_states(s, &optim);
   p->topology = (phx_topology){
       .struct_size = sizeof p->topology, .rank = rank, .world_size = size, .local_rank = local_rank,
       .local_size = local_size, .accumulate = (int32_t)s->batch.accumulate, .reduce = s->batch.reduce,
       .compute_dtype = s->precision.compute ? PHX_BF16 : PHX_F32,
-      .reduce_dtype = s->precision.reduce ? PHX_BF16 : PHX_F32, .overlaps = 1, .n_optim_states = optim.n_states,
-      .payload = p->comm->payload, .payload_ctx = p->config->comm.config};
-  for (uint32_t i = 0; i < optim.n_states; i++) p->topology.optim_dtype[i] = optim.states[i].dtype;
+      .reduce_dtype = s->precision.reduce ? PHX_BF16 : PHX_F32, .overlaps = 1, .n_optim_states = p->optim.n_states,
+      .optim_grain = p->optim.grain, .payload = p->comm->payload,
+      .payload_ctx = p->config->comm.config};
+  for (uint32_t i = 0; i < p->optim.n_states; i++) {
+    p->topology.optim_dtype[i] = p->optim.states[i].dtype;
+    p->topology.optim_per[i] = p->optim.states[i].per;
+  }
 }
 
 static phx_status prepare_layout(phx__prepared *p, phx_error *err) {
@@ -141,6 +144,18 @@ static void plan_copies(phx__prepared *p) {
   p->planned[PHX_MEM_BUFFER] += p->copy_bytes;
 }
 
+/* What the optimizer computes in. */
+static phx_status plan_optimizer(phx__prepared *p, phx_error *err) {
+  const phx__config *c = p->config;
+  if (!PHX__OPTIONAL(p->optimizer, phx_optimizer_table, workspace)) return PHX_OK;
+  phx__suspect_begin(c->optimizer.plugin->path, "in workspace", PHX__SUSPECT_CALL);
+  const int64_t bytes = p->optimizer->workspace(c->optimizer.config, p->model);
+  phx__suspect_end(PHX_OK, NULL);
+  PHX_TRY(phx__plan_check_workspace(p, bytes, err));
+  p->planned[PHX_MEM_WORKSPACE] += bytes;
+  return PHX_OK;
+}
+
 phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, int32_t local_rank, int32_t local_size,
                         int64_t micro, int64_t sequence, phx__prepared **out, phx_error *err) {
   phx_status status = PHX_OK;
@@ -151,6 +166,7 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   p->device = config->device.plugin->descriptor->table;
   p->comm = config->comm.plugin->descriptor->table;
   p->model_table = config->model.plugin->descriptor->table;
+  p->optimizer = config->optimizer.plugin->descriptor->table;
   p->shape = (phx_batch_shape){.struct_size = sizeof p->shape,
                                .micro = micro > 0 ? micro : config->s.batch.micro,
                                .sequence = sequence > 0 ? sequence : config->s.batch.sequence,
@@ -167,6 +183,7 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
                       size);
     goto done;
   }
+  PHX_TRY_GOTO(phx__optim_describe(config, &p->optim, err), status, done);
   PHX_TRY_GOTO(prepare_model(p, err), status, done);
   prepare_topology(p, rank, size, local_rank, local_size);
   PHX_TRY_GOTO(prepare_stages(p, err), status, done);
@@ -179,6 +196,8 @@ phx_status phx__prepare(const phx__config *config, int32_t rank, int32_t size, i
   const int64_t comm_buffers = p->comm->buffer_bytes(config->comm.config, size);
   phx__suspect_end(PHX_OK, NULL);
   PHX_TRY_GOTO(phx__plan_check_estimate(p, comm_buffers, err), status, done);
+  PHX_TRY_GOTO(phx__optim_check_grain(p, err), status, done);
+  PHX_TRY_GOTO(plan_optimizer(p, err), status, done);
   for (int k = 0; k < PHX_MEM_KINDS; k++) p->planned[k] += p->estimate.bytes[k];
   p->planned[PHX_MEM_BUFFER] += comm_buffers;
   plan_activations(p);

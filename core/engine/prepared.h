@@ -18,6 +18,8 @@ typedef struct phx__prepared {
   const phx_device_table *device;
   const phx_comm_table *comm;
   const phx_model_table *model_table;
+  const phx_optimizer_table *optimizer;
+  phx_optim optim;               /* what the optimizer says of itself; update is not there yet */
   phx_model *model;
   phx_model_facts facts;
   char computes[256];            /* facts.computes; "": the model does not say */

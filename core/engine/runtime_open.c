@@ -41,11 +41,7 @@ static phx_status open_device(phx__runtime *rt, phx_error *err) {
   phx__memory_book_hold(&rt->book, PHX_MEM_WORKSPACE, PHX_SPACE_DEVICE,
                         phx_align_bytes(rt->ops->scratch_bytes));
   rt->book.device = rt->device;
-  PHX_TRY(take_chunk(rt, err));
-  if ((c->strategy.plugin->descriptor->needs & PHX_NEED_HOST_MEMORY) && !(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
-    return phx_fail(err, PHX_UNSUPPORTED, "strategy %s needs a device whose memory the CPU can read; %s is none",
-                    c->strategy.plugin->descriptor->id, rt->device->name);
-  return PHX_OK;
+  return take_chunk(rt, err);
 }
 
 static phx_status open_comm(phx__runtime *rt, phx_error *err) {
@@ -73,16 +69,37 @@ static phx_status open_model(phx__runtime *rt, phx_error *err) {
   return status ? status : phx__handed_self(rt->model, "model", rt->config->model.plugin->descriptor, err);
 }
 
+/* What a plugin cannot run without. */
+static phx_status check_needs(const phx__runtime *rt, phx__host *host, const phx_plugin *d, phx_error *err) {
+  const char *kind = phx__kind_name(d->kind);
+  if ((d->needs & PHX_NEED_HOST_MEMORY) && !(rt->device->caps & PHX_DEVICE_HOST_MEMORY))
+    return phx_fail(err, PHX_UNSUPPORTED, "%s %s needs a device whose memory the CPU can read; %s is none", kind,
+                     d->id, rt->device->name);
+  for (const char *const *wanted = d->extensions; wanted && *wanted; wanted++)
+    if (!host->table.extension(host, *wanted))
+      return phx_fail(err, PHX_UNSUPPORTED, "%s %s needs the host extension %s, which this core does not offer to it",
+                       kind, d->id, *wanted);
+  return PHX_OK;
+}
+
+static phx_status open_optimizer(phx__runtime *rt, phx_error *err) {
+  const phx_plugin *d = rt->config->optimizer.plugin->descriptor;
+  rt->optimizer_host.device = rt->device;
+  rt->optimizer_host.ops = rt->ops;
+  PHX_TRY(check_needs(rt, &rt->optimizer_host, d, err));
+  PHX_TRY(PHX__IN(rt->job, PHX_KIND_OPTIMIZER, PHX_IN_CREATE, -1,
+                  rt->prepared->optimizer->create(&rt->optimizer_host.table, rt->config->optimizer.config,
+                                                  rt->prepared->model, &rt->optimizer, err)));
+  PHX_TRY(phx__handed_self(rt->optimizer, "optimizer", d, err));
+  phx__optim_init(&rt->optim, rt->prepared, rt->job, rt->optimizer);
+  return PHX_OK;
+}
+
 static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
-  phx__optim_init(&rt->optim, &rt->config->s, rt->prepared->model, rt->ops);
   rt->strategy_host.device = rt->device;
   rt->strategy_host.comm = rt->world;
   rt->strategy_host.optim = &rt->optim.table;
-  const char *const *wanted = rt->config->strategy.plugin->descriptor->extensions;
-  for (; wanted && *wanted; wanted++)
-    if (!rt->strategy_host.table.extension(&rt->strategy_host, *wanted))
-      return phx_fail(err, PHX_UNSUPPORTED, "strategy %s needs the host extension %s, which this core does not have",
-                      rt->config->strategy.plugin->descriptor->id, *wanted);
+  PHX_TRY(check_needs(rt, &rt->strategy_host, rt->config->strategy.plugin->descriptor, err));
   PHX_TRY(phx__cover_open(rt->prepared->model, 1 + rt->optim.table.n_states, &rt->state_cover, err));
   rt->state_cover.frozen = true;
   rt->state_words = phx__calloc((size_t)phx__cover_size(&rt->state_cover), sizeof *rt->state_words);
@@ -96,8 +113,9 @@ static phx_status open_strategy(phx__runtime *rt, phx_error *err) {
 }
 
 static void name_plugins(const phx__config *c, const phx_job *job) {
-  const phx__selected *const chosen[] = {NULL, &c->strategy, &c->device, &c->comm, &c->model}; /* by PHX_KIND_* */
-  for (int kind = PHX_KIND_STRATEGY; kind <= PHX_KIND_MODEL; kind++)
+  const phx__selected *const chosen[] = {NULL, &c->strategy, &c->device, &c->comm, &c->model,
+                                         &c->optimizer}; /* by PHX_KIND_* */
+  for (int kind = PHX_KIND_STRATEGY; kind <= PHX_KIND_OPTIMIZER; kind++)
     snprintf(job->mine->plugins[kind], sizeof job->mine->plugins[kind], "%s", chosen[kind]->plugin->descriptor->id);
 }
 
@@ -117,12 +135,15 @@ phx_status phx__runtime_open(const phx__config *config, const phx_job *job, phx_
   phx__host_init(&rt->device_host, config->device.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->comm_host, config->comm.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->model_host, config->model.plugin->descriptor->id, job, &rt->book);
+  phx__host_init(&rt->optimizer_host, config->optimizer.plugin->descriptor->id, job, &rt->book);
   phx__host_init(&rt->strategy_host, config->strategy.plugin->descriptor->id, job, &rt->book);
-  phx__host *const hosts[] = {&rt->core_host, &rt->device_host, &rt->comm_host, &rt->model_host, &rt->strategy_host};
+  phx__host *const hosts[] = {&rt->core_host,  &rt->device_host,    &rt->comm_host,
+                              &rt->model_host, &rt->optimizer_host, &rt->strategy_host};
   for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) hosts[i]->table.deterministic = config->s.run.deterministic;
   PHX_TRY_GOTO(open_device(rt, err), status, done);
   PHX_TRY_GOTO(open_comm(rt, err), status, done);
   PHX_TRY_GOTO(open_model(rt, err), status, done);
+  PHX_TRY_GOTO(open_optimizer(rt, err), status, done);
   PHX_TRY_GOTO(open_strategy(rt, err), status, done);
   *out = rt;
 done:
@@ -155,12 +176,14 @@ void phx__runtime_close(phx__runtime *rt) {
   if (rt->device) rt->device->stream_synchronize(rt->device->ctx, NULL, NULL);
   enter_destroy(rt, PHX_KIND_STRATEGY);
   if (rt->strategy) rt->prepared->strategy->destroy(rt->strategy);
+  enter_destroy(rt, PHX_KIND_OPTIMIZER);
+  if (rt->optimizer) rt->prepared->optimizer->destroy(rt->optimizer);
   enter_destroy(rt, PHX_KIND_MODEL);
   if (rt->model) rt->prepared->model_table->destroy(rt->model);
   enter_destroy(rt, PHX_KIND_COMM);
   if (rt->core) rt->core->destroy(rt->core);
-  const phx__host *plugins[] = {&rt->strategy_host, &rt->model_host};
-  for (int i = 0; i < 2; i++) {
+  const phx__host *plugins[] = {&rt->strategy_host, &rt->optimizer_host, &rt->model_host};
+  for (int i = 0; i < 3; i++) {
     char text[128];
     if (phx__host_held(plugins[i], text, sizeof text) > 0)
       phx__log(rt->job->rank, plugins[i]->plugin, PHX_LOG_ERROR, text);

@@ -1,9 +1,10 @@
 /* core/plugin/config_load.c - from an INI file and overrides to a checked phx__config with its plugins.
  *
  * Order: entries of the file and the overrides; the core's sections; plugins by [run] strategy, [device], [comm],
- * [model] plugin; their sections; sections of plugins that are installed and not selected (validated all the same, so
- * that one file can hold every strategy's); what is left is unknown; checks across settings.  Every problem is kept and
- * all are reported together.  Does not open data and creates nothing.
+ * [model] plugin, [optimizer] name; their sections; sections, and keys of [optimizer], of plugins that are installed
+ * and not selected (validated all the same, so that one file can hold every strategy's); what is left is unknown;
+ * checks across settings.  Every problem is kept and all are reported together.  Does not open data and creates
+ * nothing.
  * Invariant: *out is set only when there is no error.  [main] only. */
 #include "plugin/config_load.h"
 
@@ -31,7 +32,7 @@ typedef struct loading {
   const char *search;        /* [plugins] path or NULL */
   phx__found *found;
   size_t n_found;
-  const char *excused[8];    /* sections whose keys cannot be judged, because their plugin was refused */
+  const char *excused[12];   /* sections whose keys cannot be judged, because their plugin was refused */
   size_t n_excused;
   bool found_file;           /* the file comes with data: phx__config_load_found */
   bool strategy_unknown;     /* a strategy's path was refused, so its section's name is not known */
@@ -63,7 +64,9 @@ static void judge_paths(loading *l) {
                      s->plugins.path);
     path->value.s = s->plugins.path = "";
   }
-  if (phx__loader_guard(s->plugins.path, strchr(s->run.strategy, '/') ? s->run.strategy : NULL, s->plugins.pin, &err))
+  const char *const files[PHX__GUARDED_FILES] = {strchr(s->run.strategy, '/') ? s->run.strategy : NULL,
+                                                 strchr(s->optimizer.name, '/') ? s->optimizer.name : NULL};
+  if (phx__loader_guard(s->plugins.path, files, s->plugins.pin, &err))
     phx__config_error(p, pin->entry, "%s", err.message);
 }
 
@@ -78,6 +81,7 @@ static bool list_plugins(loading *l) {
   phx__config_error(p, l->search ? path->entry : NULL, "%s", err.message);
   l->strategy_unknown = true;
   l->excused[l->n_excused++] = "model";
+  l->excused[l->n_excused++] = "optimizer";
   return false;
 }
 
@@ -89,13 +93,16 @@ static void warn_shadowed(loading *l, const phx__plugin *plugin, const phx__entr
                        plugin->path, l->found[i].path);
 }
 
-/* The plugin's own options, under its id; a model's stand in [model]. */
+/* Do the options of this kind join a section of the core's? */
+static bool joins_core(uint32_t kind) { return kind == PHX_KIND_MODEL || kind == PHX_KIND_OPTIMIZER; }
+
+/* The plugin's own options, under its id; a model's stand in [model], an optimizer's in [optimizer]. */
 static void *add_plugin_section(loading *l, const phx__plugin *plugin, bool selected) {
   const phx_plugin *d = plugin->descriptor;
   void *base = phx__config_keep(l->config->priv, d->config_size);
   if (!base) return NULL;
-  phx__config_add_section(l->config->priv, d->kind == PHX_KIND_MODEL ? "model" : d->id, d->options, d->n_options,
-                          d->option_stride, base, plugin, selected);
+  phx__config_add_section(l->config->priv, phx__plugin_section(d), d->options, d->n_options, d->option_stride, base,
+                          plugin, selected);
   return base;
 }
 
@@ -159,7 +166,7 @@ static void select_plugin(loading *l, uint32_t kind, const char *section, const 
   }
   if (!strchr(*wish, '/')) warn_shadowed(l, plugin, setting->entry);
   const phx__section *twin = phx__config_section(p, plugin->descriptor->id, NULL);
-  if (twin && kind != PHX_KIND_MODEL)
+  if (twin && !joins_core(kind))
     phx__config_error(p, setting->entry, "[%s] %s: %s and %s have the same id '%s', hence the same section", section,
                       key, plugin->path, twin->plugin ? twin->plugin->path : "the core", plugin->descriptor->id);
   out->plugin = plugin;
@@ -167,7 +174,7 @@ static void select_plugin(loading *l, uint32_t kind, const char *section, const 
   return;
 refused:
   if (kind == PHX_KIND_STRATEGY && strchr(*wish, '/')) l->strategy_unknown = true;
-  l->excused[l->n_excused++] = kind == PHX_KIND_MODEL ? "model" : *wish;
+  l->excused[l->n_excused++] = joins_core(kind) ? section : *wish;
 }
 
 static const phx__found *find_installed(const loading *l, const char *name) {
@@ -196,7 +203,7 @@ static void unknown_section(loading *l, const char *name, const phx__entry *at) 
   for (uint32_t i = 0; phx__core_table_at(i); i++) phx__nearest_offer(&nearest, phx__core_table_at(i)->section);
   for (const phx__section *s = l->config->priv->sections; s; s = s->next) phx__nearest_offer(&nearest, s->name);
   for (size_t i = 0; i < l->n_found; i++)
-    if (l->found[i].kind != PHX_KIND_MODEL) phx__nearest_offer(&nearest, l->found[i].name);
+    if (!joins_core(l->found[i].kind)) phx__nearest_offer(&nearest, l->found[i].name);
   phx__config_error(l->config->priv, at, "there is no section [%s], in the core or of an installed plugin%s", name,
                     phx__nearest_hint(&nearest, hint, sizeof hint));
 }
@@ -211,9 +218,10 @@ static void judge_section(loading *l, const char *name, const phx__entry *at) {
     unknown_section(l, name, at);
     return;
   }
-  if (found->kind == PHX_KIND_MODEL) {
+  if (joins_core(found->kind)) {
+    const char *kind = phx__kind_name(found->kind);
     take_entries(l->config->priv, name);
-    phx__config_error(l->config->priv, at, "the options of model %s stand in [model], not in [%s]", name, name);
+    phx__config_error(l->config->priv, at, "the options of %s %s stand in [%s], not in [%s]", kind, name, kind, name);
   } else if (phx__loader_open_file(found->kind, found->path, found->name, &plugin, &err) == PHX_OK) {
     add_plugin_section(l, plugin, false);
   } else {
@@ -239,6 +247,54 @@ static void add_overridden_strategies(loading *l) {
   }
 }
 
+/* ---- keys of [optimizer] that neither the core nor the chosen optimizer has ---- */
+
+/* An option of another optimizer: checked by its table, and not used.  So one file serves several optimizers, as it
+ * serves several strategies. */
+static void take_key(loading *l, const phx_plugin *d, phx__entry *e) {
+  char why[512];
+  phx__value value;
+  store *p = l->config->priv;
+  for (uint32_t i = 0; i < d->n_options && !e->taken; i++) {
+    const phx_option *o = phx__option_at(d->options, d->option_stride, i);
+    if (strcmp(o->name, e->key) != 0) continue;
+    e->taken = true;
+    const bool is_default = o->dflt && !strcmp(o->dflt, e->value);
+    if (!phx__option_parse(o, e->value, &value, why, sizeof why))
+      phx__config_error(p, e, "[optimizer] %s", why);
+    else if (!is_default && !l->found_file)
+      phx__config_warn(p, e, "[optimizer] %s is an option of %s; %s, which is chosen, does not use it", e->key, d->id,
+                       l->config->optimizer.plugin->descriptor->id);
+  }
+}
+
+/* Of optimizers that were named by their path and then overridden; what cannot be loaded cannot be judged. */
+static void take_key_of_paths(loading *l, phx__entry *e) {
+  for (const phx__entry *n = l->config->priv->entries; n && !e->taken; n = n->next) {
+    phx_error err = PHX_ERROR_INIT;
+    const phx__plugin *plugin = NULL;
+    if (strcmp(n->section, "optimizer") || strcmp(n->key, "name") || !strchr(n->value, '/')) continue;
+    const bool foreign = l->found_file && !n->flag;
+    if (foreign || phx__loader_open(l->search, PHX_KIND_OPTIMIZER, n->value, &plugin, &err) != PHX_OK) e->taken = true;
+    else take_key(l, plugin->descriptor, e);
+  }
+}
+
+static void judge_optimizer_keys(loading *l) {
+  if (!l->config->optimizer.plugin) return;
+  for (phx__entry *e = l->config->priv->entries; e; e = e->next) {
+    if (strcmp(e->section, "optimizer") || e->taken) continue;
+    for (size_t i = 0; i < l->n_found && !e->taken; i++) {
+      phx_error err = PHX_ERROR_INIT;
+      const phx__plugin *plugin = NULL;
+      const phx__found *f = &l->found[i];
+      if (f->kind != PHX_KIND_OPTIMIZER || f->shadowed) continue;
+      if (phx__loader_open_file(f->kind, f->path, f->name, &plugin, &err) == PHX_OK) take_key(l, plugin->descriptor, e);
+    }
+    take_key_of_paths(l, e);
+  }
+}
+
 static void judge_sections(loading *l) {
   store *p = l->config->priv;
   for (const phx__header *h = p->headers; h; h = h->next) {
@@ -259,6 +315,7 @@ static void select_plugins(loading *l) {
   select_plugin(l, PHX_KIND_COMM, "comm", "plugin", c->comm_why, sizeof c->comm_why, &c->s.comm.plugin, &c->comm);
   resolve_deterministic(l);
   select_plugin(l, PHX_KIND_MODEL, "model", "plugin", NULL, 0, &c->s.model.plugin, &c->model);
+  select_plugin(l, PHX_KIND_OPTIMIZER, "optimizer", "name", NULL, 0, &c->s.optimizer.name, &c->optimizer);
 }
 
 static void fill(loading *l) {
@@ -272,6 +329,7 @@ static void fill(loading *l) {
   add_overridden_strategies(l);
   if (c->priv->oom) return;
   judge_sections(l);
+  judge_optimizer_keys(l);
   phx__config_check_unknown(c->priv, l->excused);
   phx__config_check_together(c);
 }

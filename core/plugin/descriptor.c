@@ -23,6 +23,7 @@ typedef struct entry {
 #define DEVICE(call) ENTRY(phx_device_table, call)
 #define COMM(call) ENTRY(phx_comm_table, call)
 #define MODEL(call) ENTRY(phx_model_table, call)
+#define OPTIMIZER(call) ENTRY(phx_optimizer_table, call)
 
 /* Calls that the core makes without asking; every other one may be NULL or missing. */
 static const entry strategy_calls[] = {
@@ -35,8 +36,11 @@ static const entry comm_calls[] = {COMM(probe), COMM(payload), COMM(buffer_bytes
                                    COMM(arena), {NULL, 0}};
 static const entry model_calls[] = {MODEL(declare), MODEL(stage_memory), MODEL(create), MODEL(destroy), MODEL(forward),
                                     MODEL(backward), {NULL, 0}};
+static const entry optimizer_calls[] = {OPTIMIZER(describe), OPTIMIZER(create), OPTIMIZER(destroy), OPTIMIZER(update),
+                                        {NULL, 0}};
 static const entry *const calls_of_kind[] = {[PHX_KIND_STRATEGY] = strategy_calls, [PHX_KIND_DEVICE] = device_calls,
-                                             [PHX_KIND_COMM] = comm_calls, [PHX_KIND_MODEL] = model_calls};
+                                             [PHX_KIND_COMM] = comm_calls, [PHX_KIND_MODEL] = model_calls,
+                                             [PHX_KIND_OPTIMIZER] = optimizer_calls};
 
 static phx_status check_table(const phx_plugin *d, phx_error *err) {
   size_t bytes;
@@ -56,17 +60,31 @@ static phx_status check_table(const phx_plugin *d, phx_error *err) {
 
 static phx_status check_needs(const phx_plugin *d, phx_error *err) {
   static const char *const offered[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM, PHX_EXT_OPS, PHX_EXT_JOB};
-  uint64_t unknown = d->needs & ~(uint64_t)(PHX_NEED_HOST_MEMORY | PHX_NEED_TWO_RANKS | PHX_NEED_ONE_MACHINE |
-                                            PHX_NEED_OWN_DEVICE);
+  uint64_t known = PHX_NEED_HOST_MEMORY;
+  if (d->kind != PHX_KIND_OPTIMIZER) known |= PHX_NEED_TWO_RANKS | PHX_NEED_ONE_MACHINE | PHX_NEED_OWN_DEVICE;
+  const uint64_t unknown = d->needs & ~known;
   if (unknown)
-    return phx_fail(err, PHX_UNSUPPORTED, "needs bit %d, which this phalanx does not know: use a newer phalanx",
-                    __builtin_ctzll(unknown));
+    return phx_fail(err, PHX_UNSUPPORTED,
+                    "needs bit %d, which this phalanx does not know of a plugin of kind %s: use a newer phalanx",
+                    __builtin_ctzll(unknown), phx__kind_name(d->kind));
   for (const char *const *ext = d->extensions; ext && *ext; ext++) {
     size_t i = 0, n = sizeof offered / sizeof offered[0];
     while (i < n && strcmp(*ext, offered[i]) != 0) i++;
     if (i == n)
       return phx_fail(err, PHX_UNSUPPORTED, "needs the host extension '%s', which this phalanx does not offer", *ext);
   }
+  return PHX_OK;
+}
+
+/* Options that stand in a section of the core's, behind the core's own keys. */
+static phx_status check_option_names(const phx_plugin *d, phx_error *err) {
+  const char *section = phx__plugin_section(d);
+  const phx__core_table *core = phx__core_section(section);
+  for (uint32_t i = 0; core && i < d->n_options; i++)
+    for (uint32_t k = 0; k < core->n; k++)
+      if (!strcmp(phx__option_at(d->options, d->option_stride, i)->name, core->options[k].name))
+        return phx_fail(err, PHX_INVALID, "its option '%s' is one of the core's own keys of [%s]",
+                         core->options[k].name, section);
   return PHX_OK;
 }
 
@@ -100,17 +118,19 @@ phx_status phx__descriptor_check(const phx_plugin *d, uint32_t kind, const char 
   if (d->reserved0 || reserved1)
     return phx_fail(err, PHX_INVALID, "its descriptor has reserved0 = %u, reserved1 = %u; expected 0",
                     (unsigned)d->reserved0, reserved1);
-  if (d->kind < PHX_KIND_STRATEGY || d->kind > PHX_KIND_MODEL)
-    return phx_fail(err, PHX_INVALID, "says it is of kind %u, which this phalanx does not know; a %s was asked for",
+  if (d->kind < PHX_KIND_STRATEGY || d->kind > PHX_KIND_OPTIMIZER)
+    return phx_fail(err, PHX_INVALID,
+                    "says it is of kind %u, which this phalanx does not know; one of kind %s was asked for",
                     (unsigned)d->kind, phx__kind_name(kind));
   if (d->kind != kind)
-    return phx_fail(err, PHX_INVALID, "is a %s plugin (kind %u), a %s was asked for", phx__kind_name(d->kind),
-                    (unsigned)d->kind, phx__kind_name(kind));
+    return phx_fail(err, PHX_INVALID, "is a plugin of kind %s (%u), and one of kind %s was asked for",
+                    phx__kind_name(d->kind), (unsigned)d->kind, phx__kind_name(kind));
   PHX_TRY(check_id(d, name, err));
   PHX_TRY(check_needs(d, err));
   if (d->config_size > CONFIG_LARGEST)
     return phx_fail(err, PHX_INVALID, "config_size %zu is not plausible", d->config_size);
   PHX_TRY(phx__options_check(d->options, d->n_options, d->option_stride, d->config_size, err));
+  PHX_TRY(check_option_names(d, err));
   PHX_TRY(check_table(d, err));
   return PHX_OK;
 }

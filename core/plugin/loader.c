@@ -40,7 +40,7 @@ typedef struct loaded_plugin {
 static loaded_plugin *loaded;
 
 static struct { /* what a configuration names by path, and what of it may be loaded: phx__loader_guard */
-  char *directories, *file, *pins;
+  char *directories, *files[PHX__GUARDED_FILES], *pins;
 } guard;
 
 static char dlopen_error[400]; /* of the last failed open, one line */
@@ -132,6 +132,13 @@ static bool lies_in(const char *path, const char *directories) {
   return false;
 }
 
+static bool is_named(const char *path) {
+  char real[PATH_MAX];
+  for (size_t i = 0; i < PHX__GUARDED_FILES; i++)
+    if (guard.files[i] && realpath(guard.files[i], real) && !strcmp(real, path)) return true;
+  return false;
+}
+
 static bool is_pinned(const char *sha256) {
   for (const char *at = guard.pins; at && *at;) {
     const size_t n = strcspn(at, ", ");
@@ -144,10 +151,9 @@ static bool is_pinned(const char *sha256) {
 
 /* Before any code of it runs. */
 static phx_status check_pin(const loaded_plugin *mine, const char *path, phx_error *err) {
-  char sha256[65], real[PATH_MAX];
+  char sha256[65];
   if (!guard.pins) return PHX_OK;
-  const bool named = guard.file && realpath(guard.file, real) && !strcmp(real, path);
-  if (!named && !lies_in(path, guard.directories)) return PHX_OK;
+  if (!is_named(path) && !lies_in(path, guard.directories)) return PHX_OK;
   const phx_status status = phx__sha256_fd(mine->fd, path, sha256, err);
   if (status || is_pinned(sha256)) return status;
   return phx_fail(err, PHX_INVALID, "%s has the SHA-256 %s, which is not in [plugins] pin: refused", path, sha256);
@@ -159,13 +165,16 @@ static char *copy_of(const char *text, bool *lost) {
   return copy;
 }
 
-phx_status phx__loader_guard(const char *directories, const char *file, const char *pins, phx_error *err) {
+phx_status phx__loader_guard(const char *directories, const char *const files[PHX__GUARDED_FILES], const char *pins,
+                             phx_error *err) {
   bool lost = false;
   phx__free(guard.directories);
-  phx__free(guard.file);
   phx__free(guard.pins);
   guard.directories = copy_of(directories, &lost);
-  guard.file = copy_of(file, &lost);
+  for (size_t i = 0; i < PHX__GUARDED_FILES; i++) {
+    phx__free(guard.files[i]);
+    guard.files[i] = copy_of(files ? files[i] : NULL, &lost);
+  }
   guard.pins = copy_of(pins, &lost);
   return lost ? phx_fail(err, PHX_NOMEM, "no memory for [plugins] pin") : PHX_OK;
 }
@@ -282,10 +291,11 @@ static phx_status find_and_open(const char *search, uint32_t kind, const char *n
   phx__search where;
   char path[PATH_MAX + 128] = "";
   bool found = false;
-  if (strchr(name, '/') && kind == PHX_KIND_STRATEGY) return phx__loader_open_file(kind, name, NULL, out, err);
+  const bool may_be_path = kind == PHX_KIND_STRATEGY || kind == PHX_KIND_OPTIMIZER;
+  if (strchr(name, '/') && may_be_path) return phx__loader_open_file(kind, name, NULL, out, err);
   if (!phx__name_is_plain(name, 32))
     return phx_fail(err, PHX_INVALID, "'%s' is not a plugin's name: expected [a-z0-9_]{1,32}%s", name,
-                    kind == PHX_KIND_STRATEGY ? ", or the path of a .so with a '/' in it" : "");
+                    may_be_path ? ", or the path of a .so with a '/' in it" : "");
   PHX_TRY(phx__search_open(search, &where, err));
   for (size_t i = 0; i < where.n && !found; i++) {
     snprintf(path, sizeof path, "%s/phx_%s_%s.so", where.directories[i], phx__kind_name(kind), name);

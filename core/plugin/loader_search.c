@@ -90,7 +90,7 @@ void phx__search_close(phx__search *search) {
 
 /* phx_<kind>_<name>.so -> kind and name; 0: not a plugin's file name. */
 static uint32_t kind_of_file(const char *file, char name[40]) {
-  for (uint32_t kind = PHX_KIND_STRATEGY; kind <= PHX_KIND_MODEL; kind++) {
+  for (uint32_t kind = PHX_KIND_STRATEGY; kind <= PHX_KIND_OPTIMIZER; kind++) {
     char prefix[32];
     int n = snprintf(prefix, sizeof prefix, "phx_%s_", phx__kind_name(kind));
     size_t length = strlen(file);

@@ -33,7 +33,7 @@ static void put_number(text *t, int32_t value) {
 }
 
 bool phx__where_text(const phx_liveness *page, char *out, size_t bytes) {
-  static const char *const kinds[] = {NULL, "strategy", "device", "comm", "model"};
+  static const char *const kinds[] = {NULL, "strategy", "device", "comm", "model", "optimizer"};
   static const char *const calls[] = {NULL,       "create",  "visit_state, map or state_changed",
                                       "begin_micro_batch", "acquire", "release",
                                       "finish_gradients or discard_gradients", "gradient_norm", "update",
@@ -46,7 +46,7 @@ bool phx__where_text(const phx_liveness *page, char *out, size_t bytes) {
   if (bytes == 0) return false;
   out[0] = 0;
   if (call <= PHX_IN_CORE || call > PHX_IN_RESTORED) return false;
-  if (kind < PHX_KIND_STRATEGY || kind > PHX_KIND_MODEL) return false;
+  if (kind < PHX_KIND_STRATEGY || kind > PHX_KIND_OPTIMIZER) return false;
   put(&t, kinds[kind], 16);
   put(&t, " ", 1);
   put(&t, page->plugins[kind], sizeof page->plugins[kind] - 1);

@@ -108,6 +108,7 @@ static phx_status ddp_estimate(const void *config, const phx_topology *t, const 
   ddp_plan p;
   PHX_TRY(plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, N_REGIONS, out);
+  phx_kit_estimate_grain(out, PHX_GRAIN_TENSOR); /* a ticket is a unit */
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     phx_kit_estimate_state(out, t, flat, phx_kit_shard_of(m->total_blocks[flat], t->rank, t->world_size).blocks);
   for (uint32_t b = 0; b < p.n_buckets; b++)
@@ -161,7 +162,7 @@ static phx_status ddp_create(const phx_host *host, const void *config, const phx
   *self = (phx_strategy){.topology = topology, .model = model};
   phx_status status;
   PHX_TRY_GOTO(plan_create(config, topology, model, &self->plan, err), status, done);
-  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_TENSOR, &self->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, &self->s, err), status, done);
   PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
   PHX_TRY_GOTO(phx_kit_events_create(&self->s, 1, &self->mark, err), status, done);
   PHX_TRY_GOTO(phx_kit_events_create(&self->s, self->plan.n_buckets, &self->reduced, err), status, done);

@@ -80,8 +80,7 @@ static phx_status fsdp_create(const phx_host *host, const void *config, const ph
   size_t n = model->n_units + 1u;
   phx_status status;
   PHX_TRY_GOTO(fsdp_plan_create(config, topology, model, &self->plan, err), status, done);
-  PHX_TRY_GOTO(phx_kit_services_open(host, self->plan.sharded ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR, &self->s, err),
-               status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, &self->s, err), status, done);
   PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
   self->views.weight_dtype = topology->compute_dtype;
   PHX_TRY_GOTO(phx_kit_events_create(&self->s, model->n_units, &self->gathered, err), status, done);

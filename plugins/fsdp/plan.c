@@ -137,6 +137,7 @@ phx_status fsdp_estimate(const void *config, const phx_topology *t, const phx_mo
   fsdp_plan p;
   PHX_TRY(fsdp_plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, FSDP_REGIONS, out);
+  phx_kit_estimate_grain(out, p.sharded ? PHX_GRAIN_BLOCK : PHX_GRAIN_TENSOR);
   for (uint32_t u = 0; u < m->n_units; u++)
     for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
       phx_kit_estimate_state(out, t, flat,

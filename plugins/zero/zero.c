@@ -59,6 +59,7 @@ static phx_status zero_estimate(const void *config, const phx_topology *t, const
   zero_plan p;
   PHX_TRY(zero_plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, ZERO_REGIONS, out);
+  phx_kit_estimate_grain(out, PHX_GRAIN_BLOCK);
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++) phx_kit_estimate_state(out, t, flat, p.shard[flat].blocks);
   zero_gather_traffic(&p, out);
   zero_reduce_traffic(&p, out);
@@ -110,7 +111,7 @@ static phx_status zero_create(const phx_host *host, const void *config, const ph
   zero_rank *r = &self->rank;
   phx_status status;
   PHX_TRY_GOTO(zero_plan_create(config, topology, model, &r->plan, err), status, done);
-  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &r->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, &r->s, err), status, done);
   PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
   PHX_TRY_GOTO(phx_kit_events_create(&r->s, 1, &r->mark, err), status, done);
   PHX_TRY_GOTO(phx_kit_events_create(&r->s, 1, &r->whole, err), status, done);

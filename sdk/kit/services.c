@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_services *out, phx_error *err) {
-  static const char *const grains[] = {"elements", "blocks", "rows", "tensors"};
+phx_status phx_kit_services_open(const phx_host *host, phx_kit_services *out, phx_error *err) {
   phx_kit_services s = {.host = host,
                         .device = host->extension(host->ctx, PHX_EXT_DEVICE),
                         .comm = host->extension(host->ctx, PHX_EXT_COMM),
@@ -17,9 +16,6 @@ phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_se
   if (!s.device) missing = PHX_EXT_DEVICE;
   if (missing)
     return phx_fail(err, PHX_UNSUPPORTED, "the host offers no \"%s\", which the strategy needs", missing);
-  if (s.optim->grain > grain)
-    return phx_fail(err, PHX_UNSUPPORTED, "optimizer '%s' needs whole %s, this strategy cuts to %s; use ddp",
-                    s.optim->name, grains[s.optim->grain & 3], grains[grain & 3]);
   phx_status status = s.device->stream_create(s.device->ctx, "communication", &s.stream, err);
   if (status == PHX_OK) *out = s;
   return status;
@@ -84,6 +80,10 @@ void phx_kit_regions_estimate(const phx_kit_region *regions, uint32_t n, phx_est
     out->bytes[regions[i].kind] += bytes;
     if (regions[i].shared) out->arena_bytes += bytes;
   }
+}
+
+void phx_kit_estimate_grain(phx_estimate *out, int32_t grain) {
+  if (PHX_HAS(out, phx_estimate, grain)) out->grain = grain;
 }
 
 void phx_kit_estimate_state(phx_estimate *out, const phx_topology *t, uint32_t flat, int64_t blocks) {

@@ -367,7 +367,7 @@ Test(hostile, loading_is_not_trusted, .timeout = 120) {
       {"exit", "phx_strategy_hostile.so ended the process while it was loaded", 0},
       {"vanish", "phx_strategy_hostile.so ended the process while it was loaded", 1},
       {"giant", "its descriptor says it has 1073741824 bytes: not plausible", 0},
-      {"kind", "says it is of kind 77, which this phalanx does not know; a strategy was asked for", 0},
+      {"kind", "says it is of kind 77, which this phalanx does not know; one of kind strategy was asked for", 0},
   };
   static const char plugin[] = PHX_TEST_ONLY_PLUGINS "/phx_strategy_hostile.so";
   char *dir = hostile_dir();

@@ -21,10 +21,15 @@
 static long model_value[5];
 static const char *const model_key[5] = {"layers", "heads", "width", "context", "vocab"};
 
-static void keep_model(void *arg, const char *section, const char *key, const char *value, const char *source) {
+static double adamw[3];
+static const char *const adamw_key[3] = {"beta1", "beta2", "eps"};
+
+static void keep_options(void *arg, const char *section, const char *key, const char *value, const char *source) {
   (void)arg, (void)source;
   for (int i = 0; i < 5; i++)
     if (!strcmp(section, "model") && !strcmp(key, model_key[i])) model_value[i] = strtol(value, NULL, 10);
+  for (int i = 0; i < 3; i++)
+    if (!strcmp(section, "optimizer") && !strcmp(key, adamw_key[i])) adamw[i] = strtod(value, NULL);
 }
 
 static void need(phx_status status, const phx_error *err) {
@@ -61,7 +66,7 @@ typedef struct moments {
 
 static void update(reference_gpt *g, const phx__prepared *p, moments *all, int64_t step, double factor) {
   const phx__settings *s = &p->config->s;
-  const double b1 = s->optimizer.beta1, b2 = s->optimizer.beta2, lr = phx__optim_lr(s, step);
+  const double b1 = adamw[0], b2 = adamw[1], lr = phx__optim_lr(s, step);
   for (uint32_t i = 0; i < p->model->n_params; i++) {
     const reference_tensor *t = reference_gpt_find(g, p->model->params[i].name);
     const double decay = p->model->params[i].flags & PHX_PARAM_DECAY ? s->optimizer.weight_decay : 0;
@@ -70,7 +75,7 @@ static void update(reference_gpt *g, const phx__prepared *p, moments *all, int64
       all[i].m[k] = b1 * all[i].m[k] + (1 - b1) * d;
       all[i].v[k] = b2 * all[i].v[k] + (1 - b2) * d * d;
       const double m_hat = all[i].m[k] / (1 - pow(b1, (double)step)), v_hat = all[i].v[k] / (1 - pow(b2, (double)step));
-      t->value[k] -= lr * (m_hat / (sqrt(v_hat) + s->optimizer.eps) + decay * t->value[k]);
+      t->value[k] -= lr * (m_hat / (sqrt(v_hat) + adamw[2]) + decay * t->value[k]);
     }
   }
 }
@@ -107,7 +112,7 @@ int main(int argc, char **argv) {
   }
   const int32_t ranks = (int32_t)strtol(argv[2], NULL, 10);
   if (phx__config_load(argv[1], NULL, 0, stderr, &config)) return 1;
-  phx__config_each(config, keep_model, NULL);
+  phx__config_each(config, keep_options, NULL);
   need(phx__prepare(config, 0, ranks, 0, ranks, 0, 0, &p, &err), &err);
   const uint64_t seed = (uint64_t)config->s.run.seed;
   need(phx__data_open(config->s.data.train, p->shape.sequence, p->facts.vocabulary, seed, &data, &err), &err);

@@ -91,10 +91,12 @@ Test(config, defaults) {
   cr_expect(c->s.run.valid_windows == 0 && c->s.run.log_every == 1 && c->s.run.pin == 0);
   cr_expect(c->s.batch.micro == 4 && c->s.batch.accumulate == 1 && c->s.batch.sequence == 256);
   cr_expect(c->s.batch.reduce == PHX_REDUCE_STEP && c->s.batch.total == 0);
-  cr_expect(c->s.optimizer.name == 0 && c->s.optimizer.lr == 3e-4 && c->s.optimizer.schedule == 2);
+  cr_expect_str_eq(c->s.optimizer.name, "adamw");
+  cr_expect(c->s.optimizer.lr == 3e-4 && c->s.optimizer.schedule == 2);
   cr_expect(c->s.optimizer.warmup == 0 && c->s.optimizer.final == 0.1 && c->s.optimizer.weight_decay == 0.1);
-  cr_expect(c->s.optimizer.clip == 1.0 && c->s.optimizer.beta1 == 0.9 && c->s.optimizer.beta2 == 0.95);
-  cr_expect(c->s.optimizer.eps == 1e-8 && c->s.precision.compute == 0 && c->s.precision.reduce == 0);
+  const double *own = c->optimizer.config; /* beta1, beta2, eps */
+  cr_expect(c->s.optimizer.clip == 1.0 && own[0] == 0.9 && own[1] == 0.95 && own[2] == 1e-8);
+  cr_expect(c->s.precision.compute == 0 && c->s.precision.reduce == 0);
   cr_expect(c->s.device.threads == -1 && c->s.checkpoint.every == 0);
   cr_expect_str_eq(c->s.device.plugin, "cpu");
   cr_expect_str_eq(c->s.comm.plugin, "shm");
@@ -404,7 +406,7 @@ Test(config, each) {
   int n = 0, core = 0;
   phx__config_each(c, count, &n);
   for (uint32_t i = 0; phx__core_table_at(i); i++) core += (int)phx__core_table_at(i)->n;
-  cr_expect_eq(n, core + 7 + 7 + 1 + 2); /* fsdp, pair, shm, gpt */
+  cr_expect_eq(n, core + 7 + 7 + 1 + 2 + 3); /* fsdp, pair, shm, gpt, adamw */
   phx__config_free(c);
 }
 

@@ -71,6 +71,14 @@ static void fill_stage_memory(void *out) {
   cr_assert_eq(status, PHX_OK, "%s", err.message);
 }
 
+static void describe(const char *file, void *out) {
+  const phx_plugin *p = plugin_of(file);
+  phx_error err = PHX_ERROR_INIT;
+  cr_assert_eq(((const phx_optimizer_table *)p->table)->describe(config_of(p, ""), out, &err), PHX_OK, "%s",
+               err.message);
+}
+static void fill_adamw(void *out) { describe("phx_optimizer_adamw.so", out); }
+
 static int64_t payload(const void *ctx, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
                        int32_t root) {
   (void)ctx, (void)op, (void)rank, (void)size, (void)root;
@@ -107,7 +115,8 @@ static const filler fillers[] = {
     FILLER(phx_comm_stats, wait_ns, fill_stats), FILLER(phx_model, total_blocks, fill_model),
     FILLER(phx_model_facts, computes, fill_facts), FILLER(phx_stage_memory, workspace, fill_stage_memory),
     FILLER(phx_estimate, state_bytes, fill_ddp), FILLER(phx_estimate, state_bytes, fill_fsdp),
-    FILLER(phx_estimate, state_bytes, fill_zero),
+    FILLER(phx_estimate, state_bytes, fill_zero), FILLER(phx_estimate, grain, fill_ddp),
+    FILLER(phx_optimizer_facts, states, fill_adamw),
 };
 
 /* out is of `size` bytes for the filler, zero, and LONGEST bytes are there. */

@@ -553,7 +553,7 @@ static void f_release(void *ctx, void *p) {
 }
 
 Test(kit, regions_are_planned_as_they_are_allocated) {
-  fake f = {.device = loopback_device_create(LOOPBACK_THREADS), .optim = {.name = "muon", .grain = PHX_GRAIN_ROW}};
+  fake f = {.device = loopback_device_create(LOOPBACK_THREADS)};
   phx_host host = {
       .struct_size = sizeof host, .ctx = &f, .alloc = f_alloc, .release = f_release, .extension = f_extension};
   phx_kit_services s = {0};
@@ -561,13 +561,11 @@ Test(kit, regions_are_planned_as_they_are_allocated) {
   static const char *const names[] = {PHX_EXT_DEVICE, PHX_EXT_COMM, PHX_EXT_OPTIM};
   for (int i = 0; i < 3; i++) {
     f.missing = names[i];
-    cr_assert_eq(phx_kit_services_open(&host, PHX_GRAIN_TENSOR, &s, &err), PHX_UNSUPPORTED);
+    cr_assert_eq(phx_kit_services_open(&host, &s, &err), PHX_UNSUPPORTED);
     cr_assert(strstr(err.message, names[i]), "%s", err.message);
   }
   f.missing = NULL;
-  cr_assert_eq(phx_kit_services_open(&host, PHX_GRAIN_BLOCK, &s, &err), PHX_UNSUPPORTED);
-  cr_assert(strstr(err.message, "'muon' needs whole rows"), "%s", err.message);
-  cr_assert_eq(phx_kit_services_open(&host, PHX_GRAIN_TENSOR, &s, &err), PHX_OK);
+  cr_assert_eq(phx_kit_services_open(&host, &s, &err), PHX_OK);
 
   phx_kit_region table[] = {{.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = 1},
                             {.kind = PHX_MEM_BUFFER, .bytes = 0},
@@ -576,6 +574,8 @@ Test(kit, regions_are_planned_as_they_are_allocated) {
   enum { N = sizeof table / sizeof *table };
   phx_estimate e = {.struct_size = sizeof e};
   phx_kit_regions_estimate(table, N, &e);
+  phx_kit_estimate_grain(&e, PHX_GRAIN_ROW);
+  cr_assert_eq(e.grain, PHX_GRAIN_ROW);
   for (f.fail_at = 1; f.fail_at <= 3; f.fail_at++, f.calls = 0) {
     cr_assert_eq(phx_kit_regions_alloc(&s, table, N, &err), PHX_NOMEM);
     cr_assert_eq(f.alive, 0);

@@ -1,5 +1,6 @@
 /* Finding, trusting, loading and checking plugins: every refusal with its reason. */
 #include <criterion/criterion.h>
+#include <phalanx/provider.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,10 +43,39 @@ Test(loader, by_name_and_by_path) {
   cr_assert_eq(strlen(named->sha256), 64);
   cr_assert_eq(expect_open(HOUSE, PHX_KIND_STRATEGY, "fsdp"), named);
   cr_assert_eq(expect_open(NULL, PHX_KIND_STRATEGY, HOUSE "/../house/./phx_strategy_fsdp.so"), named);
-  for (uint32_t kind = PHX_KIND_DEVICE; kind <= PHX_KIND_MODEL; kind++) {
-    static const char *const names[] = {"", "", "cpu", "shm", "gpt"};
+  for (uint32_t kind = PHX_KIND_DEVICE; kind <= PHX_KIND_OPTIMIZER; kind++) {
+    static const char *const names[] = {"", "", "cpu", "shm", "gpt", "adamw"};
     cr_assert_eq(expect_open(HOUSE, kind, names[kind])->descriptor->kind, kind);
   }
+}
+
+static void expect_bad_optimizer(const phx_plugin *d, phx_status code, const char *reason) {
+  phx_error err = PHX_ERROR_INIT;
+  cr_expect_eq(phx__descriptor_check(d, PHX_KIND_OPTIMIZER, NULL, &err), code);
+  cr_expect(strstr(err.message, reason), "'%s' lacks '%s'", err.message, reason);
+}
+
+Test(loader, optimizers_are_whole) {
+  const phx_plugin *good = expect_open(HOUSE, PHX_KIND_OPTIMIZER, "adamw")->descriptor;
+  phx_plugin d = *good;
+  phx_optimizer_table table = *(const phx_optimizer_table *)good->table;
+  phx_option option = good->options[0];
+  d.table = &table;
+  expect_bad_optimizer(&d, PHX_OK, "");
+  table.update = NULL;
+  expect_bad_optimizer(&d, PHX_INVALID, "its optimizer table lacks the mandatory call update");
+  table.struct_size = offsetof(phx_optimizer_table, create); /* what lies behind the table is not looked at */
+  expect_bad_optimizer(&d, PHX_INVALID, "its optimizer table lacks the mandatory call create");
+  d.table = NULL;
+  expect_bad_optimizer(&d, PHX_INVALID, "has no optimizer table");
+  d = *good;
+  option.name = "lr";
+  d.options = &option;
+  d.n_options = 1;
+  expect_bad_optimizer(&d, PHX_INVALID, "its option 'lr' is one of the core's own keys of [optimizer]");
+  d = *good;
+  d.needs = PHX_NEED_HOST_MEMORY | PHX_NEED_TWO_RANKS;
+  expect_bad_optimizer(&d, PHX_UNSUPPORTED, "needs bit 1, which this phalanx does not know of a plugin of kind");
 }
 
 Test(loader, refusals) {
@@ -63,7 +93,7 @@ Test(loader, refusals) {
                {"needsext", "'phx.nonsense/1'"},
                {"nocall", "lacks the mandatory call update"},
                {"badtable", "12345677 bytes: not plausible"},
-               {"otherkind", "is a comm plugin (kind 3), a strategy was asked for"}};
+               {"otherkind", "is a plugin of kind comm (3), and one of kind strategy was asked for"}};
   for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
     expect_refused(BROKEN, PHX_KIND_STRATEGY, cases[i].name, cases[i].reason);
 }
@@ -79,7 +109,7 @@ Test(loader, names) {
   expect_refused(HOUSE, PHX_KIND_DEVICE, HOUSE "/phx_device_cpu.so", "is not a plugin's name");
   expect_refused(NULL, PHX_KIND_STRATEGY, "/nonexistent/x.so", "No such file");
   expect_refused(NULL, PHX_KIND_STRATEGY, "/etc/passwd", "must end in .so");
-  expect_refused(NULL, PHX_KIND_STRATEGY, HOUSE "/phx_device_cpu.so", "is a device plugin (kind 2)");
+  expect_refused(NULL, PHX_KIND_STRATEGY, HOUSE "/phx_device_cpu.so", "is a plugin of kind device (2)");
 }
 
 Test(loader, search_path) {
@@ -218,10 +248,14 @@ Test(loader, pins, .init = copy_plugin, .fini = remove_copy) {
   cr_assert_eq(phx__loader_guard(directory, NULL, none, &err), PHX_OK);
   expect_refused(directory, PHX_KIND_STRATEGY, "fsdp", sha256);
   expect_open(directory, PHX_KIND_DEVICE, "cpu"); /* from elsewhere */
-  cr_assert_eq(phx__loader_guard(NULL, copy, none, &err), PHX_OK);
-  expect_refused(NULL, PHX_KIND_STRATEGY, copy, sha256);
+  for (int i = 0; i < PHX__GUARDED_FILES; i++) {
+    const char *files[PHX__GUARDED_FILES] = {NULL};
+    files[i] = copy;
+    cr_assert_eq(phx__loader_guard(NULL, files, none, &err), PHX_OK);
+    expect_refused(NULL, PHX_KIND_STRATEGY, copy, sha256);
+  }
   snprintf(both, sizeof both, "%s, %s", none, sha256);
-  cr_assert_eq(phx__loader_guard(directory, copy, both, &err), PHX_OK);
+  cr_assert_eq(phx__loader_guard(directory, (const char *const[PHX__GUARDED_FILES]){copy}, both, &err), PHX_OK);
   expect_open(directory, PHX_KIND_STRATEGY, "fsdp");
   cr_assert_eq(phx__loader_guard(NULL, NULL, NULL, &err), PHX_OK);
 }

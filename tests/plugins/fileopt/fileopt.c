@@ -54,6 +54,7 @@ static phx_status fileopt_estimate(const void *config, const phx_topology *t, co
   PHX_TRY(phx_kit_check_topology(t, err));
   plan(config, t, m, regions);
   phx_kit_regions_estimate(regions, REGIONS, out);
+  phx_kit_estimate_grain(out, PHX_GRAIN_BLOCK);
   int64_t whole = phx_kit_whole_numel(m->total_blocks[PHX_FLAT_TRAINABLE], t->world_size);
   phx_kit_estimate_call(out, t, PHX_OP_ALL_REDUCE, whole, PHX_F32, 0, phx_kit_adds_reduced(t) ? t->accumulate : 1);
   phx_kit_estimate_call(out, t, PHX_OP_ALL_GATHER, whole / t->world_size, PHX_F32, 0, 1);
@@ -99,7 +100,7 @@ static phx_status fileopt_create(const phx_host *host, const void *config, const
   for (uint32_t flat = 0; flat < PHX_FLATS; flat++)
     self->mine[flat] = phx_kit_shard_of(model->total_blocks[flat], topology->rank, topology->world_size);
   plan(config, topology, model, self->regions);
-  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_BLOCK, &self->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, &self->s, err), status, done);
   PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
   PHX_TRY_GOTO(phx_kit_regions_alloc(&self->s, self->regions, REGIONS, err), status, done);
   PHX_TRY_GOTO(open_file(self, err), status, done);

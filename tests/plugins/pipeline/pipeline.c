@@ -136,6 +136,7 @@ static phx_status pipeline_estimate(const void *config, const phx_topology *t, c
   pipeline_plan p;
   PHX_TRY(plan_create(config, t, m, &p, err));
   phx_kit_regions_estimate(p.regions, REGIONS, out);
+  phx_kit_estimate_grain(out, PHX_GRAIN_TENSOR);
   phx_kit_estimate_call(out, t, PHX_OP_SEND, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
   phx_kit_estimate_call(out, t, PHX_OP_RECV, t->boundary_bytes[p.cut - 1], PHX_U8, 0, t->accumulate);
   if (p.regions[TIED].bytes > 0) {
@@ -177,7 +178,7 @@ static phx_status pipeline_create(const phx_host *host, const void *config, cons
   *self = (phx_strategy){.topology = topology, .model = model};
   phx_status status;
   PHX_TRY_GOTO(plan_create(config, topology, model, &self->plan, err), status, done);
-  PHX_TRY_GOTO(phx_kit_services_open(host, PHX_GRAIN_TENSOR, &self->s, err), status, done);
+  PHX_TRY_GOTO(phx_kit_services_open(host, &self->s, err), status, done);
   PHX_TRY_GOTO(phx_kit_views_create(model, &self->views, err), status, done);
   PHX_TRY_GOTO(phx_kit_regions_alloc(&self->s, self->plan.regions, REGIONS, err), status, done);
   for (uint32_t u = 0; u < model->n_units; u++) {

@@ -24,9 +24,10 @@ typedef struct phx_kit_services {
   const phx_optim *optim;
   phx_stream *stream; /* the communication stream: every gather and every reduction, in one order */
 } phx_kit_services;
-/* Looks the extensions up, creates the stream, and refuses an optimizer whose finest whole is coarser than `grain`
- * (PHX_GRAIN_*): what the strategy can promise to keep together. */
-phx_status phx_kit_services_open(const phx_host *host, int32_t grain, phx_kit_services *out, phx_error *err);
+/* Looks the extensions up and creates the stream. */
+phx_status phx_kit_services_open(const phx_host *host, phx_kit_services *out, phx_error *err);
+/* Says what tickets keep together (PHX_GRAIN_*), to a host that asks. */
+void phx_kit_estimate_grain(phx_estimate *out, int32_t grain);
 void phx_kit_services_close(phx_kit_services *s);
 /* n events, and what must be done before they go: the stream's work is over (a failure of it is not told again). */
 phx_status phx_kit_events_create(const phx_kit_services *s, uint32_t n, phx_event ***out, phx_error *err);
