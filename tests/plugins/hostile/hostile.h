@@ -33,7 +33,7 @@
   X(ticket_nothing) X(ticket_missing) X(ticket_twice) X(ticket_beyond) X(ticket_before) X(ticket_negative)            \
   X(ticket_unit) X(ticket_size) X(ticket_null) X(ticket_weight) X(ticket_gradient) X(ticket_state) X(ticket_dtype)    \
   X(ticket_place) X(ticket_unaligned) X(ticket_overrun) X(ticket_other) X(ticket_scale) X(weights_drift)              \
-  X(state_drift) X(master_drift) X(master_jump) X(frozen_drift)                                                       \
+  X(state_drift) X(master_drift) X(master_jump) X(frozen_drift) X(ticket_cut)                                         \
   /* calls.c: how a call ends */                                                                                      \
   X(crash) X(silent) X(odd_code) X(null_out)
 

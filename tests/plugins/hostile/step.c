@@ -136,6 +136,20 @@ static phx_status gradient_norm(phx_strategy *self, const phx_accumulator *acc, 
 /* ---- the update ---- */
 static int64_t tickets;
 
+/* The first half alone, in the middle of a parameter; the ticket becomes the rest.  fp32 only. */
+static phx_status cut(phx_ticket *t, float scale, phx_error *err) {
+  const phx_optim *o = hostile.optim;
+  phx_ticket head = *t;
+  head.numel = t->numel / 2 + 3;
+  PHX_TRY(o->update(o->ctx, &head, scale, err));
+  t->first += head.numel;
+  t->numel -= head.numel;
+  t->weight = (float *)t->weight + head.numel;
+  t->gradient = (const float *)t->gradient + head.numel;
+  for (uint32_t k = 0; k < o->n_states; k++) t->states[k] = (float *)t->states[k] + head.numel;
+  return PHX_OK;
+}
+
 static phx_status optim_update(void *ctx, const phx_ticket *ticket, float scale, phx_error *err) {
   static float other[64 * PHX_BLOCK];
   const phx_optim *o = hostile.optim;
@@ -148,6 +162,7 @@ static phx_status optim_update(void *ctx, const phx_ticket *ticket, float scale,
     if (is(HOSTILE_master_drift)) t.master[3] += 1e-6f;
     if (is(HOSTILE_master_jump)) t.master[3] += 1;
     if (is(HOSTILE_ticket_missing)) return PHX_OK;
+    if (is(HOSTILE_ticket_cut)) PHX_TRY(cut(&t, scale, err));
     if (is(HOSTILE_ticket_twice)) PHX_TRY(o->update(o->ctx, &t, scale, err));
     if (is(HOSTILE_ticket_beyond)) t.numel += 1000 * PHX_BLOCK;
     if (is(HOSTILE_ticket_before)) t.first = -4;
