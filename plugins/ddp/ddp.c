@@ -29,10 +29,10 @@ enum {
   WEIGHT, /* the whole model's trainable flat, units in order */
   FROZEN,
   GRADIENT, /* in the order of completion; between steps also the buffer that states are gathered through */
-  REDUCED,  /* what later micro-batches are reduced in, when each is reduced on its own */
-  MASTER,   /* compute = bf16: the trainable flat in fp32 */
-  ICE,      /* compute = bf16: this rank's part of the frozen flat in fp32 */
-  WIRE,     /* reduce = bf16: a bucket's gradients on their way; the stream's order makes one enough */
+  REDUCED,       /* what later micro-batches are reduced in, when each is reduced on its own */
+  MASTER,        /* compute = bf16: the trainable flat in fp32 */
+  FROZEN_MASTER, /* compute = bf16: this rank's part of the frozen flat in fp32 */
+  WIRE,          /* reduce = bf16: a bucket's gradients on their way; the stream's order makes one enough */
   STATES,
   N_REGIONS = STATES + PHX_OPTIM_STATES_MAX
 };
@@ -87,7 +87,7 @@ static phx_status plan_create(const ddp_config *c, const phx_topology *t, const 
   p.regions[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = frozen * size};
   if (phx_kit_masters(t)) {
     p.regions[MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .shared = 1, .bytes = trainable * 4};
-    p.regions[ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = frozen / t->world_size * 4};
+    p.regions[FROZEN_MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = frozen / t->world_size * 4};
   }
   p.regions[WIRE] = (phx_kit_region){.kind = PHX_MEM_BUFFER, .shared = 1, .bytes = phx_kit_wire_bytes(t, largest)};
   p.regions[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .shared = 1, .bytes = trainable * 4};
@@ -215,7 +215,7 @@ static phx_status ddp_map(phx_strategy *self, const phx_slice *slice, int32_t mo
   if (master) region = MASTER + slice->flat;
   if (slice->kind == PHX_STATE_OPTIM) region = STATES + slice->state_index;
   int64_t block = phx_model_unit(self->model, slice->unit)->first_block[slice->flat] + slice->first_block;
-  if (region == ICE) block -= my_part(self, PHX_FLAT_FROZEN).first;
+  if (region == FROZEN_MASTER) block -= my_part(self, PHX_FLAT_FROZEN).first;
   *out = (char *)self->plan.regions[region].at + block * PHX_BLOCK * (int64_t)phx_dtype_bytes(slice->dtype);
   return PHX_OK;
 }
@@ -235,13 +235,13 @@ static phx_status derive_weights(phx_strategy *self, phx_error *err) {
   const phx_device *d = self->s.device;
   const phx_kit_region *r = self->plan.regions;
   int32_t dtype = self->topology->compute_dtype;
-  phx_kit_shard ice = my_part(self, PHX_FLAT_FROZEN);
+  phx_kit_shard part = my_part(self, PHX_FLAT_FROZEN);
   PHX_TRY(make_whole(self, PHX_FLAT_TRAINABLE, r[MASTER].at, PHX_F32, err));
   if (r[MASTER].at)
     PHX_TRY(d->cast(d->ctx, r[WEIGHT].at, dtype, r[MASTER].at, PHX_F32, r[MASTER].bytes / 4, self->s.stream, err));
-  if (ice.blocks > 0)
-    PHX_TRY(d->cast(d->ctx, weight_at(self, PHX_FLAT_FROZEN, ice.first * PHX_BLOCK), dtype, r[ICE].at, PHX_F32,
-                    ice.blocks * PHX_BLOCK, self->s.stream, err));
+  if (part.blocks > 0)
+    PHX_TRY(d->cast(d->ctx, weight_at(self, PHX_FLAT_FROZEN, part.first * PHX_BLOCK), dtype, r[FROZEN_MASTER].at,
+                    PHX_F32, part.blocks * PHX_BLOCK, self->s.stream, err));
   return PHX_OK;
 }
 

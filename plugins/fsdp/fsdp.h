@@ -12,14 +12,14 @@ typedef struct fsdp_config {
 } fsdp_config;
 
 enum {
-  FSDP_WEIGHT,   /* held weights of the trainable flats, unit after unit */
-  FSDP_FROZEN,   /* the same of the frozen flats */
-  FSDP_GRADIENT, /* held gradients, or whole ones where they wait for the step's last micro-batch */
-  FSDP_REDUCED,  /* one unit's reduced shard, before it is added to what earlier micro-batches gave */
-  FSDP_POOL,     /* windows */
-  FSDP_MASTER,   /* compute = bf16: held weights of the trainable flats in fp32 */
-  FSDP_ICE,      /* the same of the frozen flats; where all is held, of this rank's part only */
-  FSDP_WIRE,     /* reduce = bf16: one unit's gradients on their way; the stream's order makes one enough */
+  FSDP_WEIGHT,        /* held weights of the trainable flats, unit after unit */
+  FSDP_FROZEN,        /* the same of the frozen flats */
+  FSDP_GRADIENT,      /* held gradients, or whole ones where they wait for the step's last micro-batch */
+  FSDP_REDUCED,       /* one unit's reduced shard, before it is added to what earlier micro-batches gave */
+  FSDP_POOL,          /* windows */
+  FSDP_MASTER,        /* compute = bf16: held weights of the trainable flats in fp32 */
+  FSDP_FROZEN_MASTER, /* the same of the frozen flats; where all is held, of this rank's part only */
+  FSDP_WIRE,          /* reduce = bf16: one unit's gradients on their way; the stream's order makes one enough */
   FSDP_STATES,
   FSDP_REGIONS = FSDP_STATES + PHX_OPTIM_STATES_MAX
 };

@@ -86,9 +86,9 @@ static void plan_regions(const phx_topology *t, fsdp_plan *p, const int64_t held
   r[FSDP_WEIGHT] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * size};
   r[FSDP_FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .shared = 1, .bytes = held[PHX_FLAT_FROZEN] * size};
   if (phx_kit_masters(t)) {
-    int64_t ice = held[PHX_FLAT_FROZEN] / (!p->sharded ? t->world_size : 1);
+    int64_t part = held[PHX_FLAT_FROZEN] / (!p->sharded ? t->world_size : 1);
     r[FSDP_MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .shared = 1, .bytes = held[PHX_FLAT_TRAINABLE] * 4};
-    r[FSDP_ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = ice * 4};
+    r[FSDP_FROZEN_MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = part * 4};
   }
   r[FSDP_WIRE] = (phx_kit_region){
       .kind = PHX_MEM_BUFFER, .shared = 1, .bytes = phx_kit_wire_bytes(t, largest_shard * p->group)};

@@ -14,8 +14,8 @@
 #include "comm_nccl.h"
 
 typedef struct canonical {
-  const ncx_call *call;
-  ncx_comm *c;
+  const nccl_call *call;
+  nccl_comm *c;
   int64_t element, stride; /* bytes of one; elements of a row */
   char *rows;              /* as received */
   float *wide;             /* fp32 rows; F32: the same as rows */
@@ -35,16 +35,16 @@ static phx_status add_rows(const canonical *k, int32_t first, int32_t n, int64_t
 /* Row 0 becomes the sum of all rows. */
 static phx_status reduce_rows(const canonical *k, int64_t numel, phx_error *err) {
   const phx_device *d = k->c->world->device;
-  const ncx_call *call = k->call;
+  const nccl_call *call = k->call;
   const int32_t n = k->c->n;
   if (numel == 0) return PHX_OK;
   if (!k->on_device) {
-    char *host = ncx_pinned(k->c) + k->c->world->config.staging / 2;
+    char *host = nccl_pinned(k->c) + k->c->world->config.staging / 2;
     const int64_t bytes = ((n - 1) * k->stride + numel) * k->element;
-    PHX_TRY(ncx_copy(call, host, k->rows, bytes, err));
-    PHX_TRY(ncx_wait(call, err));
-    ncx_tree(call->dtype, call->reduce, host, k->stride * k->element, n, numel);
-    return ncx_copy(call, k->rows, host, numel * k->element, err);
+    PHX_TRY(nccl_copy(call, host, k->rows, bytes, err));
+    PHX_TRY(nccl_wait(call, err));
+    nccl_tree(call->dtype, call->reduce, host, k->stride * k->element, n, numel);
+    return nccl_copy(call, k->rows, host, numel * k->element, err);
   }
   if (call->dtype == PHX_F32) return add_rows(k, 0, n, numel, err);
   PHX_TRY(d->cast(d->ctx, k->wide, PHX_F32, k->rows, call->dtype, (n - 1) * k->stride + numel, call->s, err));
@@ -69,29 +69,29 @@ static int cut(const canonical *k, int64_t numel, int64_t round, part *parts) {
   if (left <= 0) return 0;
   for (int32_t p = 0; p < n; p++) {
     int64_t lo = 0, hi = 0;
-    ncx_cut(left < k->stride * n ? left : k->stride * n, n, p, &lo, &hi);
+    nccl_cut(left < k->stride * n ? left : k->stride * n, n, p, &lo, &hi);
     parts[p] = (part){at + lo, hi - lo};
   }
   return 1;
 }
 
 static phx_status gather_rows(const canonical *k, const char *src, const part *parts, phx_error *err) {
-  ncx_parcel parcels[PHX_RANKS_MAX];
+  nccl_parcel parcels[PHX_RANKS_MAX];
   const int64_t mine = parts[k->c->me].numel * k->element;
   for (int32_t p = 0; p < k->c->n; p++)
-    parcels[p] = (ncx_parcel){src + parts[p].begin * k->element, k->rows + p * k->stride * k->element,
-                              parts[p].numel * k->element, mine};
-  PHX_TRY(ncx_copy(k->call, parcels[k->c->me].to, parcels[k->c->me].from, mine, err));
-  return ncx_exchange(k->call, parcels, err);
+    parcels[p] = (nccl_parcel){src + parts[p].begin * k->element, k->rows + p * k->stride * k->element,
+                               parts[p].numel * k->element, mine};
+  PHX_TRY(nccl_copy(k->call, parcels[k->c->me].to, parcels[k->c->me].from, mine, err));
+  return nccl_exchange(k->call, parcels, err);
 }
 
 static phx_status hand_out(const canonical *k, char *dst, int64_t round, const part *parts, phx_error *err) {
-  ncx_parcel parcels[PHX_RANKS_MAX] = {{0}};
-  const ncx_call *call = k->call;
+  nccl_parcel parcels[PHX_RANKS_MAX] = {{0}};
+  const nccl_call *call = k->call;
   const int32_t me = k->c->me;
   const int64_t mine = parts[me].numel * k->element;
   if (call->op == PHX_OP_REDUCE_SCATTER)
-    return ncx_copy(call, dst + round * k->stride * k->element, k->rows, mine, err);
+    return nccl_copy(call, dst + round * k->stride * k->element, k->rows, mine, err);
   const int to_all = call->op == PHX_OP_ALL_REDUCE, i_get = to_all || me == call->root;
   for (int32_t p = 0; p < k->c->n; p++) {
     parcels[p].from = k->rows;
@@ -99,17 +99,17 @@ static phx_status hand_out(const canonical *k, char *dst, int64_t round, const p
     parcels[p].to = i_get ? dst + parts[p].begin * k->element : NULL;
     parcels[p].recv = i_get ? parts[p].numel * k->element : 0;
   }
-  if (i_get) PHX_TRY(ncx_copy(call, parcels[me].to, k->rows, mine, err));
-  return ncx_exchange(call, parcels, err);
+  if (i_get) PHX_TRY(nccl_copy(call, parcels[me].to, k->rows, mine, err));
+  return nccl_exchange(call, parcels, err);
 }
 
-phx_status ncx_canonical(const ncx_call *call, const void *src, void *dst, int64_t numel, phx_error *err) {
-  ncx_comm *c = call->comm;
+phx_status nccl_canonical(const nccl_call *call, const void *src, void *dst, int64_t numel, phx_error *err) {
+  nccl_comm *c = call->comm;
   canonical k = {.call = call, .c = c, .element = (int64_t)phx_dtype_bytes(call->dtype)};
   part parts[PHX_RANKS_MAX];
   k.on_device = call->reduce == PHX_SUM && (call->dtype == PHX_F32 || call->dtype == PHX_BF16);
-  k.stride = c->world->config.staging / 2 / (c->n * 8) / NCX_GRAIN * NCX_GRAIN; /* 8 bytes: 2 + 4 are needed, or 8 */
-  k.rows = ncx_staging(c) + c->world->config.staging / 2;
+  k.stride = c->world->config.staging / 2 / (c->n * 8) / NCCL_GRAIN * NCCL_GRAIN; /* 8 bytes: 2 + 4 are needed, or 8 */
+  k.rows = nccl_staging(c) + c->world->config.staging / 2;
   k.wide = (float *)(void *)(call->dtype == PHX_F32 ? k.rows : k.rows + c->n * k.stride * k.element);
   for (int64_t round = 0; cut(&k, numel, round, parts); round++) {
     PHX_TRY(gather_rows(&k, src, parts, err));

@@ -31,11 +31,11 @@ static phx_status probe(phx_error *err) {
   return PHX_UNSUPPORTED;
 }
 
-int64_t ncx_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root) {
+int64_t nccl_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size, int32_t root) {
   int64_t element = (int64_t)phx_dtype_bytes(dtype), bytes = numel * element, others = size - 1, lo = 0, hi = 0;
   if (op == PHX_OP_RECV) return bytes; /* the receiver's */
   if (size <= 1 || bytes <= 0) return 0;
-  ncx_cut(numel, size, rank, &lo, &hi);
+  nccl_cut(numel, size, rank, &lo, &hi);
   const int64_t own = (hi - lo) * element;
   switch (op) {
     case PHX_OP_ALL_REDUCE: return others * own + bytes - own; /* the parts of its slice, and the others' sums */
@@ -50,11 +50,11 @@ int64_t ncx_payload(int32_t op, int64_t numel, int32_t dtype, int32_t rank, int3
 static int64_t payload(const void *config, int32_t op, int64_t numel, int32_t dtype, int32_t rank, int32_t size,
                        int32_t root) {
   (void)config; /* no option changes it */
-  return ncx_payload(op, numel, dtype, rank, size, root);
+  return nccl_payload(op, numel, dtype, rank, size, root);
 }
 
 static int64_t buffer_bytes(const void *config, int32_t size) {
-  const ncx_config *k = config;
+  const nccl_config *k = config;
   (void)size; /* the staging is cut by the ranks, it does not grow with them */
   return 2 * k->communicators * phx_align_bytes(k->staging); /* on the device, and pinned */
 }
@@ -62,28 +62,28 @@ static int64_t buffer_bytes(const void *config, int32_t size) {
 static phx_status create(const phx_host *host, const void *config, int64_t arena_bytes, phx_comm **out,
                          phx_error *err) {
   if (arena_bytes < 0) return phx_fail(err, PHX_INVALID, "nccl: an arena of %lld bytes", (long long)arena_bytes);
-  ncx_world *w = calloc(1, sizeof *w);
+  nccl_world *w = calloc(1, sizeof *w);
   if (!w) return phx_fail(err, PHX_NOMEM, "nccl: no memory for %zu bytes", sizeof *w);
   w->host = host;
   w->job = host->extension(host->ctx, PHX_EXT_JOB);
   w->device = host->extension(host->ctx, PHX_EXT_DEVICE);
-  w->config = *(const ncx_config *)config;
+  w->config = *(const nccl_config *)config;
   w->config.staging = phx_align_bytes(w->config.staging);
   w->deterministic = PHX_HAS(host, phx_host, deterministic) ? host->deterministic : 0;
   w->timed = w->device && (w->device->caps & PHX_DEVICE_TIMED) != 0;
   w->next_id = 2;
-  const phx_status status = ncx_world_open(w, arena_bytes, err);
+  const phx_status status = nccl_world_open(w, arena_bytes, err);
   if (status == PHX_OK)
     *out = &w->all->table;
   else
-    ncx_world_close(w);
+    nccl_world_close(w);
   return status;
 }
 
 static void destroy(phx_comm *world) {
-  if (world) ncx_world_close(((ncx_comm *)(void *)world)->world);
+  if (world) nccl_world_close(((nccl_comm *)(void *)world)->world);
 }
-static void *arena(phx_comm *world) { return ((ncx_comm *)(void *)world)->world->arena; }
+static void *arena(phx_comm *world) { return ((nccl_comm *)(void *)world)->world->arena; }
 
 static const phx_comm_table table = {
     .struct_size = sizeof(phx_comm_table),
@@ -96,12 +96,12 @@ static const phx_comm_table table = {
 };
 static const phx_option options[] = {
     PHX_BYTES(
-        ncx_config, staging, "16MiB", 1 << 20, 1 << 30, 0,
+        nccl_config, staging, "16MiB", 1 << 20, 1 << 30, 0,
         "Staging per communicator, on the device and as much pinned: for memory of the host, and for the exchange "
         "of [run] deterministic."),
-    PHX_INT(ncx_config, communicators, "4", 1, NCX_COMMS_MAX, NULL, 0,
+    PHX_INT(nccl_config, communicators, "4", 1, NCCL_COMMS_MAX, NULL, 0,
             "Communicators that can live at once on a rank, the world included; split() takes the others."),
-    PHX_BOOL(ncx_config, registered, "yes", "Register the arena with NCCL, which then sends from it without a copy."),
+    PHX_BOOL(nccl_config, registered, "yes", "Register the arena with NCCL, which then sends from it without a copy."),
 };
 static const char *const extensions[] = {PHX_EXT_JOB, PHX_EXT_DEVICE, NULL};
 static const phx_plugin plugin = {
@@ -121,7 +121,7 @@ static const phx_plugin plugin = {
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .option_stride = sizeof(phx_option),
-    .config_size = sizeof(ncx_config),
+    .config_size = sizeof(nccl_config),
     .table = &table,
     .preference = 20,
     .device = "cuda",

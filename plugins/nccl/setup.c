@@ -22,7 +22,7 @@ typedef struct card { /* what a rank brings to the meeting */
   ncclUniqueId id;         /* rank 0's */
 } card;
 
-phx_status ncx_cuda_fail(phx_error *err, cudaError_t code, const char *what) {
+phx_status nccl_cuda_fail(phx_error *err, cudaError_t code, const char *what) {
   (void)cudaGetLastError(); /* it would stay for the next call */
   const phx_status status = code == cudaErrorMemoryAllocation ? PHX_NOMEM : PHX_DEVICE;
   phx_fail(err, status, "nccl: %.60s: %s", what, cudaGetErrorString(code));
@@ -37,7 +37,7 @@ static phx_status nccl_fail(phx_error *err, ncclResult_t code, const char *what)
   return PHX_COMM;
 }
 
-ncclConfig_t ncx_nccl_config(void) {
+ncclConfig_t nccl_library_config(void) {
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;
   return config;
@@ -45,8 +45,8 @@ ncclConfig_t ncx_nccl_config(void) {
 
 /* ---- a communicator's record ---- */
 
-phx_status ncx_comm_new(ncx_world *w, int32_t slot, ncx_comm **out, phx_error *err) {
-  ncx_comm *c = calloc(1, sizeof *c);
+phx_status nccl_comm_new(nccl_world *w, int32_t slot, nccl_comm **out, phx_error *err) {
+  nccl_comm *c = calloc(1, sizeof *c);
   if (!c) return phx_fail(err, PHX_NOMEM, "nccl: no memory for a communicator's %zu bytes", sizeof *c);
   c->world = w;
   c->slot = slot;
@@ -59,58 +59,58 @@ phx_status ncx_comm_new(ncx_world *w, int32_t slot, ncx_comm **out, phx_error *e
   pthread_mutex_unlock(&w->lock);
   const unsigned flags = w->timed ? cudaEventDefault : cudaEventDisableTiming;
   cudaError_t code = cudaSuccess;
-  for (int k = 0; k < NCX_PENDING && code == cudaSuccess; k++) {
+  for (int k = 0; k < NCCL_PENDING && code == cudaSuccess; k++) {
     code = cudaEventCreateWithFlags(&c->pending[k].begin, flags);
     if (code == cudaSuccess) code = cudaEventCreateWithFlags(&c->pending[k].end, flags);
   }
   if (code != cudaSuccess) {
-    ncx_comm_free(c);
-    return ncx_cuda_fail(err, code, "cudaEventCreateWithFlags");
+    nccl_comm_free(c);
+    return nccl_cuda_fail(err, code, "cudaEventCreateWithFlags");
   }
   *out = c;
   return PHX_OK;
 }
 
-phx_status ncx_comm_register(ncx_comm *c, phx_error *err) {
-  ncx_world *w = c->world;
+phx_status nccl_comm_register(nccl_comm *c, phx_error *err) {
+  nccl_world *w = c->world;
   ncclResult_t r = ncclSuccess;
   if (!w->config.registered || c->n == 1) return PHX_OK;
   pthread_mutex_lock(&w->calls);
   if (c->nccl) r = ncclCommRegister(c->nccl, w->arena, (size_t)w->arena_bytes, &c->handle);
   pthread_mutex_unlock(&w->calls);
-  if (r == ncclSuccess || r == ncclInProgress) return ncx_settle(c, NULL, r, err);
+  if (r == ncclSuccess || r == ncclInProgress) return nccl_settle(c, NULL, r, err);
   nccl_fail(err, r, "the arena cannot be registered; [nccl] registered = no goes without");
   return PHX_COMM;
 }
 
 /* NCCL's part, in order: what is on its way ends, the arena is given back, then the communicator; or an abort. */
-static void leave_nccl(ncx_comm *c) {
-  ncx_world *w = c->world;
+static void leave_nccl(nccl_comm *c) {
+  nccl_world *w = c->world;
   phx_error err = {.struct_size = sizeof err};
-  int32_t failed = ncx_check_alive(c, &err) != PHX_OK || ncx_drain(c, c->head, &err) != PHX_OK;
+  int32_t failed = nccl_check_alive(c, &err) != PHX_OK || nccl_drain(c, c->head, &err) != PHX_OK;
   pthread_mutex_lock(&w->calls);
   ncclResult_t r = ncclSuccess;
   if (!failed && c->nccl && c->handle) (void)ncclCommDeregister(c->nccl, c->handle);
   if (!failed && c->nccl) r = ncclCommFinalize(c->nccl);
   pthread_mutex_unlock(&w->calls);
-  if (!failed && c->nccl) failed = ncx_settle(c, NULL, r, &err) != PHX_OK;
+  if (!failed && c->nccl) failed = nccl_settle(c, NULL, r, &err) != PHX_OK;
   pthread_mutex_lock(&w->calls);
   if (c->nccl) (void)(failed ? ncclCommAbort(c->nccl) : ncclCommDestroy(c->nccl));
   c->nccl = NULL;
   pthread_mutex_unlock(&w->calls);
 }
 
-void ncx_comm_free(ncx_comm *c) {
+void nccl_comm_free(nccl_comm *c) {
   if (!c) return;
-  ncx_world *w = c->world;
+  nccl_world *w = c->world;
   leave_nccl(c);
   pthread_mutex_lock(&w->lock);
-  ncx_comm **at = &w->comms;
+  nccl_comm **at = &w->comms;
   while (*at != c) at = &(*at)->next;
   *at = c->next;
   while (w->looking) pthread_cond_wait(&w->changed, &w->lock); /* the watchdog may have it in its list */
   pthread_mutex_unlock(&w->lock);
-  for (int k = 0; k < NCX_PENDING; k++) {
+  for (int k = 0; k < NCCL_PENDING; k++) {
     if (c->pending[k].begin) (void)cudaEventDestroy(c->pending[k].begin);
     if (c->pending[k].end) (void)cudaEventDestroy(c->pending[k].end);
   }
@@ -121,7 +121,7 @@ void ncx_comm_free(ncx_comm *c) {
 
 /* ---- the meeting ---- */
 
-static phx_status check_host(const ncx_world *w, phx_error *err) {
+static phx_status check_host(const nccl_world *w, phx_error *err) {
   const phx_job *job = w->job;
   if (!job || !w->device)
     return phx_fail(err, PHX_STATE, "nccl needs the host extensions %s and %s", PHX_EXT_JOB, PHX_EXT_DEVICE);
@@ -135,13 +135,13 @@ static phx_status check_host(const ncx_world *w, phx_error *err) {
   return PHX_OK;
 }
 
-static phx_status fill_card(ncx_world *w, card *mine, phx_error *err) {
+static phx_status fill_card(nccl_world *w, card *mine, phx_error *err) {
   memset(mine, 0, sizeof *mine);
   FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re"); /* one per running kernel: containers share GPUs, too */
   if (!f || !fgets(mine->host, sizeof mine->host, f)) gethostname(mine->host, sizeof mine->host - 1);
   if (f) fclose(f);
-  NCX_CUDA(err, cudaGetDevice(&w->cuda_device));
-  NCX_CUDA(err, cudaDeviceGetPCIBusId(mine->bus, (int)sizeof mine->bus, w->cuda_device));
+  NCCL_CUDA(err, cudaGetDevice(&w->cuda_device));
+  NCCL_CUDA(err, cudaDeviceGetPCIBusId(mine->bus, (int)sizeof mine->bus, w->cuda_device));
   ncclResult_t r = ncclGetVersion(&mine->version);
   w->version = mine->version;
   if (r == ncclSuccess && w->job->rank == 0) r = ncclGetUniqueId(&mine->id);
@@ -153,7 +153,7 @@ static void version_text(int32_t version, char *text, size_t size) {
   snprintf(text, size, "%d.%d.%d", version / 10000, version / 100 % 100, version % 100);
 }
 
-static phx_status check_cards(const ncx_world *w, const card *all, phx_error *err) {
+static phx_status check_cards(const nccl_world *w, const card *all, phx_error *err) {
   const char *set = getenv("NCCL_MULTI_RANK_GPU_ENABLE");
   char ours[24], theirs[24];
   version_text(w->version, ours, sizeof ours);
@@ -178,7 +178,7 @@ static phx_status check_cards(const ncx_world *w, const card *all, phx_error *er
   return PHX_OK;
 }
 
-static phx_status meet(ncx_world *w, ncclUniqueId *id, phx_error *err) {
+static phx_status meet(nccl_world *w, ncclUniqueId *id, phx_error *err) {
   card mine, *all = calloc((size_t)w->job->size, sizeof *all);
   if (!all) return phx_fail(err, PHX_NOMEM, "nccl: no memory for %d ranks' cards", w->job->size);
   phx_status status = fill_card(w, &mine, err);
@@ -191,16 +191,16 @@ static phx_status meet(ncx_world *w, ncclUniqueId *id, phx_error *err) {
 
 /* ---- the world ---- */
 
-static phx_status take_lanes(ncx_world *w, phx_error *err) {
+static phx_status take_lanes(nccl_world *w, phx_error *err) {
   void *bases[PHX_RANKS_MAX];
   if (w->job->local_size != w->job->size) return PHX_OK;
-  PHX_TRY(w->job->share(w->job->ctx, "nccl", w->config.communicators * (int64_t)sizeof(ncx_lane), bases, err));
+  PHX_TRY(w->job->share(w->job->ctx, "nccl", w->config.communicators * (int64_t)sizeof(nccl_lane), bases, err));
   for (int32_t r = 0; r < w->job->size; r++) w->lanes[r] = bases[r];
   w->lanes[w->job->rank][0].comm = 1; /* the world's */
   return PHX_OK;
 }
 
-static phx_status take_memory(ncx_world *w, int64_t arena_bytes, phx_error *err) {
+static phx_status take_memory(nccl_world *w, int64_t arena_bytes, phx_error *err) {
   const size_t staging = (size_t)(w->config.communicators * w->config.staging);
   w->arena_bytes = arena_bytes > 0 ? phx_align_bytes(arena_bytes) : PHX_ALIGN;
   const ncclResult_t r = ncclMemAlloc(&w->arena, (size_t)w->arena_bytes);
@@ -210,30 +210,30 @@ static phx_status take_memory(ncx_world *w, int64_t arena_bytes, phx_error *err)
     err->code = PHX_NOMEM;
     return PHX_NOMEM;
   }
-  NCX_CUDA(err, cudaMemset(w->arena, 0, (size_t)w->arena_bytes));
-  NCX_CUDA(err, cudaMalloc(&w->staging, staging));
-  NCX_CUDA(err, cudaMallocHost(&w->pinned, staging));
-  NCX_CUDA(err, cudaMemset(w->staging, 0, staging)); /* the barrier's word is added up, whatever it holds */
-  NCX_CUDA(err, cudaDeviceSynchronize()); /* nobody else's stream waits for a memset's */
+  NCCL_CUDA(err, cudaMemset(w->arena, 0, (size_t)w->arena_bytes));
+  NCCL_CUDA(err, cudaMalloc(&w->staging, staging));
+  NCCL_CUDA(err, cudaMallocHost(&w->pinned, staging));
+  NCCL_CUDA(err, cudaMemset(w->staging, 0, staging)); /* the barrier's word is added up, whatever it holds */
+  NCCL_CUDA(err, cudaDeviceSynchronize()); /* nobody else's stream waits for a memset's */
   return PHX_OK;
 }
 
-static phx_status join(ncx_world *w, const ncclUniqueId *id, phx_error *err) {
-  ncclConfig_t config = ncx_nccl_config();
-  PHX_TRY(ncx_comm_new(w, 0, &w->all, err));
-  ncx_comm *c = w->all;
+static phx_status join(nccl_world *w, const ncclUniqueId *id, phx_error *err) {
+  ncclConfig_t config = nccl_library_config();
+  PHX_TRY(nccl_comm_new(w, 0, &w->all, err));
+  nccl_comm *c = w->all;
   c->id = 1;
   c->n = w->job->size;
   c->me = w->job->rank;
   for (int32_t r = 0; r < c->n; r++) c->ranks[r] = r;
-  ncx_comm_table(c);
+  nccl_comm_table(c);
   pthread_mutex_lock(&w->calls);
   const ncclResult_t r = ncclCommInitRankConfig(&c->nccl, c->n, *id, c->me, &config);
   pthread_mutex_unlock(&w->calls);
-  return ncx_settle(c, NULL, r, err);
+  return nccl_settle(c, NULL, r, err);
 }
 
-static void announce(const ncx_world *w) {
+static void announce(const nccl_world *w) {
   char text[400], version[24];
   version_text(w->version, version, sizeof version);
   snprintf(text, sizeof text, "NCCL %s, arena of %lld MiB%s; %s", version, (long long)(w->arena_bytes >> 20),
@@ -248,7 +248,7 @@ static void announce(const ncx_world *w) {
 }
 
 /* In the words of the device's own profile. */
-static void say_times(const ncx_world *w) {
+static void say_times(const nccl_world *w) {
   for (int32_t op = 0; op < PHX_OPS; op++) {
     char text[128];
     if (!w->ended[op]) continue;
@@ -258,7 +258,7 @@ static void say_times(const ncx_world *w) {
   }
 }
 
-phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes, phx_error *err) {
+phx_status nccl_world_open(nccl_world *w, int64_t arena_bytes, phx_error *err) {
   phx_error own = {.struct_size = sizeof own};
   ncclUniqueId id;
   if (!err) err = &own;
@@ -270,15 +270,15 @@ phx_status ncx_world_open(ncx_world *w, int64_t arena_bytes, phx_error *err) {
   PHX_TRY(take_lanes(w, err));
   PHX_TRY(take_memory(w, arena_bytes, err));
   PHX_TRY(join(w, &id, err));
-  PHX_TRY(ncx_comm_register(w->all, err));
-  PHX_TRY(ncx_watch(w, err));
+  PHX_TRY(nccl_comm_register(w->all, err));
+  PHX_TRY(nccl_watch(w, err));
   if (w->job->rank == 0) announce(w);
   return PHX_OK;
 }
 
-void ncx_world_close(ncx_world *w) {
-  while (w->comms) ncx_comm_free(w->comms); /* the world's is the oldest, and last */
-  ncx_watch_end(w);
+void nccl_world_close(nccl_world *w) {
+  while (w->comms) nccl_comm_free(w->comms); /* the world's is the oldest, and last */
+  nccl_watch_end(w);
   say_times(w);
   if (w->pinned) (void)cudaFreeHost(w->pinned);
   if (w->staging) (void)cudaFree(w->staging);

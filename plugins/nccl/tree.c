@@ -86,7 +86,7 @@ static value tree(int32_t dtype, int32_t reduce, const char *row, int64_t stride
   return combine(dtype, reduce, a, tree(dtype, reduce, row + left * stride, stride, n - left));
 }
 
-void ncx_tree(int32_t dtype, int32_t reduce, char *rows, int64_t stride, int32_t n, int64_t numel) {
+void nccl_tree(int32_t dtype, int32_t reduce, char *rows, int64_t stride, int32_t n, int64_t numel) {
   const int64_t element = (int64_t)phx_dtype_bytes(dtype);
   for (int64_t i = 0; i < numel; i++)
     store(dtype, rows + i * element, tree(dtype, reduce, rows + i * element, stride, n));

@@ -14,7 +14,7 @@
  * Invariant: the watchdog waits for nothing that [main] may hold while it is blocked.  It asks NCCL only when nobody is
  * in a call of it, and takes world.lock, under which nothing blocks.
  *
- * Threads: [main] and the watchdog; ncx_is_aborted, and storing the aborted words, [any]. */
+ * Threads: [main] and the watchdog; nccl_is_aborted, and storing the aborted words, [any]. */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -36,11 +36,11 @@ static void nap(clock_of *k) {
   nanosleep(&(struct timespec){0, k->nap}, NULL);
   if (k->nap < NAP_NS) k->nap *= 2;
 }
-static void clock_start(const ncx_world *w, clock_of *k, int64_t now) {
+static void clock_start(const nccl_world *w, clock_of *k, int64_t now) {
   if (w->job->timeout_s > 0 && !k->deadline) k->deadline = now + (int64_t)(w->job->timeout_s * 1e9);
 }
 /* 1: the deadline is over. */
-static int clock_look(ncx_world *w, clock_of *k) {
+static int clock_look(nccl_world *w, clock_of *k) {
   const int64_t now = phx_kit_now_ns();
   if (now - k->last > SUSPENDED_NS && k->deadline) k->deadline += now - k->last;
   if (now - k->last > SUSPENDED_NS) k->begin += now - k->last;
@@ -52,14 +52,14 @@ static int clock_look(ncx_world *w, clock_of *k) {
 
 /* ---- failure ---- */
 
-int ncx_is_aborted(const ncx_comm *c) {
+int nccl_is_aborted(const nccl_comm *c) {
   return __atomic_load_n(&c->aborted, __ATOMIC_ACQUIRE) || __atomic_load_n(&c->world->aborted, __ATOMIC_ACQUIRE);
 }
-static int must_give_up(const ncx_comm *c) {
-  return __atomic_load_n(c->world->job->failed, __ATOMIC_ACQUIRE) != 0 || ncx_is_aborted(c);
+static int must_give_up(const nccl_comm *c) {
+  return __atomic_load_n(c->world->job->failed, __ATOMIC_ACQUIRE) != 0 || nccl_is_aborted(c);
 }
 
-static int enter_within(ncx_world *w) {
+static int enter_within(nccl_world *w) {
   struct timespec until;
   clock_gettime(CLOCK_REALTIME, &until);
   until.tv_sec += LOCK_S;
@@ -67,18 +67,18 @@ static int enter_within(ncx_world *w) {
 }
 
 /* All that are alive.  They stay so: [main] frees one only when the watchdog does not look, and [main] is here. */
-static int list_comms(ncx_world *w, ncx_comm *list[NCX_COMMS_MAX]) {
+static int list_comms(nccl_world *w, nccl_comm *list[NCCL_COMMS_MAX]) {
   int n = 0;
   pthread_mutex_lock(&w->lock);
-  for (ncx_comm *c = w->comms; c && n < NCX_COMMS_MAX; c = c->next) list[n++] = c;
+  for (nccl_comm *c = w->comms; c && n < NCCL_COMMS_MAX; c = c->next) list[n++] = c;
   pthread_mutex_unlock(&w->lock);
   return n;
 }
 
 static _Thread_local int is_watchdog; /* else [main]: nobody else takes `calls` */
 
-void ncx_abort_now(ncx_world *w) {
-  ncx_comm *list[NCX_COMMS_MAX];
+void nccl_abort_now(nccl_world *w) {
+  nccl_comm *list[NCCL_COMMS_MAX];
   if (!enter_within(w)) {
     if (__atomic_exchange_n(&w->stuck, 1, __ATOMIC_ACQ_REL)) return; /* said before */
     w->host->log(w->host->ctx, PHX_LOG_ERROR,
@@ -90,74 +90,74 @@ void ncx_abort_now(ncx_world *w) {
   const int n = list_comms(w, list);
   for (int i = 0; i < n; i++) {
     ncclComm_t nccl = list[i]->nccl;
-    if (!nccl || !ncx_is_aborted(list[i])) continue;
+    if (!nccl || !nccl_is_aborted(list[i])) continue;
     list[i]->nccl = NULL;
     (void)ncclCommAbort(nccl); /* what it says changes nothing any more */
   }
   pthread_mutex_unlock(&w->calls);
 }
 
-phx_status ncx_end_job(ncx_world *w, phx_error *err, const char *message) {
+phx_status nccl_end_job(nccl_world *w, phx_error *err, const char *message) {
   w->job->fail(w->job->ctx, message);
   __atomic_store_n(&w->aborted, 1, __ATOMIC_RELEASE);
-  ncx_abort_now(w);
+  nccl_abort_now(w);
   return phx_fail(err, PHX_COMM, "%s", message);
 }
 
-static void say_why(const ncx_comm *c, char *text, size_t size) {
+static void say_why(const nccl_comm *c, char *text, size_t size) {
   if (__atomic_load_n(c->world->job->failed, __ATOMIC_ACQUIRE))
     phx_kit_job_failure(c->world->job, text, size);
   else
     snprintf(text, size, "the communicator was aborted");
 }
-phx_status ncx_check_alive(ncx_comm *c, phx_error *err) {
+phx_status nccl_check_alive(nccl_comm *c, phx_error *err) {
   char why[300] = "";
   if (!must_give_up(c)) return PHX_OK;
   say_why(c, why, sizeof why);
   return phx_fail(err, PHX_COMM, "communicator %llu: %s", (unsigned long long)c->id, why);
 }
 
-static void say_own(phx_kit_text *t, const ncx_comm *c, const phx_kit_call *shown) {
+static void say_own(phx_kit_text *t, const nccl_comm *c, const phx_kit_call *shown) {
   if (shown)
     phx_kit_say_own(t, c->world->job->rank, shown);
   else
     phx_kit_say(t, "rank %d: while NCCL joins %d ranks", c->world->job->rank, c->n);
 }
-static phx_status report_given_up(ncx_comm *c, const phx_kit_call *shown, phx_error *err) {
+static phx_status report_given_up(nccl_comm *c, const phx_kit_call *shown, phx_error *err) {
   char message[496], why[300] = "";
   phx_kit_text t = {message, sizeof message};
   say_why(c, why, sizeof why);
   say_own(&t, c, shown);
   phx_kit_say(&t, ": given up, %s", why);
   __atomic_store_n(&c->world->aborted, 1, __ATOMIC_RELEASE); /* the ranks no longer agree on where they are */
-  ncx_abort_now(c->world);
+  nccl_abort_now(c->world);
   return phx_fail(err, PHX_COMM, "%s", message);
 }
-static phx_status report_absent(const ncx_call *call, int64_t waited_ns, phx_error *err) {
+static phx_status report_absent(const nccl_call *call, int64_t waited_ns, phx_error *err) {
   char message[496];
   phx_kit_text t = {message, sizeof message};
   phx_kit_say_own(&t, call->comm->world->job->rank, &call->shown);
   phx_kit_say(&t, ": absent after %.1f s: ", (double)waited_ns * 1e-9);
-  ncx_say_absent(&t, call);
-  return ncx_end_job(call->comm->world, err, message);
+  nccl_say_absent(&t, call);
+  return nccl_end_job(call->comm->world, err, message);
 }
-static phx_status report_nccl(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, const char *more,
+static phx_status report_nccl(nccl_comm *c, const phx_kit_call *shown, ncclResult_t r, const char *more,
                               phx_error *err) {
   char message[496];
   phx_kit_text t = {message, sizeof message};
   say_own(&t, c, shown);
   phx_kit_say(&t, ": NCCL reports: %s", ncclGetErrorString(r));
   if (more[0]) phx_kit_say(&t, " (%.200s)", more);
-  const phx_status status = ncx_end_job(c->world, err, message);
+  const phx_status status = nccl_end_job(c->world, err, message);
   if (err) err->cause = (int32_t)r;
   return status;
 }
-static phx_status report_cuda(ncx_comm *c, const phx_kit_call *shown, cudaError_t code, phx_error *err) {
+static phx_status report_cuda(nccl_comm *c, const phx_kit_call *shown, cudaError_t code, phx_error *err) {
   char message[496];
   phx_kit_text t = {message, sizeof message};
   say_own(&t, c, shown);
   phx_kit_say(&t, ": the device failed while it waited: %s", cudaGetErrorString(code));
-  ncx_end_job(c->world, err, message);
+  nccl_end_job(c->world, err, message);
   if (err) err->code = PHX_DEVICE, err->cause = (int32_t)code;
   return PHX_DEVICE;
 }
@@ -166,7 +166,7 @@ static phx_status report_cuda(ncx_comm *c, const phx_kit_call *shown, cudaError_
 
 /* NCCL's state of c; text: its last message when that is an error.  ncclSuccess when it was aborted: see must_give_up.
  * The watchdog does not wait for who is in a call: it is told that all is on its way. */
-static ncclResult_t ask(ncx_comm *c, int is_main, char *text, size_t size) {
+static ncclResult_t ask(nccl_comm *c, int is_main, char *text, size_t size) {
   ncclResult_t state = ncclSuccess;
   text[0] = 0;
   if (is_main) pthread_mutex_lock(&c->world->calls);
@@ -183,9 +183,9 @@ static ncclResult_t ask(ncx_comm *c, int is_main, char *text, size_t size) {
   return state;
 }
 
-phx_status ncx_health(ncx_comm *c, phx_error *err) {
+phx_status nccl_health(nccl_comm *c, phx_error *err) {
   char text[256];
-  PHX_TRY(ncx_check_alive(c, err));
+  PHX_TRY(nccl_check_alive(c, err));
   const ncclResult_t state = ask(c, 0, text, sizeof text);
   if (state == ncclSuccess || state == ncclInProgress) return PHX_OK;
   const phx_status status =
@@ -195,7 +195,7 @@ phx_status ncx_health(ncx_comm *c, phx_error *err) {
   return status;
 }
 
-phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, phx_error *err) {
+phx_status nccl_settle(nccl_comm *c, const phx_kit_call *shown, ncclResult_t r, phx_error *err) {
   char text[256] = "";
   clock_of k = {phx_kit_now_ns(), phx_kit_now_ns(), 0, 20000};
   if (r == ncclSuccess) return PHX_OK;
@@ -213,7 +213,7 @@ phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, ph
         phx_kit_say(&t, "; ");
         phx_kit_say_rank(&t, c->world->job, c->ranks[p]);
       }
-      return ncx_end_job(c->world, err, message);
+      return nccl_end_job(c->world, err, message);
     }
     nap(&k);
   }
@@ -224,8 +224,8 @@ phx_status ncx_settle(ncx_comm *c, const phx_kit_call *shown, ncclResult_t r, ph
 
 /* ---- waiting for the device ---- */
 
-static phx_status await(const ncx_call *call, cudaEvent_t begin, cudaEvent_t end, phx_error *err) {
-  ncx_comm *c = call->comm;
+static phx_status await(const nccl_call *call, cudaEvent_t begin, cudaEvent_t end, phx_error *err) {
+  nccl_comm *c = call->comm;
   phx_status status = PHX_OK;
   char text[256];
   clock_of k = {phx_kit_now_ns(), phx_kit_now_ns(), 0, 10000};
@@ -253,13 +253,13 @@ static phx_status await(const ncx_call *call, cudaEvent_t begin, cudaEvent_t end
   return status == PHX_OK && must_give_up(c) ? report_given_up(c, &call->shown, err) : status;
 }
 
-phx_status ncx_wait(const ncx_call *call, phx_error *err) {
-  NCX_CUDA(err, cudaEventRecord(call->end, call->stream));
+phx_status nccl_wait(const nccl_call *call, phx_error *err) {
+  NCCL_CUDA(err, cudaEventRecord(call->end, call->stream));
   return await(call, call->begin, call->end, err);
 }
 
 /* Milliseconds between a call's events; less than 0: not known. */
-static float time_of(const ncx_world *w, cudaEvent_t begin, cudaEvent_t end) {
+static float time_of(const nccl_world *w, cudaEvent_t begin, cudaEvent_t end) {
   float ms = -1;
   if (!w->timed || cudaEventElapsedTime(&ms, begin, end) == cudaSuccess) return ms;
   (void)cudaGetLastError(); /* it would stay for the next call; what failed is found elsewhere */
@@ -267,10 +267,10 @@ static float time_of(const ncx_world *w, cudaEvent_t begin, cudaEvent_t end) {
 }
 
 /* pending[at] is over; it may have been retired by the other thread meanwhile. */
-static void retire(ncx_comm *c, uint64_t at, float ms) {
-  ncx_world *w = c->world;
+static void retire(nccl_comm *c, uint64_t at, float ms) {
+  nccl_world *w = c->world;
   pthread_mutex_lock(&w->lock);
-  const ncx_pending *p = &c->pending[at % NCX_PENDING];
+  const nccl_pending *p = &c->pending[at % NCCL_PENDING];
   if (c->tail == at) {
     phx_kit_flight_end(w->job, p->flight);
     if (ms >= 0) w->ms[p->call.op] += (double)ms, w->ended[p->call.op]++;
@@ -279,13 +279,13 @@ static void retire(ncx_comm *c, uint64_t at, float ms) {
   pthread_mutex_unlock(&w->lock);
 }
 
-phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err) {
-  ncx_world *w = c->world;
+phx_status nccl_drain(nccl_comm *c, uint64_t upto, phx_error *err) {
+  nccl_world *w = c->world;
   for (;;) {
-    ncx_call call;
+    nccl_call call;
     pthread_mutex_lock(&w->lock);
     const uint64_t at = c->tail;
-    call = c->pending[at % NCX_PENDING].call;
+    call = c->pending[at % NCCL_PENDING].call;
     pthread_mutex_unlock(&w->lock);
     if (at >= upto) return PHX_OK;
     PHX_TRY(await(&call, call.begin, call.end, err));
@@ -297,14 +297,14 @@ phx_status ncx_drain(ncx_comm *c, uint64_t upto, phx_error *err) {
 
 typedef struct glance { /* at the oldest pending call */
   uint64_t at;
-  ncx_call call;
+  nccl_call call;
   int64_t began_ns;
   int32_t launched;
 } glance;
 
-static int oldest(ncx_comm *c, glance *g) {
+static int oldest(nccl_comm *c, glance *g) {
   pthread_mutex_lock(&c->world->lock);
-  const ncx_pending *p = &c->pending[c->tail % NCX_PENDING];
+  const nccl_pending *p = &c->pending[c->tail % NCCL_PENDING];
   const int any = c->tail < c->head;
   if (any) *g = (glance){c->tail, p->call, p->began_ns, p->launched};
   pthread_mutex_unlock(&c->world->lock);
@@ -312,9 +312,9 @@ static int oldest(ncx_comm *c, glance *g) {
 }
 
 /* Its work has begun on the device. */
-static void note_begin(ncx_comm *c, glance *g) {
+static void note_begin(nccl_comm *c, glance *g) {
   pthread_mutex_lock(&c->world->lock);
-  ncx_pending *p = &c->pending[g->at % NCX_PENDING];
+  nccl_pending *p = &c->pending[g->at % NCCL_PENDING];
   if (c->tail == g->at && !p->began_ns) {
     p->began_ns = phx_kit_now_ns();
     phx_kit_flight_started(c->world->job, p->flight, p->began_ns);
@@ -324,7 +324,7 @@ static void note_begin(ncx_comm *c, glance *g) {
 }
 
 /* Retires what is over.  1: *g is the oldest call that is not, and *code what its end event said. */
-static int find_pending(ncx_comm *c, glance *g, cudaError_t *code) {
+static int find_pending(nccl_comm *c, glance *g, cudaError_t *code) {
   while (oldest(c, g)) {
     *code = g->launched ? cudaEventQuery(g->call.end) : cudaErrorNotReady;
     if (*code == cudaSuccess) {
@@ -338,16 +338,16 @@ static int find_pending(ncx_comm *c, glance *g, cudaError_t *code) {
 }
 
 /* Time in which this process did not run is nobody's absence. */
-static void put_off(ncx_comm *c, int64_t asleep_ns) {
+static void put_off(nccl_comm *c, int64_t asleep_ns) {
   pthread_mutex_lock(&c->world->lock);
   for (uint64_t k = c->tail; k < c->head; k++)
-    if (c->pending[k % NCX_PENDING].began_ns) c->pending[k % NCX_PENDING].began_ns += asleep_ns;
+    if (c->pending[k % NCCL_PENDING].began_ns) c->pending[k % NCCL_PENDING].began_ns += asleep_ns;
   pthread_mutex_unlock(&c->world->lock);
 }
 
 /* One communicator; 1: a failure was found and the job is ended.  asleep_ns: how long this process did not run. */
-static int look_at(ncx_comm *c, int64_t asleep_ns) {
-  ncx_world *w = c->world;
+static int look_at(nccl_comm *c, int64_t asleep_ns) {
+  nccl_world *w = c->world;
   glance g;
   char text[256];
   cudaError_t code = cudaSuccess;
@@ -368,14 +368,14 @@ static int look_at(ncx_comm *c, int64_t asleep_ns) {
 }
 
 /* Under the lock. */
-static int is_anything_pending(const ncx_world *w) {
-  for (const ncx_comm *c = w->comms; c; c = c->next)
+static int is_anything_pending(const nccl_world *w) {
+  for (const nccl_comm *c = w->comms; c; c = c->next)
     if (c->tail < c->head) return 1;
   return w->busy;
 }
 
 static void *watch(void *arg) {
-  ncx_world *w = arg;
+  nccl_world *w = arg;
   int64_t last = phx_kit_now_ns();
   is_watchdog = 1;
   const cudaError_t set = cudaSetDevice(w->cuda_device);
@@ -383,7 +383,7 @@ static void *watch(void *arg) {
     char message[160];
     snprintf(message, sizeof message, "rank %d: the watchdog cannot use GPU %d: %s", w->job->rank, w->cuda_device,
              cudaGetErrorString(set));
-    (void)ncx_end_job(w, NULL, message);
+    (void)nccl_end_job(w, NULL, message);
   }
   pthread_mutex_lock(&w->lock);
   while (!w->stop) {
@@ -392,9 +392,9 @@ static void *watch(void *arg) {
       last = phx_kit_now_ns();
       continue;
     }
-    ncx_comm *list[NCX_COMMS_MAX];
+    nccl_comm *list[NCCL_COMMS_MAX];
     int give_up = 0;
-    w->looking = 1; /* [main] frees none meanwhile: see ncx_comm_free */
+    w->looking = 1; /* [main] frees none meanwhile: see nccl_comm_free */
     pthread_mutex_unlock(&w->lock);
     const int n = list_comms(w, list);
     const int64_t now = phx_kit_now_ns(), asleep = now - last > SUSPENDED_NS ? now - last : 0;
@@ -402,8 +402,8 @@ static void *watch(void *arg) {
     for (int i = 0; i < n && !give_up; i++) give_up = look_at(list[i], asleep);
     if (__atomic_load_n(w->job->failed, __ATOMIC_ACQUIRE)) __atomic_store_n(&w->aborted, 1, __ATOMIC_RELEASE);
     const int all_gone = __atomic_load_n(&w->aborted, __ATOMIC_ACQUIRE) != 0;
-    for (int i = 0; i < n; i++) give_up |= ncx_is_aborted(list[i]);
-    if (give_up || all_gone) ncx_abort_now(w);
+    for (int i = 0; i < n; i++) give_up |= nccl_is_aborted(list[i]);
+    if (give_up || all_gone) nccl_abort_now(w);
     pthread_mutex_lock(&w->lock);
     w->looking = 0;
     pthread_cond_broadcast(&w->changed);
@@ -416,13 +416,13 @@ static void *watch(void *arg) {
   return NULL;
 }
 
-phx_status ncx_watch(ncx_world *w, phx_error *err) {
+phx_status nccl_watch(nccl_world *w, phx_error *err) {
   const int code = pthread_create(&w->watchdog, NULL, watch, w);
   if (code != 0) return phx_fail_errno(err, PHX_NOMEM, code, "nccl: cannot start the watchdog's thread");
   w->watched = 1;
   return PHX_OK;
 }
-void ncx_watch_end(ncx_world *w) {
+void nccl_watch_end(nccl_world *w) {
   if (!w->watched) return;
   pthread_mutex_lock(&w->lock);
   w->stop = 1;

@@ -1,4 +1,4 @@
-/* Private state of a strategy (PHX_STATE_PRIVATE), with the test strategy `residue`: restored bit by bit at equal
+/* Private state of a strategy (PHX_STATE_PRIVATE), with the test strategy `private`: restored bit by bit at equal
  * strategy and world size, and left out by name otherwise. */
 #include <criterion/criterion.h>
 #include <stdio.h>
@@ -64,8 +64,8 @@ static int count(const char *text, const char *word) {
 Test(checkpoint_private, restored_at_equal_strategy_and_ranks, .timeout = 120) {
   char *dir = command_temp_dir(), *out;
   training_files(dir, model);
-  free(TRAIN(dir, "2", "residue", "whole", "4", NULL));
-  free(TRAIN(dir, "2", "residue", "again", "4", "--resume", "whole/checkpoints/step-00000002"));
+  free(TRAIN(dir, "2", "private", "whole", "4", NULL));
+  free(TRAIN(dir, "2", "private", "again", "4", "--resume", "whole/checkpoints/step-00000002"));
   for (int rank = 0; rank < 2; rank++)
     cr_assert(equal_private(dir, "whole/checkpoints/step-00000004", "again/checkpoints/step-00000004", rank),
               "rank %d: private state is not what it was", rank);
@@ -83,15 +83,15 @@ Test(checkpoint_private, restored_at_equal_strategy_and_ranks, .timeout = 120) {
 }
 
 Test(checkpoint_private, left_out_by_name_otherwise, .timeout = 120) {
-  static const char *const names[] = {"state residue is private to strategy residue on 2 ranks, and left out",
-                                      "state counts is private to strategy residue on 2 ranks, and left out"};
+  static const char *const names[] = {"state residue is private to strategy private on 2 ranks, and left out",
+                                      "state counts is private to strategy private on 2 ranks, and left out"};
   char *dir = command_temp_dir(), *out;
   training_files(dir, model);
-  free(TRAIN(dir, "2", "residue", "whole", "4", NULL));
+  free(TRAIN(dir, "2", "private", "whole", "4", NULL));
   out = TRAIN(dir, "2", "ddp", "other", "4", "--resume", "whole/checkpoints/step-00000002");
   for (int i = 0; i < 2; i++) cr_assert_eq(count(out, names[i]), 1, "%s", out);
   free(out);
-  out = TRAIN(dir, "1", "residue", "fewer", "4", "--set", "batch.accumulate=2", "--resume",
+  out = TRAIN(dir, "1", "private", "fewer", "4", "--set", "batch.accumulate=2", "--resume",
               "whole/checkpoints/step-00000002");
   for (int i = 0; i < 2; i++) cr_assert_eq(count(out, names[i]), 1, "%s", out);
   free(out);
@@ -113,28 +113,28 @@ static void expect_heard(const char *out, const char *const *lines) {
     cr_assert(found, "no '%s' behind line %d in:\n%s", lines[n], n, out);
     at = found + strlen(lines[n]);
   }
-  cr_expect_eq(count(out, "residue] prepare ") + count(out, "residue] restored "), n, "%s", out);
+  cr_expect_eq(count(out, "private] prepare ") + count(out, "private] restored "), n, "%s", out);
 }
 
 /* PHX_PREPARE_INIT 0, LOAD 1, HASH 2, SAVE 3, FINAL 4, COMPARE 5; PHX_RESTORED_*: what, world size, step, slices. */
 Test(checkpoint_private, the_strategy_hears_what_comes_and_what_was_restored, .timeout = 120) {
   char *dir = command_temp_dir(), *out;
   training_files(dir, model);
-  out = TRAIN(dir, "2", "residue", "whole", "4", "--set", "run.checked=no"); /* saved at 2 and 4 */
-  expect_heard(out, (const char *const[]){"residue] prepare 0", "residue] restored 0 0 0 0", "residue] prepare 5",
-                                          "residue] prepare 3", "residue] prepare 3", "residue] prepare 2",
-                                          "residue] prepare 4", NULL});
+  out = TRAIN(dir, "2", "private", "whole", "4", "--set", "run.checked=no"); /* saved at 2 and 4 */
+  expect_heard(out, (const char *const[]){"private] prepare 0", "private] restored 0 0 0 0", "private] prepare 5",
+                                          "private] prepare 3", "private] prepare 3", "private] prepare 2",
+                                          "private] prepare 4", NULL});
   free(out);
-  out = TRAIN(dir, "2", "residue", "again", "3", "--resume", "whole/checkpoints/step-00000002", "--set",
+  out = TRAIN(dir, "2", "private", "again", "3", "--resume", "whole/checkpoints/step-00000002", "--set",
               "run.checked=yes", "--set", "run.drift_every=1");
-  expect_heard(out, (const char *const[]){"residue] prepare 1", "residue] restored 3 2 2 2", "residue] prepare 5",
-                                          "residue] prepare 5", "residue] prepare 5", "residue] prepare 5",
-                                          "residue] prepare 3", "residue] prepare 2", "residue] prepare 4", NULL});
+  expect_heard(out, (const char *const[]){"private] prepare 1", "private] restored 3 2 2 2", "private] prepare 5",
+                                          "private] prepare 5", "private] prepare 5", "private] prepare 5",
+                                          "private] prepare 3", "private] prepare 2", "private] prepare 4", NULL});
   free(out);
-  out = TRAIN(dir, "1", "residue", "fewer", "3", "--resume", "whole/checkpoints/step-00000002", "--set",
+  out = TRAIN(dir, "1", "private", "fewer", "3", "--resume", "whole/checkpoints/step-00000002", "--set",
               "run.checked=no");
-  expect_heard(out, (const char *const[]){"residue] prepare 1", "residue] restored 2 2 2 0", "residue] prepare 3",
-                                          "residue] prepare 2", "residue] prepare 4", NULL});
+  expect_heard(out, (const char *const[]){"private] prepare 1", "private] restored 2 2 2 0", "private] prepare 3",
+                                          "private] prepare 2", "private] prepare 4", NULL});
   free(out);
   command_remove_dir(dir);
 }
@@ -144,7 +144,7 @@ Test(checkpoint_private, damage_is_found, .timeout = 120) {
   phx_error err = {.struct_size = sizeof err};
   phx__safetensors *st = NULL;
   training_files(dir, model);
-  free(TRAIN(dir, "2", "residue", "whole", "2", NULL));
+  free(TRAIN(dir, "2", "private", "whole", "2", NULL));
   snprintf(path, sizeof path, "%s/whole/checkpoints/step-00000002/rank-00001.safetensors", dir);
   cr_assert_eq(phx__safetensors_open(path, &st, &err), PHX_OK, "%s", err.message);
   const phx__tensor *t = phx__safetensors_find(st, "private.residue/0/0/0");

@@ -118,7 +118,7 @@ Test(refusals, broken_plugins) {
 
 Test(refusals, plugin_writable_by_others) {
   char from[400], to[1000];
-  snprintf(from, sizeof from, "%s/phx_strategy_ddp.so", PHX_TEST_ONLY_PLUGINS "/house");
+  snprintf(from, sizeof from, "%s/phx_strategy_ddp.so", PHX_TEST_ONLY_PLUGINS "/stubs");
   snprintf(to, sizeof to, "cp %s %s/mine.so && chmod 757 %s/mine.so", from, dir, dir);
   cr_assert_eq(system(to), 0);
   command_write_file(dir, "a.ini", GOOD, strlen(GOOD));
@@ -220,7 +220,7 @@ Test(commands, check_round_trip) {
 
 /* A crash, an exit and a refusal of one candidate do not keep the others from being listed. */
 Test(commands, plugins_survives_broken_ones) {
-  setenv("PHALANX_PLUGIN_PATH", BROKEN ":" PHX_TEST_ONLY_PLUGINS "/house", 1);
+  setenv("PHALANX_PLUGIN_PATH", BROKEN ":" PHX_TEST_ONLY_PLUGINS "/stubs", 1);
   command_result r = RUN(dir, 60, "plugins");
   cr_expect_eq(r.status, 0);
   cr_expect(
@@ -273,7 +273,7 @@ Test(commands, help_samples_can_be_read) {
   command_result r = RUN(dir, 20, "check", "a.ini", "--set", "model.size=tiny");
   cr_expect_eq(r.status, 0, "%s", r.out);
   command_free(&r);
-  r = RUN(dir, 20, "help", PHX_TEST_ONLY_PLUGINS "/house/phx_strategy_pair.so");
+  r = RUN(dir, 20, "help", PHX_TEST_ONLY_PLUGINS "/stubs/phx_strategy_pair.so");
   cr_expect(r.status == 0 && strstr(r.out, "note                         default none: must be given"), "%s", r.out);
   command_free(&r);
 }

@@ -182,17 +182,17 @@ PIN(phx_optimizer_table, workspace, 16); PIN(phx_optimizer_table, create, 24); P
 PIN(phx_optimizer_table, update, 40);
 
 /* ---- growth ---- */
-static const phx__plugin *open_house(const char *name) {
+static const phx__plugin *open_stub(const char *name) {
   const phx__plugin *plugin = NULL;
   phx_error err = PHX_ERROR_INIT;
-  cr_assert_eq(phx__loader_open(PHX_TEST_ONLY_PLUGINS "/house", PHX_KIND_STRATEGY, name, &plugin, &err), PHX_OK, "%s",
+  cr_assert_eq(phx__loader_open(PHX_TEST_ONLY_PLUGINS "/stubs", PHX_KIND_STRATEGY, name, &plugin, &err), PHX_OK, "%s",
                err.message);
   return plugin;
 }
 
 /* Its table ends before run_step, with poison behind: the missing calls read as absent. */
 Test(abi, old_plugin_under_this_core) {
-  const phx_strategy_table *table = open_house("old")->descriptor->table;
+  const phx_strategy_table *table = open_stub("old")->descriptor->table;
   cr_assert_lt(table->struct_size, sizeof *table);
   cr_assert_eq(((const unsigned char *)table)[offsetof(phx_strategy_table, run_step)], 0xA5);
   cr_assert_null((void *)PHX__OPTIONAL(table, phx_strategy_table, run_step));
@@ -204,7 +204,7 @@ Test(abi, old_plugin_under_this_core) {
 
 /* Descriptor, option rows and table are longer than ours, the tails poisoned. */
 Test(abi, new_plugin_under_this_core) {
-  const phx_plugin *d = open_house("new")->descriptor;
+  const phx_plugin *d = open_stub("new")->descriptor;
   const phx_strategy_table *table = d->table;
   cr_assert_gt(d->struct_size, sizeof *d);
   cr_assert_gt(d->option_stride, sizeof(phx_option));

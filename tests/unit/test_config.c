@@ -12,9 +12,9 @@
 #include "base/status.h"
 #include "base/sys.h"
 
-#define HOUSE PHX_TEST_ONLY_PLUGINS "/house"
+#define STUBS PHX_TEST_ONLY_PLUGINS "/stubs"
 
-/* The fields of tests/plugins/house/strategy.c. */
+/* The fields of tests/plugins/stubs/strategy.c. */
 typedef struct strategy_settings {
   int64_t bucket_bytes, prefetch, limit;
   double ratio;
@@ -25,7 +25,7 @@ typedef struct strategy_settings {
 static char file[64], report[16384];
 
 static void set_up(void) {
-  setenv("PHALANX_PLUGIN_PATH", HOUSE, 1);
+  setenv("PHALANX_PLUGIN_PATH", STUBS, 1);
   snprintf(file, sizeof file, "/tmp/phx-config-XXXXXX");
   int fd = mkstemp(file);
   cr_assert_geq(fd, 0);
@@ -160,7 +160,7 @@ Test(config, the_section_of_a_plugin_that_is_not_built) {
 
 Test(config, strategy_by_path) {
   phx__config *c;
-  const phx__override path = {"run.strategy=" HOUSE "/phx_strategy_fsdp.so", "--strategy"};
+  const phx__override path = {"run.strategy=" STUBS "/phx_strategy_fsdp.so", "--strategy"};
   cr_assert_eq(load(DATA "[fsdp]\nprefetch = 3\n", &path, 1, &c), PHX_OK, "%s", report);
   cr_expect_eq(((const strategy_settings *)c->strategy.config)->prefetch, 3);
   phx__config_free(c);
@@ -329,7 +329,7 @@ Test(config, shadowed_plugins_are_named) {
   FILE *to = open_memstream(&text, &bytes);
   cr_assert_eq(phx__config_load(file, both, 2, to, &c), PHX_OK);
   fclose(to);
-  cr_assert(strstr(text, "/shadow/phx_strategy_fsdp.so; ") && strstr(text, "/house/phx_strategy_fsdp.so is not used"),
+  cr_assert(strstr(text, "/shadow/phx_strategy_fsdp.so; ") && strstr(text, "/stubs/phx_strategy_fsdp.so is not used"),
             "%s", text);
   free(text);
   phx__config_free(c);
@@ -434,17 +434,17 @@ Test(config, hash) {
 
 /* The same name, version and options in another file: the file's hash tells. */
 Test(config, hash_knows_the_file) {
-  uint64_t house = hash_of("[run]\nstrategy = fsdp\n" DATA);
+  uint64_t stub = hash_of("[run]\nstrategy = fsdp\n" DATA);
   phx__config *c;
   char copy[] = "/tmp/phx-hash-XXXXXX", command[600], set[200];
   cr_assert(mkdtemp(copy));
-  snprintf(command, sizeof command, "cp %s/phx_strategy_fsdp.so %s/ && echo >> %s/phx_strategy_fsdp.so", HOUSE, copy,
+  snprintf(command, sizeof command, "cp %s/phx_strategy_fsdp.so %s/ && echo >> %s/phx_strategy_fsdp.so", STUBS, copy,
            copy);
   cr_assert_eq(system(command), 0);
   snprintf(set, sizeof set, "plugins.path=%s", copy);
   const phx__override path = {set, "--set"};
   cr_assert_eq(load("[run]\nstrategy = fsdp\n" DATA, &path, 1, &c), PHX_OK, "%s", report);
-  cr_expect_neq(phx__config_hash(c), house);
+  cr_expect_neq(phx__config_hash(c), stub);
   phx__config_free(c);
   snprintf(command, sizeof command, "rm -r %s", copy);
   cr_assert_eq(system(command), 0);

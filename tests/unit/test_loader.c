@@ -17,7 +17,7 @@
 #include "base/status.h"
 #include "base/sys.h"
 
-#define HOUSE PHX_TEST_ONLY_PLUGINS "/house"
+#define STUBS PHX_TEST_ONLY_PLUGINS "/stubs"
 #define BROKEN PHX_TEST_ONLY_PLUGINS "/broken"
 #define SHADOW PHX_TEST_ONLY_PLUGINS "/shadow"
 
@@ -38,14 +38,14 @@ static void expect_refused(const char *search, uint32_t kind, const char *name, 
 }
 
 Test(loader, by_name_and_by_path) {
-  const phx__plugin *named = expect_open(HOUSE, PHX_KIND_STRATEGY, "fsdp");
+  const phx__plugin *named = expect_open(STUBS, PHX_KIND_STRATEGY, "fsdp");
   cr_assert_str_eq(named->descriptor->id, "fsdp");
   cr_assert_eq(strlen(named->sha256), 64);
-  cr_assert_eq(expect_open(HOUSE, PHX_KIND_STRATEGY, "fsdp"), named);
-  cr_assert_eq(expect_open(NULL, PHX_KIND_STRATEGY, HOUSE "/../house/./phx_strategy_fsdp.so"), named);
+  cr_assert_eq(expect_open(STUBS, PHX_KIND_STRATEGY, "fsdp"), named);
+  cr_assert_eq(expect_open(NULL, PHX_KIND_STRATEGY, STUBS "/../stubs/./phx_strategy_fsdp.so"), named);
   for (uint32_t kind = PHX_KIND_DEVICE; kind <= PHX_KIND_OPTIMIZER; kind++) {
     static const char *const names[] = {"", "", "cpu", "shm", "gpt", "adamw"};
-    cr_assert_eq(expect_open(HOUSE, kind, names[kind])->descriptor->kind, kind);
+    cr_assert_eq(expect_open(STUBS, kind, names[kind])->descriptor->kind, kind);
   }
 }
 
@@ -56,7 +56,7 @@ static void expect_bad_optimizer(const phx_plugin *d, phx_status code, const cha
 }
 
 Test(loader, optimizers_are_whole) {
-  const phx_plugin *good = expect_open(HOUSE, PHX_KIND_OPTIMIZER, "adamw")->descriptor;
+  const phx_plugin *good = expect_open(STUBS, PHX_KIND_OPTIMIZER, "adamw")->descriptor;
   phx_plugin d = *good;
   phx_optimizer_table table = *(const phx_optimizer_table *)good->table;
   phx_option option = good->options[0];
@@ -99,17 +99,17 @@ Test(loader, refusals) {
 }
 
 Test(loader, names) {
-  expect_refused(HOUSE, PHX_KIND_STRATEGY, "fspd", "did you mean 'fsdp'?");
-  expect_refused(HOUSE, PHX_KIND_STRATEGY, "fspd", "(found: ");
-  expect_refused(HOUSE, PHX_KIND_DEVICE, "vulkan", "there is no device plugin 'vulkan' (found: absent, cpu");
-  expect_refused(HOUSE, PHX_KIND_STRATEGY, "a.b", "is not a plugin's name");
-  expect_refused(HOUSE, PHX_KIND_STRATEGY, "", "is not a plugin's name");
-  expect_refused(HOUSE, PHX_KIND_STRATEGY, "FSDP", "is not a plugin's name");
-  expect_refused(HOUSE, PHX_KIND_STRATEGY, "a23456789012345678901234567890123", "is not a plugin's name");
-  expect_refused(HOUSE, PHX_KIND_DEVICE, HOUSE "/phx_device_cpu.so", "is not a plugin's name");
+  expect_refused(STUBS, PHX_KIND_STRATEGY, "fspd", "did you mean 'fsdp'?");
+  expect_refused(STUBS, PHX_KIND_STRATEGY, "fspd", "(found: ");
+  expect_refused(STUBS, PHX_KIND_DEVICE, "vulkan", "there is no device plugin 'vulkan' (found: absent, cpu");
+  expect_refused(STUBS, PHX_KIND_STRATEGY, "a.b", "is not a plugin's name");
+  expect_refused(STUBS, PHX_KIND_STRATEGY, "", "is not a plugin's name");
+  expect_refused(STUBS, PHX_KIND_STRATEGY, "FSDP", "is not a plugin's name");
+  expect_refused(STUBS, PHX_KIND_STRATEGY, "a23456789012345678901234567890123", "is not a plugin's name");
+  expect_refused(STUBS, PHX_KIND_DEVICE, STUBS "/phx_device_cpu.so", "is not a plugin's name");
   expect_refused(NULL, PHX_KIND_STRATEGY, "/nonexistent/x.so", "No such file");
   expect_refused(NULL, PHX_KIND_STRATEGY, "/etc/passwd", "must end in .so");
-  expect_refused(NULL, PHX_KIND_STRATEGY, HOUSE "/phx_device_cpu.so", "is a plugin of kind device (2)");
+  expect_refused(NULL, PHX_KIND_STRATEGY, STUBS "/phx_device_cpu.so", "is a plugin of kind device (2)");
 }
 
 Test(loader, search_path) {
@@ -117,18 +117,18 @@ Test(loader, search_path) {
   expect_refused("/nonexistent", PHX_KIND_STRATEGY, "fsdp", "is not a directory");
   char expected[4096];
   cr_assert(realpath(SHADOW "/phx_strategy_fsdp.so", expected));
-  cr_assert_str_eq(expect_open(SHADOW ":" HOUSE, PHX_KIND_STRATEGY, "fsdp")->path, expected);
-  cr_assert(realpath(HOUSE "/phx_strategy_fsdp.so", expected));
-  cr_assert_str_eq(expect_open(HOUSE ":" SHADOW, PHX_KIND_STRATEGY, "fsdp")->path, expected);
+  cr_assert_str_eq(expect_open(SHADOW ":" STUBS, PHX_KIND_STRATEGY, "fsdp")->path, expected);
+  cr_assert(realpath(STUBS "/phx_strategy_fsdp.so", expected));
+  cr_assert_str_eq(expect_open(STUBS ":" SHADOW, PHX_KIND_STRATEGY, "fsdp")->path, expected);
 }
 
 /* Neither the working directory nor the dynamic loader's own variables are searched. */
 Test(loader, never_the_working_directory) {
-  cr_assert_eq(chdir(HOUSE), 0);
-  setenv("LD_LIBRARY_PATH", HOUSE, 1);
-  setenv("LTDL_LIBRARY_PATH", HOUSE, 1);
+  cr_assert_eq(chdir(STUBS), 0);
+  setenv("LD_LIBRARY_PATH", STUBS, 1);
+  setenv("LTDL_LIBRARY_PATH", STUBS, 1);
   expect_refused(NULL, PHX_KIND_STRATEGY, "pair", "there is no strategy plugin 'pair'");
-  setenv("PHALANX_PLUGIN_PATH", ":" HOUSE ":/nonexistent", 1);
+  setenv("PHALANX_PLUGIN_PATH", ":" STUBS ":/nonexistent", 1);
   cr_assert_str_eq(expect_open(NULL, PHX_KIND_STRATEGY, "pair")->descriptor->id, "pair");
 }
 
@@ -136,7 +136,7 @@ Test(loader, list_is_sorted_and_marks_shadowed) {
   phx__found *list;
   size_t n, fsdp = 0;
   phx_error err = PHX_ERROR_INIT;
-  cr_assert_eq(phx__loader_list(HOUSE ":" SHADOW ":" HOUSE, &list, &n, &err), PHX_OK);
+  cr_assert_eq(phx__loader_list(STUBS ":" SHADOW ":" STUBS, &list, &n, &err), PHX_OK);
   for (size_t i = 0; i < n; i++) {
     if (i) {
       cr_assert_leq(list[i - 1].kind, list[i].kind);
@@ -144,7 +144,7 @@ Test(loader, list_is_sorted_and_marks_shadowed) {
     }
     if (strcmp(list[i].name, "fsdp") != 0) continue;
     cr_assert_eq(list[i].shadowed, fsdp > 0);
-    cr_assert(strstr(list[i].path, fsdp == 0 ? "/house/" : fsdp == 1 ? "/shadow/" : "/lib/phalanx/"));
+    cr_assert(strstr(list[i].path, fsdp == 0 ? "/stubs/" : fsdp == 1 ? "/shadow/" : "/lib/phalanx/"));
     fsdp++;
   }
   cr_assert_geq(fsdp, 2);
@@ -158,7 +158,7 @@ static void copy_plugin(void) {
   snprintf(directory, sizeof directory, "/tmp/phx-trust-XXXXXX");
   cr_assert(mkdtemp(directory));
   snprintf(copy, sizeof copy, "%s/phx_strategy_fsdp.so", directory);
-  snprintf(command, sizeof command, "cp %s/phx_strategy_fsdp.so %s && chmod 755 %s", HOUSE, copy, copy);
+  snprintf(command, sizeof command, "cp %s/phx_strategy_fsdp.so %s && chmod 755 %s", STUBS, copy, copy);
   cr_assert_eq(system(command), 0);
 }
 static void remove_copy(void) {
@@ -177,7 +177,7 @@ Test(loader, file_writable_by_others, .init = copy_plugin, .fini = remove_copy) 
 /* Not the next directory's: a refused file is never passed over silently. */
 Test(loader, directory_writable_by_others, .init = copy_plugin, .fini = remove_copy) {
   char search[4096];
-  snprintf(search, sizeof search, "%s:%s", directory, HOUSE);
+  snprintf(search, sizeof search, "%s:%s", directory, STUBS);
   chmod(directory, 0777);
   expect_refused(search, PHX_KIND_STRATEGY, "fsdp", "the directory");
   chmod(directory, 01777);
@@ -272,8 +272,8 @@ Test(loader, owner, .init = copy_plugin, .fini = remove_copy) {
 /* A link is judged where it stands and where it leads to. */
 Test(loader, link, .init = copy_plugin, .fini = remove_copy) {
   unlink(copy);
-  cr_assert_eq(symlink(HOUSE "/phx_strategy_fsdp.so", copy), 0);
-  cr_assert_eq(expect_open(directory, PHX_KIND_STRATEGY, "fsdp"), expect_open(HOUSE, PHX_KIND_STRATEGY, "fsdp"));
+  cr_assert_eq(symlink(STUBS "/phx_strategy_fsdp.so", copy), 0);
+  cr_assert_eq(expect_open(directory, PHX_KIND_STRATEGY, "fsdp"), expect_open(STUBS, PHX_KIND_STRATEGY, "fsdp"));
   chmod(directory, 0777);
   expect_refused(directory, PHX_KIND_STRATEGY, "fsdp", "can be written by others");
 }

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { WEIGHT, FROZEN, MASTER, ICE, GRADIENT, STATES, N_REGIONS = STATES + PHX_OPTIM_STATES_MAX };
+enum { WEIGHT, FROZEN, MASTER, FROZEN_MASTER, GRADIENT, STATES, N_REGIONS = STATES + PHX_OPTIM_STATES_MAX };
 
 struct phx_strategy {
   phx_kit_services s; /* no stream */
@@ -32,7 +32,7 @@ static phx_status plan(const phx_topology *t, const phx_model *m, phx_kit_region
   r[FROZEN] = (phx_kit_region){.kind = PHX_MEM_WEIGHT, .bytes = frozen * size};
   if (phx_kit_masters(t)) {
     r[MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = trainable * 4};
-    r[ICE] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = frozen * 4};
+    r[FROZEN_MASTER] = (phx_kit_region){.kind = PHX_MEM_MASTER, .bytes = frozen * 4};
   }
   r[GRADIENT] = (phx_kit_region){.kind = PHX_MEM_GRADIENT, .bytes = trainable * 4};
   for (uint32_t k = 0; k < t->n_optim_states; k++)
