@@ -62,7 +62,8 @@ phx_status phx__progress_open(phx__progress *p, phx__runtime *rt, int64_t first,
   p->tokens_per_step = rt->prepared->shape.micro * rt->prepared->shape.sequence * rt->prepared->topology.accumulate *
                        rt->prepared->layout.data_size;
   if (rt->job->rank != 0) return PHX_OK;
-  phx__host *const hosts[] = {&rt->strategy_host, &rt->model_host, &rt->comm_host, &rt->device_host};
+  phx__host *const hosts[] = {&rt->strategy_host, &rt->optimizer_host, &rt->model_host, &rt->comm_host,
+                              &rt->device_host};
   for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) {
     hosts[i]->metric = keep_metric;
     hosts[i]->metric_arg = p;

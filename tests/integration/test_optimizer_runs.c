@@ -84,6 +84,9 @@ Test(optimizer_runs, a_checkpoint_is_the_optimizers) {
   expect(RUN(dir, 60, "train", "run.ini", "-n", "2", "--steps", "6", "--resume", "--set",
              "optimizer.schedule=constant", "--set", "run.out=out"), 0, NULL);
   json = training_json(dir, "out/run.json");
+  char *metrics = command_read_file(dir, "out/metrics.jsonl");
+  cr_expect(metrics && strstr(metrics, "\"frobenius.norm\":"), "no number of the optimizer's in:\n%s", metrics);
+  free(metrics);
   char *resumed = strdup(training_get(json, "result.state_hash")->valuestring);
   cJSON_Delete(json);
   expect(RUN(dir, 60, "train", "run.ini", "-n", "2", "--steps", "6", "--set", "run.out=at_once", "--set",

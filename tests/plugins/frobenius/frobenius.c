@@ -89,6 +89,7 @@ static void part(const work *w, int64_t row, int64_t rows, int64_t column, int64
     scaled[at] = p->gradient[at] * p->scale;
     sum += (double)scaled[at] * (double)scaled[at];
   }
+  w->self->host->metric(w->self->host->ctx, "norm", sqrt(sum)); /* the last one of a step is kept */
   const float norm = (float)(sqrt(sum) + 1e-30), mu = (float)w->self->config->momentum;
   for (int64_t i = 0; i < rows * columns; i++) {
     const int64_t at = (row + i / columns) * stride + column + i % columns;
