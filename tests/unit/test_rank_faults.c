@@ -354,7 +354,9 @@ TestSuite(rank_faults, .timeout = 240);
 Test(rank_faults, saves_of_two) { EACH(.size = 2, .strategy = "fsdp", .body = fail_saves); }
 Test(rank_faults, saves_of_two_replicas) { EACH(.size = 2, .strategy = "ddp", .body = fail_saves); }
 Test(rank_faults, saves_of_three) { EACH(.size = 3, .strategy = "zero", .body = fail_saves); }
-Test(rank_faults, damage_seen_by_three) { EACH(.size = 3, .strategy = "fsdp", .body = load_damaged); }
+Test(rank_faults, damage_seen_by_three) {
+  run_in(rank_rig_dir(), rank_rig_model, 1, (rank_rig_run){.size = 3, .strategy = "fsdp", .body = load_damaged});
+}
 Test(rank_faults, loads_of_two) { EACH(.size = 2, .strategy = "fsdp", .body = fail_loads); }
 Test(rank_faults, loads_of_three) { EACH(.size = 3, .strategy = "ddp", .body = fail_loads); }
 Test(rank_faults, background_saves_of_two) {
