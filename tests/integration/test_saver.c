@@ -315,10 +315,10 @@ Test(saver, saves_the_step_it_began_with, .timeout = 300) {
   char *dir = begin(), first[33] = "";
   double copied = 0, waited = 0;
   plan.slow_us = 1500;
-  /* TSan looks for races between the step and the save of one process: each strategy has them on any number of ranks */
-  const int ranks_least = UNDER_TSAN ? 2 : 1, ranks_most = UNDER_TSAN ? 2 : RANKS_MOST;
+  /* TSan looks for races between the step and the save of one process: two numbers of ranks have them all */
+  const int ranks_most = UNDER_TSAN ? 2 : RANKS_MOST;
   for (int s = 0; s < 4; s++)
-    for (int ranks = ranks_least; ranks <= ranks_most; ranks++)
+    for (int ranks = 1; ranks <= ranks_most; ranks++)
       for (int c = 0; c < 3; c++) {
         char words[256], what[300];
         if (s == 3 && (c != 0 || ranks != 2)) continue;
@@ -338,8 +338,8 @@ Test(saver, saves_the_step_it_began_with, .timeout = 300) {
         copied += c < 2 ? m.copies : 0;
         waited += c == 2 ? m.waits : 0;
         if (c == 2) cr_assert_eq(m.copies, 0, "%s", what);
-        if (s == 0 && c == 0 && ranks == ranks_least) memcpy(first, m.hashes[3], 33);
-        if (s == 0 && ranks == ranks_least) cr_assert_str_eq(first, m.hashes[3]);
+        if (s == 0 && c == 0 && ranks == 1) memcpy(first, m.hashes[3], 33);
+        if (s == 0 && ranks == 1) cr_assert_str_eq(first, m.hashes[3]);
         cJSON_Delete(json);
         free(o.said);
         clean(dir);
